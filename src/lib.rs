@@ -1,0 +1,1 @@
+//! meshlb: one object declares a service, every node serves it from the kernel.

@@ -1,0 +1,2 @@
+//! The `meshlb` binary.
+fn main() {}
