@@ -1,0 +1,236 @@
+//! The kernel, reached through small traits. Each has a real implementation and a fake that can be
+//! told to fail.
+//!
+//! Everything here is blocking and runs on the one dataplane thread.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use crate::model::{
+    ids::Mark,
+    ids::{Family, PerFamily, Protocol},
+    kernel::{
+        Element, Elements, Program, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
+        VirtualServerConfig, VirtualServerKey,
+    },
+};
+
+/// One line for a person: what failed, on which object, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// A program that we need is not installed.
+    #[error("{program} is not installed; {advice}")]
+    MissingProgram {
+        /// The program's name.
+        program: String,
+        /// What to do.
+        advice: String,
+    },
+    /// The kernel lacks something.
+    #[error("the kernel has no {feature}; {advice}")]
+    MissingFeature {
+        /// Module or feature.
+        feature: String,
+        /// What to do.
+        advice: String,
+    },
+    /// No rights.
+    #[error("not permitted: {object}; run as root or with CAP_NET_ADMIN and CAP_NET_RAW")]
+    Permission {
+        /// What we tried to do.
+        object: String,
+    },
+    /// A lock, buffer or table was busy or full: worth another try.
+    #[error("{object}: {reason}")]
+    Transient {
+        /// What it concerns.
+        object: String,
+        /// What the kernel or program said.
+        reason: String,
+    },
+    /// Anything else, in the kernel's or program's own words.
+    #[error("{object}: {reason}")]
+    Failed {
+        /// What it concerns.
+        object: String,
+        /// What the kernel or program said.
+        reason: String,
+    },
+}
+
+/// One change of an IPVS table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum IpvsChange {
+    /// A service that is not there yet.
+    AddService(VirtualServerKey, VirtualServerConfig),
+    /// Scheduler or flags of a service that is there.
+    SetService(VirtualServerKey, VirtualServerConfig),
+    /// A service with all its destinations.
+    DelService(VirtualServerKey),
+    /// A destination that is not there yet.
+    AddReal(VirtualServerKey, RealServerKey, RealServerConfig),
+    /// Weight of a destination that is there.
+    SetReal(VirtualServerKey, RealServerKey, RealServerConfig),
+    /// A destination that is there.
+    DelReal(VirtualServerKey, RealServerKey),
+}
+
+/// Counters of one destination (`IPVS_DEST_ATTR_STATS64`, `ACTIVE_CONNS`, `INACT_CONNS`).
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counters {
+    /// Connections scheduled since the destination was added.
+    pub connections: u64,
+    /// Packets towards the destination.
+    pub in_packets: u64,
+    /// Packets from it.
+    pub out_packets: u64,
+    /// Bytes towards the destination.
+    pub in_bytes: u64,
+    /// Bytes from it.
+    pub out_bytes: u64,
+    /// Connections in state ESTABLISHED (TCP), or in use (UDP).
+    pub active: u32,
+    /// Other connections that the table still holds.
+    pub inactive: u32,
+}
+
+/// The IPVS table of this network namespace.
+pub trait Ipvs {
+    /// All fwmark services whose mark `keep` accepts, with destinations.
+    fn dump(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServer>, Error>;
+    /// Only the services, without destinations: the cheap look.
+    fn dump_services(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error>;
+    /// Destinations of one service with weights and counters; empty when the service is missing.
+    fn reals(
+        &mut self,
+        key: VirtualServerKey,
+    ) -> Result<BTreeMap<RealServerKey, (RealServerConfig, Counters)>, Error>;
+    /// Applies changes in order. The results line up with the changes. Adding what is there already
+    /// with the same values, and deleting what is gone, are successes.
+    fn apply(&mut self, changes: &[IpvsChange]) -> Vec<Result<(), Error>>;
+    /// Writing commands sent since the start.
+    fn writes(&self) -> u64;
+}
+
+/// One change of a set element.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ElementChange {
+    /// Adds the element, or replaces its mark.
+    Put(Element, Option<Mark>),
+    /// Removes it.
+    Del(Element),
+}
+
+/// How the fixed rules are in the kernel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ProgramState {
+    /// Nothing of it is there.
+    Absent,
+    /// All of it is there, unchanged.
+    Installed,
+    /// Part of it is missing or different; the texts say what, for people.
+    Drifted(Vec<String>),
+}
+
+/// What a netfilter renderer found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NetfilterState {
+    /// The fixed rules, compared with the program that should be there.
+    pub program: ProgramState,
+    /// Elements of our sets and maps, as far as they exist.
+    pub elements: Elements,
+    /// Chains, sets or tables that the *other* renderer left.
+    pub leftovers: Vec<String>,
+}
+
+/// One of the two renderers of the netfilter program.
+pub trait Netfilter {
+    /// `iptables-nft`, `iptables-legacy` or `nftables`.
+    fn name(&self) -> &'static str;
+    /// Reads what is there and compares it with `want`.
+    fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error>;
+    /// Makes the whole program, and exactly these elements, be there. Atomic per table: at no moment
+    /// does a packet meet half of it. Also when other state of ours is present in any condition.
+    fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error>;
+    /// Changes elements of an installed program, in order where order matters to packets. The results
+    /// line up with the changes.
+    fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>>;
+    /// Removes what the other renderer left (see [`NetfilterState::leftovers`]).
+    fn remove_leftovers(&mut self) -> Result<(), Error>;
+    /// Removes everything of ours, whichever renderer made it. Missing things are no error.
+    fn remove(&mut self) -> Result<(), Error>;
+    /// A cheap look: equal values mean that nothing of ours has changed since the last
+    /// [`Netfilter::install`], [`Netfilter::apply`] or [`Netfilter::observe`].
+    fn probe(&mut self) -> Result<Probe, Error>;
+    /// Writing commands and program runs since the start.
+    fn writes(&self) -> u64;
+}
+
+/// What a cheap look at the netfilter state found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Probe {
+    /// As we left it.
+    Unchanged,
+    /// Something of ours differs: time for a full observation.
+    Changed(String),
+}
+
+/// A socket that listens on this node.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Listener {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// Local address; unspecified means all.
+    pub addr: IpAddr,
+    /// Local port.
+    pub port: u16,
+}
+
+/// Routes, addresses, sysctls, sockets and conntrack of this network namespace.
+pub trait Host {
+    /// The local route of exactly each of our ranges, if it is there.
+    fn vip_routes(&mut self, ranges: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error>;
+    /// Adds the route or replaces its source.
+    fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error>;
+    /// Removes it; a missing one is no error.
+    fn del_vip_route(&mut self, family: Family, range: &ipnet::IpNet) -> Result<(), Error>;
+    /// Routes and addresses of others that overlap a range, each as one line for people.
+    fn overlaps(&mut self, range: &ipnet::IpNet) -> Result<Vec<String>, Error>;
+    /// Reads a sysctl by its path below /proc/sys; `None` where the file is missing.
+    fn sysctl(&mut self, path: &str) -> Result<Option<String>, Error>;
+    /// Writes one.
+    fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error>;
+    /// Addresses of the node, those that published ports answer on (design decision 5), and the
+    /// primary one of each family (source of the default route where not configured).
+    fn facts(&mut self, rules: &AddressRules) -> Result<crate::model::node::NodeFacts, Error>;
+    /// Bridges of this node whose subnets hold one of these addresses.
+    fn bridges_of(
+        &mut self,
+        addresses: &BTreeSet<IpAddr>,
+    ) -> Result<Vec<crate::model::kernel::BridgeSubnet>, Error>;
+    /// Sockets that listen (TCP, SCTP) or are bound without a peer (UDP).
+    fn listeners(&mut self) -> Result<Vec<Listener>, Error>;
+    /// Deletes conntrack entries of UDP flows that were sent to one of these real servers. Returns how many.
+    fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error>;
+    /// Writing commands since the start.
+    fn writes(&self) -> u64;
+}
+
+/// How the node's addresses are chosen.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct AddressRules {
+    /// `--node-ip`.
+    pub node_ips: PerFamily<IpAddr>,
+    /// `--publish-addresses`: CIDRs; empty means the default rule.
+    pub publish_addresses: Vec<ipnet::IpNet>,
+    /// VIP ranges: never published on.
+    pub ranges: PerFamily<ipnet::IpNet>,
+}

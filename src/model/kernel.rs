@@ -1,0 +1,197 @@
+//! The state a kernel should have, in the kernel's own terms but without any wire format.
+//!
+//! It is flat on purpose: a virtual server is found by (family, mark), a real server by its address,
+//! a set element by itself. `plan` compares two such states key by key.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+use super::ids::{Family, Mark, PerFamily, Protocol};
+
+/// How the kernel finds one of our IPVS services.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct VirtualServerKey {
+    /// Address family of its packets.
+    pub family: Family,
+    /// The mark its packets carry.
+    pub mark: Mark,
+}
+
+impl fmt::Display for VirtualServerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FWM {} {}", self.mark.0, self.family)
+    }
+}
+
+/// An IPVS service without its destinations.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VirtualServerConfig {
+    /// Scheduler name.
+    pub scheduler: Arc<str>,
+    /// `IP_VS_SVC_F_*` bits that we set (never `HASHED`).
+    pub flags: u32,
+}
+
+/// A destination's address and port. Port 0 keeps the port that the client asked for (port ranges).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct RealServerKey {
+    /// Address of the endpoint.
+    pub addr: IpAddr,
+    /// Its port.
+    pub port: u16,
+}
+
+impl fmt::Display for RealServerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        std::net::SocketAddr::new(self.addr, self.port).fmt(f)
+    }
+}
+
+/// What we set on a destination. Forwarding is masquerading.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RealServerConfig {
+    /// 0 takes no new connections.
+    pub weight: u32,
+}
+
+/// An IPVS service with its destinations.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VirtualServer {
+    /// The service itself.
+    pub config: VirtualServerConfig,
+    /// Its destinations.
+    pub reals: BTreeMap<RealServerKey, RealServerConfig>,
+}
+
+/// Destination address, protocol and port of a packet: the key of our maps.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Target {
+    /// Destination address.
+    pub addr: IpAddr,
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Destination port.
+    pub port: u16,
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{}:{}", self.addr, self.protocol.lower(), self.port)
+    }
+}
+
+/// One element of one of our sets and maps. The family follows from the address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Element {
+    /// `vips`: (VIP or ingress address, protocol, port) → mark.
+    Vip(Target),
+    /// `published`: (node address, protocol, published port) → mark.
+    Published(Target),
+    /// `loopback`: (protocol, published port) → mark, for packets from and to 127.0.0.1 or ::1.
+    Loopback(Family, Protocol, u16),
+    /// `local`: address of an endpoint on this node.
+    Local(IpAddr),
+    /// `endpoints`: address of any endpoint (hairpin, replies through a FORWARD policy of DROP).
+    Endpoint(IpAddr),
+    /// `own`: (node address, protocol, port) of a host-network endpoint of ours on this node, which
+    /// the guard lets through.
+    Own(Target),
+}
+
+impl Element {
+    /// The family of the set that holds it.
+    pub fn family(&self) -> Family {
+        match self {
+            Self::Vip(t) | Self::Published(t) | Self::Own(t) => Family::of(&t.addr),
+            Self::Loopback(family, ..) => *family,
+            Self::Local(addr) | Self::Endpoint(addr) => Family::of(addr),
+        }
+    }
+
+    /// Whether the element leads packets into IPVS (its value is a mark).
+    pub fn is_mark(&self) -> bool {
+        matches!(self, Self::Vip(_) | Self::Published(_) | Self::Loopback(..))
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vip(t) => write!(f, "vips {t}"),
+            Self::Published(t) => write!(f, "published {t}"),
+            Self::Loopback(family, protocol, port) => {
+                write!(f, "loopback {family},{}:{port}", protocol.lower())
+            }
+            Self::Local(a) => write!(f, "local {a}"),
+            Self::Endpoint(a) => write!(f, "endpoints {a}"),
+            Self::Own(t) => write!(f, "own {t}"),
+        }
+    }
+}
+
+/// Elements with their marks; `None` for the sets that have no value.
+pub type Elements = BTreeMap<Element, Option<Mark>>;
+
+/// Parameters of the fixed netfilter program: everything in it that is not a set element.
+/// Its size does not depend on the number of services.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct Program {
+    /// Bits of the packet mark that are ours.
+    pub mask: u32,
+    /// One for each family that has a VIP range.
+    pub families: PerFamily<FamilyProgram>,
+    /// Bridges with local endpoints over which replies would bypass netfilter because
+    /// `bridge-nf-call-*` can't be set: traffic from these subnets back over the same bridge is masqueraded.
+    pub masquerade_bridges: Vec<BridgeSubnet>,
+}
+
+/// The part of a [`Program`] that differs between families.
+#[derive(Clone, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
+pub struct FamilyProgram {
+    /// All VIPs are in here.
+    pub range: IpNet,
+    /// First address of the range: where packets for published ports are sent by DNAT.
+    pub ingress: IpAddr,
+    /// The node's own address: source of traffic from 127.0.0.1 and of the VIP route.
+    pub node: IpAddr,
+}
+
+/// A subnet behind a Linux bridge.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct BridgeSubnet {
+    /// Name of the bridge.
+    pub bridge: String,
+    /// Subnet of its pods.
+    pub subnet: IpNet,
+}
+
+/// The AnyIP route of one family: `local RANGE dev lo src NODE`, table local.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct VipRoute {
+    /// The VIP range.
+    pub range: IpNet,
+    /// Preferred source, so that the node's own connections don't leave from a VIP.
+    pub source: IpAddr,
+}
+
+/// Everything of ours in one kernel, or everything that should be.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct KernelState {
+    /// IPVS services by (family, mark); the sentinel is one of them.
+    pub virtual_servers: HashMap<VirtualServerKey, VirtualServer>,
+    /// Elements of all sets and maps.
+    pub elements: Elements,
+    /// The fixed rules; `None` where they are absent or not as they should be.
+    pub program: Option<Program>,
+    /// The AnyIP routes.
+    pub routes: PerFamily<VipRoute>,
+    /// Required sysctls (path below /proc/sys → value), e.g. `net/ipv4/vs/conntrack` → `1`.
+    pub sysctls: BTreeMap<String, String>,
+}

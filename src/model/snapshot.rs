@@ -1,0 +1,116 @@
+//! What the sources know now, kept up to date event by event.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use super::{endpoints::Slice, ids::ServiceKey, service::Service};
+
+/// One change that a source saw.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A service appeared or changed.
+    Service(Arc<Service>),
+    /// A service is gone.
+    ServiceGone(ServiceKey),
+    /// A slice appeared or changed.
+    Slice(Arc<Slice>),
+    /// A slice is gone.
+    SliceGone(ServiceKey),
+}
+
+/// Services and slices, indexed both ways.
+#[derive(Default, Debug)]
+pub struct Snapshot {
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    slices: HashMap<ServiceKey, Arc<Slice>>,
+    /// (namespace, service name) as a key → slices that carry its endpoints.
+    slices_of: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    /// (namespace, service name) as a key → services that use those endpoints.
+    users_of: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+}
+
+impl Snapshot {
+    /// Takes one event in. Services whose result may differ afterwards are added to `dirty`; an event
+    /// that changes nothing adds none.
+    pub fn apply(&mut self, event: Event, dirty: &mut BTreeSet<ServiceKey>) {
+        match event {
+            Event::Service(service) => {
+                let key = service.key.clone();
+                if self.services.get(&key).is_some_and(|old| *old == service) {
+                    return;
+                }
+                self.unlink_service(&key);
+                let group = ServiceKey::new(key.namespace.clone(), service.service_name.clone());
+                self.users_of.entry(group).or_default().insert(key.clone());
+                self.services.insert(key.clone(), service);
+                dirty.insert(key);
+            }
+            Event::ServiceGone(key) => {
+                self.unlink_service(&key);
+                if self.services.remove(&key).is_some() {
+                    dirty.insert(key);
+                }
+            }
+            Event::Slice(slice) => {
+                let key = slice.key.clone();
+                if self.slices.get(&key).is_some_and(|old| *old == slice) {
+                    return;
+                }
+                self.unlink_slice(&key, dirty);
+                let group = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
+                if let Some(users) = self.users_of.get(&group) {
+                    dirty.extend(users.iter().cloned());
+                }
+                self.slices_of.entry(group).or_default().insert(key.clone());
+                self.slices.insert(key, slice);
+            }
+            Event::SliceGone(key) => {
+                self.unlink_slice(&key, dirty);
+                self.slices.remove(&key);
+            }
+        }
+    }
+
+    fn unlink_service(&mut self, key: &ServiceKey) {
+        let Some(old) = self.services.get(key) else { return };
+        let group = ServiceKey::new(key.namespace.clone(), old.service_name.clone());
+        if let Some(users) = self.users_of.get_mut(&group) {
+            users.remove(key);
+            if users.is_empty() {
+                self.users_of.remove(&group);
+            }
+        }
+    }
+
+    fn unlink_slice(&mut self, key: &ServiceKey, dirty: &mut BTreeSet<ServiceKey>) {
+        let Some(old) = self.slices.get(key) else { return };
+        let group = ServiceKey::new(key.namespace.clone(), old.service_name.clone());
+        if let Some(slices) = self.slices_of.get_mut(&group) {
+            slices.remove(key);
+            if slices.is_empty() {
+                self.slices_of.remove(&group);
+            }
+        }
+        if let Some(users) = self.users_of.get(&group) {
+            dirty.extend(users.iter().cloned());
+        }
+    }
+
+    /// All services, in order of their keys.
+    pub fn services(&self) -> &BTreeMap<ServiceKey, Arc<Service>> {
+        &self.services
+    }
+
+    /// The slices with a service's endpoints, in order of their keys.
+    pub fn slices_for(&self, service: &Service) -> Vec<Arc<Slice>> {
+        let group = ServiceKey::new(service.key.namespace.clone(), service.service_name.clone());
+        self.slices_of
+            .get(&group)
+            .into_iter()
+            .flatten()
+            .filter_map(|key| self.slices.get(key).cloned())
+            .collect()
+    }
+}
