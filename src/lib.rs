@@ -8,5 +8,7 @@
 //!                                     │ health, allocations
 //! ```
 
+pub mod compile;
 pub mod dataplane;
 pub mod model;
+pub mod plan;

@@ -3,6 +3,9 @@
 //!
 //! Everything here is blocking and runs on the one dataplane thread.
 
+pub mod executor;
+pub mod fake;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,

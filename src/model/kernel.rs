@@ -66,6 +66,8 @@ pub struct RealServerConfig {
 pub struct VirtualServer {
     /// The service itself.
     pub config: VirtualServerConfig,
+    /// Protocol of its packets, where it is known: the kernel keeps none for a mark.
+    pub protocol: Option<Protocol>,
     /// Its destinations.
     pub reals: BTreeMap<RealServerKey, RealServerConfig>,
 }
