@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     AddressRules, Counters, ElementChange, Error, Host, Ipvs, IpvsChange, Listener, Netfilter,
-    NetfilterState, Probe, ProgramState,
+    NetfilterState, Probe, ProgramState, Timeouts,
 };
 use crate::model::{
     ids::{Family, Mark, PerFamily},
@@ -31,6 +31,8 @@ pub struct Inner {
     pub active: HashMap<RealServerKey, u32>,
     /// Sockets that listen.
     pub listeners: Vec<Listener>,
+    /// IPVS timeouts.
+    pub timeouts: Timeouts,
     /// Writing commands so far.
     pub writes: u64,
     /// Reals whose UDP flows were forgotten, in order.
@@ -122,6 +124,20 @@ impl Ipvs for FakeKernel {
             Ok(())
         };
         changes.iter().map(one).collect()
+    }
+
+    fn timeouts(&mut self) -> Result<Timeouts, Error> {
+        Ok(self.lock().timeouts)
+    }
+
+    fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error> {
+        self.write("timeouts")?.timeouts = timeouts;
+        Ok(())
+    }
+
+    fn foreign(&mut self, keep: &dyn Fn(Mark) -> bool) -> Result<Vec<String>, Error> {
+        let inner = self.lock();
+        Ok(inner.state.virtual_servers.keys().filter(|k| !keep(k.mark)).map(ToString::to_string).collect())
     }
 
     fn writes(&self) -> u64 {

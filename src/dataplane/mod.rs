@@ -99,6 +99,24 @@ pub struct Counters {
     pub inactive: u32,
 }
 
+/// How long IPVS keeps idle connections, in seconds (`IPVS_CMD_SET_CONFIG`); per network namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
+pub struct Timeouts {
+    /// Established TCP connections. The kernel's own default is 900.
+    pub tcp: u32,
+    /// TCP connections in FIN_WAIT. Default 120.
+    pub tcp_fin: u32,
+    /// UDP flows. Default 300.
+    pub udp: u32,
+}
+
+impl Default for Timeouts {
+    /// The kernel's own (`net/netfilter/ipvs/ip_vs_proto_{tcp,udp}.c`).
+    fn default() -> Self {
+        Self { tcp: 900, tcp_fin: 120, udp: 300 }
+    }
+}
+
 /// The IPVS table of this network namespace.
 pub trait Ipvs {
     /// All fwmark services whose mark `keep` accepts, with destinations.
@@ -119,6 +137,12 @@ pub trait Ipvs {
     /// Applies changes in order. The results line up with the changes. Adding what is there already
     /// with the same values, and deleting what is gone, are successes.
     fn apply(&mut self, changes: &[IpvsChange]) -> Vec<Result<(), Error>>;
+    /// Timeouts in force.
+    fn timeouts(&mut self) -> Result<Timeouts, Error>;
+    /// Sets them.
+    fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error>;
+    /// Services that `keep` does not accept, as one line each for people (somebody else's).
+    fn foreign(&mut self, keep: &dyn Fn(Mark) -> bool) -> Result<Vec<String>, Error>;
     /// Writing commands sent since the start.
     fn writes(&self) -> u64;
 }

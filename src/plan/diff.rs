@@ -79,6 +79,7 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
     diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &observed.elements);
     diff_elements(&mut ops, &elements, desired, &observed.elements, reinstalled);
     free_reused_marks(&mut ops, &elements, desired, &observed.elements);
+    trim_gaining_marks(&mut ops, &elements, desired, &observed.elements);
     ops.into_ops()
 }
 
@@ -88,6 +89,7 @@ pub fn plan(desired: &KernelState, known: &KernelState, touched: &Touched) -> Ve
     diff_servers(&mut ops, &touched.virtual_servers, desired, &known.virtual_servers, &known.elements);
     diff_elements(&mut ops, &touched.elements, desired, &known.elements, false);
     free_reused_marks(&mut ops, &touched.elements, desired, &known.elements);
+    trim_gaining_marks(&mut ops, &touched.elements, desired, &known.elements);
     ops.into_ops()
 }
 
@@ -219,5 +221,27 @@ fn free_reused_marks(
                 out.retain(|op| *op != Op::Element(ElementChange::Del(*element)));
             }
         }
+    }
+}
+
+/// A service that an entry is about to lead to for the first time lets go of destinations that are not
+/// wanted before that, not after.
+fn trim_gaining_marks(
+    ops: &mut Ordered,
+    keys: &BTreeSet<Element>,
+    desired: &KernelState,
+    observed: &Elements,
+) {
+    let Some(out) = ops.0.get_mut(&Phase::ServersOut) else { return };
+    let gaining: BTreeSet<Mark> = keys
+        .iter()
+        .filter(|element| observed.get(element) != desired.elements.get(element))
+        .filter_map(|element| desired.elements.get(element).copied().flatten())
+        .collect();
+    let goes = |op: &Op| matches!(op, Op::Ipvs(IpvsChange::DelService(key) | IpvsChange::DelReal(key, _) | IpvsChange::SetReal(key, ..)) if gaining.contains(&key.mark));
+    let (trimmed, rest): (Vec<Op>, Vec<Op>) = std::mem::take(out).into_iter().partition(goes);
+    *out = rest;
+    if !trimmed.is_empty() {
+        ops.0.entry(Phase::ServersTrimmed).or_default().extend(trimmed);
     }
 }

@@ -7,11 +7,12 @@
 //! 2. addresses of endpoints (masquerading, hairpin and the guard depend on them);
 //! 3. marks that are about to serve somebody else lose their old entries;
 //! 4. IPVS services and destinations that are new or take more;
-//! 5. the fixed rules, then entries that lead packets to marks;
-//! 6. the VIP route, so that no VIP is local before its rules are there;
-//! 7. entries that no longer lead anywhere;
-//! 8. IPVS services and destinations that go or take no more, then UDP flows that stick to them;
-//! 9. addresses of endpoints that are gone, routes that are gone, another renderer's leftovers.
+//! 5. destinations that go, of services that an entry is about to lead to for the first time;
+//! 6. the fixed rules, and entries that lead packets to marks;
+//! 7. the VIP route, so that no VIP is local before its rules are there;
+//! 8. entries that no longer lead anywhere;
+//! 9. IPVS services and destinations that go or take no more, then UDP flows that stick to them;
+//! 10. addresses of endpoints that are gone, routes that are gone, another renderer's leftovers.
 
 mod diff;
 mod op;

@@ -51,6 +51,7 @@ pub enum Phase {
     EndpointsIn,
     MarksFreed,
     ServersIn,
+    ServersTrimmed,
     MarksIn,
     RoutesIn,
     MarksOut,
