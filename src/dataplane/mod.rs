@@ -5,6 +5,7 @@
 
 pub mod executor;
 pub mod fake;
+pub mod ipvs;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -1,0 +1,7 @@
+//! The loop that keeps the kernel as desired: [`engine`] makes one turn, [`agent`] decides when.
+
+pub mod agent;
+pub mod engine;
+pub mod listeners;
+
+pub use engine::{Engine, Settings, Turn};
