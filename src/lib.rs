@@ -8,5 +8,7 @@
 //!                                     │ health, allocations
 //! ```
 
+pub mod api;
 pub mod dataplane;
 pub mod model;
+pub mod source;
