@@ -8,7 +8,12 @@
 //!                                     │ health, allocations
 //! ```
 
+pub mod api;
+pub mod cli;
 pub mod compile;
 pub mod dataplane;
+pub mod instance;
 pub mod model;
 pub mod plan;
+pub mod reconcile;
+pub mod source;
