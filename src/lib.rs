@@ -1,4 +1,3 @@
-#![forbid(unsafe_code)]
 //! meshlb: one object declares a service, every node serves it from the kernel.
 //!
 //! ```text
@@ -7,6 +6,8 @@
 //!                                     ▲      Observed ───┘                  routes, sysctls
 //!                                     │ health, allocations
 //! ```
+
+#![forbid(unsafe_code)]
 
 pub mod api;
 pub mod cli;

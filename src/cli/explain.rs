@@ -1,13 +1,38 @@
 //! Text of `meshlb explain`: the path of a packet, hop by hop, each with whether the kernel is as it
 //! should be.
 
-use std::fmt::Write;
+use std::{fmt::Write, process::ExitCode};
+
+use anyhow::Result;
 
 use super::{
+    Output,
+    options::Options,
     report::{PortReport, Report, ServerReport, ServiceReport},
-    show::bytes,
+    session::Session,
+    show::{self, bytes},
 };
 use crate::model::ids::{Family, Scope};
+
+/// Explains one service. Exit code 1 says that something is not as it should be.
+///
+/// # Errors
+/// What could not be read, or that there is no such service.
+pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let mut session = Session::open(options, None, true)?;
+    let report = show::read(&mut session, Some(name))?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Text => {
+            for service in &report.services {
+                print!("{}", explain(&report, service, &options.zone));
+            }
+        }
+    }
+    let fine = report.node_problems.is_empty() && report.services.iter().all(|s| show::state(s) == "ok");
+    Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
 
 /// The walk through one service.
 pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {

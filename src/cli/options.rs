@@ -12,8 +12,9 @@ use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
 use crate::{
-    dataplane::{AddressRules, Timeouts},
+    dataplane::AddressRules,
     model::{
+        kernel::Timeouts,
         ids::{Family, PerFamily},
         node::{MarkMask, NodeConfig, ReservedPorts, nth_address, parse_port_range},
     },
@@ -220,5 +221,35 @@ impl Options {
         let addresses =
             AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
         Ok(Settings { node, addresses, timeouts: self.ipvs_timeouts.0 })
+    }
+}
+
+/// A command line whose defaults come from a YAML file: a mapping from flag names to values, lists for
+/// flags that take several.
+///
+/// # Errors
+/// The file can't be read, is no mapping, or names a flag that does not exist.
+pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> Result<clap::Command> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("--config {}", file.display()))?;
+    let values: std::collections::BTreeMap<String, serde_json::Value> =
+        serde_saphyr::from_str(&text).with_context(|| format!("--config {}", file.display()))?;
+    for (name, value) in values {
+        let known = command.get_arguments().find(|a| a.get_long() == Some(&name)).map(|a| a.get_id().clone());
+        let Some(id) = known.filter(|id| id != "config") else {
+            bail!("--config {}: no flag is called {name:?}", file.display());
+        };
+        let text = match value {
+            serde_json::Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(","),
+            other => scalar(&other),
+        };
+        command = command.mut_arg(id, |arg| arg.default_value(text));
+    }
+    Ok(command)
+}
+
+fn scalar(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
     }
 }

@@ -1,8 +1,78 @@
-//! Tables for `meshlb show`.
+//! `meshlb show`: services with their VIPs, marks, endpoints and counters.
 
-use std::fmt::Write;
+use std::{fmt::Write, process::ExitCode, time::Duration};
 
-use super::report::{PortReport, Report, ServerReport, ServiceReport};
+use anyhow::{Result, bail};
+
+use super::{
+    ShowOutput,
+    options::Options,
+    report::{PortReport, Report, ServerReport, ServiceReport, report},
+    session::Session,
+};
+use crate::model::ids::ServiceKey;
+
+/// Shows all services, or those of one name.
+///
+/// # Errors
+/// What could not be read, or that there is no such service.
+pub fn run(options: &Options, name: Option<&str>, output: ShowOutput, watch: bool) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    loop {
+        let mut session = Session::open(options, None, true)?;
+        let report = read(&mut session, name)?;
+        let text = match output {
+            ShowOutput::Text if name.is_some() => wide(&report),
+            ShowOutput::Text => summary(&report),
+            ShowOutput::Wide => wide(&report),
+            ShowOutput::Json => format!("{}\n", serde_json::to_string_pretty(&report)?),
+        };
+        if !watch {
+            print!("{text}");
+            return Ok(ExitCode::SUCCESS);
+        }
+        // Clear the screen, go to its first line.
+        print!("\x1b[2J\x1b[H{text}");
+        std::io::Write::flush(&mut std::io::stdout())?;
+        std::thread::sleep(Duration::from_secs(2));
+    }
+}
+
+/// Reads the report of all services, or of those that `name` means: `NAMESPACE/NAME` or `NAME`.
+///
+/// # Errors
+/// What could not be read, or that there is no such service.
+pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
+    let (_, observed) = session.prepare()?;
+    let means = |key: &ServiceKey| match name {
+        None => true,
+        Some(name) if name.contains('/') => key.to_string() == name,
+        Some(name) => &*key.name == name,
+    };
+    let problems: std::collections::BTreeMap<ServiceKey, Vec<String>> = session
+        .engine
+        .merged()
+        .services()
+        .values()
+        .map(|service| (service.key.clone(), session.problems_of(service)))
+        .collect();
+    let report = report(
+        &mut session.engine,
+        &observed,
+        &|service| problems.get(&service.key).cloned().unwrap_or_default(),
+        &|service| means(&service.key),
+    )?;
+    if let (Some(name), true) = (name, report.services.is_empty()) {
+        let why = session.problems.iter().find(|p| {
+            p.object.as_deref().is_some_and(|o| o.ends_with(&format!("/{name}")) || o.ends_with(&format!(" {name}")))
+        });
+        match why {
+            Some(problem) => bail!("no service {name} is in force: {problem}"),
+            None => bail!("no service {name} in {}", session.source.display()),
+        }
+    }
+    Ok(report)
+}
 
 /// One line a service.
 pub fn summary(report: &Report) -> String {

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use crate::model::{
     ids::{Family, PerFamily},
     kernel::{
-        BridgeSubnet, FamilyProgram, Program, VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
+        BridgeSubnet, FamilyProgram, Program, Timeouts, VipRoute, VirtualServer, VirtualServerConfig,
+        VirtualServerKey,
     },
     node::{NodeConfig, NodeFacts},
 };
@@ -19,6 +20,8 @@ pub struct Base {
     pub routes: PerFamily<VipRoute>,
     /// Required sysctls.
     pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts.
+    pub timeouts: Option<Timeouts>,
     /// Services without destinations: while one is there, the kernel keeps IPVS's hooks registered, so
     /// that removing the last real service does not send its connections to the host's sockets.
     pub sentinels: BTreeMap<VirtualServerKey, VirtualServer>,
@@ -30,6 +33,7 @@ pub fn compile_base(
     facts: &NodeFacts,
     sysctls: BTreeMap<String, String>,
     masquerade_bridges: Vec<BridgeSubnet>,
+    timeouts: Option<Timeouts>,
 ) -> Base {
     let mut families = PerFamily::default();
     let mut routes = PerFamily::default();
@@ -52,5 +56,5 @@ pub fn compile_base(
         );
     }
     let program = Program { mask: config.mask.bits(), families, masquerade_bridges };
-    Base { program, routes, sysctls, sentinels }
+    Base { program, routes, sysctls, timeouts, sentinels }
 }

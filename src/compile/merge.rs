@@ -47,6 +47,7 @@ impl Merged {
         self.state.program = Some(base.program);
         self.state.routes = base.routes;
         self.state.sysctls = base.sysctls;
+        self.state.timeouts = base.timeouts;
     }
 
     /// Replaces what one service contributes; `None` removes it. Returns which keys it had or has.

@@ -1,6 +1,6 @@
 //! Carries operations out, in their order, neighbours of one kind together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{ElementChange, Error, Host, Ipvs, IpvsChange, Netfilter};
 use crate::{
@@ -50,9 +50,16 @@ impl Dataplane {
                 leftovers: vec![],
             },
         };
-        let led_to: std::collections::BTreeSet<Mark> =
-            netfilter.elements.values().flatten().copied().collect();
-        let virtual_servers = self.ipvs.dump(&|mark| ours(mark) || led_to.contains(&mark))?;
+        let led_to: BTreeSet<Mark> = netfilter.elements.values().flatten().copied().collect();
+        let is_ours = |mark: Mark| ours(mark) || led_to.contains(&mark);
+        let foreign = std::cell::RefCell::new(BTreeSet::new());
+        let virtual_servers = self.ipvs.dump(&|mark| {
+            let keep = is_ours(mark);
+            if !keep {
+                foreign.borrow_mut().insert(mark);
+            }
+            keep
+        })?;
         let mut sysctls = BTreeMap::new();
         for path in desired.sysctls.keys() {
             if let Some(value) = self.host.sysctl(path)? {
@@ -61,11 +68,13 @@ impl Dataplane {
         }
         Ok(Observed {
             virtual_servers,
+            foreign_marks: foreign.into_inner(),
             elements: netfilter.elements,
             program: netfilter.program,
             leftovers: netfilter.leftovers,
             routes: self.host.vip_routes(ranges)?,
             sysctls,
+            timeouts: self.ipvs.timeouts()?,
         })
     }
 
@@ -124,6 +133,7 @@ impl Dataplane {
     ) -> Result<(), Error> {
         match op {
             Op::Sysctl { path, value, .. } => self.host.set_sysctl(path, value),
+            Op::Timeouts { timeouts, .. } => self.ipvs.set_timeouts(*timeouts),
             Op::Install { program, .. } => {
                 let result = self.netfilter.install(program, &desired.elements);
                 *unguarded = result.as_ref().err().cloned();

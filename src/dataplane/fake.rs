@@ -9,12 +9,12 @@ use std::{
 
 use super::{
     AddressRules, Counters, ElementChange, Error, Host, Ipvs, IpvsChange, Listener, Netfilter,
-    NetfilterState, Probe, ProgramState, Timeouts,
+    NetfilterState, Probe, ProgramState,
 };
 use crate::model::{
     ids::{Family, Mark, PerFamily},
     kernel::{
-        BridgeSubnet, Elements, KernelState, Program, RealServerConfig, RealServerKey, VipRoute,
+        BridgeSubnet, Elements, KernelState, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute,
         VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
     node::NodeFacts,
@@ -197,6 +197,12 @@ impl Netfilter for FakeKernel {
     fn probe(&mut self) -> Result<Probe, Error> {
         Ok(Probe::Unchanged)
     }
+
+    fn fingerprint(&self) -> Option<serde_json::Value> {
+        None
+    }
+
+    fn set_fingerprint(&mut self, _: serde_json::Value) {}
 
     fn writes(&self) -> u64 {
         self.lock().writes

@@ -6,15 +6,15 @@ use std::{
 };
 
 use ipvs_netlink::{
-    AddressFamily, Client, Command, DestinationConfig, DestinationId, Forwarding, ServiceConfig, ServiceFlags,
-    ServiceId,
+    AddressFamily, Client, Command, DestinationConfig, DestinationId, Forwarding, ServiceConfig,
+    ServiceFlags, ServiceId,
 };
 
-use super::{Counters, Error, Ipvs, IpvsChange, Timeouts};
+use super::{Counters, Error, Ipvs, IpvsChange};
 use crate::model::{
     ids::{Family, Mark},
     kernel::{
-        RealServerConfig, RealServerKey, VirtualServer, VirtualServerConfig, VirtualServerKey,
+        RealServerConfig, RealServerKey, Timeouts, VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
 };
 
@@ -90,9 +90,7 @@ fn command(change: &IpvsChange) -> Command {
         IpvsChange::SetReal(key, real, config) => {
             Command::SetDestination(service_id(*key), destination_id(*real), weight(config))
         }
-        IpvsChange::DelReal(key, real) => {
-            Command::DelDestination(service_id(*key), destination_id(*real))
-        }
+        IpvsChange::DelReal(key, real) => Command::DelDestination(service_id(*key), destination_id(*real)),
     }
 }
 

@@ -16,7 +16,7 @@ use crate::model::{
     ids::Mark,
     ids::{Family, PerFamily, Protocol},
     kernel::{
-        Element, Elements, Program, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
+        Element, Elements, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute, VirtualServer,
         VirtualServerConfig, VirtualServerKey,
     },
 };
@@ -100,24 +100,6 @@ pub struct Counters {
     pub inactive: u32,
 }
 
-/// How long IPVS keeps idle connections, in seconds (`IPVS_CMD_SET_CONFIG`); per network namespace.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, serde::Serialize, serde::Deserialize)]
-pub struct Timeouts {
-    /// Established TCP connections. The kernel's own default is 900.
-    pub tcp: u32,
-    /// TCP connections in FIN_WAIT. Default 120.
-    pub tcp_fin: u32,
-    /// UDP flows. Default 300.
-    pub udp: u32,
-}
-
-impl Default for Timeouts {
-    /// The kernel's own (`net/netfilter/ipvs/ip_vs_proto_{tcp,udp}.c`).
-    fn default() -> Self {
-        Self { tcp: 900, tcp_fin: 120, udp: 300 }
-    }
-}
-
 /// The IPVS table of this network namespace.
 pub trait Ipvs {
     /// All fwmark services whose mark `keep` accepts, with destinations.
@@ -198,6 +180,10 @@ pub trait Netfilter {
     /// A cheap look: equal values mean that nothing of ours has changed since the last
     /// [`Netfilter::install`], [`Netfilter::apply`] or [`Netfilter::observe`].
     fn probe(&mut self) -> Result<Probe, Error>;
+    /// What tells an unchanged program from a changed one across restarts; kept in the state file.
+    fn fingerprint(&self) -> Option<serde_json::Value>;
+    /// Gives back what an earlier run's [`Netfilter::fingerprint`] said.
+    fn set_fingerprint(&mut self, fingerprint: serde_json::Value);
     /// Writing commands and program runs since the start.
     fn writes(&self) -> u64;
 }

@@ -8,7 +8,10 @@ use crate::{
     dataplane::{ElementChange, IpvsChange, ProgramState},
     model::{
         ids::{Family, Mark, PerFamily, Protocol},
-        kernel::{Element, Elements, KernelState, RealServerKey, VipRoute, VirtualServer, VirtualServerKey},
+        kernel::{
+            Element, Elements, KernelState, RealServerKey, Timeouts, VipRoute, VirtualServer,
+            VirtualServerKey,
+        },
     },
 };
 
@@ -17,6 +20,8 @@ use crate::{
 pub struct Observed {
     /// Our IPVS services.
     pub virtual_servers: HashMap<VirtualServerKey, VirtualServer>,
+    /// Marks of other programs' IPVS services that lie in our field: never given out.
+    pub foreign_marks: BTreeSet<Mark>,
     /// Our set elements.
     pub elements: Elements,
     /// The fixed rules, compared with the desired ones.
@@ -27,6 +32,8 @@ pub struct Observed {
     pub routes: PerFamily<VipRoute>,
     /// Values of the sysctls that we require; missing files are absent.
     pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts in force.
+    pub timeouts: Timeouts,
 }
 
 /// Collects operations by phase.
@@ -52,6 +59,9 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
             let op = Op::Sysctl { path: path.clone(), value: value.clone(), was: was.cloned() };
             ops.push(Phase::Sysctls, op);
         }
+    }
+    if let Some(timeouts) = desired.timeouts.filter(|t| *t != observed.timeouts) {
+        ops.push(Phase::Sysctls, Op::Timeouts { timeouts, was: observed.timeouts });
     }
     let install = match (&desired.program, &observed.program) {
         (None, _) | (Some(_), ProgramState::Installed) => None,

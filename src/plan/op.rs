@@ -6,7 +6,7 @@ use crate::{
     dataplane::{ElementChange, IpvsChange},
     model::{
         ids::{Family, Mark},
-        kernel::{Program, RealServerKey, VipRoute},
+        kernel::{Program, RealServerKey, Timeouts, VipRoute},
     },
 };
 
@@ -21,6 +21,13 @@ pub enum Op {
         value: String,
         /// Value found.
         was: Option<String>,
+    },
+    /// Sets IPVS's timeouts.
+    Timeouts {
+        /// New values.
+        timeouts: Timeouts,
+        /// Values found.
+        was: Timeouts,
     },
     /// Changes the IPVS table.
     Ipvs(IpvsChange),
@@ -88,6 +95,11 @@ impl fmt::Display for Op {
                 write!(f, "~ sysctl {name} = {value}")?;
                 was.as_ref().map_or(Ok(()), |was| write!(f, " (was {was})"))
             }
+            Self::Timeouts { timeouts: t, was } => write!(
+                f,
+                "~ ipvs timeouts tcp {} tcpfin {} udp {} (was {} {} {})",
+                t.tcp, t.tcp_fin, t.udp, was.tcp, was.tcp_fin, was.udp
+            ),
             Self::Ipvs(change) => match change {
                 IpvsChange::AddService(k, c) => write!(f, "+ ipvs {k} scheduler {}", c.scheduler),
                 IpvsChange::SetService(k, c) => write!(f, "~ ipvs {k} scheduler {}", c.scheduler),

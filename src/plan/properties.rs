@@ -13,7 +13,7 @@ use crate::{
         ids::{Family, Mark, PerFamily, Protocol},
         kernel::{
             Element, Elements, FamilyProgram, KernelState, Program, RealServerConfig, RealServerKey, Target,
-            VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
+            Timeouts, VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
         },
     },
 };
@@ -80,11 +80,13 @@ prop_compose! {
 fn observed(state: &KernelState) -> Observed {
     Observed {
         virtual_servers: state.virtual_servers.clone(),
+        foreign_marks: BTreeSet::new(),
         elements: state.elements.clone(),
         program: if state.program.is_some() { ProgramState::Installed } else { ProgramState::Absent },
         leftovers: vec![],
         routes: state.routes,
         sysctls: state.sysctls.clone(),
+        timeouts: Timeouts::default(),
     }
 }
 
@@ -134,7 +136,7 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
         Op::Sysctl { path, value, .. } => {
             state.sysctls.insert(path.clone(), value.clone());
         }
-        Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
+        Op::Timeouts { .. } | Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
     }
 }
 

@@ -20,8 +20,11 @@ use crate::{
 pub enum Input {
     /// Objects changed; the time is when the change was seen.
     Events(Vec<Event>, Instant),
-    /// The source has told everything it has.
-    Synced,
+    /// The source has told everything it has; whether all of it could be used. Sent again when that changes.
+    Synced {
+        /// Nothing in the source was unusable.
+        complete: bool,
+    },
     /// Addresses, links or routes of the node changed.
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
@@ -131,11 +134,16 @@ impl<O: Observer> Agent<O> {
                 self.engine.feed(events);
                 self.oldest = Some(self.oldest.map_or(seen, |old| old.min(seen)));
             }
-            Input::Synced => {
+            Input::Synced { complete } => {
                 if !self.synced {
                     info!(services = self.engine.snapshot().services().len(), "source synced");
                 }
                 self.synced = true;
+                self.engine.synced(complete);
+                if !self.engine.held().is_empty() {
+                    let held: Vec<String> = self.engine.held().iter().map(ToString::to_string).collect();
+                    warn!(services = held.join(", "), "left as they are, since the source can't be read completely");
+                }
             }
             Input::NodeChanged => self.node_dirty = true,
             Input::Stop => return true,

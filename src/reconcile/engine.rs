@@ -11,18 +11,18 @@ use jiff::Timestamp;
 
 use super::listeners::{held, live_ports};
 use crate::{
-    allocate::{Allocations, Allocator},
+    allocate::{Allocations, Allocator, Lock},
     compile::{
         Assigned, CompiledService, Inputs, Merged, base::compile_base, compile_service, merge::Touched,
         service::Drains,
     },
     dataplane::{
-        AddressRules, Error, IpvsChange, Listener, ProgramState, Timeouts,
+        AddressRules, Error, IpvsChange, Listener, ProgramState,
         executor::{Dataplane, Failure},
     },
     model::{
-        ids::{Family, Mark, PerFamily, PortId, Protocol, Scope, ServiceKey},
-        kernel::{BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, VirtualServer},
+        ids::{Family, Mark, Protocol, Scope, ServiceKey},
+        kernel::{BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer},
         node::{NodeConfig, NodeFacts},
         snapshot::{Event, Snapshot},
     },
@@ -70,6 +70,10 @@ pub struct Engine {
     drains: Drains,
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
     dirty: BTreeSet<ServiceKey>,
+    held: BTreeSet<ServiceKey>,
+    /// Values that required sysctls had before the first change, by path.
+    originals: BTreeMap<String, String>,
+    timeouts_before: Option<Timeouts>,
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
 }
@@ -85,10 +89,16 @@ struct Bridges {
 
 impl Engine {
     /// An engine that knows nothing of its kernel yet: its first turn has to be a full one.
-    pub fn new(settings: Settings, dataplane: Dataplane, previous: Allocations, drains: Drains) -> Self {
+    pub fn new(
+        settings: Settings,
+        dataplane: Dataplane,
+        previous: Allocations,
+        lock: Option<Lock>,
+        drains: Drains,
+    ) -> Self {
         let ours = previous.known_marks();
         Self {
-            allocator: Allocator::new(settings.node.clone(), previous),
+            allocator: Allocator::new(settings.node.clone(), previous, lock),
             settings,
             dataplane,
             snapshot: Snapshot::default(),
@@ -100,6 +110,9 @@ impl Engine {
             drains,
             blocked: BTreeMap::new(),
             dirty: BTreeSet::new(),
+            held: BTreeSet::new(),
+            originals: BTreeMap::new(),
+            timeouts_before: None,
             ours,
         }
     }
@@ -129,6 +142,20 @@ impl Engine {
     /// The allocator, for its conflicts and for the state file.
     pub fn allocator(&self) -> &Allocator {
         &self.allocator
+    }
+
+    /// Values that sysctls had before we changed them, with those that earlier runs noted.
+    pub fn sysctl_originals(&self, earlier: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let mut out = self.originals.clone();
+        out.extend(earlier.iter().map(|(path, value)| (path.clone(), value.clone())));
+        out
+    }
+
+    /// The timeouts that we set, and those before, unless an earlier run noted them.
+    pub fn timeouts(&self, earlier: Option<(Timeouts, Timeouts)>) -> Option<(Timeouts, Timeouts)> {
+        let ours = self.settings.timeouts?;
+        let before = earlier.map(|(_, before)| before).or(self.timeouts_before)?;
+        Some((ours, before))
     }
 
     /// Drains that run.
@@ -194,7 +221,7 @@ impl Engine {
             sysctls.insert((*path).to_owned(), "1".to_owned());
         }
         let base =
-            compile_base(&self.settings.node, &self.facts, sysctls, self.bridges.masquerade.clone());
+            compile_base(&self.settings.node, &self.facts, sysctls, self.bridges.masquerade.clone(), self.settings.timeouts);
         self.merged.set_base(base);
     }
 
@@ -383,29 +410,79 @@ impl Engine {
         self.drains.values().min().copied()
     }
 
-    /// What would be done now, without doing it. `full` reads the kernel first.
+    /// What is to be done now, without doing it; `full` reads the kernel first.
     ///
     /// # Errors
     /// When the kernel can't be read.
     pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
-        let full = full || !self.trusted;
-        if !full {
-            let touched = self.settle(now)?;
-            self.refresh_bridges()?;
-            if self.trusted {
-                return Ok(plan(self.merged.state(), &self.known, &touched));
-            }
+        if full || !self.trusted {
+            return self.prepare_full(now).map(|(ops, _)| ops);
         }
-        let observed = self.observe()?;
-        self.adopt(&observed, now);
+        let touched = self.settle(now)?;
+        self.refresh_bridges()?;
+        if !self.trusted {
+            return self.prepare_full(now).map(|(ops, _)| ops);
+        }
+        Ok(plan(self.merged.state(), &self.known, &touched))
+    }
+
+    /// Reads the kernel, compares all of it, and gives what it found besides.
+    ///
+    /// # Errors
+    /// When the kernel can't be read.
+    pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        let mut observed = self.observe()?;
+        self.adopt(&observed);
+        self.trusted = true;
         self.settle(now)?;
         self.refresh_bridges()?;
-        // Compiling may have changed what the rules should be: look at them once more, with what they
-        // should be now, only when that is so.
-        let observed = self.reobserve_if_needed(observed)?;
+        if !self.trusted {
+            // What the rules should be has changed meanwhile: look at them with that in mind.
+            observed = self.observe()?;
+            self.trusted = true;
+        }
         self.know(&observed);
-        self.trusted = true;
-        Ok(plan_all(self.merged.state(), &observed))
+        let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
+        let ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
+        Ok((ops, observed))
+    }
+
+    /// The observed state without what belongs to services that the source does not have but may be
+    /// meant to have: they are left as they are.
+    fn without_held(&self, observed: &Observed) -> Observed {
+        let marks: BTreeSet<Mark> =
+            self.held.iter().flat_map(|key| self.allocator.allocations().marks_of(key)).collect();
+        let wanted = &self.merged.state().elements;
+        let mut out = observed.clone();
+        out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
+        out.elements.retain(|element, mark| match mark {
+            Some(mark) => !marks.contains(mark),
+            None => wanted.contains_key(element),
+        });
+        out
+    }
+
+    /// The source has told everything it has. Services of earlier runs that it does not have are gone,
+    /// unless it is not `complete`: then they may be in what could not be read, and are left alone.
+    pub fn synced(&mut self, complete: bool) {
+        let unseen = self
+            .allocator
+            .allocations()
+            .owners()
+            .into_iter()
+            .filter(|key| !self.snapshot.services().contains_key(key))
+            .collect::<BTreeSet<_>>();
+        if complete {
+            self.held.clear();
+            self.dirty.extend(unseen);
+        } else {
+            self.held = unseen;
+        }
+    }
+
+    /// Services that are left alone because the source can't be read completely.
+    pub fn held(&self) -> &BTreeSet<ServiceKey> {
+        &self.held
     }
 
     fn observe(&mut self) -> Result<Observed, Error> {
@@ -417,17 +494,12 @@ impl Engine {
         self.dataplane.observe(self.merged.state(), &ranges, &|mark| Self::is_ours(ours, settings, mark))
     }
 
-    fn reobserve_if_needed(&mut self, observed: Observed) -> Result<Observed, Error> {
-        if self.trusted { Ok(observed) } else { self.observe() }
-    }
-
     /// Takes what the kernel has into account: marks that lead where we want to lead keep doing so
     /// (after a lost state file), and real servers that are there without being wanted are drained.
-    fn adopt(&mut self, observed: &Observed, _now: Timestamp) {
+    fn adopt(&mut self, observed: &Observed) {
         self.know(observed);
         self.ours.extend(observed.elements.values().flatten().copied());
-        let recovered = recover_marks(&observed.elements, &self.settings.node);
-        self.allocator.recover(recovered, observed.virtual_servers.keys().map(|k| k.mark).collect());
+        self.allocator.recover(recover_marks(&observed.elements, &self.settings.node), &observed.foreign_marks);
         for (key, server) in &observed.virtual_servers {
             let Some(owner) = self.merged.owner(key.mark) else { continue };
             let want = self.merged.state().virtual_servers.get(key);
@@ -435,7 +507,6 @@ impl Engine {
                 self.dirty.insert(owner.clone());
             }
         }
-        self.trusted = true;
     }
 
     fn know(&mut self, observed: &Observed) {
@@ -516,8 +587,15 @@ impl Engine {
             }
             Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
             Op::DelRoute(family, _) => self.known.routes.set(*family, None),
-            Op::Sysctl { path, value, .. } => {
+            Op::Sysctl { path, value, was } => {
+                if let Some(was) = was {
+                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
+                }
                 self.known.sysctls.insert(path.clone(), value.clone());
+            }
+            Op::Timeouts { timeouts, was } => {
+                self.timeouts_before.get_or_insert(*was);
+                self.known.timeouts = Some(*timeouts);
             }
             Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
         }
