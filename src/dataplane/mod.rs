@@ -3,6 +3,8 @@
 //!
 //! Everything here is blocking and runs on the one dataplane thread.
 
+pub mod host;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
