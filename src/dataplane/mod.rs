@@ -5,6 +5,7 @@
 
 pub mod executor;
 pub mod fake;
+pub mod host;
 pub mod ipvs;
 
 use std::{
