@@ -4,6 +4,8 @@
 //! Everything here is blocking and runs on the one dataplane thread.
 
 pub mod host;
+pub mod monitor;
+pub mod preflight;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
