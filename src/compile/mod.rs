@@ -8,6 +8,8 @@ pub mod base;
 pub mod endpoints;
 pub mod merge;
 pub mod service;
+#[cfg(test)]
+mod tests;
 
 pub use base::Base;
 pub use merge::Merged;

@@ -7,6 +7,8 @@ pub mod executor;
 pub mod fake;
 pub mod host;
 pub mod ipvs;
+pub mod monitor;
+pub mod preflight;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

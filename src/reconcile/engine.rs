@@ -19,6 +19,7 @@ use crate::{
     dataplane::{
         AddressRules, Error, IpvsChange, Listener, ProgramState,
         executor::{Dataplane, Failure},
+        host::{REQUIRED, Required, When},
     },
     model::{
         ids::{Family, Mark, Protocol, Scope, ServiceKey},
@@ -210,16 +211,20 @@ impl Engine {
     }
 
     fn set_base(&mut self) {
-        let mut sysctls: BTreeMap<String, String> = crate::dataplane::host::required_sysctls(
-            self.settings.node.ranges.v4.is_some(),
-            self.settings.node.ranges.v6.is_some(),
-        )
-        .into_iter()
-        .map(|(path, value)| (path.to_owned(), value.to_owned()))
-        .collect();
-        for path in &self.bridges.sysctls {
-            sysctls.insert((*path).to_owned(), "1".to_owned());
-        }
+        let needed = |required: &Required| match required.when {
+            When::Always => true,
+            When::V6Range => {
+                self.settings.node.ranges.v6.is_some() && self.facts.primary.v6.is_some()
+            }
+            When::V4EndpointOnBridge | When::V6EndpointOnBridge => {
+                self.bridges.sysctls.contains(required.path)
+            }
+        };
+        let sysctls = REQUIRED
+            .iter()
+            .filter(|required| needed(required))
+            .map(|required| (required.path.to_owned(), required.value.to_owned()))
+            .collect();
         let base =
             compile_base(&self.settings.node, &self.facts, sysctls, self.bridges.masquerade.clone(), self.settings.timeouts);
         self.merged.set_base(base);
