@@ -472,3 +472,26 @@ fn errors_say_what_and_why() {
         assert_eq!(Error::of_command(&command, errno, message).to_string(), text);
     }
 }
+
+/// The kernel that this runs on, with a buffer that holds only part of the answers.
+#[test]
+fn a_real_kernel_that_loses_answers_is_read_back() {
+    if std::env::var("MESHLB_KERNEL_TESTS").as_deref() != Ok("1") {
+        return;
+    }
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let mut client =
+        Client::open_with(crate::Options { receive_buffer: 8 << 10, ..Default::default() }).unwrap();
+    client.batch_size = 400;
+    let commands: Vec<Command> = (1..=400).map(add).collect();
+    let results = client.batch(&commands);
+    let done = results.iter().filter(|result| result.is_ok()).count();
+    let lost = results.iter().filter(|result| matches!(result, Err(Error::AnswerLost { .. }))).count();
+    eprintln!("{done} answered, {lost} lost");
+    assert!(done > 0 && lost > 0);
+    assert_eq!(done + lost, 400);
+    // All were run nevertheless, and the socket is as good as before.
+    assert_eq!(client.services().unwrap().len(), 400);
+    client.execute(&Command::Flush).unwrap();
+    assert_eq!(client.services().unwrap().len(), 0);
+}
