@@ -169,8 +169,6 @@ impl DestinationConfig {
         let mut attributes = vec![
             DestinationAttribute::ForwardingMethod(self.forwarding.method()),
             DestinationAttribute::Weight(self.weight),
-            DestinationAttribute::UpperThreshold(self.upper_threshold),
-            DestinationAttribute::LowerThreshold(self.lower_threshold),
         ];
         if let Forwarding::Tunnel(tunnel) = self.forwarding {
             attributes.extend([
@@ -179,6 +177,10 @@ impl DestinationConfig {
                 DestinationAttribute::TunnelFlags(tunnel.flags),
             ]);
         }
+        attributes.extend([
+            DestinationAttribute::UpperThreshold(self.upper_threshold),
+            DestinationAttribute::LowerThreshold(self.lower_threshold),
+        ]);
         attributes
     }
 }

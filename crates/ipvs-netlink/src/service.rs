@@ -167,8 +167,9 @@ impl ServiceConfig {
 
     /// The attributes beside those of the [`ServiceId`].
     pub fn to_attributes(&self, family: AddressFamily) -> Vec<ServiceAttribute> {
-        let mut attributes = vec![
-            ServiceAttribute::Scheduler(self.scheduler.clone()),
+        let mut attributes = vec![ServiceAttribute::Scheduler(self.scheduler.clone())];
+        attributes.extend(self.pe_name.clone().map(ServiceAttribute::PersistenceEngine));
+        attributes.extend([
             // The mask claims every bit, so that a change also clears; the kernel puts HASHED back itself.
             ServiceAttribute::Flags {
                 flags: self.flags.without(ServiceFlags::HASHED).bits(),
@@ -176,8 +177,7 @@ impl ServiceConfig {
             },
             ServiceAttribute::Timeout(self.timeout),
             ServiceAttribute::Netmask(self.netmask.to_bytes(family)),
-        ];
-        attributes.extend(self.pe_name.clone().map(ServiceAttribute::PersistenceEngine));
+        ]);
         attributes
     }
 

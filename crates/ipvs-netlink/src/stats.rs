@@ -4,8 +4,8 @@ use crate::wire::{Counter, StatsAttribute};
 
 /// What the kernel counted for a service or a destination, and the rates it estimates.
 ///
-/// Counters run from the creation of the object or its last [`Zero`](crate::Command::Zero). Rates are an
-/// average that the kernel updates every two seconds. Read from the 64-bit attributes where the kernel sends
+/// Counters run from the creation of the object or its last [`Zero`](crate::Command::Zero). The kernel brings
+/// them, and the rates, up to date every two seconds: what happened just now is not in them yet. Read from the 64-bit attributes where the kernel sends
 /// them (Linux 4.1 and later), else from the 32-bit ones, whose counters wrap.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Stats {
