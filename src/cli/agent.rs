@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tracing::{error, info, warn};
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
     session::{self, Session, problems_of},
 };
 use crate::{
-    dataplane::monitor,
+    dataplane::monitor::Monitor,
     instance::Instance,
     reconcile::{
         Engine, Turn,
@@ -45,11 +45,11 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
     let (sender, inputs) = mpsc::channel();
     stop_on_signal(sender.clone())?;
     let addresses = sender.clone();
-    monitor::spawn(move || {
+    let ranges = session.engine.settings().node.ranges;
+    let _monitor = Monitor::spawn(ranges, move |_| {
         // The receiver is gone only when the agent ends.
         let _ = addresses.send(Input::NodeChanged);
-    })
-    .context("changes of this node's addresses can't be followed")?;
+    })?;
     follow(&source, session.engine.settings().node.clone(), sender)?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");

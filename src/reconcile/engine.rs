@@ -11,7 +11,7 @@ use jiff::Timestamp;
 
 use super::listeners::{held, live_ports};
 use crate::{
-    allocate::{Allocations, Allocator, Lock},
+    allocate::{Allocations, Allocator, Lock, allocate},
     compile::{
         Assigned, CompiledService, Inputs, Merged, base::compile_base, compile_service, merge::Touched,
         service::Drains,
@@ -22,9 +22,10 @@ use crate::{
         host::{REQUIRED, Required, When},
     },
     model::{
-        ids::{Family, Mark, Protocol, Scope, ServiceKey},
+        ids::{Family, Mark, PortId, Protocol, ServiceKey},
         kernel::{BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer},
         node::{NodeConfig, NodeFacts},
+        service::Service,
         snapshot::{Event, Snapshot},
     },
     plan::{Observed, Op, plan, plan_all},
@@ -62,6 +63,11 @@ pub struct Engine {
     pub dataplane: Dataplane,
     snapshot: Snapshot,
     allocator: Allocator,
+    /// Grows whenever allocations change.
+    generation: u64,
+    /// Set until the first look at the kernel when there is no state of earlier runs: marks are then taken
+    /// over from the kernel.
+    recover: Option<Lock>,
     merged: Merged,
     facts: NodeFacts,
     bridges: Bridges,
@@ -94,12 +100,14 @@ impl Engine {
         settings: Settings,
         dataplane: Dataplane,
         previous: Allocations,
-        lock: Option<Lock>,
+        lock: Lock,
         drains: Drains,
     ) -> Self {
         let ours = previous.known_marks();
         Self {
-            allocator: Allocator::new(settings.node.clone(), previous, lock),
+            recover: previous.services.is_empty().then(|| lock.clone()),
+            allocator: Allocator::new(settings.node.clone(), previous, lock, BTreeSet::new()),
+            generation: 0,
             settings,
             dataplane,
             snapshot: Snapshot::default(),
@@ -138,6 +146,11 @@ impl Engine {
     /// The desired state and the services it came from.
     pub fn merged(&self) -> &Merged {
         &self.merged
+    }
+
+    /// Grows whenever [`Self::allocator`]'s allocations change.
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// The allocator, for its conflicts and for the state file.
@@ -269,8 +282,12 @@ impl Engine {
             return Ok(touched);
         }
         let mut dirty = std::mem::take(&mut self.dirty);
-        dirty.extend(self.allocator.update(&dirty, self.snapshot.services()));
-        self.ours.extend(self.allocator.allocations().known_marks());
+        let changed = self.allocator.update(&dirty, self.snapshot.services());
+        self.generation += u64::from(!changed.is_empty());
+        for key in &changed {
+            self.ours.extend(self.allocator.get(key).into_iter().flat_map(|a| a.marks.values()));
+        }
+        dirty.extend(changed);
         self.find_blocked(&dirty)?;
         for key in dirty {
             let compiled = self.compile_one(&key, now);
@@ -283,8 +300,11 @@ impl Engine {
     fn compile_one(&self, key: &ServiceKey, now: Timestamp) -> Option<Arc<CompiledService>> {
         let service = self.snapshot.services().get(key)?;
         let allocation = self.allocator.get(key)?;
-        let assigned =
-            Assigned { vips: allocation.vips, published: allocation.published, marks: allocation.marks };
+        let assigned = Assigned {
+            vips: allocation.vips,
+            published: allocation.published.clone(),
+            marks: allocation.marks.clone(),
+        };
         let blocked: BTreeSet<(Protocol, u16)> = self.blocked.keys().copied().collect();
         let inputs = Inputs {
             config: &self.settings.node,
@@ -456,7 +476,7 @@ impl Engine {
     /// meant to have: they are left as they are.
     fn without_held(&self, observed: &Observed) -> Observed {
         let marks: BTreeSet<Mark> =
-            self.held.iter().flat_map(|key| self.allocator.allocations().marks_of(key)).collect();
+            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
         let wanted = &self.merged.state().elements;
         let mut out = observed.clone();
         out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
@@ -472,14 +492,15 @@ impl Engine {
     pub fn synced(&mut self, complete: bool) {
         let unseen = self
             .allocator
-            .allocations()
-            .owners()
-            .into_iter()
-            .filter(|key| !self.snapshot.services().contains_key(key))
+            .remembered()
+            .filter(|key| !self.snapshot.services().contains_key(*key))
+            .cloned()
             .collect::<BTreeSet<_>>();
         if complete {
             self.held.clear();
-            self.dirty.extend(unseen);
+            self.allocator.forget_remembered();
+            self.generation += u64::from(!unseen.is_empty());
+            self.trusted &= unseen.is_empty();
         } else {
             self.held = unseen;
         }
@@ -504,7 +525,16 @@ impl Engine {
     fn adopt(&mut self, observed: &Observed) {
         self.know(observed);
         self.ours.extend(observed.elements.values().flatten().copied());
-        self.allocator.recover(recover_marks(&observed.elements, &self.settings.node), &observed.foreign_marks);
+        if let Some(lock) = self.recover.take() {
+            let found = recover_allocations(
+                &observed.elements, &self.settings.node, self.snapshot.services(), &lock, &observed.foreign_marks,
+            );
+            self.allocator =
+                Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());
+            self.dirty.extend(self.snapshot.services().keys().cloned());
+        } else {
+            self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
+        }
         for (key, server) in &observed.virtual_servers {
             let Some(owner) = self.merged.owner(key.mark) else { continue };
             let want = self.merged.state().virtual_servers.get(key);
@@ -544,8 +574,9 @@ impl Engine {
             self.remember(op);
         }
         self.trusted = failures.is_empty();
-        if failures.is_empty() {
-            self.allocator.commit();
+        if failures.is_empty() && self.allocator.has_retired_marks() {
+            self.dirty.extend(self.allocator.commit());
+            self.generation += 1;
         }
         failures
     }
@@ -655,17 +686,46 @@ impl Engine {
     }
 }
 
-/// Which mark the kernel gives a (VIP or ingress address, protocol, port) now.
-fn recover_marks(elements: &Elements, node: &NodeConfig) -> BTreeMap<(Target, Scope), Mark> {
-    let ingress: BTreeSet<_> = Family::ALL.into_iter().filter_map(|f| node.ingress(f)).collect();
-    elements
-        .iter()
-        .filter_map(|(element, mark)| match (element, mark) {
-            (Element::Vip(target), Some(mark)) => {
-                let scope = if ingress.contains(&target.addr) { Scope::Ingress } else { Scope::Vip };
-                Some(((*target, scope), *mark))
-            }
-            _ => None,
-        })
-        .collect()
+/// Allocations after a lost state file: VIPs and published ports as their names give them, marks as the
+/// kernel has them for the same addresses and ports, so that connections go on.
+fn recover_allocations(
+    elements: &Elements,
+    node: &NodeConfig,
+    services: &BTreeMap<ServiceKey, Arc<Service>>,
+    lock: &Lock,
+    foreign: &BTreeSet<Mark>,
+) -> Allocations {
+    let fresh = allocate(services, node, Allocations::default(), lock.clone(), foreign.clone());
+    let mut out = fresh.allocations();
+    let mark_at = |addr, port: &PortId, number| {
+        let target = Target { addr, protocol: port.protocol, port: number };
+        elements.get(&Element::Vip(target)).copied().flatten()
+    };
+    for kept in out.services.values_mut() {
+        let vips: Vec<_> = kept.vips.iter().map(|(_, vip)| *vip).collect();
+        let ingress: Vec<_> = Family::ALL.into_iter().filter_map(|f| node.ingress(f)).collect();
+        kept.marks = kept
+            .marks
+            .keys()
+            .filter_map(|port| {
+                let by_vip = vips.iter().find_map(|vip| mark_at(*vip, port, port.port));
+                let published = kept.published.get(port);
+                let by_port = || published.and_then(|n| ingress.iter().find_map(|a| mark_at(*a, port, *n)));
+                Some((*port, by_vip.or_else(by_port)?))
+            })
+            .collect();
+        kept.ingress_marks = kept
+            .ingress_marks
+            .keys()
+            .filter_map(|port| {
+                let number = kept.published.get(port)?;
+                Some((*port, ingress.iter().find_map(|a| mark_at(*a, port, *number))?))
+            })
+            .collect();
+    }
+    // Everything else that our sets lead to is not given out until it is gone from the kernel.
+    let used: BTreeSet<Mark> =
+        out.services.values().flat_map(|k| k.marks.values().chain(k.ingress_marks.values())).copied().collect();
+    out.retired_marks = elements.values().flatten().filter(|mark| !used.contains(mark)).copied().collect();
+    out
 }

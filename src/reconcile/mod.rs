@@ -3,5 +3,7 @@
 pub mod agent;
 pub mod engine;
 pub mod listeners;
+#[cfg(test)]
+mod tests;
 
 pub use engine::{Engine, Settings, Turn};
