@@ -8,7 +8,9 @@
 //!                                     │ health, allocations
 //! ```
 
+pub mod allocate;
 pub mod api;
 pub mod dataplane;
 pub mod model;
 pub mod source;
+pub mod state;
