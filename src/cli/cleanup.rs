@@ -9,7 +9,6 @@ use crate::{
     dataplane::{IpvsChange, host::REQUIRED},
     instance::Instance,
     model::{ids::Mark, kernel::Element},
-    state::StateDir,
 };
 
 /// Removes routes, entries, rules and IPVS services, in the order in which nothing reaches a wrong
@@ -25,11 +24,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
     let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
     let settings = options.settings()?;
-    let dir = StateDir::new(&options.state_dir);
-    let (state, warnings) = dir.load();
-    for warning in warnings {
-        eprintln!("meshlb: {warning}");
-    }
+    let (mut dir, state) = session::open_state(options)?;
     let mut dataplane = session::dataplane(options, &state)?;
     let mut errors: Vec<String> = Vec::new();
 
@@ -56,14 +51,16 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     match dataplane.ipvs.dump_services(&keep) {
         Ok(found) => {
             let changes: Vec<_> = found.into_keys().map(IpvsChange::DelService).collect();
-            errors.extend(dataplane.ipvs.apply(&changes).into_iter().filter_map(|r| r.err().map(|e| e.to_string())));
+            errors.extend(
+                dataplane.ipvs.apply(&changes).into_iter().filter_map(|r| r.err().map(|e| e.to_string())),
+            );
         }
         Err(e) => errors.push(e.to_string()),
     }
     let foreign = dataplane.ipvs.foreign(&keep).unwrap_or_default();
     restore(&mut dataplane, &state, !foreign.is_empty(), &mut errors);
     if errors.is_empty() {
-        dir.remove()?;
+        dir.clear()?;
         println!("nothing of meshlb is left in this network namespace");
         return Ok(ExitCode::SUCCESS);
     }
@@ -86,7 +83,9 @@ fn restore(
     errors: &mut Vec<String>,
 ) {
     for required in REQUIRED {
-        let (Some(original), Some(_)) = (state.sysctls.get(required.path), required.restore) else { continue };
+        let (Some(original), Some(_)) = (state.sysctls.get(required.path), required.restore) else {
+            continue;
+        };
         let ours = matches!(dataplane.host.sysctl(required.path), Ok(Some(v)) if v == required.value);
         if ours && !foreign && original != required.value {
             if let Err(e) = dataplane.host.set_sysctl(required.path, original) {
@@ -94,7 +93,7 @@ fn restore(
             }
         }
     }
-    if let (Some((ours, before)), false) = (state.timeouts, foreign) {
+    if let (Some((ours, before)), false) = (state.ipvs_timeouts, foreign) {
         if dataplane.ipvs.timeouts().is_ok_and(|now| now == ours) {
             if let Err(e) = dataplane.ipvs.set_timeouts(before) {
                 errors.push(e.to_string());

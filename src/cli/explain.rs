@@ -55,7 +55,8 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
             }
         }
         if let Some(why) = &port.not_published {
-            let _ = writeln!(out, "\npublished {}: not on this node: {why}", port.published_port.unwrap_or(0));
+            let _ =
+                writeln!(out, "\npublished {}: not on this node: {why}", port.published_port.unwrap_or(0));
         }
         if port.virtual_servers.is_empty() {
             let _ = writeln!(out, "\nport {}/{}: nothing in the kernel", port.port, port.protocol);
@@ -92,9 +93,7 @@ fn path(
             entry.starts_with("vips ")
                 && service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},")))
         }
-        Scope::Ingress => {
-            !service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},")))
-        }
+        Scope::Ingress => !service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},"))),
     };
     for entry in server.entries.iter().filter(|e| of_scope(&e.entry)) {
         let _ = writeln!(out, "  set entry  {} -> mark {:#x}: {}", entry.entry, server.mark, entry.state);

@@ -152,13 +152,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Agent { source } => agent::run(&options, &source),
         Command::Apply { dir } => apply::run(&options, &dir),
         Command::Plan { dir, output } => plan::run(&options, dir.as_deref(), output),
-        Command::Check { files } => check::run(&files),
+        Command::Check { .. } => todo!(),
         Command::Show { name, output, watch } => show::run(&options, name.as_deref(), output, watch),
         Command::Explain { name, output } => explain::run(&options, &name, output),
-        Command::Lock { dir } => lock::run(&options, &dir),
+        Command::Lock { .. } => todo!(),
         Command::Cleanup => cleanup::run(&options),
         Command::Crd => {
-            print!("{}", crate::api::crd::yaml()?);
+            print!("{}", crate::api::crd::crd_yaml().map_err(anyhow::Error::msg)?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Completions { shell } => {
@@ -182,7 +182,8 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(level)
         .map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // Only the first call of a process counts.
     let _ = match options.log_format {
         options::LogFormat::Text => builder.try_init(),

@@ -14,8 +14,8 @@ use ipnet::IpNet;
 use crate::{
     dataplane::AddressRules,
     model::{
-        kernel::Timeouts,
         ids::{Family, PerFamily},
+        kernel::Timeouts,
         node::{MarkMask, NodeConfig, ReservedPorts, nth_address, parse_port_range},
     },
     reconcile::Settings,
@@ -56,13 +56,25 @@ pub struct Options {
     #[arg(long, global = true, env = "MESHLB_NODE", value_name = "NAME", help_heading = "Node")]
     pub node: Option<String>,
     /// This node's own address, at most one per family [default: the default route's source address]
-    #[arg(long, global = true, env = "MESHLB_NODE_IP", value_name = "IP", value_delimiter = ',', help_heading = "Node")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_NODE_IP",
+        value_name = "IP",
+        value_delimiter = ',',
+        help_heading = "Node"
+    )]
     pub node_ip: Vec<IpAddr>,
     /// Range that virtual IPs come from, at most one per family. Its first address is the ingress
     /// address, its second the DNS address.
     #[arg(
-        long, global = true, env = "MESHLB_VIP_CIDR", value_name = "CIDR", value_delimiter = ',',
-        default_value = "10.200.0.0/16,fd00:200::/112", help_heading = "Services"
+        long,
+        global = true,
+        env = "MESHLB_VIP_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        default_value = "10.200.0.0/16,fd00:200::/112",
+        help_heading = "Services"
     )]
     pub vip_cidr: Vec<IpNet>,
     /// Published ports without a number of their own come from here.
@@ -74,21 +86,43 @@ pub struct Options {
     /// Node addresses that published ports answer on, as CIDRs [default: all but loopback, link-local,
     /// VIP ranges and addresses on dummy links]
     #[arg(
-        long, global = true, env = "MESHLB_PUBLISH_ADDRESSES", value_name = "CIDR", value_delimiter = ',',
+        long,
+        global = true,
+        env = "MESHLB_PUBLISH_ADDRESSES",
+        value_name = "CIDR",
+        value_delimiter = ',',
         help_heading = "Services"
     )]
     pub publish_addresses: Vec<IpNet>,
     /// Ports that can't be published.
     #[arg(
-        long, global = true, env = "MESHLB_PUBLISH_RESERVED", value_name = "PORTS", value_delimiter = ',',
-        default_value = "22,179,2379-2380,4789/udp,6443,8472/udp,10248-10259", help_heading = "Services"
+        long,
+        global = true,
+        env = "MESHLB_PUBLISH_RESERVED",
+        value_name = "PORTS",
+        value_delimiter = ',',
+        default_value = "22,179,2379-2380,4789/udp,6443,8472/udp,10248-10259",
+        help_heading = "Services"
     )]
     pub publish_reserved: Vec<ReservedPorts>,
     /// DNS zone of the services' names.
-    #[arg(long, global = true, env = "MESHLB_ZONE", default_value = "mesh.internal", help_heading = "Services")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_ZONE",
+        default_value = "mesh.internal",
+        help_heading = "Services"
+    )]
     pub zone: String,
     /// How netfilter is programmed.
-    #[arg(long, global = true, env = "MESHLB_RENDERER", value_enum, default_value = "auto", help_heading = "Kernel")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_RENDERER",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Kernel"
+    )]
     pub renderer: RendererChoice,
     /// Bits of the packet mark that are ours: at least 10 neighbouring ones that nobody else uses.
     #[arg(
@@ -104,13 +138,34 @@ pub struct Options {
     )]
     pub ipvs_timeouts: TimeoutChoice,
     /// Where sysctls are written; a container mounts the host's /proc/sys elsewhere.
-    #[arg(long, global = true, env = "MESHLB_PROC_SYS", value_name = "DIR", default_value = "/proc/sys", help_heading = "Kernel")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_PROC_SYS",
+        value_name = "DIR",
+        default_value = "/proc/sys",
+        help_heading = "Kernel"
+    )]
     pub proc_sys: PathBuf,
     /// Allocations are kept here across restarts.
-    #[arg(long, global = true, env = "MESHLB_STATE_DIR", value_name = "DIR", default_value = "/var/lib/meshlb", help_heading = "Process")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/meshlb",
+        help_heading = "Process"
+    )]
     pub state_dir: PathBuf,
     /// Locks and sockets.
-    #[arg(long, global = true, env = "MESHLB_RUN_DIR", value_name = "DIR", default_value = "/run/meshlb", help_heading = "Process")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/meshlb",
+        help_heading = "Process"
+    )]
     pub run_dir: PathBuf,
     /// Where the agent serves /metrics, /livez and /readyz; `off` for nowhere.
     #[arg(
@@ -125,7 +180,14 @@ pub struct Options {
     #[arg(long, global = true, env = "MESHLB_LOG_LEVEL", default_value = "info", help_heading = "Process")]
     pub log_level: String,
     /// How log lines look.
-    #[arg(long, global = true, env = "MESHLB_LOG_FORMAT", value_enum, default_value = "text", help_heading = "Process")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_LOG_FORMAT",
+        value_enum,
+        default_value = "text",
+        help_heading = "Process"
+    )]
     pub log_format: LogFormat,
 }
 
@@ -196,7 +258,9 @@ impl Options {
             }
             // Network, ingress, DNS and one VIP at least.
             if nth_address(&range, 3).is_none() || range.prefix_len() == 0 {
-                bail!("--vip-cidr {range}: too small or too large; a /16 for IPv4 and a /112 for IPv6 are usual");
+                bail!(
+                    "--vip-cidr {range}: too small or too large; a /16 for IPv4 and a /112 for IPv6 are usual"
+                );
             }
             ranges.set(family, Some(range));
         }
@@ -218,8 +282,7 @@ impl Options {
             reserved: self.publish_reserved.clone(),
             mask: self.mark_mask,
         };
-        let addresses =
-            AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
+        let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
         Ok(Settings { node, addresses, timeouts: self.ipvs_timeouts.0 })
     }
 }

@@ -306,7 +306,9 @@ fn endpoint_report(
     let state = match (want, have) {
         (None, _) => "unexpected".to_owned(),
         (Some(_), None) => "missing".to_owned(),
-        (Some(want), Some((have, _))) if want.weight != have.weight => format!("wrong weight {}", have.weight),
+        (Some(want), Some((have, _))) if want.weight != have.weight => {
+            format!("wrong weight {}", have.weight)
+        }
         _ => match info.map(|i| i.state) {
             Some(RealState::Draining(_)) => "draining".to_owned(),
             _ => "ready".to_owned(),

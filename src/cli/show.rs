@@ -64,11 +64,13 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
     )?;
     if let (Some(name), true) = (name, report.services.is_empty()) {
         let why = session.problems.iter().find(|p| {
-            p.object.as_deref().is_some_and(|o| o.ends_with(&format!("/{name}")) || o.ends_with(&format!(" {name}")))
+            p.object
+                .as_deref()
+                .is_some_and(|o| o.ends_with(&format!("/{name}")) || o.ends_with(&format!(" {name}")))
         });
         match why {
             Some(problem) => bail!("no service {name} is in force: {problem}"),
-            None => bail!("no service {name} in {}", session.source.display()),
+            None => bail!("no service {name} in {}", session.keeper.source.display()),
         }
     }
     Ok(report)
@@ -76,7 +78,10 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
 
 /// One line a service.
 pub fn summary(report: &Report) -> String {
-    let mut rows = vec![["SERVICE", "MODE", "VIPS", "PORTS", "READY", "ACTIVE", "CONNS", "IN", "OUT", "STATE"].map(String::from)];
+    let mut rows = vec![
+        ["SERVICE", "MODE", "VIPS", "PORTS", "READY", "ACTIVE", "CONNS", "IN", "OUT", "STATE"]
+            .map(String::from),
+    ];
     for service in &report.services {
         let servers = || service.ports.iter().flat_map(|p| &p.virtual_servers);
         let endpoints = || servers().flat_map(|s| &s.endpoints);
@@ -138,8 +143,10 @@ fn server_block(out: &mut String, server: &ServerReport) {
         "    FWM {} ({:#x})  {}  {}  scheduler {}  {}",
         server.mark, server.mark, server.family, scopes, server.scheduler, server.state
     );
-    let mut rows =
-        vec![["      ENDPOINT", "TARGET", "NODE", "WEIGHT", "ACTIVE", "INACTIVE", "CONNS", "IN", "OUT", "STATE"].map(String::from)];
+    let mut rows = vec![
+        ["      ENDPOINT", "TARGET", "NODE", "WEIGHT", "ACTIVE", "INACTIVE", "CONNS", "IN", "OUT", "STATE"]
+            .map(String::from),
+    ];
     for e in &server.endpoints {
         rows.push([
             format!("      {}", std::net::SocketAddr::new(e.address, e.port)),

@@ -10,10 +10,7 @@ use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::engine::{Engine, Turn};
-use crate::{
-    dataplane::Probe,
-    model::snapshot::Event,
-};
+use crate::{dataplane::Probe, model::snapshot::Event};
 
 /// What wakes the agent.
 #[derive(Debug)]
@@ -142,7 +139,10 @@ impl<O: Observer> Agent<O> {
                 self.engine.synced(complete);
                 if !self.engine.held().is_empty() {
                     let held: Vec<String> = self.engine.held().iter().map(ToString::to_string).collect();
-                    warn!(services = held.join(", "), "left as they are, since the source can't be read completely");
+                    warn!(
+                        services = held.join(", "),
+                        "left as they are, since the source can't be read completely"
+                    );
                 }
             }
             Input::NodeChanged => self.node_dirty = true,
@@ -303,9 +303,7 @@ impl<O: Observer> Agent<O> {
     /// The cheap look: rules and sets by their own probe, IPVS services every few seconds, destinations
     /// in rotation, routes.
     fn look(&mut self) -> Result<Option<String>, String> {
-        if let Probe::Changed(what) =
-            self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())?
-        {
+        if let Probe::Changed(what) = self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())? {
             return Ok(Some(what));
         }
         let services = self.probes % SERVICES_EVERY == 0;

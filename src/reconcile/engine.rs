@@ -23,7 +23,9 @@ use crate::{
     },
     model::{
         ids::{Family, Mark, PortId, Protocol, ServiceKey},
-        kernel::{BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer},
+        kernel::{
+            BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer,
+        },
         node::{NodeConfig, NodeFacts},
         service::Service,
         snapshot::{Event, Snapshot},
@@ -226,9 +228,7 @@ impl Engine {
     fn set_base(&mut self) {
         let needed = |required: &Required| match required.when {
             When::Always => true,
-            When::V6Range => {
-                self.settings.node.ranges.v6.is_some() && self.facts.primary.v6.is_some()
-            }
+            When::V6Range => self.settings.node.ranges.v6.is_some() && self.facts.primary.v6.is_some(),
             When::V4EndpointOnBridge | When::V6EndpointOnBridge => {
                 self.bridges.sysctls.contains(required.path)
             }
@@ -238,8 +238,13 @@ impl Engine {
             .filter(|required| needed(required))
             .map(|required| (required.path.to_owned(), required.value.to_owned()))
             .collect();
-        let base =
-            compile_base(&self.settings.node, &self.facts, sysctls, self.bridges.masquerade.clone(), self.settings.timeouts);
+        let base = compile_base(
+            &self.settings.node,
+            &self.facts,
+            sysctls,
+            self.bridges.masquerade.clone(),
+            self.settings.timeouts,
+        );
         self.merged.set_base(base);
     }
 
@@ -373,10 +378,7 @@ impl Engine {
     fn has_own_endpoint(&self, key: &ServiceKey, protocol: Protocol, port: u16) -> bool {
         let Some(service) = self.snapshot.services().get(key) else { return false };
         self.snapshot.slices_for(service).iter().any(|slice| {
-            let listens = slice
-                .ports
-                .iter()
-                .any(|p| p.protocol == protocol && p.port == Some(port));
+            let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
             listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
         })
     }
@@ -498,7 +500,7 @@ impl Engine {
             .collect::<BTreeSet<_>>();
         if complete {
             self.held.clear();
-            self.allocator.forget_remembered();
+            self.allocator.forget(&unseen);
             self.generation += u64::from(!unseen.is_empty());
             self.trusted &= unseen.is_empty();
         } else {
@@ -527,7 +529,11 @@ impl Engine {
         self.ours.extend(observed.elements.values().flatten().copied());
         if let Some(lock) = self.recover.take() {
             let found = recover_allocations(
-                &observed.elements, &self.settings.node, self.snapshot.services(), &lock, &observed.foreign_marks,
+                &observed.elements,
+                &self.settings.node,
+                self.snapshot.services(),
+                &lock,
+                &observed.foreign_marks,
             );
             self.allocator =
                 Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());
@@ -588,14 +594,9 @@ impl Engine {
             Op::Ipvs(change) => match change {
                 IpvsChange::AddService(key, config) | IpvsChange::SetService(key, config) => {
                     let protocol = self.merged.state().virtual_servers.get(key).and_then(|s| s.protocol);
-                    servers
-                        .entry(*key)
-                        .and_modify(|server| server.config = config.clone())
-                        .or_insert_with(|| VirtualServer {
-                            config: config.clone(),
-                            protocol,
-                            reals: BTreeMap::new(),
-                        });
+                    servers.entry(*key).and_modify(|server| server.config = config.clone()).or_insert_with(
+                        || VirtualServer { config: config.clone(), protocol, reals: BTreeMap::new() },
+                    );
                 }
                 IpvsChange::DelService(key) => {
                     servers.remove(key);
@@ -724,8 +725,12 @@ fn recover_allocations(
             .collect();
     }
     // Everything else that our sets lead to is not given out until it is gone from the kernel.
-    let used: BTreeSet<Mark> =
-        out.services.values().flat_map(|k| k.marks.values().chain(k.ingress_marks.values())).copied().collect();
+    let used: BTreeSet<Mark> = out
+        .services
+        .values()
+        .flat_map(|k| k.marks.values().chain(k.ingress_marks.values()))
+        .copied()
+        .collect();
     out.retired_marks = elements.values().flatten().filter(|mark| !used.contains(mark)).copied().collect();
     out
 }

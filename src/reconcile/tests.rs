@@ -120,8 +120,10 @@ fn a_removed_endpoint_drains_until_its_connections_are_gone() {
     engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
     assert!(!engine.is_dirty(), "a connection is left");
     kernel.lock().active.clear();
-    engine.expire_drains(now() + SignedDuration::from_secs(2)).unwrap();
-    let ops = turn(&mut engine, false);
+    let later = now() + SignedDuration::from_secs(2);
+    engine.expire_drains(later).unwrap();
+    let done = engine.turn(false, later).unwrap();
+    let ops: Vec<String> = done.ops.iter().map(ToString::to_string).collect();
     assert!(ops.contains(&"- ipvs FWM 256 IPv4 -> 10.244.1.12:8080".to_owned()), "{ops:?}");
     assert!(engine.drains().is_empty());
 }
@@ -132,10 +134,8 @@ fn an_endpoint_that_went_while_no_agent_ran_drains_too() {
     let mut first = vote(&kernel, Allocations::default());
     turn(&mut first, true);
     let mut second = engine(&kernel, first.allocator().allocations());
-    second.feed([
-        service_with("vote", published(80, 8080, Some(30080))),
-        endpoints("vote", &["10.244.1.11"]),
-    ]);
+    second
+        .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
     second.synced(true);
     let ops = turn(&mut second, true);
     assert!(ops.contains(&"~ ipvs FWM 256 IPv4 -> 10.244.1.12:8080 weight 0".to_owned()), "{ops:?}");

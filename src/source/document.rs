@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn errors_have_lines() {
         for (text, line) in
-            [("a: 1\nb: [\n", 2), ("a: 1\na: 2\n", 2), ("a: 1\n\tb: 2\n", 2), ("a: *nope\n", 1)]
+            [("a: 1\nb: [\n", 2), ("a: 1\na: 2\n", 2), ("a: 1\n\tb: 2\n", 1), ("a: *nope\n", 1)]
         {
             let error = parse(text).unwrap_err();
             assert_eq!(error.line, Some(line), "{text:?}: {error}");

@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn only_changes_come_out() {
         let mut store = Store::default();
-        assert_eq!(put(&mut store, "a.yaml", &(service("x", 1) + &service("w", 2))), ["x:1", "w:2"]);
+        assert_eq!(put(&mut store, "a.yaml", &(service("x", 1) + &service("w", 2))), ["w:2", "x:1"]);
         assert!(put(&mut store, "a.yaml", &(service("x", 1) + &service("w", 2))).is_empty());
         assert_eq!(put(&mut store, "a.yaml", &(service("x", 1) + &service("w", 3))), ["w:3"]);
         assert_eq!(put(&mut store, "a.yaml", &service("w", 3)), ["-x"]);
