@@ -6,7 +6,6 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
 use super::{
@@ -175,8 +174,12 @@ pub fn list(dir: &Path) -> io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
+        if !is_manifest(&entry.file_name()) {
+            continue;
+        }
+        let kind = entry.file_type()?;
         // A directory called x.yaml is none of ours; a link that leads nowhere is reported by whoever reads it.
-        if is_manifest(&entry.file_name()) && !entry.path().is_dir() {
+        if !kind.is_dir() && !(kind.is_symlink() && entry.path().is_dir()) {
             names.push(entry.file_name());
         }
     }
@@ -368,6 +371,3 @@ impl Reader<'_> {
         });
     }
 }
-
-/// How long a folder must have been quiet before it is read again.
-pub const QUIET: Duration = Duration::from_millis(200);

@@ -4,11 +4,13 @@ pub mod document;
 pub mod files;
 pub mod problem;
 pub mod store;
+pub mod watch;
 
 use std::time::Instant;
 
 pub use files::{Loaded, load};
 pub use problem::Problem;
+pub use watch::watch;
 
 use crate::model::snapshot::Event;
 

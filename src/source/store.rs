@@ -15,7 +15,9 @@ use crate::model::snapshot::Event;
 /// Objects of a folder. Work is in proportion to what changes.
 #[derive(Default, Debug)]
 pub struct Store {
-    files: BTreeMap<OsString, FileState>,
+    files: HashMap<OsString, Entries>,
+    /// What is wrong, of files with which something is.
+    problems: BTreeMap<OsString, Vec<Problem>>,
     /// Files that name an object; the first one wins.
     owners: HashMap<ObjectId, BTreeSet<OsString>>,
     /// Objects that several files name.
@@ -26,11 +28,8 @@ pub struct Store {
     touched: BTreeSet<ObjectId>,
 }
 
-#[derive(Default, Debug)]
-struct FileState {
-    entries: HashMap<ObjectId, (u64, Verdict)>,
-    problems: Vec<Problem>,
-}
+/// Line and verdict of each object of a file.
+type Entries = HashMap<ObjectId, (u64, Verdict)>;
 
 impl Store {
     /// Whether no object is in force.
@@ -45,10 +44,9 @@ impl Store {
 
     /// Takes in what a file says now.
     pub fn replace(&mut self, name: OsString, parsed: ParsedFile) {
-        let mut entries: HashMap<ObjectId, (u64, Verdict)> =
-            parsed.entries.into_iter().map(|e| (e.id, (e.line, e.verdict))).collect();
+        let mut entries: Entries = parsed.entries.into_iter().map(|e| (e.id, (e.line, e.verdict))).collect();
         let old = self.files.remove(&name).unwrap_or_default();
-        for (id, held) in old.entries {
+        for (id, held) in old {
             match entries.get(&id) {
                 Some(now) if *now == held => {}
                 Some(_) => drop(self.touched.insert(id)),
@@ -68,13 +66,19 @@ impl Store {
                 }
             }
         }
-        self.files.insert(name, FileState { entries, problems: parsed.problems });
+        if parsed.problems.is_empty() {
+            self.problems.remove(&name);
+        } else {
+            self.problems.insert(name.clone(), parsed.problems);
+        }
+        self.files.insert(name, entries);
     }
 
     /// A file is gone, and with it what only it named.
     pub fn remove(&mut self, name: &OsStr) {
-        let Some(state) = self.files.remove(name) else { return };
-        for id in state.entries.into_keys() {
+        self.problems.remove(name);
+        let Some(entries) = self.files.remove(name) else { return };
+        for id in entries.into_keys() {
             self.disown(&id, name);
             self.touched.insert(id);
         }
@@ -96,7 +100,7 @@ impl Store {
         let mut events = Vec::new();
         for id in std::mem::take(&mut self.touched) {
             let owner = self.owners.get(&id).and_then(BTreeSet::first);
-            let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.entries.get(&id));
+            let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             match verdict.map(|(_, verdict)| verdict) {
                 Some(Verdict::Wrong) => {}
                 Some(Verdict::Good(object)) => {
@@ -120,13 +124,12 @@ impl Store {
 
     /// All that is wrong now, in order of files and lines.
     pub fn problems(&self, dir: &Path) -> Vec<Problem> {
-        let mut problems: Vec<Problem> =
-            self.files.values().flat_map(|f| f.problems.iter().cloned()).collect();
+        let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
         for id in &self.contested {
             let Some(owners) = self.owners.get(id) else { continue };
             let Some(winner) = owners.first() else { continue };
             for loser in owners.iter().skip(1) {
-                let line = self.files.get(loser).and_then(|f| f.entries.get(id)).map(|(line, _)| *line);
+                let line = self.files.get(loser).and_then(|f| f.get(id)).map(|(line, _)| *line);
                 problems.push(Problem {
                     file: dir.join(loser),
                     line: line.filter(|l| *l > 0),
