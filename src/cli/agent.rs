@@ -1,6 +1,7 @@
 //! `meshlb agent`: keeps the kernel as a folder says.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     process::ExitCode,
     sync::mpsc::{self, Sender},
@@ -18,6 +19,7 @@ use super::{
 use crate::{
     dataplane::monitor::Monitor,
     instance::Instance,
+    model::ids::ServiceKey,
     reconcile::{
         Engine, Turn,
         agent::{Agent, Input, Observer, Pace},
@@ -52,7 +54,7 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
     follow(&source, session.engine.settings().node.clone(), sender)?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
-    let keeper = Watcher { keeper: session.keeper, told: Vec::new() };
+    let keeper = Watcher { keeper: session.keeper, told: BTreeMap::new() };
     Agent::new(session.engine, keeper, pace).run(&inputs);
     Ok(ExitCode::SUCCESS)
 }
@@ -60,7 +62,7 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
 /// Forwards what the folder says.
 fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<Input>) -> Result<()> {
     let (sender, messages) = mpsc::channel();
-    drop((source, config, sender)); // watch
+    source::watch::watch(source, config, sender)?;
     thread::Builder::new().name("source".into()).spawn(move || {
         let mut complete = true;
         let mut synced = false;
@@ -129,7 +131,8 @@ fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
 /// Keeps the state file and tells people what they need to know.
 struct Watcher {
     keeper: Keeper,
-    told: Vec<String>,
+    /// Problems that were logged, by service.
+    told: BTreeMap<ServiceKey, Vec<String>>,
 }
 
 impl Observer for Watcher {
@@ -137,20 +140,28 @@ impl Observer for Watcher {
         self.keeper.save(engine).map_err(|e| format!("{e:#}"))
     }
 
-    fn after_turn(&mut self, engine: &Engine, _: &Turn, _: Option<Instant>) {
+    fn after_turn(&mut self, engine: &Engine, turn: &Turn, _: Option<Instant>) {
         if let Err(e) = self.keeper.save(engine) {
             error!("{e:#}");
         }
-        let now: Vec<String> = engine
-            .merged()
-            .services()
-            .values()
-            .flat_map(|s| problems_of(engine, s).into_iter().map(move |p| format!("{}: {p}", s.key)))
-            .collect();
-        for line in now.iter().filter(|line| !self.told.contains(line)) {
-            warn!("{line}");
+        for key in &turn.services {
+            let now: Vec<String> = engine
+                .merged()
+                .services()
+                .get(key)
+                .map(|service| problems_of(engine, service))
+                .unwrap_or_default();
+            let before = self.told.remove(key).unwrap_or_default();
+            for line in now.iter().filter(|line| !before.contains(line)) {
+                warn!("{key}: {line}");
+            }
+            for line in before.iter().filter(|line| !now.contains(line)) {
+                info!("{key}: no longer: {line}");
+            }
+            if !now.is_empty() {
+                self.told.insert(key.clone(), now);
+            }
         }
-        self.told = now;
     }
 
     fn turn_failed(&mut self, _: &str) {}

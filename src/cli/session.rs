@@ -5,15 +5,21 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::options::{Options, RendererChoice};
 use crate::{
     compile::CompiledService,
-    dataplane::{executor::Dataplane, host::LinuxHost, ipvs::KernelIpvs},
+    dataplane::{
+        Netfilter,
+        executor::Dataplane,
+        host::LinuxHost,
+        ipvs::KernelIpvs,
+        netfilter::{self, Iptables, Nftables, RendererChoice as Choice, Variant},
+    },
     model::kernel::{RealServerKey, Timeouts, VirtualServerKey},
     plan::{Observed, Op},
-    reconcile::{Engine, Settings},
+    reconcile::Engine,
     source::{self, Problem, problem::Severity},
     state::{Drain, State, StateDir},
 };
@@ -220,6 +226,32 @@ pub fn dataplane(options: &Options, state: &State) -> Result<Dataplane> {
     })
 }
 
-fn renderer(_: &Options, _: &State) -> Result<Box<dyn crate::dataplane::Netfilter + Send>> {
-    bail!("not yet")
+/// The renderer that the options or the host ask for.
+fn renderer(options: &Options, state: &State) -> Result<Box<dyn Netfilter + Send>> {
+    let choice = match options.renderer {
+        RendererChoice::IptablesNft => Choice::Iptables(Variant::Nft),
+        RendererChoice::IptablesLegacy => Choice::Iptables(Variant::Legacy),
+        RendererChoice::Nftables => Choice::Nftables,
+        RendererChoice::Auto | RendererChoice::Iptables => {
+            let found = netfilter::detect();
+            for reason in &found.reasons {
+                debug!("renderer: {reason}");
+            }
+            for warning in &found.warnings {
+                warn!("{warning}");
+            }
+            match (options.renderer, found.choice) {
+                (RendererChoice::Iptables, Choice::Nftables) => Choice::Iptables(Variant::Nft),
+                (_, choice) => choice,
+            }
+        }
+    };
+    let mut renderer: Box<dyn Netfilter + Send> = match choice {
+        Choice::Iptables(variant) => Box::new(Iptables::new(variant)?),
+        Choice::Nftables => Box::new(Nftables::new()?),
+    };
+    if state.renderer == renderer.name() && !state.netfilter.is_null() {
+        renderer.set_fingerprint(state.netfilter.clone());
+    }
+    Ok(renderer)
 }

@@ -43,7 +43,7 @@ pub struct Inputs<'a> {
     /// Drains that run already.
     pub drains: &'a Drains,
     /// Published ports that a socket of the host holds (design decision 5): not published on this node.
-    pub blocked: &'a BTreeSet<(Protocol, u16)>,
+    pub blocked: &'a dyn Fn(Protocol, u16) -> bool,
     /// Now.
     pub now: Timestamp,
 }
@@ -201,7 +201,7 @@ fn publish(
         PublishMode::Host => TrafficPolicy::Local,
     };
     let numbers: Vec<u16> = ports_from(number, port.span()).collect();
-    if let Some(held) = numbers.iter().find(|n| inputs.blocked.contains(&(port.protocol, **n))) {
+    if let Some(held) = numbers.iter().find(|n| (inputs.blocked)(port.protocol, **n)) {
         compiled.not_published = Some(format!("{} {held} is held by a socket of this host", port.protocol));
         return;
     }

@@ -65,7 +65,7 @@ impl Case {
             facts: &facts,
             present: &self.present,
             drains: &self.drains,
-            blocked: &self.blocked,
+            blocked: &|protocol, port| self.blocked.contains(&(protocol, port)),
             now: self.now,
         };
         compile_service(&self.service, &self.slices, &assigned(&self.service), &inputs)

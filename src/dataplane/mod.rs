@@ -6,8 +6,11 @@
 pub mod executor;
 pub mod fake;
 pub mod host;
+pub mod ipset;
 pub mod ipvs;
 pub mod monitor;
+pub mod netfilter;
+mod nfnl;
 pub mod preflight;
 
 use std::{

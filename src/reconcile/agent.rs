@@ -215,7 +215,8 @@ impl<O: Observer> Agent<O> {
             return;
         }
         let failures = self.engine.apply(&ops);
-        let turn = Turn { full, ops, failures, took: start.elapsed() };
+        let services = self.engine.take_settled();
+        let turn = Turn { full, services, ops, failures, took: start.elapsed() };
         for op in &turn.ops {
             debug!("{op}");
         }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -9,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 use jiff::Timestamp;
 
-use super::listeners::{held, live_ports};
+use super::listeners::held;
 use crate::{
     allocate::{Allocations, Allocator, Lock, allocate},
     compile::{
@@ -49,6 +50,8 @@ pub struct Settings {
 pub struct Turn {
     /// Whether the kernel was read first.
     pub full: bool,
+    /// Services that were compiled for it.
+    pub services: BTreeSet<ServiceKey>,
     /// Operations, in their order.
     pub ops: Vec<Op>,
     /// Those that failed.
@@ -80,6 +83,8 @@ pub struct Engine {
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
     dirty: BTreeSet<ServiceKey>,
     held: BTreeSet<ServiceKey>,
+    /// Services that were compiled since the caller asked last.
+    settled: BTreeSet<ServiceKey>,
     /// Values that required sysctls had before the first change, by path.
     originals: BTreeMap<String, String>,
     timeouts_before: Option<Timeouts>,
@@ -122,6 +127,7 @@ impl Engine {
             blocked: BTreeMap::new(),
             dirty: BTreeSet::new(),
             held: BTreeSet::new(),
+            settled: BTreeSet::new(),
             originals: BTreeMap::new(),
             timeouts_before: None,
             ours,
@@ -250,12 +256,14 @@ impl Engine {
 
     /// Bridges with local endpoints need `bridge-nf-call-*`, or masquerading where that can't be had.
     fn refresh_bridges(&mut self) -> Result<(), Error> {
-        let local: BTreeSet<_> = self
+        let (first, last) =
+            (Element::Local(Ipv4Addr::UNSPECIFIED.into()), Element::Local(Ipv6Addr::from(u128::MAX).into()));
+        let local: BTreeSet<IpAddr> = self
             .merged
             .state()
             .elements
-            .keys()
-            .filter_map(|e| if let Element::Local(addr) = e { Some(*addr) } else { None })
+            .range(first..=last)
+            .filter_map(|(e, _)| if let Element::Local(addr) = e { Some(*addr) } else { None })
             .collect();
         let mut bridges = Bridges::default();
         if !local.is_empty() {
@@ -294,6 +302,7 @@ impl Engine {
         }
         dirty.extend(changed);
         self.find_blocked(&dirty)?;
+        self.settled.extend(dirty.iter().cloned());
         for key in dirty {
             let compiled = self.compile_one(&key, now);
             self.remember_drains(&key, compiled.as_deref());
@@ -310,13 +319,12 @@ impl Engine {
             published: allocation.published.clone(),
             marks: allocation.marks.clone(),
         };
-        let blocked: BTreeSet<(Protocol, u16)> = self.blocked.keys().copied().collect();
         let inputs = Inputs {
             config: &self.settings.node,
             facts: &self.facts,
             present: &self.known.virtual_servers,
             drains: &self.drains,
-            blocked: &blocked,
+            blocked: &|protocol, port| self.blocked.contains_key(&(protocol, port)),
             now,
         };
         Some(Arc::new(compile_service(service, &self.snapshot.slices_for(service), &assigned, &inputs)))
@@ -339,7 +347,6 @@ impl Engine {
     /// Published ports that are about to be programmed for the first time, while a socket of the host
     /// holds them, are not taken from it.
     fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
-        let live = live_ports(&self.known.elements);
         let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
         let gone: BTreeSet<ServiceKey> = dirty.clone();
         self.blocked.retain(|_, owner| !gone.contains(owner));
@@ -352,7 +359,7 @@ impl Engine {
             for port in &service.ports {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
                 for number in first..=first.saturating_add(port.span().saturating_sub(1)) {
-                    if !live.contains(&(port.protocol, number)) {
+                    if !self.is_live(port.protocol, number) {
                         wanted.insert((port.protocol, number), key.clone());
                     }
                 }
@@ -372,6 +379,14 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Whether the kernel leads packets for a published port to us already.
+    fn is_live(&self, protocol: Protocol, port: u16) -> bool {
+        self.facts
+            .published_addresses
+            .iter()
+            .any(|&addr| self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port })))
     }
 
     /// Whether a service has an endpoint on the host network of this node that listens on that port.
@@ -446,7 +461,9 @@ impl Engine {
             return self.prepare_full(now).map(|(ops, _)| ops);
         }
         let touched = self.settle(now)?;
-        self.refresh_bridges()?;
+        if touched.elements.iter().any(|e| matches!(e, Element::Local(_))) {
+            self.refresh_bridges()?;
+        }
         if !self.trusted {
             return self.prepare_full(now).map(|(ops, _)| ops);
         }
@@ -506,6 +523,11 @@ impl Engine {
         } else {
             self.held = unseen;
         }
+    }
+
+    /// Services that were compiled since the last call.
+    pub fn take_settled(&mut self) -> BTreeSet<ServiceKey> {
+        std::mem::take(&mut self.settled)
     }
 
     /// Services that are left alone because the source can't be read completely.
@@ -570,7 +592,7 @@ impl Engine {
         let full = full || !self.trusted;
         let ops = self.prepare(full, now)?;
         let failures = self.apply(&ops);
-        Ok(Turn { full, ops, failures, took: start.elapsed() })
+        Ok(Turn { full, services: self.take_settled(), ops, failures, took: start.elapsed() })
     }
 
     /// Applies prepared operations.
