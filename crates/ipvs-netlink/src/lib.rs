@@ -56,7 +56,11 @@
 //! - [`ServiceFlags::HASHED`] comes back with every service. [`ServiceConfig::flags`] is without it.
 //! - A persistence netmask is a mask for IPv4 and a prefix length for IPv6: [`Netmask`] is for both.
 //! - Counters and rates are brought up to date every two seconds.
-//! - Dumps are not atomic, and do not say when the table changed underneath: see [`Client::services`].
+//! - Dumps are not atomic, and do not say when the table changed underneath: see [`Client::services`]. With
+//!   another process adding and deleting 100 services without pause, a dump of 3,000 that nobody touched lacked
+//!   300 of them, and had 300 twice, on the average of ten.
+//! - Adding 10,000 destinations took two to seven times as long in a namespace where as many had been deleted
+//!   in the minutes before as in a fresh one. To change an object, set it; do not delete and add it.
 //! - In a network namespace whose loopback link was never up, every IPv4 destination is refused with `EINVAL`,
 //!   because there is no routing table to find it in.
 //! - A reload of the module gives the family another number. The client looks it up again, which also makes the
