@@ -212,7 +212,7 @@ fn hint(object: &Object, errno: i32) -> &'static str {
             " (a weight below 0, or the lower threshold is above the upper one)"
         }
         (Object::Destination(..), EINVAL) => {
-            " (not a unicast address, or a GUE tunnel without a port, or another family while a daemon runs)"
+            " (not a unicast address, or loopback was never up, or a GUE tunnel without a port)"
         }
         _ => "",
     }

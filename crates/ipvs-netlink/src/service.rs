@@ -24,7 +24,8 @@ use crate::wire::ServiceAttribute;
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum ServiceId {
-    /// Packets of one family that carry a mark. IPVS compares all 32 bits.
+    /// Packets of one family that carry a mark. IPVS compares all 32 bits. (`ipvsadm` prints marks above
+    /// 2³¹ − 1 as negative numbers.)
     Fwmark {
         /// IPv4 and IPv6 are two services, though the mark be the same.
         family: AddressFamily,

@@ -74,15 +74,17 @@ impl Client {
                 Err(error) => gone = Some(error),
             }
         }
-        // Without IPVS the ENOENT were all of the first kind; other errors leave them open.
-        let no_ipvs = matches!(gone, Some(Error::NoIpvs));
 
         let results = commands
             .iter()
             .zip(answers.outcomes)
             .map(|(command, outcome)| match outcome {
                 Some(Outcome { errno: 0, .. }) => Ok(()),
-                Some(Outcome { errno: ENOENT, .. }) if no_ipvs => Err(Error::NoIpvs),
+                Some(Outcome { errno: ENOENT, .. }) if gone.is_some() => match gone {
+                    Some(Error::NoIpvs) => Err(Error::NoIpvs),
+                    // Which of the two meanings it had is not known.
+                    _ => Err(Error::AnswerLost { object: command.object() }),
+                },
                 Some(outcome) => Err(Error::of_command(command, outcome.errno, outcome.message)),
                 None => Err(self.unanswered(command, answers.failure.as_ref())),
             })

@@ -121,7 +121,8 @@ impl Client {
     /// All services of the network namespace.
     ///
     /// A dump is put together piece by piece, and IPVS of Linux 6.1 does not tell when the table changed in
-    /// between: with another writer about, a service may then be missing or come twice. Where a kernel does tell
+    /// between: with another writer about, services that were there all the time may be missing or come twice.
+    /// Before acting on a missing one, ask for it by [`service`](Client::service). Where a kernel does tell
     /// (`NLM_F_DUMP_INTR`), the dump is taken again, five times at most.
     pub fn services(&mut self) -> Result<Vec<Service>, Error> {
         self.whole_dump(|client, all| client.for_each_service(|service| all.push(service)))
