@@ -8,5 +8,7 @@
 //!                                     │ health, allocations
 //! ```
 
+pub mod admin;
 pub mod dataplane;
+pub mod metrics;
 pub mod model;
