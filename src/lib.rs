@@ -6,6 +6,7 @@
 //!                                     ▲      Observed ───┘                  routes, sysctls
 //!                                     │ health, allocations
 //! ```
+
 #![forbid(unsafe_code)]
 
 pub mod admin;
