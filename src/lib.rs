@@ -9,12 +9,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod admin;
 pub mod allocate;
 pub mod api;
 pub mod cli;
 pub mod compile;
 pub mod dataplane;
 pub mod instance;
+pub mod metrics;
 pub mod model;
 pub mod plan;
 pub mod reconcile;

@@ -253,6 +253,13 @@ mod tests {
         (monitor.unwrap(), receiver)
     }
 
+    /// `ip` with these commands at once.
+    fn batch(commands: impl Iterator<Item = String>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), commands.collect::<Vec<_>>().join("\n")).unwrap();
+        ip(&format!("-batch {}", file.path().display()));
+    }
+
     /// Everything reported until a second of silence.
     fn reported(receiver: &Receiver<Changes>) -> Vec<Changes> {
         std::iter::from_fn(|| receiver.recv_timeout(Duration::from_secs(1)).ok()).collect()
@@ -272,9 +279,7 @@ mod tests {
             ip("route add 10.9.0.0/16 via 192.168.50.9");
             assert_eq!(reported(&receiver), [], "our own routes and unrelated ones");
 
-            for n in 2..20 {
-                ip(&format!("addr add 192.168.50.{n}/24 dev eth0"));
-            }
+            batch((2..20).map(|n| format!("addr add 192.168.50.{n}/24 dev eth0")));
             let seen = reported(&receiver);
             assert!(!seen.is_empty() && seen.len() < 10, "{seen:?}");
             assert!(seen.iter().all(|c| c.addresses), "{seen:?}");
@@ -311,12 +316,7 @@ mod tests {
             .unwrap();
             ip("addr add 192.168.50.2/24 dev eth0");
             std::thread::sleep(Duration::from_millis(700));
-            let batch: String = (0..8000)
-                .map(|n| format!("route add 10.{}.{}.0/24 via 192.168.50.9\n", n >> 8, n & 255))
-                .collect();
-            let file = tempfile::NamedTempFile::new().unwrap();
-            std::fs::write(file.path(), batch).unwrap();
-            ip(&format!("-batch {}", file.path().display()));
+            batch((0..8000).map(|n| format!("route add 10.{}.{}.0/24 via 192.168.50.9", n >> 8, n & 255)));
             gate.send(()).unwrap();
             let seen = reported(&receiver);
             // These routes concern nobody, so a second report can only come from the overrun.

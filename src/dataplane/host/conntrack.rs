@@ -35,14 +35,14 @@ const FILTER_PROTO_NUM: u32 = 1 << 3;
 /// Attributes of a tuple.
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
-const CTA_IP_V4_SRC: u16 = 1;
-const CTA_IP_V6_SRC: u16 = 3;
 const CTA_PROTO_NUM: u16 = 1;
-const CTA_PROTO_SRC_PORT: u16 = 2;
+/// `CTA_IP_V4_SRC`, `CTA_IP_V6_SRC` and `CTA_PROTO_SRC_PORT`; then the same with `_DST`.
+const SOURCE: [u16; 3] = [1, 3, 2];
+const DESTINATION: [u16; 3] = [2, 4, 3];
 /// `struct nfgenmsg`.
 const HEADER_LEN: usize = 4;
 
-/// Deletes the UDP entries whose replies come from one of these servers; port 0 stands for any.
+/// Deletes the UDP entries that were translated to one of these servers; port 0 stands for any.
 /// Counts the entries deleted. `writes` counts commands.
 ///
 /// The dump is read as a stream of raw bytes: an entry that doesn't match costs no allocation.
@@ -120,10 +120,15 @@ fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Op
         return None;
     }
     let (head, entry) = body.split_at_checked(HEADER_LEN)?;
-    let reply = attrs(entry).find(|(kind, _)| *kind == CTA_TUPLE_REPLY)?.1;
-    let (protocol, addr, port) = source(reply)?;
+    let tuple = |which| attrs(entry).find(|(kind, _)| *kind == which).map(|(_, value)| value);
+    let replying = end_of(tuple(CTA_TUPLE_REPLY)?, SOURCE)?;
+    let (protocol, addr, port) = replying;
     let is_real = |port| reals.contains(&RealServerKey { addr, port });
     if protocol != u8::from(Protocol::Udp) || !(is_real(port) || is_real(0)) {
+        return None;
+    }
+    // A flow straight to the server: nothing was translated, and it is not ours.
+    if end_of(tuple(CTA_TUPLE_ORIG)?, DESTINATION)? == replying {
         return None;
     }
     let mut request = head.to_vec();
@@ -137,16 +142,16 @@ fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Op
     Some(request)
 }
 
-/// Protocol, source address and source port of a tuple.
-fn source(tuple: &[u8]) -> Option<(u8, IpAddr, u16)> {
+/// Protocol, address and port of one end of a tuple.
+fn end_of(tuple: &[u8], [v4, v6, port_kind]: [u16; 3]) -> Option<(u8, IpAddr, u16)> {
     let (mut protocol, mut addr, mut port) = (None, None, None);
     for (kind, value) in attrs(tuple) {
         match kind {
             CTA_TUPLE_IP => {
                 for (kind, value) in attrs(value) {
                     match kind {
-                        CTA_IP_V4_SRC => addr = value.first_chunk::<4>().map(|a| IpAddr::from(*a)),
-                        CTA_IP_V6_SRC => addr = value.first_chunk::<16>().map(|a| IpAddr::from(*a)),
+                        k if k == v4 => addr = value.first_chunk::<4>().map(|a| IpAddr::from(*a)),
+                        k if k == v6 => addr = value.first_chunk::<16>().map(|a| IpAddr::from(*a)),
                         _ => {}
                     }
                 }
@@ -155,7 +160,7 @@ fn source(tuple: &[u8]) -> Option<(u8, IpAddr, u16)> {
                 for (kind, value) in attrs(value) {
                     match kind {
                         CTA_PROTO_NUM => protocol = value.first().copied(),
-                        CTA_PROTO_SRC_PORT => port = value.first_chunk().map(|p| u16::from_be_bytes(*p)),
+                        k if k == port_kind => port = value.first_chunk().map(|p| u16::from_be_bytes(*p)),
                         _ => {}
                     }
                 }
@@ -228,11 +233,17 @@ mod tests {
         assert!(request(&["10.244.2.12:53"]).is_none());
         assert!(request(&["10.200.0.5:53"]).is_none());
         assert!(request(&["10.244.1.11:40000"]).is_none());
+        let direct = udp_entry(
+            "10.244.1.11:40000".parse().unwrap(),
+            "10.244.2.12:5353".parse().unwrap(),
+            "10.244.2.12:5353".parse().unwrap(),
+        );
+        assert!(delete_request(CT_NEW, &direct, &reals(&["10.244.2.12:0"])).is_none());
         // The request holds the original tuple and nothing else that could be wrong.
         let wanted = request(&["10.244.2.12:5353"]).unwrap();
         let kinds: Vec<_> = attrs(&wanted[HEADER_LEN..]).map(|(k, _)| k).collect();
         assert_eq!(kinds, [CTA_TUPLE_ORIG]);
-        // Not UDP: the same with the reply's protocol number changed.
+        // Neither other messages nor cut ones.
         assert!(delete_request(CT_DELETE, &entry, &reals(&["10.244.2.12:0"])).is_none());
         assert!(delete_request(CT_NEW, &entry[..20], &reals(&["10.244.2.12:0"])).is_none());
     }
