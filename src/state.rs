@@ -16,7 +16,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::{
     allocate::Allocations,
-    model::ids::{Family, Mark, PerFamily},
+    model::{
+        ids::{Family, Mark, PerFamily},
+        kernel::Timeouts,
+    },
 };
 
 /// Version of both files.
@@ -42,6 +45,9 @@ pub struct State {
     pub allocations: Allocations,
     /// Values of sysctls before we changed them, by name.
     pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts that we set, and those before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ipvs_timeouts: Option<(Timeouts, Timeouts)>,
     /// What the netfilter renderer wrote last; only it knows what that means.
     pub netfilter: serde_json::Value,
 }

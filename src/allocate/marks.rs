@@ -110,9 +110,10 @@ impl Marks {
         }
     }
 
-    /// Retires what owners had that have not turned up.
-    pub fn forget_previous(&mut self) {
-        let gone: Vec<MarkOwner> = self.previous.keys().cloned().collect();
+    /// Retires what owners of these services had that have not turned up.
+    pub fn forget(&mut self, services: &BTreeSet<ServiceKey>) {
+        let gone: Vec<MarkOwner> =
+            self.previous.keys().filter(|owner| services.contains(&owner.service)).cloned().collect();
         gone.iter().for_each(|owner| self.release(owner));
     }
 

@@ -61,6 +61,14 @@ pub struct Allocations {
     pub retired_marks: BTreeSet<Mark>,
 }
 
+impl Allocations {
+    /// Every mark that the kernel may have because of us.
+    pub fn known_marks(&self) -> BTreeSet<Mark> {
+        let kept = self.services.values().flat_map(|k| k.marks.values().chain(k.ingress_marks.values()));
+        kept.chain(&self.retired_marks).copied().collect()
+    }
+}
+
 /// What one service had.
 #[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -90,7 +98,6 @@ pub struct Allocator {
     marks: Marks,
     current: HashMap<ServiceKey, ServiceAllocation>,
     known: HashMap<ServiceKey, Arc<Service>>,
-    first: bool,
 }
 
 impl Allocator {
@@ -113,7 +120,6 @@ impl Allocator {
             previous,
             current: HashMap::new(),
             known: HashMap::new(),
-            first: true,
         };
         allocator.put_lock(lock);
         allocator
@@ -162,7 +168,10 @@ impl Allocator {
             let new = services.get(key);
             let old = match new {
                 Some(service) => self.known.insert(key.clone(), service.clone()),
-                None => self.known.remove(key),
+                None => {
+                    self.previous.services.remove(key);
+                    self.known.remove(key)
+                }
             };
             self.state_claims(key, old.as_deref(), new.map(Arc::as_ref));
             if let Some(old) = old {
@@ -184,9 +193,6 @@ impl Allocator {
             if !same {
                 different.insert(key);
             }
-        }
-        if std::mem::take(&mut self.first) {
-            self.marks.forget_previous();
         }
         different
     }
@@ -306,6 +312,23 @@ impl Allocator {
         }
     }
 
+    /// Services of earlier runs that have not turned up yet: what they had is kept for them.
+    pub fn remembered(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.previous.services.keys().filter(|key| !self.known.contains_key(*key))
+    }
+
+    /// Marks that are kept for a service of an earlier run.
+    pub fn remembered_marks(&self, key: &ServiceKey) -> impl Iterator<Item = Mark> {
+        let kept = self.previous.services.get(key);
+        kept.into_iter().flat_map(|k| k.marks.values().chain(k.ingress_marks.values()).copied())
+    }
+
+    /// Keeps nothing for services that will not turn up any more.
+    pub fn forget(&mut self, gone: &BTreeSet<ServiceKey>) {
+        self.previous.services.retain(|key, _| !gone.contains(key));
+        self.marks.forget(gone);
+    }
+
     /// What a service has.
     pub fn get(&self, key: &ServiceKey) -> Option<&ServiceAllocation> {
         self.current.get(key)
@@ -353,6 +376,9 @@ impl Allocator {
                 Scope::Vip => kept.marks.insert(owner.port, mark),
                 Scope::Ingress => kept.ingress_marks.insert(owner.port, mark),
             };
+        }
+        for key in self.remembered() {
+            services.insert(key.clone(), self.previous.services[key].clone());
         }
         services.retain(|_, kept| *kept != Kept::default());
         Allocations { services, retired_marks: self.marks.retired().clone() }
