@@ -25,7 +25,7 @@ pub fn crd() -> &'static Value {
 ///
 /// # Errors
 /// It can't be serialized, which a test rules out.
-pub fn yaml() -> Result<String, serde_saphyr::SerializeError> {
+pub fn crd_yaml() -> Result<String, serde_saphyr::SerializeError> {
     let yaml = serde_saphyr::to_string(crd())?;
     Ok(format!("# Written by `meshlb crd`. Do not edit.\n{}", yaml.trim_start_matches("---\n")))
 }
@@ -69,7 +69,7 @@ mod tests {
     #[test]
     fn the_file_in_crds_is_up_to_date() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/meshservice.yaml");
-        let text = yaml().unwrap();
+        let text = crd_yaml().unwrap();
         if std::env::var_os("UPDATE_GOLDEN").is_some() {
             std::fs::write(path, &text).unwrap();
         }

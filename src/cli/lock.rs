@@ -1,14 +1,35 @@
 //! `meshlb lock`: writes a folder's allocations to its `meshlb.lock`.
 
-use std::{collections::BTreeSet, path::Path};
+use std::{collections::BTreeSet, path::Path, process::ExitCode};
 
 use anyhow::{Result, bail};
 
+use super::options::Options;
 use crate::{
     allocate::{Allocations, Lock, allocate, lock},
     model::node::NodeConfig,
     source::{self, problem::Severity},
+    state::State,
 };
+
+/// Writes the lock file of a folder. Where this node serves the folder, its values are the ones written down.
+///
+/// # Errors
+/// What kept it from writing the file.
+pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let config = options.settings()?.node;
+    let previous = State::peek(&options.state_dir)
+        .filter(|state| state.source.as_deref() == std::path::absolute(dir).ok().as_deref())
+        .map_or_else(Allocations::default, |state| state.allocations);
+    let outcome = write(dir, &config, previous)?;
+    for conflict in &outcome.conflicts {
+        eprintln!("meshlb: {conflict}");
+    }
+    let what = if outcome.changed { "written" } else { "up to date" };
+    println!("{}: {what}, {} services", dir.join(lock::FILE_NAME).display(), outcome.services);
+    Ok(if outcome.conflicts.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
 
 /// What [`write`] did.
 #[derive(Clone, PartialEq, Eq, Debug)]

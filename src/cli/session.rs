@@ -191,7 +191,7 @@ impl Session {
                 eprintln!("meshlb: {problem}");
             }
         }
-        self.problems.iter().any(|p| p.severity >= Severity::Error)
+        self.problems.iter().any(|p| p.severity >= Severity::Refused)
     }
 }
 
