@@ -81,6 +81,16 @@ struct Drains {
     drains: Vec<Drain>,
 }
 
+impl State {
+    /// The state in a directory, for those who only want to know: nothing is made or set aside, and what can't
+    /// be read is as good as absent.
+    pub fn peek(dir: &Path) -> Option<Self> {
+        let bytes = fs::read(dir.join(STATE)).ok()?;
+        let file: Versioned<Self> = serde_json::from_slice(&bytes).ok()?;
+        (file.version == VERSION).then_some(file.content)
+    }
+}
+
 /// The state directory.
 #[derive(Debug)]
 pub struct StateDir {
@@ -271,6 +281,8 @@ mod tests {
         let mut again = StateDir::open(dir.path().join("sub")).unwrap();
         assert_eq!(again.load().unwrap(), (state.clone(), None));
         assert_eq!(again.load_drains().unwrap(), (vec![drain], None));
+        assert_eq!(State::peek(&dir.path().join("sub")), Some(state.clone()));
+        assert_eq!(State::peek(dir.path()), None);
         assert!(!again.save(&state).unwrap());
         state.renderer = "nftables".into();
         assert!(again.save(&state).unwrap());

@@ -14,6 +14,18 @@ use serde_json::{Map, Value};
 
 use super::error::{FieldError, Reason};
 
+/// What our patterns mean, for people.
+const KNOWN_PATTERNS: &[(&str, &str)] = &[
+    (
+        r"^([0-9]+-)*[0-9]*[a-z][a-z0-9]*(-[a-z0-9]+)*$",
+        "a port name: lower-case letters, digits and single '-' between them, with at least one letter",
+    ),
+    (
+        "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
+        "a DNS label: lower-case letters, digits and '-', with a letter or digit at both ends",
+    ),
+];
+
 /// Nesting that no real manifest reaches.
 const MAX_DEPTH: usize = 64;
 
@@ -52,11 +64,18 @@ impl Walk<'_> {
             _ => false,
         };
         if !fits {
-            let want = if int_or_string { "integer or string" } else { expected.unwrap_or("value") };
-            let article = if want.starts_with(['a', 'i', 'o']) { "an" } else { "a" };
-            let bare = want == "string" && (value.is_boolean() || value.is_number());
+            let want = match expected {
+                _ if int_or_string => "a number or a string",
+                Some("object") => "a mapping",
+                Some("array") => "a list",
+                Some("integer") => "a whole number",
+                Some("number") => "a number",
+                Some("boolean") => "true or false",
+                _ => "a string",
+            };
+            let bare = expected == Some("string") && (value.is_boolean() || value.is_number());
             let hint = if bare { " (put it in quotes)" } else { "" };
-            let message = format!("must be {article} {want}, not {}{hint}", describe(value));
+            let message = format!("must be {want}, not {}{hint}", describe(value));
             return self.error(path, Reason::Invalid, message);
         }
         match value {
@@ -181,7 +200,10 @@ impl Walk<'_> {
         if let Some(pattern) = schema["pattern"].as_str()
             && !compiled(pattern).is_some_and(|r| r.is_match(text))
         {
-            let message = format!("{text:?} does not match {pattern}");
+            let message = match KNOWN_PATTERNS.iter().find(|(known, _)| *known == pattern) {
+                Some((_, meaning)) => format!("{text:?} is not {meaning}"),
+                None => format!("{text:?} does not match {pattern}"),
+            };
             self.error(path, Reason::Invalid, message);
         }
     }
@@ -349,8 +371,8 @@ mod tests {
             (json!({"a": null}), vec!["a: is required"]),
             (json!({"a": 10}), vec!["a: must be at most 9, not 10"]),
             (json!({"a": 0}), vec!["a: must be at least 1, not 0"]),
-            (json!({"a": "1"}), vec!["a: must be an integer, not \"1\""]),
-            (json!({"a": 1.5}), vec!["a: must be an integer, not 1.5"]),
+            (json!({"a": "1"}), vec!["a: must be a whole number, not \"1\""]),
+            (json!({"a": 1.5}), vec!["a: must be a whole number, not 1.5"]),
             (json!({"a": 1, "lits": []}), vec!["lits: is not a field here; did you mean list?"]),
             (
                 json!({"a": 1, "list": ["abc", "abcd"]}),
@@ -363,8 +385,8 @@ mod tests {
             (json!({"a": 1, "list": ["x", "y", "z"]}), vec!["list: has 3 items; at most 2 are allowed"]),
             (json!({"a": 1, "mode": "y"}), vec!["mode: must be one of x, \"\", not \"y\""]),
             (json!({"a": 1, "either": 6}), vec!["either: must be at most 5, not 6"]),
-            (json!({"a": 1, "either": []}), vec!["either: must be an integer or string, not a list"]),
-            (json!({"a": 1, "map": {"a.b/c": 1}}), vec!["map[\"a.b/c\"]: must be a boolean, not 1"]),
+            (json!({"a": 1, "either": []}), vec!["either: must be a number or a string, not a list"]),
+            (json!({"a": 1, "map": {"a.b/c": 1}}), vec!["map[\"a.b/c\"]: must be true or false, not 1"]),
             (json!({"a": 1, "either": "ab", "map": {"x": true}, "list": ["x", "y"], "mode": ""}), vec![]),
         ];
         for (value, expected) in cases {

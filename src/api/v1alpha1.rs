@@ -119,7 +119,7 @@ pub struct MeshServiceSpec {
         .message("two ports have the same name"))]
     #[x_kube(validation = Rule::new("self.all(p, self.exists_one(q, q.protocol == p.protocol && q.port <= (has(p.endPort) ? p.endPort : p.port) && p.port <= (has(q.endPort) ? q.endPort : q.port)))")
         .message("two ports of one protocol overlap").reason(Reason::FieldValueDuplicate))]
-    #[x_kube(validation = Rule::new("self.all(p, !has(p.publish) || !has(p.publish.port) || self.exists_one(q, has(q.publish) && has(q.publish.port) && q.protocol == p.protocol && q.publish.port <= (has(p.endPort) ? p.endPort : p.publish.port) && p.publish.port <= (has(q.endPort) ? q.endPort : q.publish.port)))")
+    #[x_kube(validation = Rule::new("self.all(p, !has(p.publish) || !has(p.publish.port) || self.exists_one(q, has(q.publish) && has(q.publish.port) && q.protocol == p.protocol && q.publish.port <= p.publish.port + (has(p.endPort) ? p.endPort - p.port : 0) && p.publish.port <= q.publish.port + (has(q.endPort) ? q.endPort - q.port : 0)))")
         .message("two ports of one protocol are published on the same port").reason(Reason::FieldValueDuplicate))]
     pub ports: Vec<Port>,
 

@@ -97,7 +97,7 @@ fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<
 fn tell(known: &[Problem], now: &[Problem]) {
     for problem in now.iter().filter(|p| !known.contains(p)) {
         match problem.severity {
-            Severity::Error => error!("{problem}"),
+            Severity::Error | Severity::Refused => error!("{problem}"),
             Severity::Warning => warn!("{problem}"),
             Severity::Note => info!("{problem}"),
         }

@@ -2,8 +2,10 @@
 
 pub mod agent;
 pub mod apply;
+pub mod check;
 pub mod cleanup;
 pub mod explain;
+pub mod lock;
 pub mod options;
 pub mod plan;
 pub mod report;
@@ -152,13 +154,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Agent { source } => agent::run(&options, &source),
         Command::Apply { dir } => apply::run(&options, &dir),
         Command::Plan { dir, output } => plan::run(&options, dir.as_deref(), output),
-        Command::Check { .. } => todo!(),
+        Command::Check { files } => check::run(&files),
         Command::Show { name, output, watch } => show::run(&options, name.as_deref(), output, watch),
         Command::Explain { name, output } => explain::run(&options, &name, output),
-        Command::Lock { .. } => todo!(),
+        Command::Lock { dir } => lock::run(&options, &dir),
         Command::Cleanup => cleanup::run(&options),
         Command::Crd => {
-            print!("{}", crate::api::crd::crd_yaml().map_err(anyhow::Error::msg)?);
+            print!("{}", crate::api::crd::crd_yaml()?);
             Ok(ExitCode::SUCCESS)
         }
         Command::Completions { shell } => {

@@ -197,7 +197,7 @@ impl Session {
                 eprintln!("meshlb: {problem}");
             }
         }
-        self.problems.iter().any(|p| p.severity >= Severity::Error)
+        self.problems.iter().any(|p| p.severity >= Severity::Refused)
     }
 }
 

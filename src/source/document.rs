@@ -61,6 +61,8 @@ fn plain_message(error: &serde_saphyr::Error) -> String {
         Some(at) => &line[..at],
         None => line,
     };
+    // Advice to the author of a program, not of a manifest.
+    let message = message.split(", set DuplicateKeyPolicy").next().unwrap_or(message);
     message.trim_end_matches([':', ',', ' ']).to_owned()
 }
 

@@ -119,7 +119,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// Whether everything in the folder could be used. If not, what is missing here may be meant to exist.
+    /// Whether the folder is known to its last object. If not, what is missing here may be meant to exist.
     pub fn is_complete(&self) -> bool {
         self.problems.iter().all(|p| p.severity < Severity::Error)
     }
@@ -301,7 +301,7 @@ impl Reader<'_> {
         let label = if known { id.to_string() } else { kind.as_str().to_owned() };
         if let Some(first) = self.out.entries.iter().find(|e| e.id == id) {
             let message = format!("is defined twice; the one in line {} is used", first.line);
-            return self.problem(node.line, Some(label), None, message, Severity::Error);
+            return self.problem(node.line, Some(label), None, message, Severity::Refused);
         }
         let verdict = match kind {
             Kind::Service => self.service(node, &label),
@@ -325,7 +325,7 @@ impl Reader<'_> {
             Err(errors) => {
                 // Serving on without the restriction that was just asked for would not fail closed.
                 let withheld = errors.iter().all(|e| e.reason == Reason::NotSupportedYet);
-                self.report(node, label, errors, Severity::Error);
+                self.report(node, label, errors, if withheld { Severity::Refused } else { Severity::Error });
                 if withheld { Verdict::Withheld } else { Verdict::Wrong }
             }
         }

@@ -26,7 +26,11 @@ pub enum Severity {
     Note,
     /// Part of an object is left out.
     Warning,
-    /// An object, a file or the folder can't be used; its last good version stays in force.
+    /// An object is knowingly not used as it stands: it asks for what this program can't do yet, or another
+    /// one of the same name goes before it. Nothing is kept in its place.
+    Refused,
+    /// An object, a file or the folder can't be used. What it stood for is meant to exist all the same: its last
+    /// good version stays in force.
     Error,
 }
 

@@ -136,7 +136,7 @@ impl Store {
                     object: Some(id.to_string()),
                     field: None,
                     message: format!("is defined in {} too; that one is used", winner.to_string_lossy()),
-                    severity: Severity::Error,
+                    severity: Severity::Refused,
                 });
             }
         }
