@@ -3,6 +3,10 @@
 //!
 //! Everything here is blocking and runs on the one dataplane thread.
 
+pub mod ipset;
+pub mod netfilter;
+mod nfnl;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,

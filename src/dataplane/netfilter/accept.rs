@@ -1,0 +1,43 @@
+//! The accepting rules that the nftables renderer needs in iptables' own chains.
+//!
+//! Where an iptables INPUT or FORWARD drops, no accept in our table saves a packet: every base chain must let
+//! it pass. So there, and only there, two small chains stand in iptables' filter table.
+
+use super::{
+    rules_iptables::{Rule, Saved, target},
+    sets::loopback,
+};
+use crate::model::{ids::Family, kernel::Program};
+
+/// The rules of one family.
+pub(crate) fn rules(program: &Program, family: Family) -> Vec<Rule> {
+    let Some(f) = program.families.get(family) else { return Vec::new() };
+    let rule = |chain, comment: &str, text: String| Rule {
+        table: "filter",
+        chain,
+        text: format!("-m comment --comment \"meshlb: {comment}\" {text}"),
+    };
+    let replies = "-m conntrack --ctstate RELATED,ESTABLISHED --ctdir REPLY";
+    let to = |original: &str| format!("{replies} --ctorigdst {original} -j ACCEPT");
+    let range = f.range.to_string();
+    vec![
+        // What no service takes is refused after IPVS, by the guard in the nft table.
+        rule("MESHLB-INPUT", "to a service or refused by the guard", format!("-d {range} -j ACCEPT")),
+        rule("MESHLB-INPUT", "replies to this node", to(&range)),
+        rule("MESHLB-INPUT", "replies to this node", to(&f.node.to_string())),
+        rule("MESHLB-INPUT", "replies to this node", to(&loopback(family).to_string())),
+        rule("MESHLB-FORWARD", "replies from VIPs", to(&range)),
+        rule(
+            "MESHLB-FORWARD",
+            "replies of published ports",
+            format!("{replies} -m conntrack --ctstate DNAT -j ACCEPT"),
+        ),
+    ]
+}
+
+/// Whether INPUT or FORWARD drops or rejects anything itself.
+pub(crate) fn blocks(saved: &Saved) -> bool {
+    saved.foreign.iter().any(|(_, line)| {
+        (line.starts_with(':') && line.contains(" DROP ")) || matches!(target(line), Some("DROP" | "REJECT"))
+    })
+}

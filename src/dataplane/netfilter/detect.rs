@@ -1,0 +1,202 @@
+//! What `--renderer auto` means on this host, and what a person should know about its firewall.
+
+use super::{
+    Variant, exec,
+    nftread::{ForeignChain, NftReader},
+    xtables::plain_variant,
+};
+use crate::{
+    dataplane::Error,
+    model::{ids::Family, kernel::Program},
+};
+
+/// A renderer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RendererChoice {
+    /// [`super::Iptables`] with this variant.
+    Iptables(Variant),
+    /// [`super::Nftables`].
+    Nftables,
+}
+
+impl RendererChoice {
+    /// The renderer's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Iptables(variant) => variant.name(),
+            Self::Nftables => "nftables",
+        }
+    }
+}
+
+/// The renderer that fits this host, and why.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Detection {
+    /// The renderer.
+    pub choice: RendererChoice,
+    /// Why, each as one line.
+    pub reasons: Vec<String>,
+    /// What is odd about this host, each as one line.
+    pub warnings: Vec<String>,
+}
+
+/// What one variant of iptables holds that is not ours.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+struct Usage {
+    installed: bool,
+    rules: usize,
+    /// Chains that kubelet makes in the variant that it uses.
+    kubelet: bool,
+}
+
+/// Looks at this host, in the network namespace of the calling thread.
+pub fn detect() -> Detection {
+    let mut notes = Vec::new();
+    let mut look = |variant: Variant| {
+        let mut usage = Usage { installed: variant.installed(), ..Usage::default() };
+        for family in Family::ALL {
+            if !usage.installed {
+                continue;
+            }
+            match variant.save_text(family) {
+                Ok(text) => count(&text, &mut usage),
+                Err(e) => notes.push(format!("{variant} can't be read: {e}")),
+            }
+        }
+        usage
+    };
+    let (nft, legacy) = (look(Variant::Nft), look(Variant::Legacy));
+    let mut detection = decide(nft, legacy, plain_variant(), exec::find("nft").is_some());
+    detection.warnings.extend(notes);
+    detection
+}
+
+fn count(text: &str, usage: &mut Usage) {
+    let foreign = |line: &&str| line.starts_with("-A ") && !line.contains("MESHLB-");
+    usage.rules += text.lines().filter(foreign).count();
+    usage.kubelet |= text.contains(":KUBE-IPTABLES-HINT ") || text.contains(":KUBE-KUBELET-CANARY ");
+}
+
+fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>, nft_program: bool) -> Detection {
+    let (mut reasons, mut warnings) = (Vec::new(), Vec::new());
+    if nft.rules > 0 && legacy.rules > 0 {
+        warnings.push(format!(
+            "this host has {} rules in iptables-nft and {} in iptables-legacy; a packet passes both, so a drop in either is final",
+            nft.rules, legacy.rules
+        ));
+    }
+    let choice = match (nft.installed, legacy.installed) {
+        (false, false) => {
+            reasons.push("no iptables program is installed".to_owned());
+            if !nft_program {
+                warnings.push(exec::missing("nft").to_string());
+            }
+            RendererChoice::Nftables
+        }
+        (true, false) => {
+            reasons.push("iptables-nft is the only iptables that is installed".to_owned());
+            RendererChoice::Iptables(Variant::Nft)
+        }
+        (false, true) => {
+            reasons.push("iptables-legacy is the only iptables that is installed".to_owned());
+            RendererChoice::Iptables(Variant::Legacy)
+        }
+        (true, true) => {
+            let (variant, reason) = if nft.kubelet != legacy.kubelet {
+                let variant = if nft.kubelet { Variant::Nft } else { Variant::Legacy };
+                (variant, format!("kubelet uses {variant}"))
+            } else if nft.rules != legacy.rules {
+                let variant = if nft.rules > legacy.rules { Variant::Nft } else { Variant::Legacy };
+                (variant, format!("{variant} holds most rules here ({} and {})", nft.rules, legacy.rules))
+            } else {
+                let variant = plain.unwrap_or(Variant::Nft);
+                (variant, format!("the program iptables is {variant}"))
+            };
+            reasons.push(reason);
+            RendererChoice::Iptables(variant)
+        }
+    };
+    Detection { choice, reasons, warnings }
+}
+
+/// Rules that only the firewall's owner can add, each as a line with the command: an accept of ours doesn't
+/// override a drop in another base chain.
+pub fn advice(program: &Program) -> Result<Vec<String>, Error> {
+    let mut reader = NftReader::new();
+    if !reader.available() {
+        return Ok(Vec::new());
+    }
+    Ok(reader.dropping_chains()?.iter().flat_map(|chain| chain_advice(chain, program)).collect())
+}
+
+fn chain_advice(chain: &ForeignChain, program: &Program) -> Vec<String> {
+    let ForeignChain { family, table, name, hook } = chain;
+    let place = format!("{family} {table} {name}");
+    let mut out = Vec::new();
+    for (f, p) in program.families.iter() {
+        let ip = if f == Family::V4 { "ip" } else { "ip6" };
+        if (*family == "ip" || *family == "ip6") && *family != ip {
+            continue;
+        }
+        let rule = match *hook {
+            "input" => format!("{ip} daddr {} accept", p.range),
+            _ => format!("ct original {ip} daddr {} ct state established,related accept", p.range),
+        };
+        out.push(format!(
+            "the nftables chain {place} drops what none of its rules accepts; let packets for services pass: nft insert rule {place} {rule}"
+        ));
+    }
+    if *hook == "forward" {
+        out.push(format!(
+            "the nftables chain {place} drops what none of its rules accepts; let answers from published ports pass: \
+             nft insert rule {place} ct status dnat ct state established,related accept"
+        ));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage(rules: usize, kubelet: bool) -> Usage {
+        Usage { installed: true, rules, kubelet }
+    }
+
+    #[test]
+    fn follows_kubelet_then_rules_then_the_plain_program() {
+        let nft = RendererChoice::Iptables(Variant::Nft);
+        let legacy = RendererChoice::Iptables(Variant::Legacy);
+        let none = Usage::default();
+        for (a, b, plain, want) in [
+            (usage(3, false), usage(9, true), Some(Variant::Nft), legacy),
+            (usage(3, true), usage(9, false), None, nft),
+            (usage(9, false), usage(3, false), Some(Variant::Legacy), nft),
+            (usage(0, false), usage(0, false), Some(Variant::Legacy), legacy),
+            (usage(0, false), usage(0, false), None, nft),
+            (none, usage(0, false), None, legacy),
+            (usage(0, false), none, None, nft),
+            (none, none, None, RendererChoice::Nftables),
+        ] {
+            let detection = decide(a, b, plain, true);
+            assert_eq!(detection.choice, want, "{detection:?}");
+            assert_eq!(detection.reasons.len(), 1);
+        }
+    }
+
+    #[test]
+    fn a_mixed_host_is_told_about() {
+        let detection = decide(usage(3, false), usage(9, false), None, true);
+        assert!(detection.warnings[0].contains("3 rules in iptables-nft and 9 in iptables-legacy"));
+    }
+
+    #[test]
+    fn our_own_rules_don_t_count() {
+        let mut u = usage(0, false);
+        count(
+            "*filter\n:KUBE-KUBELET-CANARY - [0:0]\n-A INPUT -j MESHLB-INPUT\n-A MESHLB-INPUT -j ACCEPT\n-A INPUT -j X\n",
+            &mut u,
+        );
+        assert_eq!((u.rules, u.kubelet), (1, true));
+    }
+}

@@ -1,0 +1,569 @@
+//! The renderer that operators know how to look at: iptables rules and ipsets, and a small nft table for
+//! what iptables has no place for.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Fingerprint, Parts, exec, hash,
+    nftread::NftReader,
+    nftwrite, remove,
+    rules_iptables::{CHAINS, Guard, Options, Saved, rules},
+    rules_nft::{chain_names, table_text},
+    sets::{
+        Kind, Layout, NftContents, PREFIX, SCRATCH, ipset_element, ipset_entries, ipset_kinds, ipset_spec,
+        nft_contents, set_name,
+    },
+    xtables::Variant,
+};
+use crate::{
+    dataplane::{
+        ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState,
+        ipset::{Change, Ipset, SetSpec, Verb},
+    },
+    model::{
+        ids::Family,
+        kernel::{Element, Elements, Program},
+    },
+};
+
+/// How often the old tables are looked at in [`Netfilter::probe`]: that costs a process.
+const LEGACY_INTERVAL: Duration = Duration::from_secs(10);
+
+/// The iptables renderer.
+#[derive(Debug)]
+pub struct Iptables {
+    variant: Variant,
+    /// Whether the small nft table can be had.
+    nft: bool,
+    pub(super) options: Options,
+    ipset: Ipset,
+    reader: NftReader,
+    runs: u64,
+    fingerprint: Option<Fingerprint>,
+    /// What our sets hold, as far as we know.
+    known: Option<Elements>,
+    /// How many entries each ipset holds; made from `known` when needed.
+    counts: Option<BTreeMap<String, u32>>,
+    /// The nf_tables generation up to which all is known to be ours.
+    generation: Option<u32>,
+    legacy_look: Option<Instant>,
+    legacy_cost: Duration,
+}
+
+impl Iptables {
+    /// The renderer for one variant, in the network namespace of the thread that uses it.
+    ///
+    /// # Errors
+    /// When the variant's programs are not installed.
+    pub fn new(variant: Variant) -> Result<Self, Error> {
+        if !variant.installed() {
+            return Err(exec::missing(&format!("{variant}-restore")));
+        }
+        let mut reader = NftReader::new();
+        let nft = reader.available() && exec::find("nft").is_some();
+        Ok(Self::with(variant, nft, reader))
+    }
+
+    fn with(variant: Variant, nft: bool, reader: NftReader) -> Self {
+        let guard = if nft { Guard::Nft } else { Guard::Filter { security: variant == Variant::Legacy } };
+        Self {
+            variant,
+            nft,
+            options: Options { guard, ..Options::default() },
+            ipset: Ipset::new(),
+            reader,
+            runs: 0,
+            fingerprint: None,
+            known: None,
+            counts: None,
+            generation: None,
+            legacy_look: None,
+            legacy_cost: Duration::ZERO,
+        }
+    }
+
+    /// The same without the nft table, as on a host that can't have it.
+    #[cfg(test)]
+    pub(super) fn without_nft(variant: Variant) -> Self {
+        Self::with(variant, false, NftReader::new())
+    }
+
+    /// What was read back after the last installation, for the state file.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        self.fingerprint.clone()
+    }
+
+    /// Tells what an earlier process installed. Without it the first observation of rules that are there
+    /// finds them drifted, and they are installed once more.
+    pub fn set_fingerprint(&mut self, fingerprint: Option<Fingerprint>) {
+        self.fingerprint = fingerprint;
+    }
+
+    /// What this host keeps us from doing, each as one line for people.
+    pub fn warnings(&self) -> Vec<String> {
+        if self.nft {
+            return Vec::new();
+        }
+        let how = "install the package nftables and load the module nf_tables";
+        let mut out = vec![
+            format!(
+                "without nft, a VIP port whose IPVS service is missing can reach a socket of this host, and so can a \
+                 published port after its rules were flushed by others; {how}"
+            ),
+            format!("without nft, published ports don't answer on 127.0.0.1 and ::1; {how}"),
+        ];
+        if self.variant == Variant::Nft {
+            out.push(format!(
+                "without nft, a mark bit that another program sets on packets to VIPs keeps them from IPVS; {how}"
+            ));
+        }
+        out
+    }
+
+    fn program_hash(&self, program: &Program) -> u64 {
+        let mut texts = vec![self.variant.name().to_owned()];
+        for family in Family::ALL {
+            texts.extend(
+                rules(program, family, self.options)
+                    .into_iter()
+                    .map(|r| format!("{} {} {}", r.table, r.chain, r.text)),
+            );
+        }
+        if self.nft {
+            texts.push(table_text(program, &NftContents::new(), Layout::Small));
+        }
+        hash::texts(texts.iter().map(String::as_str))
+    }
+
+    fn families(program: &Program) -> impl Iterator<Item = Family> + use<> {
+        let both = [program.families.v4.is_some(), program.families.v6.is_some()];
+        Family::ALL.into_iter().zip(both).filter_map(|(f, there)| there.then_some(f))
+    }
+
+    /// Hashes of all of ours that is there, without the sets' contents.
+    fn parts(&mut self, program: Option<&Program>) -> Result<Parts, Error> {
+        let mut parts = Parts::new();
+        if self.nft {
+            let chains = chain_names(program, Layout::Small);
+            parts.extend(self.reader.table_parts(&chains)?);
+        }
+        for family in Family::ALL {
+            match self.variant {
+                Variant::Nft => parts.extend(nft_chains(&mut self.reader, family)?),
+                Variant::Legacy => parts.extend(save_parts(family, &self.variant.saved(family)?)),
+            }
+        }
+        for header in self.ipset.headers()? {
+            if header.name.starts_with(PREFIX) && header.name != SCRATCH {
+                let kind = format!("{} {} {}", header.type_name, header.family, header.marks);
+                parts.insert(format!("ipset {}", header.name), hash::texts([kind.as_str()]));
+            }
+        }
+        Ok(parts)
+    }
+
+    /// Elements in the ipsets, and what is wrong with them.
+    fn elements(&mut self, program: &Program) -> Result<(Elements, Vec<String>), Error> {
+        let (mut elements, mut wrong) = (Elements::new(), Vec::new());
+        for family in Self::families(program) {
+            for kind in ipset_kinds(self.nft) {
+                let name = set_name(*kind, family);
+                let Some(listing) = self.ipset.list(&name)? else { continue };
+                if listing.strange > 0 {
+                    wrong.push(format!("ipset {name} has {} entries that are not ours", listing.strange));
+                }
+                let foreign = |m: &crate::dataplane::ipset::SkbMark| m.mask != program.mask;
+                if let Some(entry) = listing.entries.iter().find(|e| e.mark.as_ref().is_some_and(foreign)) {
+                    wrong.push(format!(
+                        "ipset {name}: {} has another mark mask than {:#x}",
+                        entry.key, program.mask
+                    ));
+                }
+                elements.extend(listing.entries.iter().filter_map(|e| ipset_element(*kind, family, e)));
+            }
+            // The second set of endpoints.
+            let name = set_name(Kind::Hairpin, family);
+            if let Some(listing) = self.ipset.list(&name)? {
+                let want = |e: &Element| matches!(e, Element::Endpoint(_)) && e.family() == family;
+                let wanted = elements.keys().filter(|e| want(e)).count();
+                let present = listing.entries.iter().filter(|e| match e.key {
+                    crate::dataplane::ipset::Key::Pair(a, b) => {
+                        a == b && elements.contains_key(&Element::Endpoint(a))
+                    }
+                    _ => false,
+                });
+                if present.count() != wanted || listing.entries.len() != wanted {
+                    wrong.push(format!("ipset {name} differs from {}", set_name(Kind::Endpoints, family)));
+                }
+            }
+        }
+        if self.nft {
+            // The loopback map is only in nft.
+            let loopback = Self::families(program).map(|f| (Kind::Loopback, f));
+            let (contents, _) = self.reader.contents(loopback)?;
+            elements.extend(super::sets::nft_to_elements(&contents));
+            wrong.extend(self.nft_differences(program, &elements)?);
+        }
+        Ok((elements, wrong))
+    }
+
+    /// Sets of the small table that differ from what these elements ask for.
+    fn nft_differences(&mut self, program: &Program, elements: &Elements) -> Result<Vec<String>, Error> {
+        let sets: Vec<_> = Self::families(program)
+            .flat_map(|f| Layout::Small.kinds().iter().map(move |k| (*k, f)))
+            .collect();
+        let (have, strange) = self.reader.contents(sets.iter().copied())?;
+        let want = nft_contents(elements, Layout::Small);
+        Ok(super::nftables::set_differences(&sets, &want, &have, strange))
+    }
+
+    fn fill_sets(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
+        self.ipset.destroy(SCRATCH)?;
+        let there = self.ipset.headers()?;
+        for kind in ipset_kinds(self.nft) {
+            for family in Self::families(program) {
+                let spec = ipset_spec(*kind, family);
+                let entries = elements
+                    .iter()
+                    .filter(|(e, _)| e.family() == family)
+                    .flat_map(|(e, m)| ipset_entries(e, *m, program.mask, self.nft))
+                    .filter(|(k, _)| k == kind);
+                let old = there.iter().find(|h| h.name == spec.name);
+                let into = if old.is_some() { SCRATCH.to_owned() } else { spec.name.clone() };
+                self.ipset.create(&SetSpec { name: into.clone(), ..spec.clone() })?;
+                let changes: Vec<_> =
+                    entries.map(|(_, entry)| Change { set: into.clone(), verb: Verb::Add, entry }).collect();
+                self.ipset.change(&changes).into_iter().collect::<Result<Vec<_>, _>>()?;
+                if old.is_some() {
+                    self.ipset.swap(SCRATCH, &spec.name)?;
+                    self.ipset.destroy(SCRATCH)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ipset_changes(&mut self, program: &Program, changes: &[&ElementChange]) -> Vec<Result<(), Error>> {
+        let mut all = Vec::new();
+        let mut owners = Vec::new();
+        for (at, change) in changes.iter().enumerate() {
+            let (verb, element, mark) = match change {
+                ElementChange::Put(element, mark) => (Verb::Add, element, *mark),
+                ElementChange::Del(element) => (Verb::Del, element, None),
+            };
+            for (kind, entry) in ipset_entries(element, mark, program.mask, self.nft) {
+                all.push(Change { set: set_name(kind, element.family()), verb, entry });
+                owners.push(at);
+            }
+        }
+        let mut results = vec![Ok(()); changes.len()];
+        for (at, result) in owners.into_iter().zip(self.ipset.change(&all)) {
+            if result.is_err() {
+                results[at] = result;
+            }
+        }
+        results
+    }
+
+    /// The part of the changes that concerns the small table, in one transaction.
+    fn nft_changes(&mut self, changes: &[&ElementChange]) -> Result<(), Error> {
+        if !self.nft || changes.is_empty() {
+            return Ok(());
+        }
+        let none = Elements::new();
+        let known = self.known.as_ref().unwrap_or(&none);
+        let text = nftwrite::change_text(&mut self.reader, known, changes.iter().copied(), Layout::Small)?;
+        if text.is_empty() {
+            return Ok(());
+        }
+        let before = self.reader.generation()?;
+        self.runs += 1;
+        nftwrite::run(&text)?;
+        // Only when nobody else wrote in between is everything still known to be ours.
+        let after = self.reader.generation()?;
+        let alone = self.generation == Some(before) && after == before.wrapping_add(1);
+        self.generation = alone.then_some(after);
+        Ok(())
+    }
+
+    fn expected_counts(&mut self) -> &BTreeMap<String, u32> {
+        let known = self.known.as_ref();
+        let nft = self.nft;
+        self.counts.get_or_insert_with(|| {
+            let mut counts = BTreeMap::new();
+            for (element, mark) in known.into_iter().flatten() {
+                for (kind, _) in ipset_entries(element, *mark, 0, nft) {
+                    *counts.entry(set_name(kind, element.family())).or_default() += 1;
+                }
+            }
+            counts
+        })
+    }
+
+    fn probe_sets(&mut self) -> Result<Option<String>, Error> {
+        let headers = self.ipset.headers()?;
+        let expected: Vec<_> = self
+            .fingerprint
+            .iter()
+            .flat_map(|f| f.parts.keys().filter_map(|k| k.strip_prefix("ipset ")).map(str::to_owned))
+            .collect();
+        let counts = self.expected_counts();
+        for name in expected {
+            let want = counts.get(&name).copied().unwrap_or_default();
+            match headers.iter().find(|h| h.name == name) {
+                None => return Ok(Some(format!("ipset {name} is missing"))),
+                Some(h) if h.elements != want => {
+                    return Ok(Some(format!("ipset {name} has {} entries instead of {want}", h.elements)));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the old tables are worth a look now; on a host with many rules a look costs more, so it is rarer.
+    fn legacy_due(&self) -> bool {
+        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(500));
+        self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
+    }
+}
+
+/// Chains and jumps that iptables-nft made, over netlink.
+pub(super) fn nft_chains(reader: &mut NftReader, family: Family) -> Result<Parts, Error> {
+    let mut parts = Parts::new();
+    for c in CHAINS {
+        if let Some(hash) = reader.iptables_chain(family, c.table, c.name)? {
+            parts.insert(part_name(family, c.table, c.name), hash);
+        }
+        let Some(builtin) = c.builtin else { continue };
+        if let Some(hash) = reader.iptables_jump(family, c.table, builtin, c.name)? {
+            parts.insert(part_name(family, c.table, &format!("{builtin} jump to {}", c.name)), hash);
+        }
+    }
+    Ok(parts)
+}
+
+/// The same from the output of iptables-save.
+pub(super) fn save_parts(family: Family, saved: &Saved) -> Parts {
+    let mut parts = Parts::new();
+    for (table, chain) in &saved.chains {
+        let lines = saved.rules.iter().filter(|(t, l)| t == table && l.split(' ').nth(1) == Some(chain));
+        parts.insert(part_name(family, table, chain), hash::texts(lines.map(|(_, l)| l.as_str())));
+    }
+    for (table, line) in &saved.jumps {
+        let (from, to) = (line.split(' ').nth(1), super::rules_iptables::target(line));
+        let name = format!("{} jump to {}", from.unwrap_or_default(), to.unwrap_or_default());
+        let part = parts.entry(part_name(family, table, &name)).or_insert(hash::START);
+        *part = hash::bytes(*part, line.as_bytes());
+    }
+    parts
+}
+
+fn part_name(family: Family, table: &str, what: &str) -> String {
+    format!("{} {table} {what}", if family == Family::V4 { "iptables" } else { "ip6tables" })
+}
+
+/// Whether two changes concern the nft table beside iptables.
+fn in_small_table(change: &ElementChange) -> bool {
+    let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
+    matches!(element, Element::Published(_) | Element::Own(_) | Element::Loopback(..))
+}
+
+impl Netfilter for Iptables {
+    fn name(&self) -> &'static str {
+        self.variant.name()
+    }
+
+    fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
+        // Read first: whatever is written after this moment raises it again.
+        let generation = self.reader.generation().ok();
+        let parts = self.parts(Some(want))?;
+        let (elements, mut wrong) = self.elements(want)?;
+        let program = match &self.fingerprint {
+            _ if parts.is_empty() => ProgramState::Absent,
+            None => ProgramState::Drifted(vec![
+                "there are rules of ours, but no record of how they were installed".to_owned(),
+            ]),
+            Some(f) if f.program != self.program_hash(want) => {
+                ProgramState::Drifted(vec!["the rules are those of another configuration".to_owned()])
+            }
+            Some(f) => {
+                wrong.extend(f.differences(&parts));
+                if wrong.is_empty() { ProgramState::Installed } else { ProgramState::Drifted(wrong) }
+            }
+        };
+        let mut leftovers = Vec::new();
+        for family in Family::ALL {
+            let other = match self.variant.other() {
+                Variant::Nft => nft_chains(&mut self.reader, family)?,
+                other @ Variant::Legacy => save_parts(family, &other.saved(family)?),
+            };
+            leftovers.extend(other.into_keys().map(|part| format!("{}: {part}", self.variant.other())));
+        }
+        self.generation = generation.filter(|_| program == ProgramState::Installed);
+        self.known = Some(elements.clone());
+        self.counts = None;
+        self.legacy_look = Some(Instant::now());
+        Ok(NetfilterState { program, elements, leftovers })
+    }
+
+    fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
+        self.fingerprint = None;
+        self.known = None;
+        self.counts = None;
+        self.generation = None;
+        self.fill_sets(program, elements)?;
+        // The guard first: it only refuses what IPVS did not take.
+        if self.nft {
+            self.runs += 1;
+            nftwrite::install(program, elements, Layout::Small)?;
+        }
+        for family in Family::ALL {
+            let rules = rules(program, family, self.options);
+            let saved = self.variant.saved(family)?;
+            self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
+        }
+        for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
+            let wanted = Self::families(program)
+                .any(|f| ipset_kinds(self.nft).iter().any(|k| set_name(*k, f) == header.name));
+            if !wanted {
+                self.ipset.destroy(&header.name)?;
+            }
+        }
+        let generation = self.reader.generation().ok();
+        let parts = self.parts(Some(program))?;
+        self.fingerprint = Some(Fingerprint { program: self.program_hash(program), parts });
+        self.generation = generation;
+        self.known = Some(elements.clone());
+        self.legacy_look = Some(Instant::now());
+        Ok(())
+    }
+
+    fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
+        let puts: Vec<_> =
+            changes.iter().filter(|c| in_small_table(c) && matches!(c, ElementChange::Put(..))).collect();
+        let dels: Vec<_> =
+            changes.iter().filter(|c| in_small_table(c) && matches!(c, ElementChange::Del(_))).collect();
+        // The guard knows a published port before packets are led to it, and until they no longer are.
+        let put = self.nft_changes(&puts);
+        let mut results = self.ipset_changes(program, &changes.iter().collect::<Vec<_>>());
+        // A Del that a later Put takes back must not undo it.
+        let last = |change: &&&ElementChange| {
+            let (ElementChange::Put(e, _) | ElementChange::Del(e)) = **change;
+            let later = changes.iter().rev().find(|c| {
+                let (ElementChange::Put(x, _) | ElementChange::Del(x)) = c;
+                x == e
+            });
+            matches!(later, Some(ElementChange::Del(_)))
+        };
+        let dels: Vec<_> = dels.iter().filter(last).copied().collect();
+        let del = self.nft_changes(&dels);
+        for (change, result) in changes.iter().zip(&mut results) {
+            let nft = match change {
+                _ if !in_small_table(change) => continue,
+                ElementChange::Put(..) => &put,
+                ElementChange::Del(_) => &del,
+            };
+            if let (Err(e), Ok(())) = (nft, &result) {
+                *result = Err(e.clone());
+            }
+        }
+        if let Some(known) = self.known.as_mut() {
+            super::note(known, changes, &results);
+        }
+        self.counts = None;
+        results
+    }
+
+    fn remove_leftovers(&mut self) -> Result<(), Error> {
+        self.runs += remove::chains(self.variant.other())?;
+        Ok(())
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        let (writes, result) = remove::everything(&mut self.ipset, &mut self.reader);
+        self.runs += writes;
+        self.fingerprint = None;
+        self.known = None;
+        self.counts = None;
+        self.generation = None;
+        result
+    }
+
+    fn probe(&mut self) -> Result<Probe, Error> {
+        let (Some(fingerprint), Some(_)) = (self.fingerprint.clone(), &self.known) else {
+            return Ok(Probe::Changed("not installed or not looked at yet".into()));
+        };
+        if let Some(what) = self.probe_sets()? {
+            return Ok(Probe::Changed(what));
+        }
+        let generation = self.reader.generation().ok();
+        let moved = generation != self.generation || (self.nft && generation.is_none());
+        let legacy = self.variant == Variant::Legacy && self.legacy_due();
+        if !moved && !legacy {
+            return Ok(Probe::Unchanged);
+        }
+        let mut expected = fingerprint;
+        let mut parts = Parts::new();
+        if self.nft && moved {
+            parts.extend(self.reader.table_parts(&chain_names(None, Layout::Small))?);
+        }
+        let is_nft_part = |name: &str| name.starts_with("inet ");
+        let rules = if self.variant == Variant::Nft { moved } else { legacy };
+        if rules {
+            let start = Instant::now();
+            for family in Family::ALL {
+                match self.variant {
+                    Variant::Nft => parts.extend(nft_chains(&mut self.reader, family)?),
+                    Variant::Legacy => parts.extend(save_parts(family, &self.variant.saved(family)?)),
+                }
+            }
+            if self.variant == Variant::Legacy {
+                self.legacy_cost = start.elapsed();
+                self.legacy_look = Some(Instant::now());
+            }
+        }
+        expected.parts.retain(|name, _| {
+            if name.starts_with("ipset ") {
+                false
+            } else if is_nft_part(name) {
+                self.nft && moved
+            } else {
+                rules
+            }
+        });
+        if let Some(what) = expected.differences(&parts).into_iter().next() {
+            return Ok(Probe::Changed(what));
+        }
+        if self.nft && moved {
+            let known = self.known.as_ref();
+            let want = known.map(|k| nft_contents(k, Layout::Small)).unwrap_or_default();
+            let sets: Vec<_> = Family::ALL
+                .iter()
+                .flat_map(|f| Layout::Small.kinds().iter().map(move |k| (*k, *f)))
+                .collect();
+            let (have, strange) = self.reader.contents(sets.iter().copied())?;
+            let wrong = super::nftables::set_differences(&sets, &want, &have, strange);
+            if let Some(what) = wrong.into_iter().next() {
+                return Ok(Probe::Changed(what));
+            }
+        }
+        self.generation = generation;
+        Ok(Probe::Unchanged)
+    }
+
+    fn writes(&self) -> u64 {
+        self.ipset.writes() + self.runs
+    }
+}
+
+#[cfg(test)]
+impl Iptables {
+    /// How many programs it has run for writing.
+    pub(super) fn runs(&self) -> u64 {
+        self.runs
+    }
+}

@@ -1,0 +1,367 @@
+//! The renderer without iptables: one nft table, replaced or changed in one transaction.
+
+use std::time::{Duration, Instant};
+
+use super::{
+    Fingerprint, Parts, accept, exec, hash,
+    iptables::{nft_chains, save_parts},
+    nftread::NftReader,
+    nftwrite, remove,
+    rules_nft::{chain_names, table_text},
+    sets::{Kind, Layout, NftContents, PREFIX, nft_contents, nft_name, nft_to_elements},
+    xtables::Variant,
+};
+use crate::{
+    dataplane::{ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState, ipset::Ipset},
+    model::{
+        ids::Family,
+        kernel::{Elements, Program},
+    },
+};
+
+/// How often the old iptables tables are looked at in [`Netfilter::probe`].
+const LEGACY_INTERVAL: Duration = Duration::from_secs(30);
+
+/// The nftables renderer.
+#[derive(Debug)]
+pub struct Nftables {
+    reader: NftReader,
+    ipset: Ipset,
+    runs: u64,
+    fingerprint: Option<Fingerprint>,
+    known: Option<Elements>,
+    generation: Option<u32>,
+    legacy_look: Option<Instant>,
+}
+
+impl Nftables {
+    /// The renderer, in the network namespace of the thread that uses it.
+    ///
+    /// # Errors
+    /// When nft is not installed or the kernel has no nf_tables.
+    pub fn new() -> Result<Self, Error> {
+        if exec::find("nft").is_none() {
+            return Err(exec::missing("nft"));
+        }
+        let mut reader = NftReader::new();
+        reader.generation()?;
+        Ok(Self {
+            reader,
+            ipset: Ipset::new(),
+            runs: 0,
+            fingerprint: None,
+            known: None,
+            generation: None,
+            legacy_look: None,
+        })
+    }
+
+    /// What was read back after the last installation, for the state file.
+    pub fn fingerprint(&self) -> Option<Fingerprint> {
+        self.fingerprint.clone()
+    }
+
+    /// Tells what an earlier process installed. Without it the first observation of rules that are there
+    /// finds them drifted, and they are installed once more.
+    pub fn set_fingerprint(&mut self, fingerprint: Option<Fingerprint>) {
+        self.fingerprint = fingerprint;
+    }
+
+    /// What this host keeps us from doing: nothing, with nft.
+    pub fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn sets(program: Option<&Program>) -> Vec<(Kind, Family)> {
+        let wanted = |f: &Family| program.is_none_or(|p| p.families.get(*f).is_some());
+        Family::ALL
+            .into_iter()
+            .filter(wanted)
+            .flat_map(|f| Layout::Whole.kinds().iter().map(move |k| (*k, f)))
+            .collect()
+    }
+
+    fn program_hash(program: &Program) -> u64 {
+        let mut texts = vec![table_text(program, &NftContents::new(), Layout::Whole)];
+        for family in Family::ALL {
+            texts.extend(
+                accept::rules(program, family).into_iter().map(|r| format!("{} {}", r.chain, r.text)),
+            );
+        }
+        hash::texts(texts.iter().map(String::as_str))
+    }
+
+    /// Whether this variant of iptables drops what we accept, and so needs accepting rules of ours.
+    fn blocks(&mut self, variant: Variant, family: Family) -> Result<bool, Error> {
+        if !variant.installed() {
+            return Ok(false);
+        }
+        match variant {
+            Variant::Nft => self.reader.iptables_blocks(family),
+            Variant::Legacy => Ok(accept::blocks(&variant.saved(family)?)),
+        }
+    }
+
+    /// Our chains in iptables: `(needed, other)`, by what the accepting rules of `program` need.
+    fn iptables_parts(
+        &mut self,
+        program: &Program,
+        variants: &[Variant],
+    ) -> Result<(Parts, Vec<String>), Error> {
+        let (mut needed, mut others) = (Parts::new(), Vec::new());
+        for variant in variants {
+            for family in Family::ALL {
+                let wanted = program.families.get(family).is_some() && self.blocks(*variant, family)?;
+                let there = match variant {
+                    Variant::Nft => nft_chains(&mut self.reader, family)?,
+                    Variant::Legacy => save_parts(family, &variant.saved(family)?),
+                };
+                let mut found = false;
+                for (name, hash) in there {
+                    if wanted && name.contains(" filter ") {
+                        found = true;
+                        needed.insert(format!("{variant}: {name}"), hash);
+                    } else {
+                        others.push(format!("{variant}: {name}"));
+                    }
+                }
+                if wanted && !found {
+                    // Not in any fingerprint, so that this counts as a difference.
+                    needed.insert(
+                        format!("{variant}: the accepting rules that a dropping {family} filter needs"),
+                        0,
+                    );
+                }
+            }
+        }
+        Ok((needed, others))
+    }
+
+    fn put_accepting_rules(&mut self, program: &Program) -> Result<(), Error> {
+        for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
+            for family in Family::ALL {
+                let saved = variant.saved(family)?;
+                let rules = if accept::blocks(&saved) { accept::rules(program, family) } else { Vec::new() };
+                self.runs += u64::from(variant.put(family, &rules, &saved)?);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Sets whose contents differ, as texts that name them.
+pub(super) fn set_differences(
+    sets: &[(Kind, Family)],
+    want: &NftContents,
+    have: &NftContents,
+    strange: usize,
+) -> Vec<String> {
+    let mut out = Vec::new();
+    if strange > 0 {
+        out.push(format!("{strange} elements in sets of table inet meshlb are not ours"));
+    }
+    for place @ (kind, family) in sets {
+        let (want, have) = (want.get(place), have.get(place));
+        let empty = std::collections::BTreeMap::new();
+        let (want, have) = (want.unwrap_or(&empty), have.unwrap_or(&empty));
+        if want == have {
+            continue;
+        }
+        let missing = want.iter().find(|(k, v)| have.get(k) != Some(v)).map(|(k, _)| format!("lacks {k}"));
+        // An address that nothing is published on any more does no harm.
+        let extra = have
+            .keys()
+            .find(|k| !want.contains_key(k) && *kind != Kind::Addresses)
+            .map(|k| format!("has {k}, which is not ours"));
+        if let Some(what) = missing.or(extra) {
+            out.push(format!("set {} of table inet meshlb {what}", nft_name(*kind, *family)));
+        }
+    }
+    out
+}
+
+impl Netfilter for Nftables {
+    fn name(&self) -> &'static str {
+        "nftables"
+    }
+
+    fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
+        let generation = self.reader.generation()?;
+        let mut parts = self.reader.table_parts(&chain_names(Some(want), Layout::Whole))?;
+        let table = !parts.is_empty();
+        let (needed, mut leftovers) = self.iptables_parts(want, &Variant::ALL)?;
+        parts.extend(needed);
+        let sets = Self::sets(Some(want));
+        let (contents, strange) = self.reader.contents(sets.iter().copied())?;
+        let elements = nft_to_elements(&contents);
+        let program = match &self.fingerprint {
+            _ if !table => ProgramState::Absent,
+            None => ProgramState::Drifted(vec![
+                "there are rules of ours, but no record of how they were installed".to_owned(),
+            ]),
+            Some(f) if f.program != Self::program_hash(want) => {
+                ProgramState::Drifted(vec!["the rules are those of another configuration".to_owned()])
+            }
+            Some(f) => {
+                let mut wrong = f.differences(&parts);
+                // Several sets hold parts of one element, and they must agree.
+                wrong.extend(set_differences(
+                    &sets,
+                    &nft_contents(&elements, Layout::Whole),
+                    &contents,
+                    strange,
+                ));
+                if wrong.is_empty() { ProgramState::Installed } else { ProgramState::Drifted(wrong) }
+            }
+        };
+        let headers = self.ipset.headers()?;
+        leftovers.extend(
+            headers.iter().filter(|h| h.name.starts_with(PREFIX)).map(|h| format!("ipset {}", h.name)),
+        );
+        self.generation = (program == ProgramState::Installed).then_some(generation);
+        self.known = Some(elements.clone());
+        self.legacy_look = Some(Instant::now());
+        Ok(NetfilterState { program, elements, leftovers })
+    }
+
+    fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
+        self.fingerprint = None;
+        self.known = None;
+        self.generation = None;
+        self.runs += 1;
+        nftwrite::install(program, elements, Layout::Whole)?;
+        // Also takes away what the iptables renderer left there, which would do the same work twice.
+        self.put_accepting_rules(program)?;
+        let generation = self.reader.generation()?;
+        let mut parts = self.reader.table_parts(&chain_names(Some(program), Layout::Whole))?;
+        parts.extend(self.iptables_parts(program, &Variant::ALL)?.0);
+        self.fingerprint = Some(Fingerprint { program: Self::program_hash(program), parts });
+        self.generation = Some(generation);
+        self.known = Some(elements.clone());
+        self.legacy_look = Some(Instant::now());
+        Ok(())
+    }
+
+    fn apply(&mut self, _program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
+        let none = Elements::new();
+        let known = self.known.as_ref().unwrap_or(&none);
+        let result =
+            nftwrite::change_text(&mut self.reader, known, changes, Layout::Whole).and_then(|text| {
+                if text.is_empty() {
+                    return Ok(());
+                }
+                let before = self.reader.generation()?;
+                self.runs += 1;
+                nftwrite::run(&text)?;
+                let after = self.reader.generation()?;
+                let alone = self.generation == Some(before) && after == before.wrapping_add(1);
+                self.generation = alone.then_some(after);
+                Ok(())
+            });
+        let results = vec![result; changes.len()];
+        if let Some(known) = self.known.as_mut() {
+            super::note(known, changes, &results);
+        }
+        results
+    }
+
+    fn remove_leftovers(&mut self) -> Result<(), Error> {
+        let mut errors = Vec::new();
+        for variant in Variant::ALL {
+            for family in Family::ALL {
+                let saved = variant.saved(family);
+                let done = saved.and_then(|mut saved| {
+                    // The accepting rules are not left over where they are needed.
+                    if accept::blocks(&saved) && self.fingerprint.is_some() {
+                        saved.chains.retain(|(table, _)| table != "filter");
+                        saved.jumps.retain(|(table, _)| table != "filter");
+                    }
+                    variant.put(family, &[], &saved)
+                });
+                match done {
+                    Ok(wrote) => self.runs += u64::from(wrote),
+                    Err(e) => errors.push(e),
+                }
+            }
+        }
+        errors.extend(remove::sets(&mut self.ipset).err());
+        remove::collect(errors)
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        let (writes, result) = remove::everything(&mut self.ipset, &mut self.reader);
+        self.runs += writes;
+        self.fingerprint = None;
+        self.known = None;
+        self.generation = None;
+        result
+    }
+
+    fn probe(&mut self) -> Result<Probe, Error> {
+        let (Some(fingerprint), Some(known)) = (&self.fingerprint, &self.known) else {
+            return Ok(Probe::Changed("not installed or not looked at yet".into()));
+        };
+        let generation = self.reader.generation()?;
+        let legacy = self.legacy_look.is_none_or(|at| at.elapsed() >= LEGACY_INTERVAL);
+        let moved = self.generation != Some(generation);
+        if moved {
+            // Somebody wrote to nf_tables: is ours still as it was?
+            let mut parts = self.reader.table_parts(&chain_names(None, Layout::Whole))?;
+            for family in Family::ALL {
+                let chains = nft_chains(&mut self.reader, family)?;
+                parts.extend(
+                    chains.into_iter().map(|(name, hash)| (format!("{}: {name}", Variant::Nft), hash)),
+                );
+            }
+            let mut expected = fingerprint.clone();
+            let legacy = format!("{}: ", Variant::Legacy);
+            expected.parts.retain(|name, _| !name.starts_with(&legacy));
+            if let Some(what) = expected.differences(&parts).into_iter().next() {
+                return Ok(Probe::Changed(what));
+            }
+            let sets = Self::sets(None);
+            let (have, strange) = self.reader.contents(sets.iter().copied())?;
+            let wrong = set_differences(&sets, &nft_contents(known, Layout::Whole), &have, strange);
+            if let Some(what) = wrong.into_iter().next() {
+                return Ok(Probe::Changed(what));
+            }
+            let accepting = format!("{}: ", Variant::Nft);
+            let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
+            if !accepted
+                && (self.reader.iptables_blocks(Family::V4)? || self.reader.iptables_blocks(Family::V6)?)
+            {
+                return Ok(Probe::Changed("iptables INPUT or FORWARD has begun to drop packets".into()));
+            }
+        }
+        if legacy {
+            self.legacy_look = Some(Instant::now());
+            let accepting = format!("{}: ", Variant::Legacy);
+            let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
+            let mut parts = Parts::new();
+            let mut blocks = false;
+            for family in Family::ALL {
+                let saved = Variant::Legacy.saved(family)?;
+                blocks |= accept::blocks(&saved);
+                let ours =
+                    save_parts(family, &saved).into_iter().filter(|(name, _)| name.contains(" filter "));
+                parts.extend(ours.map(|(name, hash)| (format!("{accepting}{name}"), hash)));
+            }
+            let mut expected = fingerprint.clone();
+            expected.parts.retain(|name, _| name.starts_with(&accepting));
+            if let Some(what) = expected.differences(&parts).into_iter().next() {
+                return Ok(Probe::Changed(what));
+            }
+            if blocks && !accepted {
+                return Ok(Probe::Changed(
+                    "iptables-legacy INPUT or FORWARD has begun to drop packets".into(),
+                ));
+            }
+        }
+        self.generation = Some(generation);
+        Ok(Probe::Unchanged)
+    }
+
+    fn writes(&self) -> u64 {
+        self.ipset.writes() + self.runs
+    }
+}

@@ -1,0 +1,149 @@
+//! Writing our nft table: all of it, or changes of its elements in one transaction.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    net::IpAddr,
+};
+
+use super::{
+    exec,
+    nftread::NftReader,
+    rules_nft::{TABLE, install_text},
+    sets::{Kind, Layout, NftKey, nft_elements, nft_name},
+};
+use crate::{
+    dataplane::{ElementChange, Error},
+    model::{
+        ids::{Family, Protocol},
+        kernel::{Element, Elements, Program, Target},
+    },
+};
+
+/// From this many keys on, reading whole sets costs less than asking for each key.
+const LOOKUPS: usize = 64;
+
+/// Runs nft on this text, as one transaction.
+pub(crate) fn run(text: &str) -> Result<(), Error> {
+    exec::run("nft", &["-f", "-"], text).map(drop)
+}
+
+/// Replaces our table, whatever is there.
+pub(crate) fn install(program: &Program, elements: &Elements, layout: Layout) -> Result<(), Error> {
+    run(&install_text(program, elements, layout))
+}
+
+/// Removes our table.
+pub(crate) fn remove() -> Result<(), Error> {
+    run(&format!("add table {TABLE}\ndelete table {TABLE}\n"))
+}
+
+type Wanted = BTreeMap<(Kind, Family, NftKey), Option<Option<u32>>>;
+
+/// The text that makes these changes, empty when there is nothing to do. `known` is what was there before.
+///
+/// nft refuses to add a key to a map with another value and to delete what is not there, and a refusal undoes
+/// the whole transaction. So we look first.
+pub(crate) fn change_text<'a>(
+    reader: &mut NftReader,
+    known: &Elements,
+    changes: impl IntoIterator<Item = &'a ElementChange>,
+    layout: Layout,
+) -> Result<String, Error> {
+    let wanted = wanted(known, changes, layout);
+    let current = current(reader, &wanted)?;
+    let mut dels: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut adds: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (place, want) in &wanted {
+        let (kind, family, key) = place;
+        let set = nft_name(*kind, *family);
+        let have = current.get(place).copied();
+        if have.is_some() && have != *want {
+            dels.entry(set.clone()).or_default().push(key.to_string());
+        }
+        if let Some(value) = want.filter(|_| have != *want) {
+            adds.entry(set).or_default().push(match value {
+                Some(value) => format!("{key} : {value:#x}"),
+                None => key.to_string(),
+            });
+        }
+    }
+    let mut out = String::new();
+    for (verb, all) in [("delete", dels), ("add", adds)] {
+        for (set, keys) in all {
+            let _ = writeln!(out, "{verb} element {TABLE} {set} {{ {} }}", keys.join(", "));
+        }
+    }
+    Ok(out)
+}
+
+/// What each key should be after the changes: absent, or there with this value.
+fn wanted<'a>(
+    known: &Elements,
+    changes: impl IntoIterator<Item = &'a ElementChange>,
+    layout: Layout,
+) -> Wanted {
+    let mut wanted = Wanted::new();
+    let mut gone: BTreeSet<Target> = BTreeSet::new();
+    for change in changes {
+        match change {
+            ElementChange::Put(element, mark) => {
+                if let Element::Published(target) = element {
+                    gone.remove(target);
+                }
+                for (kind, key, value) in nft_elements(element, *mark, layout) {
+                    wanted.insert((kind, element.family(), key), Some(value));
+                }
+            }
+            ElementChange::Del(element) => {
+                if let Element::Published(target) = element {
+                    gone.insert(*target);
+                }
+                for (kind, key, _) in nft_elements(element, None, layout) {
+                    if kind != Kind::Addresses {
+                        wanted.insert((kind, element.family(), key), None);
+                    }
+                }
+            }
+        }
+    }
+    if layout == Layout::Whole {
+        // An address goes with the last port that is published on it.
+        for addr in gone.iter().map(|t| t.addr) {
+            let place = (Kind::Addresses, Family::of(&addr), NftKey::Addr(addr));
+            if !published_on(known, addr).any(|t| !gone.contains(t)) {
+                wanted.entry(place).or_insert(None);
+            }
+        }
+    }
+    wanted
+}
+
+fn published_on(known: &Elements, addr: IpAddr) -> impl Iterator<Item = &Target> {
+    let end = |protocol, port| Element::Published(Target { addr, protocol, port });
+    known.range(end(Protocol::Tcp, 0)..=end(Protocol::Sctp, u16::MAX)).filter_map(|(e, _)| match e {
+        Element::Published(t) => Some(t),
+        _ => None,
+    })
+}
+
+fn current(
+    reader: &mut NftReader,
+    wanted: &Wanted,
+) -> Result<BTreeMap<(Kind, Family, NftKey), Option<u32>>, Error> {
+    let mut out = BTreeMap::new();
+    if wanted.len() <= LOOKUPS {
+        for place @ (kind, family, key) in wanted.keys() {
+            if let Some(value) = reader.lookup(*kind, *family, key)? {
+                out.insert(*place, value);
+            }
+        }
+        return Ok(out);
+    }
+    let sets: BTreeSet<_> = wanted.keys().map(|(kind, family, _)| (*kind, *family)).collect();
+    let (contents, _) = reader.contents(sets)?;
+    for ((kind, family), keys) in contents {
+        out.extend(keys.into_iter().map(|(key, value)| ((kind, family, key), value)));
+    }
+    Ok(out)
+}

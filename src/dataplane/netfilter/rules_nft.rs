@@ -1,0 +1,309 @@
+//! The netfilter program as text for nft: the small table beside iptables, and the whole program.
+//!
+//! Both are `table inet meshlb`, so that the change from one renderer to the other replaces the table in one
+//! transaction. Priorities: conntrack is at −200, IPVS takes packets at input 98–99 and output −98.
+
+use std::fmt::Write as _;
+
+use super::sets::{Kind, Layout, NftContents, loopback, nft_contents, nft_name};
+use crate::model::{
+    ids::Family,
+    kernel::{Elements, FamilyProgram, Program},
+};
+
+/// Family and name of our table, as nft writes it.
+pub(crate) const TABLE: &str = "inet meshlb";
+
+/// The chains of the table; without a program, those of both families.
+pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
+    let base: &[&str] = match layout {
+        Layout::Small => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in"],
+        Layout::Whole => {
+            &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "masquerade", "unmark"]
+        }
+    };
+    let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
+    for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
+        names.push(format!("guard-{}", family.digit()));
+        if layout == Layout::Whole {
+            names.push(format!("masquerade-{}", family.digit()));
+        }
+    }
+    names
+}
+
+/// The text that replaces our table, whatever is there, by this program with these elements.
+pub(crate) fn install_text(program: &Program, elements: &Elements, layout: Layout) -> String {
+    // `add` first, because deleting a table that is not there fails.
+    format!(
+        "add table {TABLE}\ndelete table {TABLE}\n{}",
+        table_text(program, &nft_contents(elements, layout), layout)
+    )
+}
+
+/// The table; without elements it is the text that a program is known by.
+pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layout) -> String {
+    let mut out = format!("table {TABLE} {{\n");
+    for (family, _) in program.families.iter() {
+        for kind in layout.kinds() {
+            set_text(&mut out, *kind, family, contents);
+        }
+    }
+    let families: Vec<_> =
+        program.families.iter().map(|(family, f)| Names::new(family, f, program)).collect();
+    let mut chain = |name: &str, hook: &str, rules: Vec<String>| {
+        let _ = writeln!(out, "  chain {name} {{");
+        if !hook.is_empty() {
+            let _ = writeln!(out, "    type {hook}; policy accept;");
+        }
+        for rule in rules {
+            let _ = writeln!(out, "    {rule}");
+        }
+        out.push_str("  }\n");
+    };
+    let each = |rules: &dyn Fn(&Names) -> Vec<String>| families.iter().flat_map(rules).collect::<Vec<_>>();
+    let whole = layout == Layout::Whole;
+
+    chain("lo-out", "filter hook output priority -350", each(&Names::loopback_out));
+    chain("vip-first", "nat hook prerouting priority -101", each(&|n| n.dnat(whole)));
+    chain("out", "filter hook output priority -99", each(&|n| n.mark_out(whole)));
+    chain("in", "filter hook input priority 90", each(&|n| n.mark_in(whole)));
+    chain("guard", "filter hook input priority 101", each(&Names::guard));
+    for n in &families {
+        chain(&format!("guard-{}", n.digit), "", n.guard_vip());
+    }
+    chain("refuse", "", refuse());
+    chain("lo-in", "filter hook input priority 102", each(&Names::loopback_in));
+    if whole {
+        chain("masquerade", "nat hook postrouting priority 99", postrouting(&families, program));
+        for n in &families {
+            chain(&format!("masquerade-{}", n.digit), "", n.masquerade(program));
+        }
+        chain("unmark", "filter hook postrouting priority 110", unmark(&families, program));
+    }
+    out.push_str("}\n");
+    out
+}
+
+fn set_text(out: &mut String, kind: Kind, family: Family, contents: &NftContents) {
+    let addr = if family == Family::V4 { "ipv4_addr" } else { "ipv6_addr" };
+    let target = format!("{addr} . inet_proto . inet_service");
+    let (word, key) = match kind {
+        Kind::Vips | Kind::PublishedMarks => ("map", format!("{target} : mark")),
+        Kind::Loopback => ("map", "inet_proto . inet_service : mark".to_owned()),
+        Kind::Published | Kind::Own => ("set", target),
+        Kind::Addresses | Kind::Local | Kind::Endpoints => ("set", addr.to_owned()),
+        Kind::Hairpin => ("set", format!("{addr} . {addr}")),
+    };
+    let _ = writeln!(out, "  {word} {} {{\n    type {key}", nft_name(kind, family));
+    if let Some(keys) = contents.get(&(kind, family)).filter(|keys| !keys.is_empty()) {
+        out.push_str("    elements = {\n");
+        for (key, value) in keys {
+            let _ = match value {
+                Some(value) => writeln!(out, "      {key} : {value:#x},"),
+                None => writeln!(out, "      {key},"),
+            };
+        }
+        out.push_str("    }\n");
+    }
+    out.push_str("  }\n");
+}
+
+/// The words of one family's rules.
+struct Names {
+    ip: &'static str,
+    nfproto: &'static str,
+    digit: u8,
+    family: Family,
+    range: String,
+    ingress: String,
+    node: String,
+    lo: String,
+    mask: u32,
+}
+
+impl Names {
+    fn new(family: Family, f: &FamilyProgram, program: &Program) -> Self {
+        let (ip, nfproto) = match family {
+            Family::V4 => ("ip", "ipv4"),
+            Family::V6 => ("ip6", "ipv6"),
+        };
+        Self {
+            ip,
+            nfproto,
+            digit: family.digit(),
+            family,
+            range: f.range.to_string(),
+            ingress: f.ingress.to_string(),
+            node: f.node.to_string(),
+            lo: loopback(family).to_string(),
+            mask: program.mask,
+        }
+    }
+
+    fn set(&self, kind: Kind) -> String {
+        format!("@{}", nft_name(kind, self.family))
+    }
+
+    /// (destination, protocol, port): the key of most sets.
+    fn target(&self) -> String {
+        format!("{} daddr . meta l4proto . th dport", self.ip)
+    }
+
+    /// A packet from and to 127.0.0.1 can't leave the node, so its source becomes the node's address before
+    /// conntrack sees it; `loopback_in` turns the answers back. The mark here is only the map's way of
+    /// telling a hit from a miss: `mark_out` sets it again after everybody else's rules.
+    fn loopback_out(&self) -> Vec<String> {
+        let Self { ip, lo, node, .. } = self;
+        let map = self.set(Kind::Loopback);
+        vec![format!(
+            "{ip} saddr {lo} {ip} daddr {lo} meta mark set meta l4proto . th dport map {map} {ip} saddr set {node}"
+        )]
+    }
+
+    fn loopback_in(&self) -> Vec<String> {
+        let Self { ip, lo, node, .. } = self;
+        let map = self.set(Kind::Loopback);
+        vec![format!(
+            "{ip} saddr {lo} {ip} daddr {node} meta mark set meta l4proto . th sport map {map} meta mark set 0 {ip} daddr set {lo}"
+        )]
+    }
+
+    /// Before everybody else's DNAT. A DNAT to the address that it has already is final for conntrack, which
+    /// no `accept` is: so no node port of another program, in nft or iptables, takes a packet for a VIP.
+    fn dnat(&self, whole: bool) -> Vec<String> {
+        let Self { ip, range, ingress, .. } = self;
+        let mut rules = vec![format!("{ip} daddr {range} dnat {ip} to {ip} daddr")];
+        if whole {
+            rules.push(format!("{} {} dnat {ip} to {ingress}", self.target(), self.set(Kind::Published)));
+        }
+        rules
+    }
+
+    /// IPVS compares all 32 bits, so the mark is only ours when it gets there.
+    fn mark_vip(&self, whole: bool) -> Vec<String> {
+        let Self { ip, range, mask, .. } = self;
+        if !whole {
+            return vec![format!("{ip} daddr {range} meta mark set meta mark & {mask:#x}")];
+        }
+        let (target, map) = (self.target(), self.set(Kind::Vips));
+        vec![
+            format!("{ip} daddr {range} meta mark set 0"),
+            format!("{ip} daddr {range} meta mark set {target} map {map}"),
+        ]
+    }
+
+    fn mark_in(&self, whole: bool) -> Vec<String> {
+        self.mark_vip(whole)
+    }
+
+    fn mark_out(&self, whole: bool) -> Vec<String> {
+        let Self { ip, lo, node, mask, .. } = self;
+        let mut rules = self.mark_vip(whole);
+        let target = self.target();
+        rules.push(if whole {
+            format!("meta mark set {target} map {}", self.set(Kind::PublishedMarks))
+        } else {
+            format!("{target} {} meta mark set meta mark & {mask:#x}", self.set(Kind::Published))
+        });
+        let map = self.set(Kind::Loopback);
+        rules.push(format!(
+            "{ip} saddr {node} {ip} daddr {lo} meta mark set meta l4proto . th dport map {map}"
+        ));
+        rules
+    }
+
+    /// After IPVS: what is still here was not taken, so it must not reach a socket of the host.
+    fn guard(&self) -> Vec<String> {
+        let Self { ip, range, digit, lo, node, .. } = self;
+        let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
+        let map = self.set(Kind::Loopback);
+        vec![
+            format!("{ip} daddr {range} jump guard-{digit}"),
+            // Only new ones: a client may have got a published number as its own port.
+            format!("{target} {published} {target} != {own} ct state new jump refuse"),
+            // The mark is the map's way of telling a hit; the packet ends here.
+            format!(
+                "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} jump refuse"
+            ),
+        ]
+    }
+
+    fn guard_vip(&self) -> Vec<String> {
+        let icmp = match self.family {
+            Family::V4 => {
+                "icmp type { echo-request, destination-unreachable, time-exceeded, parameter-problem } accept"
+            }
+            Family::V6 => {
+                "icmpv6 type { echo-request, destination-unreachable, packet-too-big, time-exceeded, parameter-problem, nd-neighbor-solicit, nd-neighbor-advert } accept"
+            }
+        };
+        vec![
+            icmp.to_owned(),
+            format!("{} {} accept", self.target(), self.set(Kind::Own)),
+            "jump refuse".to_owned(),
+        ]
+    }
+
+    /// Our packets that were sent to one of these.
+    fn originals(&self) -> [String; 3] {
+        let Self { ip, range, lo, .. } = self;
+        let addresses = self.set(Kind::Addresses);
+        [
+            format!("ct original {ip} daddr {range}"),
+            format!("ct original {ip} daddr {addresses}"),
+            format!("ct original {ip} daddr {lo}"),
+        ]
+    }
+
+    /// What an endpoint elsewhere must answer to this node, and not to the client.
+    fn masquerade(&self, program: &Program) -> Vec<String> {
+        let ip = self.ip;
+        let mut rules: Vec<_> = program
+            .masquerade_bridges
+            .iter()
+            .filter(|b| Family::of(&b.subnet.addr()) == self.family)
+            .map(|b| format!("oifname \"{}\" {ip} saddr {} masquerade", b.bridge, b.subnet.trunc()))
+            .collect();
+        rules.extend([
+            format!("{ip} daddr {} return", self.set(Kind::Local)),
+            "ct status dnat masquerade".to_owned(),
+            format!("meta nfproto {} fib saddr type local masquerade", self.nfproto),
+        ]);
+        rules
+    }
+}
+
+fn refuse() -> Vec<String> {
+    vec![
+        "meta l4proto tcp reject with tcp reset".to_owned(),
+        // Port-unreachable leaves an SCTP client to its timeout; ICMPv6 has nothing better.
+        "meta nfproto ipv4 meta l4proto sctp reject with icmp type prot-unreachable".to_owned(),
+        "reject with icmpx type port-unreachable".to_owned(),
+    ]
+}
+
+fn postrouting(families: &[Names], program: &Program) -> Vec<String> {
+    let mut rules: Vec<_> = families
+        .iter()
+        .map(|n| format!("{ip} saddr . {ip} daddr {} masquerade", n.set(Kind::Hairpin), ip = n.ip))
+        .collect();
+    rules.push(format!("meta mark & {:#x} == 0 return", program.mask));
+    for n in families {
+        rules.extend(n.originals().map(|original| format!("{original} jump masquerade-{}", n.digit)));
+    }
+    rules
+}
+
+/// A mark that leaves on an overlay's outer packet would bring that packet to IPVS. So our packets lose it,
+/// and only they: a value of our field alone, on a connection to one of our addresses.
+fn unmark(families: &[Names], program: &Program) -> Vec<String> {
+    let mut rules = vec![
+        format!("meta mark & {:#x} == 0 return", program.mask),
+        format!("meta mark & {:#x} != 0 return", !program.mask),
+    ];
+    for n in families {
+        rules.extend(n.originals().map(|original| format!("{original} meta mark set 0")));
+    }
+    rules
+}
