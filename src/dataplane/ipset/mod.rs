@@ -98,6 +98,12 @@ impl Ipset {
         self.write(one, &message::swap(one, other))
     }
 
+    /// Whether the kernel has a set type.
+    pub fn has_type(&mut self, kind: SetType) -> bool {
+        let family = crate::model::ids::Family::V4;
+        self.connect().is_ok_and(|socket| socket.get(&message::has_type(kind, family)).is_ok())
+    }
+
     /// The headers of all sets; empty where the kernel has no ipset.
     pub fn headers(&mut self) -> Result<Vec<Header>, Error> {
         match self.dump(&message::list_headers()) {

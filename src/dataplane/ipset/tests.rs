@@ -37,6 +37,8 @@ fn sets_of_every_kind_come_back() {
                 spec("t-ip", SetType::Ip, family),
                 spec("t-pair", SetType::Pair, family),
             ];
+            let pairs = ipset.has_type(SetType::Pair);
+            let specs: Vec<_> = specs.into_iter().filter(|s| pairs || s.kind != SetType::Pair).collect();
             for s in &specs {
                 ipset.create(s).unwrap();
                 ipset.create(s).unwrap();
@@ -48,8 +50,10 @@ fn sets_of_every_kind_come_back() {
                 add("t-ip", Entry { key: Key::Ip(b), mark: None }),
                 add("t-pair", Entry { key: Key::Pair(b, b), mark: None }),
             ];
-            assert_eq!(ipset.change(&entries), vec![Ok(()); 5]);
-            assert_eq!(ipset.change(&entries), vec![Ok(()); 5], "adding again replaces");
+            let entries: Vec<_> = entries.into_iter().filter(|c| pairs || c.set != "t-pair").collect();
+            let good = vec![Ok(()); entries.len()];
+            assert_eq!(ipset.change(&entries), good);
+            assert_eq!(ipset.change(&entries), good, "adding again replaces");
             for s in &specs {
                 let listing = ipset.list(&s.name).unwrap().unwrap();
                 assert!(listing.header.fits(s), "{:?}", listing.header);
@@ -61,10 +65,10 @@ fn sets_of_every_kind_come_back() {
                 assert_eq!(listing.strange, 0);
             }
             let del: Vec<_> = entries.iter().map(|c| Change { verb: Verb::Del, ..c.clone() }).collect();
-            assert_eq!(ipset.change(&del), vec![Ok(()); 5]);
-            assert_eq!(ipset.change(&del), vec![Ok(()); 5], "deleting what is gone");
+            assert_eq!(ipset.change(&del), good);
+            assert_eq!(ipset.change(&del), good, "deleting what is gone");
             let headers = ipset.headers().unwrap();
-            assert_eq!(headers.iter().map(|h| h.elements).collect::<Vec<_>>(), [0, 0, 0]);
+            assert!(headers.len() == specs.len() && headers.iter().all(|h| h.elements == 0));
             for s in &specs {
                 ipset.destroy(&s.name).unwrap();
                 ipset.destroy(&s.name).unwrap();

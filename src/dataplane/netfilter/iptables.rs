@@ -13,15 +13,15 @@ use super::{
     rules_iptables::{CHAINS, Guard, Options, Saved, rules},
     rules_nft::{chain_names, table_text},
     sets::{
-        Kind, Layout, NftContents, PREFIX, SCRATCH, ipset_element, ipset_entries, ipset_kinds, ipset_spec,
-        nft_contents, set_name,
+        Kind, NftContents, PREFIX, SCRATCH, Stores, ipset_element, ipset_entries, ipset_spec, nft_contents,
+        set_name,
     },
     xtables::Variant,
 };
 use crate::{
     dataplane::{
         ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState,
-        ipset::{Change, Ipset, SetSpec, Verb},
+        ipset::{Change, Ipset, SetSpec, SetType, Verb},
     },
     model::{
         ids::Family,
@@ -36,8 +36,7 @@ const LEGACY_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Iptables {
     variant: Variant,
-    /// Whether the small nft table can be had.
-    nft: bool,
+    stores: Stores,
     pub(super) options: Options,
     ipset: Ipset,
     reader: NftReader,
@@ -64,16 +63,19 @@ impl Iptables {
         }
         let mut reader = NftReader::new();
         let nft = reader.available() && exec::find("nft").is_some();
-        Ok(Self::with(variant, nft, reader))
+        let mut ipset = Ipset::new();
+        let pairs = ipset.has_type(SetType::Pair);
+        Ok(Self::with(variant, Stores { nft, pairs }, ipset, reader))
     }
 
-    fn with(variant: Variant, nft: bool, reader: NftReader) -> Self {
+    fn with(variant: Variant, stores: Stores, ipset: Ipset, reader: NftReader) -> Self {
+        let Stores { nft, pairs } = stores;
         let guard = if nft { Guard::Nft } else { Guard::Filter { security: variant == Variant::Legacy } };
         Self {
             variant,
-            nft,
-            options: Options { guard, ..Options::default() },
-            ipset: Ipset::new(),
+            stores,
+            options: Options { guard, hairpin: pairs, ..Options::default() },
+            ipset,
             reader,
             runs: 0,
             fingerprint: None,
@@ -88,7 +90,9 @@ impl Iptables {
     /// The same without the nft table, as on a host that can't have it.
     #[cfg(test)]
     pub(super) fn without_nft(variant: Variant) -> Self {
-        Self::with(variant, false, NftReader::new())
+        let mut ipset = Ipset::new();
+        let pairs = ipset.has_type(SetType::Pair);
+        Self::with(variant, Stores { nft: false, pairs }, ipset, NftReader::new())
     }
 
     /// What was read back after the last installation, for the state file.
@@ -104,7 +108,7 @@ impl Iptables {
 
     /// What this host keeps us from doing, each as one line for people.
     pub fn warnings(&self) -> Vec<String> {
-        if self.nft {
+        if self.stores.nft {
             return Vec::new();
         }
         let how = "install the package nftables and load the module nf_tables";
@@ -115,6 +119,9 @@ impl Iptables {
             ),
             format!("without nft, published ports don't answer on 127.0.0.1 and ::1; {how}"),
         ];
+        if !self.stores.pairs {
+            out.push("without hash:net,net and nft, an endpoint can't reach itself by its service; load the module ip_set_hash_netnet".to_owned());
+        }
         if self.variant == Variant::Nft {
             out.push(format!(
                 "without nft, a mark bit that another program sets on packets to VIPs keeps them from IPVS; {how}"
@@ -132,8 +139,8 @@ impl Iptables {
                     .map(|r| format!("{} {} {}", r.table, r.chain, r.text)),
             );
         }
-        if self.nft {
-            texts.push(table_text(program, &NftContents::new(), Layout::Small));
+        if self.stores.nft {
+            texts.push(table_text(program, &NftContents::new(), self.stores.layout()));
         }
         hash::texts(texts.iter().map(String::as_str))
     }
@@ -146,8 +153,8 @@ impl Iptables {
     /// Hashes of all of ours that is there, without the sets' contents.
     fn parts(&mut self, program: Option<&Program>) -> Result<Parts, Error> {
         let mut parts = Parts::new();
-        if self.nft {
-            let chains = chain_names(program, Layout::Small);
+        if self.stores.nft {
+            let chains = chain_names(program, self.stores.layout());
             parts.extend(self.reader.table_parts(&chains)?);
         }
         for family in Family::ALL {
@@ -169,8 +176,8 @@ impl Iptables {
     fn elements(&mut self, program: &Program) -> Result<(Elements, Vec<String>), Error> {
         let (mut elements, mut wrong) = (Elements::new(), Vec::new());
         for family in Self::families(program) {
-            for kind in ipset_kinds(self.nft) {
-                let name = set_name(*kind, family);
+            for kind in self.stores.ipsets() {
+                let name = set_name(kind, family);
                 let Some(listing) = self.ipset.list(&name)? else { continue };
                 if listing.strange > 0 {
                     wrong.push(format!("ipset {name} has {} entries that are not ours", listing.strange));
@@ -182,9 +189,12 @@ impl Iptables {
                         entry.key, program.mask
                     ));
                 }
-                elements.extend(listing.entries.iter().filter_map(|e| ipset_element(*kind, family, e)));
+                elements.extend(listing.entries.iter().filter_map(|e| ipset_element(kind, family, e)));
             }
             // The second set of endpoints.
+            if !self.stores.pairs {
+                continue;
+            }
             let name = set_name(Kind::Hairpin, family);
             if let Some(listing) = self.ipset.list(&name)? {
                 let want = |e: &Element| matches!(e, Element::Endpoint(_)) && e.family() == family;
@@ -200,7 +210,7 @@ impl Iptables {
                 }
             }
         }
-        if self.nft {
+        if self.stores.nft {
             // The loopback map is only in nft.
             let loopback = Self::families(program).map(|f| (Kind::Loopback, f));
             let (contents, _) = self.reader.contents(loopback)?;
@@ -213,24 +223,24 @@ impl Iptables {
     /// Sets of the small table that differ from what these elements ask for.
     fn nft_differences(&mut self, program: &Program, elements: &Elements) -> Result<Vec<String>, Error> {
         let sets: Vec<_> = Self::families(program)
-            .flat_map(|f| Layout::Small.kinds().iter().map(move |k| (*k, f)))
+            .flat_map(|f| self.stores.layout().kinds().iter().map(move |k| (*k, f)))
             .collect();
         let (have, strange) = self.reader.contents(sets.iter().copied())?;
-        let want = nft_contents(elements, Layout::Small);
+        let want = nft_contents(elements, self.stores.layout());
         Ok(super::nftables::set_differences(&sets, &want, &have, strange))
     }
 
     fn fill_sets(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
         self.ipset.destroy(SCRATCH)?;
         let there = self.ipset.headers()?;
-        for kind in ipset_kinds(self.nft) {
+        for kind in self.stores.ipsets() {
             for family in Self::families(program) {
-                let spec = ipset_spec(*kind, family);
+                let spec = ipset_spec(kind, family);
                 let entries = elements
                     .iter()
                     .filter(|(e, _)| e.family() == family)
-                    .flat_map(|(e, m)| ipset_entries(e, *m, program.mask, self.nft))
-                    .filter(|(k, _)| k == kind);
+                    .flat_map(|(e, m)| ipset_entries(e, *m, program.mask, self.stores))
+                    .filter(|(k, _)| *k == kind);
                 let old = there.iter().find(|h| h.name == spec.name);
                 let into = if old.is_some() { SCRATCH.to_owned() } else { spec.name.clone() };
                 self.ipset.create(&SetSpec { name: into.clone(), ..spec.clone() })?;
@@ -254,7 +264,7 @@ impl Iptables {
                 ElementChange::Put(element, mark) => (Verb::Add, element, *mark),
                 ElementChange::Del(element) => (Verb::Del, element, None),
             };
-            for (kind, entry) in ipset_entries(element, mark, program.mask, self.nft) {
+            for (kind, entry) in ipset_entries(element, mark, program.mask, self.stores) {
                 all.push(Change { set: set_name(kind, element.family()), verb, entry });
                 owners.push(at);
             }
@@ -270,12 +280,13 @@ impl Iptables {
 
     /// The part of the changes that concerns the small table, in one transaction.
     fn nft_changes(&mut self, changes: &[&ElementChange]) -> Result<(), Error> {
-        if !self.nft || changes.is_empty() {
+        if !self.stores.nft || changes.is_empty() {
             return Ok(());
         }
         let none = Elements::new();
         let known = self.known.as_ref().unwrap_or(&none);
-        let text = nftwrite::change_text(&mut self.reader, known, changes.iter().copied(), Layout::Small)?;
+        let text =
+            nftwrite::change_text(&mut self.reader, known, changes.iter().copied(), self.stores.layout())?;
         if text.is_empty() {
             return Ok(());
         }
@@ -291,11 +302,11 @@ impl Iptables {
 
     fn expected_counts(&mut self) -> &BTreeMap<String, u32> {
         let known = self.known.as_ref();
-        let nft = self.nft;
+        let stores = self.stores;
         self.counts.get_or_insert_with(|| {
             let mut counts = BTreeMap::new();
             for (element, mark) in known.into_iter().flatten() {
-                for (kind, _) in ipset_entries(element, *mark, 0, nft) {
+                for (kind, _) in ipset_entries(element, *mark, 0, stores) {
                     *counts.entry(set_name(kind, element.family())).or_default() += 1;
                 }
             }
@@ -366,10 +377,14 @@ fn part_name(family: Family, table: &str, what: &str) -> String {
     format!("{} {table} {what}", if family == Family::V4 { "iptables" } else { "ip6tables" })
 }
 
-/// Whether two changes concern the nft table beside iptables.
-fn in_small_table(change: &ElementChange) -> bool {
+/// Whether a change concerns the nft table beside iptables.
+fn in_small_table(change: &ElementChange, stores: Stores) -> bool {
     let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
-    matches!(element, Element::Published(_) | Element::Own(_) | Element::Loopback(..))
+    match element {
+        Element::Published(_) | Element::Own(_) | Element::Loopback(..) => stores.nft,
+        Element::Endpoint(_) => stores.nft && !stores.pairs,
+        Element::Vip(_) | Element::Local(_) => false,
+    }
 }
 
 impl Netfilter for Iptables {
@@ -417,9 +432,9 @@ impl Netfilter for Iptables {
         self.generation = None;
         self.fill_sets(program, elements)?;
         // The guard first: it only refuses what IPVS did not take.
-        if self.nft {
+        if self.stores.nft {
             self.runs += 1;
-            nftwrite::install(program, elements, Layout::Small)?;
+            nftwrite::install(program, elements, self.stores.layout())?;
         }
         for family in Family::ALL {
             let rules = rules(program, family, self.options);
@@ -427,8 +442,8 @@ impl Netfilter for Iptables {
             self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
         }
         for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
-            let wanted = Self::families(program)
-                .any(|f| ipset_kinds(self.nft).iter().any(|k| set_name(*k, f) == header.name));
+            let wanted =
+                Self::families(program).any(|f| self.stores.ipsets().any(|k| set_name(k, f) == header.name));
             if !wanted {
                 self.ipset.destroy(&header.name)?;
             }
@@ -443,10 +458,14 @@ impl Netfilter for Iptables {
     }
 
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
-        let puts: Vec<_> =
-            changes.iter().filter(|c| in_small_table(c) && matches!(c, ElementChange::Put(..))).collect();
-        let dels: Vec<_> =
-            changes.iter().filter(|c| in_small_table(c) && matches!(c, ElementChange::Del(_))).collect();
+        let puts: Vec<_> = changes
+            .iter()
+            .filter(|c| in_small_table(c, self.stores) && matches!(c, ElementChange::Put(..)))
+            .collect();
+        let dels: Vec<_> = changes
+            .iter()
+            .filter(|c| in_small_table(c, self.stores) && matches!(c, ElementChange::Del(_)))
+            .collect();
         // The guard knows a published port before packets are led to it, and until they no longer are.
         let put = self.nft_changes(&puts);
         let mut results = self.ipset_changes(program, &changes.iter().collect::<Vec<_>>());
@@ -463,7 +482,7 @@ impl Netfilter for Iptables {
         let del = self.nft_changes(&dels);
         for (change, result) in changes.iter().zip(&mut results) {
             let nft = match change {
-                _ if !in_small_table(change) => continue,
+                _ if !in_small_table(change, self.stores) => continue,
                 ElementChange::Put(..) => &put,
                 ElementChange::Del(_) => &del,
             };
@@ -501,15 +520,15 @@ impl Netfilter for Iptables {
             return Ok(Probe::Changed(what));
         }
         let generation = self.reader.generation().ok();
-        let moved = generation != self.generation || (self.nft && generation.is_none());
+        let moved = generation != self.generation || (self.stores.nft && generation.is_none());
         let legacy = self.variant == Variant::Legacy && self.legacy_due();
         if !moved && !legacy {
             return Ok(Probe::Unchanged);
         }
         let mut expected = fingerprint;
         let mut parts = Parts::new();
-        if self.nft && moved {
-            parts.extend(self.reader.table_parts(&chain_names(None, Layout::Small))?);
+        if self.stores.nft && moved {
+            parts.extend(self.reader.table_parts(&chain_names(None, self.stores.layout()))?);
         }
         let is_nft_part = |name: &str| name.starts_with("inet ");
         let rules = if self.variant == Variant::Nft { moved } else { legacy };
@@ -530,7 +549,7 @@ impl Netfilter for Iptables {
             if name.starts_with("ipset ") {
                 false
             } else if is_nft_part(name) {
-                self.nft && moved
+                self.stores.nft && moved
             } else {
                 rules
             }
@@ -538,12 +557,12 @@ impl Netfilter for Iptables {
         if let Some(what) = expected.differences(&parts).into_iter().next() {
             return Ok(Probe::Changed(what));
         }
-        if self.nft && moved {
+        if self.stores.nft && moved {
             let known = self.known.as_ref();
-            let want = known.map(|k| nft_contents(k, Layout::Small)).unwrap_or_default();
+            let want = known.map(|k| nft_contents(k, self.stores.layout())).unwrap_or_default();
             let sets: Vec<_> = Family::ALL
                 .iter()
-                .flat_map(|f| Layout::Small.kinds().iter().map(move |k| (*k, *f)))
+                .flat_map(|f| self.stores.layout().kinds().iter().map(move |k| (*k, *f)))
                 .collect();
             let (have, strange) = self.reader.contents(sets.iter().copied())?;
             let wrong = super::nftables::set_differences(&sets, &want, &have, strange);
@@ -553,14 +572,6 @@ impl Netfilter for Iptables {
         }
         self.generation = generation;
         Ok(Probe::Unchanged)
-    }
-
-    fn fingerprint(&self) -> Option<serde_json::Value> {
-        Self::fingerprint(self).and_then(|f| serde_json::to_value(f).ok())
-    }
-
-    fn set_fingerprint(&mut self, fingerprint: serde_json::Value) {
-        Self::set_fingerprint(self, serde_json::from_value(fingerprint).ok());
     }
 
     fn writes(&self) -> u64 {

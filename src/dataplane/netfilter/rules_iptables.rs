@@ -55,13 +55,15 @@ pub(crate) enum Guard {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Options {
     pub guard: Guard,
+    /// Whether the hairpin rule is here, and not in the nft table.
+    pub hairpin: bool,
     /// The match for packets that IPVS handles: `-m ipvs --ipvs`. Tests on a kernel without IPVS put another.
     pub ipvs_match: &'static str,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { guard: Guard::Nft, ipvs_match: "-m ipvs --ipvs" }
+        Self { guard: Guard::Nft, hairpin: true, ipvs_match: "-m ipvs --ipvs" }
     }
 }
 
@@ -139,14 +141,16 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     let local = set_name(Kind::Local, family);
     let hairpin = set_name(Kind::Hairpin, family);
     let text = format!("-d {} -j ACCEPT", f.range);
-    push("nat", "MESHLB-PREROUTING", "no other program's port", text);
+    push("nat", "MESHLB-PREROUTING", "ahead of other node ports", text);
     let text = format!("-m set --match-set {published} dst,dst -j MESHLB-INGRESS");
     push("nat", "MESHLB-PREROUTING", "published ports", text);
     let text = format!("-j DNAT --to-destination {}", f.ingress);
     push("nat", "MESHLB-INGRESS", "ingress address", text);
 
     let mut post = |comment: &str, text: String| push("nat", "MESHLB-POSTROUTING", comment, text);
-    post("an endpoint to itself", format!("-m set --match-set {hairpin} src,dst -j MASQUERADE"));
+    if options.hairpin {
+        post("an endpoint to itself", format!("-m set --match-set {hairpin} src,dst -j MASQUERADE"));
+    }
     for b in program.masquerade_bridges.iter().filter(|b| Family::of(&b.subnet.addr()) == family) {
         let text = format!("-s {} -o {} {ipvs} -j MASQUERADE", b.subnet.trunc(), b.bridge);
         post("replies stay on the bridge", text);
@@ -242,17 +246,16 @@ pub(crate) fn restore_text(rules: &[Rule], saved: &Saved) -> String {
         let wanted: Vec<_> =
             CHAINS.iter().filter(|c| c.table == table && rules.iter().any(|r| is_of(r, c))).collect();
         let mut lines = Vec::new();
-        let mut standing: Vec<&str> = Vec::new();
+        let mut standing: Vec<String> = Vec::new();
         for (_, line) in saved.jumps.iter().filter(|(t, _)| t == table) {
             let normal = line.replace('"', "");
             let wanted = wanted.iter().any(|c| c.builtin.is_some_and(|b| jump(b, c.name) == normal));
-            if wanted && !standing.contains(&line.as_str()) {
-                standing.push(line);
+            if wanted && !standing.contains(&normal) {
+                standing.push(normal);
             } else if let Some(rest) = line.strip_prefix("-A ") {
                 lines.push(format!("-D {rest}"));
             }
         }
-        let standing: Vec<_> = standing.iter().map(|l| l.replace('"', "")).collect();
         for c in &wanted {
             let Some(builtin) = c.builtin else { continue };
             let line = jump(builtin, c.name);

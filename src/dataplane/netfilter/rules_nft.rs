@@ -17,16 +17,17 @@ pub(crate) const TABLE: &str = "inet meshlb";
 /// The chains of the table; without a program, those of both families.
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
     let base: &[&str] = match layout {
-        Layout::Small => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in"],
-        Layout::Whole => {
-            &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "masquerade", "unmark"]
+        Layout::Small { hairpin: false } => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in"],
+        Layout::Small { hairpin: true } => {
+            &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "post"]
         }
+        Layout::Whole => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "post", "unmark"],
     };
     let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
     for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
         names.push(format!("guard-{}", family.digit()));
         if layout == Layout::Whole {
-            names.push(format!("masquerade-{}", family.digit()));
+            names.push(format!("post-{}", family.digit()));
         }
     }
     names
@@ -74,10 +75,16 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
     }
     chain("refuse", "", refuse());
     chain("lo-in", "filter hook input priority 102", each(&Names::loopback_in));
+    if layout.kinds().contains(&Kind::Hairpin) {
+        let mut rules = each(&Names::hairpin);
+        if whole {
+            rules.extend(masquerade(&families, program));
+        }
+        chain("post", "nat hook postrouting priority 99", rules);
+    }
     if whole {
-        chain("masquerade", "nat hook postrouting priority 99", postrouting(&families, program));
         for n in &families {
-            chain(&format!("masquerade-{}", n.digit), "", n.masquerade(program));
+            chain(&format!("post-{}", n.digit), "", n.masquerade(program));
         }
         chain("unmark", "filter hook postrouting priority 110", unmark(&families, program));
     }
@@ -256,6 +263,12 @@ impl Names {
         ]
     }
 
+    /// An endpoint that reaches itself must answer to this node.
+    fn hairpin(&self) -> Vec<String> {
+        let ip = self.ip;
+        vec![format!("{ip} saddr . {ip} daddr {} masquerade", self.set(Kind::Hairpin))]
+    }
+
     /// What an endpoint elsewhere must answer to this node, and not to the client.
     fn masquerade(&self, program: &Program) -> Vec<String> {
         let ip = self.ip;
@@ -283,14 +296,10 @@ fn refuse() -> Vec<String> {
     ]
 }
 
-fn postrouting(families: &[Names], program: &Program) -> Vec<String> {
-    let mut rules: Vec<_> = families
-        .iter()
-        .map(|n| format!("{ip} saddr . {ip} daddr {} masquerade", n.set(Kind::Hairpin), ip = n.ip))
-        .collect();
-    rules.push(format!("meta mark & {:#x} == 0 return", program.mask));
+fn masquerade(families: &[Names], program: &Program) -> Vec<String> {
+    let mut rules = vec![format!("meta mark & {:#x} == 0 return", program.mask)];
     for n in families {
-        rules.extend(n.originals().map(|original| format!("{original} jump masquerade-{}", n.digit)));
+        rules.extend(n.originals().map(|original| format!("{original} jump post-{}", n.digit)));
     }
     rules
 }

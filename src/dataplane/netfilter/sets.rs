@@ -85,13 +85,32 @@ pub(crate) fn loopback(family: Family) -> IpAddr {
     }
 }
 
-/// The ipsets of the iptables renderer. Without an nft table the marks of 127.0.0.1 are kept in a set that no
-/// rule reads, so that what should be there and what is there can still be compared.
-pub(crate) fn ipset_kinds(nft: bool) -> &'static [Kind] {
-    // Sets that only ever narrow things down come first, the ones that lead to IPVS last.
-    const ALL: [Kind; 7] =
-        [Kind::Own, Kind::Local, Kind::Endpoints, Kind::Hairpin, Kind::Published, Kind::Vips, Kind::Loopback];
-    if nft { &ALL[..6] } else { &ALL }
+/// Where the iptables renderer keeps what: it depends on what the kernel has.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Stores {
+    /// Whether there is an nft table. Without it the marks of 127.0.0.1 are kept in an ipset that no rule
+    /// reads, so that what should be there and what is there can still be compared.
+    pub nft: bool,
+    /// Whether there is `hash:net,net`. Without it the hairpin set and its rule are in the nft table.
+    pub pairs: bool,
+}
+
+impl Stores {
+    /// The ipsets: those that only ever narrow things down first, the ones that lead to IPVS last.
+    pub(crate) fn ipsets(self) -> impl Iterator<Item = Kind> {
+        [Kind::Own, Kind::Local, Kind::Endpoints, Kind::Hairpin, Kind::Published, Kind::Vips, Kind::Loopback]
+            .into_iter()
+            .filter(move |kind| match kind {
+                Kind::Hairpin => self.pairs,
+                Kind::Loopback => !self.nft,
+                _ => true,
+            })
+    }
+
+    /// The nft table beside them.
+    pub(crate) fn layout(self) -> Layout {
+        Layout::Small { hairpin: !self.pairs }
+    }
 }
 
 /// How an ipset is created.
@@ -110,7 +129,7 @@ pub(crate) fn ipset_entries(
     element: &Element,
     mark: Option<Mark>,
     mask: u32,
-    nft: bool,
+    stores: Stores,
 ) -> impl Iterator<Item = (Kind, Entry)> + use<> {
     let mark = mark.map(|m| SkbMark { value: m.0, mask });
     let entry = |kind, key, mark| Some((kind, Entry { key, mark }));
@@ -120,9 +139,10 @@ pub(crate) fn ipset_entries(
         Element::Own(t) => [entry(Kind::Own, Key::IpPort(t), None), None],
         Element::Local(a) => [entry(Kind::Local, Key::Ip(a), None), None],
         Element::Endpoint(a) => {
-            [entry(Kind::Endpoints, Key::Ip(a), None), entry(Kind::Hairpin, Key::Pair(a, a), None)]
+            let pair = entry(Kind::Hairpin, Key::Pair(a, a), None);
+            [entry(Kind::Endpoints, Key::Ip(a), None), pair.filter(|_| stores.pairs)]
         }
-        Element::Loopback(..) if nft => [None, None],
+        Element::Loopback(..) if stores.nft => [None, None],
         Element::Loopback(family, protocol, port) => {
             let target = Target { addr: loopback(family), protocol, port };
             [entry(Kind::Loopback, Key::IpPort(target), mark), None]
@@ -235,7 +255,10 @@ impl NftKey {
 /// Which of the two nft tables: the small one beside iptables, or the whole program.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Layout {
-    Small,
+    Small {
+        /// With the hairpin set and its rule.
+        hairpin: bool,
+    },
     Whole,
 }
 
@@ -243,7 +266,8 @@ impl Layout {
     /// The sets and maps of the table.
     pub(crate) fn kinds(self) -> &'static [Kind] {
         match self {
-            Self::Small => &[Kind::Published, Kind::Own, Kind::Loopback],
+            Self::Small { hairpin: false } => &[Kind::Published, Kind::Own, Kind::Loopback],
+            Self::Small { hairpin: true } => &[Kind::Published, Kind::Own, Kind::Loopback, Kind::Hairpin],
             Self::Whole => &[
                 Kind::Vips,
                 Kind::Published,
@@ -278,7 +302,10 @@ pub(crate) fn nft_elements(
             [Some((Kind::Loopback, NftKey::Port(protocol, port), mark)), None, None]
         }
         Element::Local(a) => [whole.then_some((Kind::Local, NftKey::Addr(a), None)), None, None],
-        Element::Endpoint(a) => [whole.then_some((Kind::Hairpin, NftKey::Pair(a, a), None)), None, None],
+        Element::Endpoint(a) => {
+            let hairpin = layout.kinds().contains(&Kind::Hairpin);
+            [hairpin.then_some((Kind::Hairpin, NftKey::Pair(a, a), None)), None, None]
+        }
     };
     all.into_iter().flatten()
 }
@@ -357,7 +384,7 @@ mod tests {
             }
             let back: Elements = elements
                 .iter()
-                .flat_map(|(e, m)| ipset_entries(e, *m, 0x3fff, false).map(|(k, x)| (k, e.family(), x)))
+                .flat_map(|(e, m)| ipset_entries(e, *m, 0x3fff, Stores { nft: false, pairs: true }).map(|(k, x)| (k, e.family(), x)))
                 .filter_map(|(kind, family, entry)| ipset_element(kind, family, &entry))
                 .collect();
             prop_assert_eq!(back, elements);

@@ -6,7 +6,10 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::{Iptables, Nftables, Variant, exec};
 use crate::{
-    dataplane::Netfilter,
+    dataplane::{
+        Netfilter,
+        ipset::{Ipset, SetType},
+    },
     model::{
         ids::{Family, Mark, PerFamily, Protocol},
         kernel::{BridgeSubnet, Element, Elements, FamilyProgram, Program, Target},
@@ -37,13 +40,22 @@ pub(crate) fn sh(command: &str) -> String {
 fn has_ipvs_match() -> bool {
     static ANSWER: OnceLock<bool> = OnceLock::new();
     *ANSWER.get_or_init(|| {
-        let text = "*mangle\n:MESHLB-TRY - [0:0]\n-A MESHLB-TRY -m ipvs --ipvs -j RETURN\n-F MESHLB-TRY\n-X MESHLB-TRY\nCOMMIT\n";
-        let answer = exec::run("iptables-nft-restore", &["--noflush"], text);
+        let try_it = |rules: &str| {
+            let text = format!("*mangle\n:MESHLB-TRY - [0:0]\n{rules}COMMIT\n");
+            exec::run("iptables-nft-restore", &["--noflush"], &text)
+        };
+        let answer = try_it("-A MESHLB-TRY -m ipvs --ipvs -j RETURN\n");
+        let _ = try_it("-X MESHLB-TRY\n");
         if let Err(e) = &answer {
             eprintln!("without -m ipvs on this kernel: {e}");
         }
         answer.is_ok()
     })
+}
+
+/// Whether this kernel has `hash:net,net`.
+pub(crate) fn has_pairs() -> bool {
+    Ipset::new().has_type(SetType::Pair)
 }
 
 fn fit(mut renderer: Iptables) -> Iptables {
