@@ -3,9 +3,15 @@
 //!
 //! Everything here is blocking and runs on the one dataplane thread.
 
+pub mod executor;
+pub mod fake;
+pub mod host;
 pub mod ipset;
+pub mod ipvs;
+pub mod monitor;
 pub mod netfilter;
 mod nfnl;
+pub mod preflight;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
