@@ -1,31 +1,33 @@
 //! `meshlb agent`: keeps the kernel as a folder says.
 
 use std::{
-    collections::BTreeMap,
     path::Path,
     process::ExitCode,
     sync::mpsc::{self, Sender},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use tracing::{error, info, warn};
 
 use super::{
     options::Options,
-    session::{Keeper, Session, problems_of},
+    session::Session,
+    watcher::{Traffic, Watcher},
 };
 use crate::{
+    admin::{AdminServer, Health},
     dataplane::monitor::Monitor,
     instance::Instance,
-    model::ids::ServiceKey,
-    reconcile::{
-        Engine, Turn,
-        agent::{Agent, Input, Observer, Pace},
-    },
+    metrics::Metrics,
+    reconcile::agent::{Agent, Input, Pace},
     source::{self, Problem, SourceMessage, problem::Severity},
 };
+
+/// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
+/// start takes seconds on slow machines.
+const STALLED_AFTER: Duration = Duration::from_secs(120);
 
 /// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes.
 ///
@@ -54,8 +56,20 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
     follow(&source, session.engine.settings().node.clone(), sender)?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
-    let keeper = Watcher { keeper: session.keeper, told: BTreeMap::new() };
-    Agent::new(session.engine, keeper, pace).run(&inputs);
+    let health = Health::new(STALLED_AFTER);
+    let metrics = Metrics::new();
+    let traffic = Traffic::open()?;
+    metrics.set_traffic_source(Box::new(traffic.clone()));
+    let _admin = match options.metrics_listen.0 {
+        Some(addr) => {
+            let server = AdminServer::start(addr, metrics.clone(), health.clone())
+                .with_context(|| format!("--metrics-listen {addr}"))?;
+            Some(server)
+        }
+        None => None,
+    };
+    let watcher = Watcher::new(session.keeper, metrics, health, traffic);
+    Agent::new(session.engine, watcher, pace).run(&inputs);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -126,47 +140,4 @@ fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
         });
     })?;
     Ok(())
-}
-
-/// Keeps the state file and tells people what they need to know.
-struct Watcher {
-    keeper: Keeper,
-    /// Problems that were logged, by service.
-    told: BTreeMap<ServiceKey, Vec<String>>,
-}
-
-impl Observer for Watcher {
-    fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
-        self.keeper.save(engine).map_err(|e| format!("{e:#}"))
-    }
-
-    fn after_turn(&mut self, engine: &Engine, turn: &Turn, _: Option<Instant>) {
-        if let Err(e) = self.keeper.save(engine) {
-            error!("{e:#}");
-        }
-        for key in &turn.services {
-            let now: Vec<String> = engine
-                .merged()
-                .services()
-                .get(key)
-                .map(|service| problems_of(engine, service))
-                .unwrap_or_default();
-            let before = self.told.remove(key).unwrap_or_default();
-            for line in now.iter().filter(|line| !before.contains(line)) {
-                warn!("{key}: {line}");
-            }
-            for line in before.iter().filter(|line| !now.contains(line)) {
-                info!("{key}: no longer: {line}");
-            }
-            if !now.is_empty() {
-                self.told.insert(key.clone(), now);
-            }
-        }
-    }
-
-    fn turn_failed(&mut self, _: &str) {}
-
-    fn drift(&mut self, _: &str) {}
-
-    fn heartbeat(&mut self, _: &Engine, _: bool, _: bool) {}
 }

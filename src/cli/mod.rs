@@ -11,6 +11,7 @@ pub mod plan;
 pub mod report;
 pub mod session;
 pub mod show;
+pub mod watcher;
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -383,10 +383,9 @@ impl Engine {
 
     /// Whether the kernel leads packets for a published port to us already.
     fn is_live(&self, protocol: Protocol, port: u16) -> bool {
-        self.facts
-            .published_addresses
-            .iter()
-            .any(|&addr| self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port })))
+        self.facts.published_addresses.iter().any(|&addr| {
+            self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
+        })
     }
 
     /// Whether a service has an endpoint on the host network of this node that listens on that port.
