@@ -13,7 +13,7 @@ use tracing::{error, info, warn};
 
 use super::{
     options::Options,
-    session::Session,
+    session::{Purpose, Session},
     watcher::{Traffic, Watcher},
 };
 use crate::{
@@ -44,7 +44,7 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
         ranges.join(" ")
     );
     let _instance = Instance::take(about)?;
-    let session = Session::open(options, Some(&source), false)?;
+    let session = Session::open(options, Some(&source), Purpose::Agent)?;
     let (sender, inputs) = mpsc::channel();
     stop_on_signal(sender.clone())?;
     let addresses = sender.clone();
@@ -97,10 +97,10 @@ fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<
                     (changed && synced).then_some(Input::Synced { complete })
                 }
             };
-            if let Some(input) = input {
-                if inputs.send(input).is_err() {
-                    return;
-                }
+            if let Some(input) = input
+                && inputs.send(input).is_err()
+            {
+                return;
             }
         }
     })?;

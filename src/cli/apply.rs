@@ -5,7 +5,10 @@ use std::{path::Path, process::ExitCode};
 use anyhow::Result;
 use jiff::Timestamp;
 
-use super::{options::Options, session::Session};
+use super::{
+    options::Options,
+    session::{Purpose, Session},
+};
 use crate::instance::Instance;
 
 /// Makes the kernel as the folder says. Objects that are wrong keep what they had.
@@ -15,7 +18,7 @@ use crate::instance::Instance;
 pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let _instance = Instance::take(format!("`meshlb apply`, pid {}", std::process::id()))?;
-    let mut session = Session::open(options, Some(dir), true)?;
+    let mut session = Session::open(options, Some(dir), Purpose::Apply)?;
     let wrong = session.report_problems();
     let ops = session.engine.prepare(true, Timestamp::now())?;
     session.save()?;

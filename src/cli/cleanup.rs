@@ -87,17 +87,18 @@ fn restore(
             continue;
         };
         let ours = matches!(dataplane.host.sysctl(required.path), Ok(Some(v)) if v == required.value);
-        if ours && !foreign && original != required.value {
-            if let Err(e) = dataplane.host.set_sysctl(required.path, original) {
-                errors.push(e.to_string());
-            }
+        if ours
+            && !foreign
+            && original != required.value
+            && let Err(e) = dataplane.host.set_sysctl(required.path, original)
+        {
+            errors.push(e.to_string());
         }
     }
-    if let (Some((ours, before)), false) = (state.ipvs_timeouts, foreign) {
-        if dataplane.ipvs.timeouts().is_ok_and(|now| now == ours) {
-            if let Err(e) = dataplane.ipvs.set_timeouts(before) {
-                errors.push(e.to_string());
-            }
-        }
+    if let (Some((ours, before)), false) = (state.ipvs_timeouts, foreign)
+        && dataplane.ipvs.timeouts().is_ok_and(|now| now == ours)
+        && let Err(e) = dataplane.ipvs.set_timeouts(before)
+    {
+        errors.push(e.to_string());
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Output,
     options::Options,
     report::{PortReport, Report, ServerReport, ServiceReport},
-    session::Session,
+    session::{Purpose, Session},
     show::{self, bytes},
 };
 use crate::model::ids::{Family, Scope};
@@ -20,7 +20,7 @@ use crate::model::ids::{Family, Scope};
 /// What could not be read, or that there is no such service.
 pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
-    let mut session = Session::open(options, None, true)?;
+    let mut session = Session::open(options, None, Purpose::Look)?;
     let report = show::read(&mut session, Some(name))?;
     match output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),

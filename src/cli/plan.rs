@@ -5,7 +5,11 @@ use std::{path::Path, process::ExitCode};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{Output, options::Options, session::Session};
+use super::{
+    Output,
+    options::Options,
+    session::{Purpose, Session},
+};
 
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -33,7 +37,7 @@ struct Plan {
 /// What could not be read.
 pub fn run(options: &Options, dir: Option<&Path>, output: Output) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
-    let mut session = Session::open(options, dir, true)?;
+    let mut session = Session::open(options, dir, Purpose::Look)?;
     let wrong = session.report_problems();
     let (ops, _) = session.prepare()?;
     let owner = |op: &crate::plan::Op| {

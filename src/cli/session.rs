@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::options::{Options, RendererChoice};
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
         host::LinuxHost,
         ipvs::KernelIpvs,
         netfilter::{self, Iptables, Nftables, RendererChoice as Choice, Variant},
+        preflight,
     },
     model::kernel::{RealServerKey, Timeouts, VirtualServerKey},
     plan::{Observed, Op},
@@ -122,13 +123,44 @@ pub fn open_state(options: &Options) -> Result<(StateDir, State)> {
     Ok((dir, state))
 }
 
+/// What a session is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// To look at the kernel.
+    Look,
+    /// To change it once.
+    Apply,
+    /// To keep it; the folder is followed and not read here.
+    Agent,
+}
+
+/// Tells what stands in the way of what is about to be programmed. Whatever can work is tried all the same.
+fn look_first(options: &Options, engine: &Engine) {
+    let mut host = LinuxHost::new(options.proc_sys.clone());
+    let ra_links = host.ra_dependent_links().unwrap_or_default();
+    let subject = preflight::Subject {
+        rules: &engine.settings().addresses,
+        ipvs: Ok(()),
+        status: &preflight::own_status(),
+        ra_links: &ra_links,
+        writes: true,
+    };
+    for finding in preflight::check(&mut host, &subject) {
+        match finding.severity {
+            preflight::Severity::Error => error!("{}", finding.message),
+            preflight::Severity::Warning => warn!("{}", finding.message),
+            preflight::Severity::Info => debug!("{}", finding.message),
+        }
+    }
+}
+
 impl Session {
     /// Opens the kernel, reads the state and, unless it is watched later, the folder. Without a `dir`
     /// the folder is the one that the state remembers.
     ///
     /// # Errors
     /// One line that says what is missing and what to do about it.
-    pub fn open(options: &Options, dir: Option<&Path>, read: bool) -> Result<Self> {
+    pub fn open(options: &Options, dir: Option<&Path>, purpose: Purpose) -> Result<Self> {
         let settings = options.settings()?;
         let (state_dir, state) = open_state(options)?;
         let source = match (dir, &state.source) {
@@ -153,9 +185,12 @@ impl Session {
             lock,
             drains.iter().map(running).collect(),
         );
+        if purpose != Purpose::Look {
+            look_first(options, &engine);
+        }
         engine.refresh_node().context("addresses of this node")?;
         let mut problems = Vec::new();
-        if read {
+        if purpose != Purpose::Agent {
             let loaded = source::load(&source, Some(&engine.settings().node))
                 .map_err(|problem| anyhow::anyhow!("{problem}"))?;
             engine.feed(loaded.events());

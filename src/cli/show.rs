@@ -8,7 +8,7 @@ use super::{
     ShowOutput,
     options::Options,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
-    session::Session,
+    session::{Purpose, Session},
 };
 use crate::model::ids::ServiceKey;
 
@@ -19,7 +19,7 @@ use crate::model::ids::ServiceKey;
 pub fn run(options: &Options, name: Option<&str>, output: ShowOutput, watch: bool) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     loop {
-        let mut session = Session::open(options, None, true)?;
+        let mut session = Session::open(options, None, Purpose::Look)?;
         let report = read(&mut session, name)?;
         let text = match output {
             ShowOutput::Text if name.is_some() => wide(&report),

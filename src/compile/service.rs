@@ -139,23 +139,23 @@ pub fn compile_service(
     for port in &service.ports {
         let mut compiled =
             CompiledPort { spec: port.clone(), published: None, not_published: None, marks: BTreeMap::new() };
-        if service.mode == Mode::Vip {
-            if let Some(&mark) = assigned.marks.get(&(port.id(), Scope::Vip)) {
-                compiled.marks.insert(Scope::Vip, mark);
-                for (family, vip) in assigned.vips.iter() {
-                    add_virtual_server(
-                        &mut out,
-                        service,
-                        port,
-                        slices,
-                        (family, mark),
-                        service.internal_policy,
-                        inputs,
-                    );
-                    for p in ports_from(port.port, port.span()) {
-                        let target = Target { addr: *vip, protocol: port.protocol, port: p };
-                        out.elements.insert(Element::Vip(target), Some(mark));
-                    }
+        if service.mode == Mode::Vip
+            && let Some(&mark) = assigned.marks.get(&(port.id(), Scope::Vip))
+        {
+            compiled.marks.insert(Scope::Vip, mark);
+            for (family, vip) in assigned.vips.iter() {
+                add_virtual_server(
+                    &mut out,
+                    service,
+                    port,
+                    slices,
+                    (family, mark),
+                    service.internal_policy,
+                    inputs,
+                );
+                for p in ports_from(port.port, port.span()) {
+                    let target = Target { addr: *vip, protocol: port.protocol, port: p };
+                    out.elements.insert(Element::Vip(target), Some(mark));
                 }
             }
         }
@@ -316,10 +316,15 @@ fn drain_removed(
     }
 }
 
+/// Endpoints that are ready, and all: those of the family that has most, since a dual-stack endpoint is one.
 fn count_endpoints(slices: &[Arc<Slice>]) -> (usize, usize) {
-    let mut by_address: BTreeMap<IpAddr, bool> = BTreeMap::new();
-    for endpoint in slices.iter().flat_map(|s| &s.endpoints) {
-        *by_address.entry(endpoint.address).or_default() |= endpoint.ready;
-    }
-    (by_address.values().filter(|ready| **ready).count(), by_address.len())
+    let count = |family: Family| {
+        let mut by_address: BTreeMap<IpAddr, bool> = BTreeMap::new();
+        for endpoint in slices.iter().filter(|s| s.family == family).flat_map(|s| &s.endpoints) {
+            *by_address.entry(endpoint.address).or_default() |= endpoint.ready;
+        }
+        (by_address.values().filter(|ready| **ready).count(), by_address.len())
+    };
+    let (v4, v6) = (count(Family::V4), count(Family::V6));
+    if v6.1 > v4.1 { v6 } else { v4 }
 }

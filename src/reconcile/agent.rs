@@ -273,15 +273,15 @@ impl<O: Observer> Agent<O> {
     fn probe(&mut self) {
         self.probes = self.probes.wrapping_add(1);
         let now = Timestamp::now();
-        if !self.engine.drains().is_empty() {
-            if let Err(e) = self.engine.expire_drains(now) {
-                self.complain(&e.to_string());
-            }
+        if !self.engine.drains().is_empty()
+            && let Err(e) = self.engine.expire_drains(now)
+        {
+            self.complain(&e.to_string());
         }
-        if self.probes % 5 == 0 {
-            if let Err(e) = self.engine.recheck_listeners() {
-                self.complain(&e.to_string());
-            }
+        if self.probes.is_multiple_of(5)
+            && let Err(e) = self.engine.recheck_listeners()
+        {
+            self.complain(&e.to_string());
         }
         if self.engine.needs_full() {
             return;
@@ -307,7 +307,7 @@ impl<O: Observer> Agent<O> {
         if let Probe::Changed(what) = self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())? {
             return Ok(Some(what));
         }
-        let services = self.probes % SERVICES_EVERY == 0;
+        let services = self.probes.is_multiple_of(SERVICES_EVERY);
         self.engine.look_at_servers(services, &mut self.rotation, REALS_PER_PROBE).map_err(|e| e.to_string())
     }
 }
