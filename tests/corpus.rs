@@ -3,6 +3,8 @@
 
 use std::{fs, path::PathBuf};
 
+use proptest::prelude::*;
+
 use meshlb::source::{
     files::parse_text,
     problem::{Problem, Severity},
@@ -55,4 +57,24 @@ fn bad_ones_are_refused_with_the_place() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    /// Damaged manifests get a verdict, never a panic, and every message has its line.
+    #[test]
+    fn damaged_ones_get_a_verdict(
+        pick in any::<prop::sample::Index>(), cut in any::<prop::sample::Index>(), change in any::<prop::sample::Index>(),
+        with in "[\\[\\]{}:&*!|>'\"%@`#,?\\- \\t\\n0-9a-zé\u{0}]{0,3}",
+    ) {
+        let files = corpus("good");
+        let (_, text) = &files[pick.index(files.len())];
+        let chars: Vec<char> = text.chars().collect();
+        let (cut, change) = (cut.index(chars.len() + 1), change.index(chars.len()));
+        let damaged: String = chars[..change.min(cut)].iter().chain(&with.chars().collect::<Vec<_>>()).chain(&chars[(change + 1).min(cut)..cut]).collect();
+        for problem in parse_text("x".as_ref(), &damaged, None).problems {
+            prop_assert!(problem.line.is_some(), "{:?}", problem);
+        }
+    }
 }

@@ -122,7 +122,30 @@ impl Allocator {
             known: HashMap::new(),
         };
         allocator.put_lock(lock);
+        let services: Vec<ServiceKey> = allocator.previous.services.keys().cloned().collect();
+        services.iter().for_each(|service| allocator.for_kept_numbers(service, Pool::keep));
         allocator
+    }
+
+    /// Every number that an earlier run gave to a service, with its pool.
+    fn for_kept_numbers(&mut self, service: &ServiceKey, mut act: impl FnMut(&mut Pool, u128, Claimant)) {
+        let Some(kept) = self.previous.services.get(service) else { return };
+        for (family, pool) in [(Family::V4, &mut self.vips.v4), (Family::V6, &mut self.vips.v6)] {
+            let number = self
+                .config
+                .ranges
+                .get(family)
+                .zip(kept.vips.get(family))
+                .and_then(|(r, v)| wants::offset(r, v));
+            if let Some((pool, number)) = pool.as_mut().zip(number) {
+                act(pool, number, Claimant { service: service.clone(), port: None });
+            }
+        }
+        for (port, number) in &kept.published {
+            if let Some(pool) = self.ports.get_mut(&port.protocol) {
+                act(pool, u128::from(*number), Claimant { service: service.clone(), port: Some(*port) });
+            }
+        }
     }
 
     /// Takes a new lock file in. The services whose values differ afterwards come with the next
@@ -169,10 +192,15 @@ impl Allocator {
             let old = match new {
                 Some(service) => self.known.insert(key.clone(), service.clone()),
                 None => {
+                    self.for_kept_numbers(key, |pool, number, who| pool.forget(number, &who));
                     self.previous.services.remove(key);
                     self.known.remove(key)
                 }
             };
+            if old.is_none() {
+                // From here on its claims speak for it: who keeps a number goes before who looks for one.
+                self.for_kept_numbers(key, |pool, number, who| pool.forget(number, &who));
+            }
             self.state_claims(key, old.as_deref(), new.map(Arc::as_ref));
             if let Some(old) = old {
                 // Before anything is taken; what is given back stays out until the kernel no longer has it.
@@ -325,7 +353,10 @@ impl Allocator {
 
     /// Keeps nothing for services that will not turn up any more.
     pub fn forget(&mut self, gone: &BTreeSet<ServiceKey>) {
-        self.previous.services.retain(|key, _| !gone.contains(key));
+        for key in gone {
+            self.for_kept_numbers(key, |pool, number, who| pool.forget(number, &who));
+            self.previous.services.remove(key);
+        }
         self.marks.forget(gone);
     }
 

@@ -138,6 +138,8 @@ pub struct Pool {
     excluded: HashSet<u128>,
     /// Numbers that the lock file keeps, present or not.
     locked: HashMap<u128, Claimant>,
+    /// Numbers of claimants of earlier runs that have not turned up yet.
+    kept: HashMap<u128, Claimant>,
     /// Automatic claims that found nothing.
     starving: BTreeSet<Claimant>,
     firm_work: BTreeSet<(Rank, Claimant)>,
@@ -162,6 +164,7 @@ impl Pool {
             owner: HashMap::new(),
             excluded,
             locked: HashMap::new(),
+            kept: HashMap::new(),
             starving: BTreeSet::new(),
             firm_work: BTreeSet::new(),
             auto_work: BTreeSet::new(),
@@ -174,6 +177,19 @@ impl Pool {
     pub fn set_locked(&mut self, locked: HashMap<u128, Claimant>) {
         self.locked = locked;
         self.freed = true;
+    }
+
+    /// Keeps a number for a claimant that may turn up: nobody gets it by chance.
+    pub fn keep(&mut self, number: u128, who: Claimant) {
+        self.kept.entry(number).or_insert(who);
+    }
+
+    /// Ends what [`Self::keep`] began.
+    pub fn forget(&mut self, number: u128, who: &Claimant) {
+        if self.kept.get(&number) == Some(who) {
+            self.kept.remove(&number);
+            self.freed = true;
+        }
     }
 
     /// Whether a number may be given out automatically at all.
@@ -400,6 +416,7 @@ impl Pool {
             && self.owner.get(&number).is_none_or(|owner| owner == who)
             && self.firm.get(&number).is_none_or(|claims| claims.iter().all(|(_, c)| c == who))
             && self.locked.get(&number).is_none_or(|owner| owner == who)
+            && self.kept.get(&number).is_none_or(|owner| owner == who)
     }
 
     fn conclude(&mut self, who: &Claimant, outcome: Outcome, changed: &mut BTreeSet<Claimant>) {

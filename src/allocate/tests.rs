@@ -343,6 +343,37 @@ fn the_lock_file_settles_collisions() {
     assert_eq!(vip(&locked, "s05"), Some(free));
 }
 
+#[test]
+fn what_a_service_had_waits_for_it() {
+    let config = config("10.200.0.0/28", 30000..=30003);
+    let mut services = all(["a", "b"].map(|n| with(n, |s| s.ports = vec![port(80, Some(None))])));
+    let before = fresh(&services, &config);
+    // A restart where a's manifest can't be read yet; meanwhile others come in plenty.
+    let a = services.remove(&key("a")).unwrap();
+    let mut allocator = allocate(&services, &config, before.allocations(), Lock::default(), BTreeSet::new());
+    for i in 0..20 {
+        change(
+            &mut allocator,
+            &mut services,
+            with(&format!("n{i}"), |s| s.ports = vec![port(80, Some(None))]),
+        );
+    }
+    let mut forgetful =
+        allocate(&services, &config, allocator.allocations(), Lock::default(), BTreeSet::new());
+    change(&mut allocator, &mut services, (*a).clone());
+    for name in ["a", "b"] {
+        assert_eq!(allocator.get(&key(name)), before.get(&key(name)));
+    }
+    // When it is known to be gone, others may have it.
+    services.remove(&key("a"));
+    assert_eq!(forgetful.remembered().count(), 1);
+    forgetful.forget(&BTreeSet::from([key("a")]));
+    forgetful.update(&BTreeSet::from([key("n0")]), &services);
+    let had = before.get(&key("a")).unwrap();
+    assert!(forgetful.iter().any(|(_, a)| a.vips == had.vips));
+    assert!(forgetful.iter().any(|(_, a)| a.published == had.published));
+}
+
 // What a random service of a small world looks like.
 #[derive(Clone, Debug)]
 struct Spec {

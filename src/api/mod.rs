@@ -10,6 +10,7 @@ pub mod convert;
 pub mod crd;
 pub mod error;
 pub mod node_checks;
+mod quick;
 pub mod slice;
 pub mod status;
 pub mod structural;

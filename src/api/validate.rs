@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{
     API_VERSION, KIND, crd,
     error::{FieldError, Reason},
-    structural,
+    quick, structural,
     v1alpha1::MeshService,
 };
 
@@ -24,12 +24,8 @@ pub fn parse_mesh_service(mut value: Value) -> Result<MeshService, Vec<FieldErro
     let mut errors = expect_type(&value, API_VERSION, KIND);
     errors.extend(structural::validate(schema, &mut value));
     errors.extend(check_metadata(&value, true));
-    if errors.is_empty() {
-        static RULES: OnceLock<CompiledSchema> = OnceLock::new();
-        let rules = RULES.get_or_init(|| compile_schema(schema));
-        if let Err(broken) = validate_compiled(rules, &value, None) {
-            errors.extend(broken.into_vec().into_iter().map(from_cel));
-        }
+    if errors.is_empty() && !quick::plainly_valid(&value) {
+        errors = broken_rules(&value);
     }
     if !errors.is_empty() {
         return Err(errors);
@@ -37,6 +33,16 @@ pub fn parse_mesh_service(mut value: Value) -> Result<MeshService, Vec<FieldErro
     let mut object: MeshService = from_value(value)?;
     object.metadata.namespace.get_or_insert_with(|| "default".into());
     Ok(object)
+}
+
+/// What the CEL rules of the CRD say to an object that the schema accepts.
+fn broken_rules(value: &Value) -> Vec<FieldError> {
+    static RULES: OnceLock<CompiledSchema> = OnceLock::new();
+    let rules = RULES.get_or_init(|| compile_schema(mesh_service_schema()));
+    match validate_compiled(rules, value, None) {
+        Ok(()) => Vec::new(),
+        Err(broken) => broken.into_vec().into_iter().map(from_cel).collect(),
+    }
 }
 
 /// Checks an EndpointSlice. Without a namespace it is in `default`.
@@ -185,6 +191,8 @@ fn from_cel(error: kube::core::cel::ValidationError) -> FieldError {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -214,5 +222,86 @@ mod tests {
                 "dns": {"ttlSeconds": 5, "answer": "Shuffle", "aliases": []},
             })
         );
+    }
+
+    fn port() -> impl Strategy<Value = Value> {
+        let maybe = |values: Vec<Value>| prop::option::of(prop::sample::select(values));
+        let numbers = || vec![json!(80), json!(81), json!(85)];
+        let publish = (maybe(numbers()), maybe(vec![json!(["192.0.2.1"]), json!(["eth0"]), json!([])]));
+        (
+            prop::sample::select(numbers()),
+            maybe(vec![json!("a"), json!("b")]),
+            maybe(vec![json!("TCP"), json!("UDP")]),
+            maybe(vec![json!(80), json!(90)]),
+            maybe(vec![json!(80), json!("a")]),
+            prop::option::of(publish),
+        )
+            .prop_map(|(port, name, protocol, end, target, publish)| {
+                let publish = publish.map(|(port, addresses)| json!({"port": port, "addresses": addresses}));
+                json!({"port": port, "name": name, "protocol": protocol, "endPort": end, "targetPort": target, "publish": publish})
+            })
+    }
+
+    fn spec() -> impl Strategy<Value = Value> {
+        // Mostly absent, so that the plain ones are not too rare.
+        let rare = |values: Vec<Value>| prop::option::weighted(0.1, prop::sample::select(values));
+        let fields = vec![
+            ("serviceName", rare(vec![json!("x")])),
+            ("selector", rare(vec![json!({}), json!({"a": "b"}), json!({"k".repeat(400): "b"})])),
+            (
+                "vips",
+                rare(vec![
+                    json!(["10.0.0.1"]),
+                    json!(["fd00::1"]),
+                    json!(["x"]),
+                    json!(["10.0.0.1", "10.0.0.2"]),
+                ]),
+            ),
+            ("ipFamilies", rare(vec![json!(["IPv6"]), json!(["IPv4", "IPv4"]), json!(["IPv4", "IPv6"])])),
+            ("ipFamilyPolicy", rare(vec![json!("PreferDualStack")])),
+            ("mode", rare(vec![json!("DNSRR")])),
+            ("scheduler", rare(vec![json!("mh"), json!("sh"), json!("wrr")])),
+            ("schedulerFlags", rare(vec![json!(["mh-port"]), json!(["sh-port"]), json!([])])),
+            ("sessionAffinity", rare(vec![json!("ClientIP")])),
+            ("forwarding", rare(vec![json!("Tunnel")])),
+            ("sourceRanges", rare(vec![json!(["10.0.0.0/8"]), json!(["x"])])),
+            ("weights", rare(vec![json!({"a": 1}), json!({"k".repeat(300): 1})])),
+            (
+                "healthCheck",
+                rare(vec![json!({}), json!({"tcp": {}}), json!({"tcp": {}, "timeoutSeconds": 9})]),
+            ),
+            ("externalTrafficPolicy", rare(vec![json!("Local")])),
+        ];
+        let (names, values): (Vec<_>, Vec<_>) = fields.into_iter().unzip();
+        (values, proptest::collection::vec(port(), 1..4)).prop_map(move |(values, ports)| {
+            let mut spec: serde_json::Map<String, Value> =
+                names.iter().zip(values).filter_map(|(n, v)| Some(((*n).to_owned(), v?))).collect();
+            spec.insert("ports".into(), json!(ports));
+            Value::Object(spec)
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 48, max_global_rejects: 100_000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_is_plainly_valid_keeps_every_rule(spec in spec(), name in "[a-zA-Z0-9.-]{1,3}|[a-z]{60,66}") {
+            let mut value = json!({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec});
+            prop_assume!(structural::validate(mesh_service_schema(), &mut value).is_empty());
+            prop_assume!(quick::plainly_valid(&value));
+            prop_assert_eq!(broken_rules(&value), vec![]);
+        }
+    }
+
+    #[test]
+    fn common_services_are_plainly_valid() {
+        for ports in [
+            json!([{"port": 80}]),
+            json!([{"port": 80, "name": "a", "publish": {}}, {"port": 80, "protocol": "UDP", "name": "b", "publish": {"port": 80}}]),
+        ] {
+            let mut value = json!({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "x"}, "spec": {"ports": ports}});
+            assert_eq!(structural::validate(mesh_service_schema(), &mut value), vec![]);
+            assert!(quick::plainly_valid(&value), "{value}");
+        }
     }
 }
