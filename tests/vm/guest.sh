@@ -3,7 +3,13 @@
 # A job is NAME.sh; its output goes to NAME.out, its status to NAME.rc; NAME.cancel ends it.
 cd "$1" || exit 1
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
-mount -t tmpfs -o size=75% tmpfs /tmp 2>/dev/null
+# /tmp/root: the programs the tests run, in memory (see tools.sh). What is mounted under /run is seen in both roots.
+mount -t tmpfs -o size=75% tmpfs /tmp
+while [ ! -e ../root.tar ]; do sleep 0.1; done
+mkdir -p /tmp/root && tar -C /tmp/root -xf ../root.tar
+mount --make-shared /run
+for d in proc sys dev run; do mount --rbind /$d /tmp/root/$d; done
+modules=/lib/modules/$(uname -r); mkdir -p "/tmp/root$modules"; mount --bind "$(readlink -f "$modules")" "/tmp/root$modules"
 touch ready
 while [ ! -e stop ]; do
   for f in *.sh; do

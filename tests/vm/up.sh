@@ -11,6 +11,7 @@ kernel=$(kernel_image) vng=$(vng_bin)
 rm -rf "$queue"; mkdir -p "$queue"; : >"$vm/console.log"
 # The loop that runs in the VM is copied: what the VM has read once must not change under it.
 cp "$here/guest.sh" "$vm/guest.sh"
+rm -rf "$vm/root" "$vm/root.tar"
 say "vm: booting ${kernel##*/} (console: $vm/console.log)"
 qemu=(); [ -z "${MESHLB_VM_QEMU_OPTS:-}" ] || qemu=("--qemu-opts=$MESHLB_VM_QEMU_OPTS")
 cd "$vm"
@@ -20,6 +21,7 @@ setsid timeout $((3600 * ${MESHLB_VM_HOURS:-3})) "$vng" -v --disable-kvm --force
   --append panic=-1 --rwdir="$vm" -- "bash $vm/guest.sh $queue" >"$vm/console.log" 2>&1 </dev/null &
 pid=$!; echo "$pid" >"$vm/pid"
 start=$SECONDS
+"$here/tools.sh" "$vm/root"; tar -C "$vm/root" -cf "$vm/root.tar.new" .; rm -rf "$vm/root"; mv "$vm/root.tar.new" "$vm/root.tar"
 while [ ! -e "$queue/ready" ]; do
   if vm_fatal || ! kill -0 "$pid" 2>/dev/null || [ $((SECONDS - start)) -gt "${MESHLB_VM_BOOT_SECONDS:-180}" ]; then
     tail -30 "$vm/console.log" >&2; kill "$pid" 2>/dev/null || true
