@@ -162,9 +162,9 @@ fn unpublish(name: &str) {
 
 /// On the calling thread, which is to end: new namespaces, and what holds them.
 fn create_here() -> Result<(File, File)> {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).context("making namespaces")?;
     let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making / private")?;
     // A copy of the bind mount of another namespace would keep that one alive.
     for name in ours() {
         let _ = umount2(&Path::new(RUN_NETNS).join(name), MntFlags::MNT_DETACH);

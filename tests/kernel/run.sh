@@ -60,7 +60,7 @@ MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_VM_ENV="MESHLB_KERNEL_PR
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
-chroot /tmp/root env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
+/tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
   /kernel-test/${test_bin##*/} $(printf '%q ' ${args[@]+"${args[@]}"})
 rc=\$?
 cp -r /tmp/root/kernel-test/out $run/

@@ -6,10 +6,18 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 # /tmp/root: the programs the tests run, in memory (see tools.sh). What is mounted under /run is seen in both roots.
 mount -t tmpfs -o size=75% tmpfs /tmp
 while [ ! -e ../root.tar ]; do sleep 0.1; done
-mkdir -p /tmp/root && tar -C /tmp/root -xf ../root.tar
+mkdir -p /tmp/root && mount -t tmpfs -o size=60% tmpfs /tmp/root && tar -C /tmp/root -xf ../root.tar
 mount --make-shared /run
 for d in proc sys dev run; do mount --rbind /$d /tmp/root/$d; done
 modules=/lib/modules/$(uname -r); mkdir -p "/tmp/root$modules"; mount --bind "$(readlink -f "$modules")" "/tmp/root$modules"
+cat >/tmp/in-tools <<'X'
+#!/bin/bash
+# in-tools COMMAND…: with the programs in memory as the root. A root by pivot_root, not chroot: entering a mount namespace
+# made in there would leave a chroot.
+exec unshare -m --propagation unchanged bash -c '
+  cd /tmp/root && mkdir -p old && pivot_root . old && cd / && mount --make-rprivate old && umount -l old && exec "$@"' in-tools "$@"
+X
+chmod +x /tmp/in-tools
 touch ready
 while [ ! -e stop ]; do
   for f in *.sh; do

@@ -35,5 +35,6 @@ shopt -s nullglob
 add /usr/lib/*/xtables/*.so
 add /usr/lib/*/libnss_{files,dns}.so.2 /lib/*/libnss_{files,dns}.so.2
 add /etc/{protocols,services,nsswitch.conf,passwd,group,ethertypes,gai.conf,host.conf} /etc/iproute2/* /usr/share/iproute2/* /etc/alternatives/{ip,ip6}tables*
+add /usr/lib/*/lib{gcc_s,m,stdc++}.so.[16] /lib/*/lib{gcc_s,m}.so.[16] # for what is built here
 echo "127.0.0.1 localhost" >"$root/etc/hosts"
 { ldd "${files[@]}" 2>/dev/null || true; } | grep -o '/[^ ]*\(so\|ld-linux\)[^ ):]*' | sort -u | while read -r p; do add "$p"; done
