@@ -41,13 +41,13 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// One connection with a time-out of two seconds.
+    /// One connection with a time-out of five seconds: enough for one packet that is lost, also over SCTP.
     pub fn new(proto: Proto, dst: impl Into<SocketAddr>) -> Probe {
         Probe {
             proto,
             dst: dst.into(),
             n: 1,
-            timeout: Duration::from_secs(2),
+            timeout: Duration::from_secs(5),
             bind: None,
             source_port: None,
             payload: 0,

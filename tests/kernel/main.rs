@@ -9,7 +9,10 @@
 //! program clean up every node it touched and demands that nothing of it is left.
 
 #![forbid(unsafe_code)]
-#![allow(dead_code, reason = "the harness is a library for the cases; not every one of its parts has a user at all times")]
+#![allow(
+    dead_code,
+    reason = "the harness is a library for the cases; not every one of its parts has a user at all times"
+)]
 
 mod cases;
 mod check;

@@ -131,7 +131,9 @@ impl Netns {
 
     /// Reads a sysctl of this namespace.
     pub fn sysctl_get(&self, key: &str) -> Result<String> {
-        self.enter(|| Ok(fs::read_to_string(sysctl_path(key)).with_context(|| key.to_owned())?.trim().to_owned()))
+        self.enter(|| {
+            Ok(fs::read_to_string(sysctl_path(key)).with_context(|| key.to_owned())?.trim().to_owned())
+        })
     }
 
     /// Reads a file of `/proc/net` of this namespace.
@@ -177,10 +179,7 @@ fn create_here() -> Result<(File, File)> {
 /// The names of the namespaces with our prefix.
 fn ours() -> Vec<String> {
     let Ok(dir) = fs::read_dir(RUN_NETNS) else { return Vec::new() };
-    dir.flatten()
-        .filter_map(|e| e.file_name().into_string().ok())
-        .filter(|n| n.starts_with(PREFIX))
-        .collect()
+    dir.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(PREFIX)).collect()
 }
 
 /// Removes what an earlier run that crashed, or a case that overran its time, has left: namespaces with our prefix and
@@ -188,8 +187,11 @@ fn ours() -> Vec<String> {
 pub fn remove_leftovers() {
     use std::os::unix::fs::MetadataExt;
     let names = ours();
-    let inodes: Vec<u64> =
-        names.iter().filter_map(|n| fs::metadata(Path::new(RUN_NETNS).join(n)).ok()).map(|m| m.ino()).collect();
+    let inodes: Vec<u64> = names
+        .iter()
+        .filter_map(|n| fs::metadata(Path::new(RUN_NETNS).join(n)).ok())
+        .map(|m| m.ino())
+        .collect();
     if let Ok(proc) = fs::read_dir("/proc") {
         for entry in proc.flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<i32>().ok()) else { continue };

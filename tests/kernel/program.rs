@@ -29,7 +29,8 @@ pub fn binary() -> PathBuf {
 /// Whether that binary can program a node yet.
 pub fn has_apply() -> bool {
     let binary = binary();
-    let help = ns::run_here(&[&binary.to_string_lossy(), "apply", "--help"], &[], "", Duration::from_secs(20));
+    let help =
+        ns::run_here(&[&binary.to_string_lossy(), "apply", "--help"], &[], "", Duration::from_secs(20));
     help.is_ok_and(|out| out.status == 0 && out.stdout.contains("--renderer"))
 }
 

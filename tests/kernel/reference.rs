@@ -182,11 +182,16 @@ impl Program for Reference {
                     let proto = port.proto;
                     let value = format!("skbmark 0x{mark:x}/0x{MASK:x}");
                     for vip in service.vips.iter().filter(|v| Family::of(**v) == f) {
-                        let _ = writeln!(sets, "add meshlb-V-{f} {vip},{}:{} {value}", proto.number(), port.port);
+                        let _ =
+                            writeln!(sets, "add meshlb-V-{f} {vip},{}:{} {value}", proto.number(), port.port);
                     }
                     if let Some(publish) = port.publish.filter(|&p| p != 0) {
                         for (set, ip) in [("V", w.ingress.to_owned()), ("P", w.node.to_string())] {
-                            let _ = writeln!(sets, "add meshlb-{set}-{f} {ip},{}:{publish} {value}", proto.number());
+                            let _ = writeln!(
+                                sets,
+                                "add meshlb-{set}-{f} {ip},{}:{publish} {value}",
+                                proto.number()
+                            );
                         }
                         if proto != Proto::Sctp {
                             published.push(format!("{proto} . {publish}"));

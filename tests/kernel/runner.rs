@@ -230,7 +230,8 @@ impl Matrix {
             for (family, b) in values(&self.families, Family::V4) {
                 for (proto, c) in values(&self.protos, Proto::Tcp) {
                     let words: Vec<String> = [&a, &b, &c].into_iter().flatten().cloned().collect();
-                    let suffix = if words.is_empty() { String::new() } else { format!("[{}]", words.join(",")) };
+                    let suffix =
+                        if words.is_empty() { String::new() } else { format!("[{}]", words.join(",")) };
                     out.push((suffix, Params { renderer, family, proto }));
                 }
             }
@@ -362,8 +363,8 @@ impl Cx {
     /// Takes everything of ours out of every node, now.
     pub fn cleanup(&self, topology: &Topology) -> Result<()> {
         let touched = std::mem::take(&mut *lock(&self.touched));
-        all(topology.nodes.iter().filter(|n| touched.contains(&n.index)).map(|node| || {
-            self.program.cleanup(node).with_context(|| format!("cleaning up {}", node.name))
+        all(topology.nodes.iter().filter(|n| touched.contains(&n.index)).map(|node| {
+            || self.program.cleanup(node).with_context(|| format!("cleaning up {}", node.name))
         }))?;
         Ok(())
     }
@@ -475,10 +476,8 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     }
     load_modules()?;
     let work = std::env::temp_dir().join(format!("meshlb-kernel-{}", std::process::id()));
-    let out = std::env::var_os("MESHLB_KERNEL_OUT").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("target/kernel-test"),
-        PathBuf::from,
-    );
+    let out = std::env::var_os("MESHLB_KERNEL_OUT")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/kernel-test"), PathBuf::from);
     fs::create_dir_all(&work)?;
     let with_meshlb = match std::env::var("MESHLB_KERNEL_PROGRAM").as_deref() {
         Ok("reference") => false,
@@ -489,7 +488,11 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         "kernel tests: {} cases, kernel {}, nodes programmed by {}",
         cases.len(),
         fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
-        if with_meshlb { program::binary().display().to_string() } else { "the reference program".to_owned() },
+        if with_meshlb {
+            program::binary().display().to_string()
+        } else {
+            "the reference program".to_owned()
+        },
     );
     let session = Session { work, out, pool: Pool::default(), with_meshlb, nocapture };
     let (mut passed, mut skipped, mut failed, mut times) = (0, 0, Vec::new(), Vec::new());
@@ -542,17 +545,43 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
 
 fn load_modules() -> Result<()> {
     let modules = [
-        "ip_vs", "ip_vs_rr", "ip_vs_wrr", "ip_vs_lc", "ip_vs_wlc", "ip_vs_sh", "ip_vs_mh", "nf_conntrack", "nf_nat",
-        "nf_conntrack_netlink", "nf_tables", "nft_compat", "xt_ipvs", "xt_set", "ip_set_hash_ipport", "ip_set_hash_ip",
-        "ip_set_hash_netnet", "xt_MASQUERADE", "xt_mark", "xt_addrtype", "veth", "bridge", "br_netfilter", "dummy",
-        "vxlan", "ipip", "wireguard", "sctp",
+        "ip_vs",
+        "ip_vs_rr",
+        "ip_vs_wrr",
+        "ip_vs_lc",
+        "ip_vs_wlc",
+        "ip_vs_sh",
+        "ip_vs_mh",
+        "nf_conntrack",
+        "nf_nat",
+        "nf_conntrack_netlink",
+        "nf_tables",
+        "nft_compat",
+        "xt_ipvs",
+        "xt_set",
+        "ip_set_hash_ipport",
+        "ip_set_hash_ip",
+        "ip_set_hash_netnet",
+        "xt_MASQUERADE",
+        "xt_mark",
+        "xt_addrtype",
+        "veth",
+        "bridge",
+        "br_netfilter",
+        "dummy",
+        "vxlan",
+        "ipip",
+        "wireguard",
+        "sctp",
     ];
     let mut command = vec!["modprobe", "-a", "-q"];
     command.extend(modules);
     // What is built in or missing is found out by what fails.
     let _ = ns::run_here(&command, &[], "", ns::COMMAND_LIMIT);
     if !Path::new("/proc/net/ip_vs").exists() {
-        bail!("this kernel has no IPVS (no /proc/net/ip_vs after modprobe ip_vs); tests/kernel/run.sh boots one that has");
+        bail!(
+            "this kernel has no IPVS (no /proc/net/ip_vs after modprobe ip_vs); tests/kernel/run.sh boots one that has"
+        );
     }
     Ok(())
 }
@@ -588,7 +617,9 @@ impl Session {
         let mut cx = match self.context(case) {
             Ok(cx) => cx,
             Err(e) => {
-                return e.downcast::<Skip>().map_or_else(|e| Outcome::Failed(format!("{e:#}")), |s| Outcome::Skipped(s.0));
+                return e
+                    .downcast::<Skip>()
+                    .map_or_else(|e| Outcome::Failed(format!("{e:#}")), |s| Outcome::Skipped(s.0));
             }
         };
         let (notes, tainted) = (Arc::clone(&cx.notes), Arc::clone(&cx.tainted));
@@ -596,7 +627,8 @@ impl Session {
         let run = case.run;
         let spawned = thread::Builder::new().name(case.name.clone()).spawn(move || {
             let result = catch_unwind(AssertUnwindSafe(|| run(&mut cx)));
-            let result = result.unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(panic.as_ref()))));
+            let result =
+                result.unwrap_or_else(|panic| Err(anyhow!("panicked: {}", panic_text(panic.as_ref()))));
             let _ = ended.send((result, cx));
         });
         if let Err(e) = spawned {
@@ -641,7 +673,11 @@ impl Session {
 
     /// Everything a person needs to see why; all of it also goes to files.
     fn describe(&self, case: &Case, error: &anyhow::Error, notes: &str) -> String {
-        let name: String = case.name.chars().map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '.' }).collect();
+        let name: String = case
+            .name
+            .chars()
+            .map(|c| if c.is_alphanumeric() || "-_".contains(c) { c } else { '.' })
+            .collect();
         let out = self.out.join(name);
         let _ = fs::remove_dir_all(&out);
         let _ = fs::create_dir_all(&out);
@@ -655,19 +691,35 @@ impl Session {
             if let Some((ns, tally)) = last {
                 let trace = trace(&topology, &ns, &tally).unwrap_or_else(|e| format!("no trace: {e:#}"));
                 let _ = fs::write(out.join("trace.txt"), &trace);
-                text.push_str(&section(&format!("trace of {} -> {} {}", tally.client, tally.probe.proto, tally.probe.dst), &trace, 120));
+                text.push_str(&section(
+                    &format!("trace of {} -> {} {}", tally.client, tally.probe.proto, tally.probe.dst),
+                    &trace,
+                    120,
+                ));
             }
-            let dumps = all(topology.nodes.iter().map(|n| || Ok((n.name.clone(), dump(n))))).unwrap_or_default();
+            let dumps =
+                all(topology.nodes.iter().map(|n| || Ok((n.name.clone(), dump(n))))).unwrap_or_default();
             for (node, dump) in dumps {
                 let full: String = dump.iter().map(|(what, text)| section(what, text, usize::MAX)).collect();
                 let _ = fs::write(out.join(format!("{node}.txt")), full);
                 for (what, body) in dump {
-                    text.push_str(&section(&format!("{node}: {what}"), &body, 60));
+                    let body: String = body
+                        .lines()
+                        .filter(|l| {
+                            !["fe80::", "ff00::", "broadcast", "anycast"].iter().any(|x| l.contains(x))
+                        })
+                        .map(|l| format!("{l}\n"))
+                        .collect();
+                    text.push_str(&section(&format!("{node}: {what}"), &body, 40));
                 }
                 let log = self.work.join("nodes").join(&node).join("agent.log");
                 if let Ok(log) = fs::read_to_string(log) {
                     let _ = fs::write(out.join(format!("{node}-agent.log")), &log);
-                    text.push_str(&section(&format!("{node}: the end of the agent's log"), &tail(&log, 60), 60));
+                    text.push_str(&section(
+                        &format!("{node}: the end of the agent's log"),
+                        &tail(&log, 60),
+                        60,
+                    ));
                 }
             }
         }
@@ -731,7 +783,11 @@ fn dump(node: &Node) -> Vec<(String, String)> {
     let mut out = Vec::new();
     for command in commands {
         let legacy = command.first().is_some_and(|c| c.contains("-legacy-"));
-        let names = if command.first().is_some_and(|c| c.starts_with("ip6")) { "ip6_tables_names" } else { "ip_tables_names" };
+        let names = if command.first().is_some_and(|c| c.starts_with("ip6")) {
+            "ip6_tables_names"
+        } else {
+            "ip_tables_names"
+        };
         if legacy && !node.ns.proc_net(names).is_ok_and(|t| !t.trim().is_empty()) {
             continue;
         }

@@ -15,8 +15,8 @@ use nix::libc::{in_pktinfo, in6_pktinfo};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::{Ipv4PacketInfo, Ipv6RecvPacketInfo};
 use nix::sys::socket::{
-    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, sendmsg,
-    setsockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg,
+    sendmsg, setsockopt,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -206,7 +206,8 @@ fn answer(name: &str, socket: &Socket, bound: IpAddr, buffer: &mut [u8]) -> Opti
     let mut space = nix::cmsg_space!(in_pktinfo, in6_pktinfo);
     let (size, peer, v4, v6) = {
         let mut io = [IoSliceMut::new(buffer)];
-        let message = recvmsg::<SockaddrStorage>(fd, &mut io, Some(&mut space), MsgFlags::MSG_DONTWAIT).ok()?;
+        let message =
+            recvmsg::<SockaddrStorage>(fd, &mut io, Some(&mut space), MsgFlags::MSG_DONTWAIT).ok()?;
         let (mut v4, mut v6) = (None, None);
         for control in message.cmsgs().ok()? {
             match control {

@@ -53,7 +53,8 @@ impl Snapshot {
         s.add("ipvs", ipvs(&ns.proc_net("ip_vs").unwrap_or_default()));
         let batch = "route show table all\nrule show\naddr show\n";
         for (name, family) in [("ip", "-4"), ("ip6", "-6")] {
-            let out = ns.run_with(&["ip", "-o", family, "-batch", "-"], batch, crate::ns::COMMAND_LIMIT)?.stdout;
+            let out =
+                ns.run_with(&["ip", "-o", family, "-batch", "-"], batch, crate::ns::COMMAND_LIMIT)?.stdout;
             s.add(name, lines(&out).into_iter().filter(|l| !l.contains("expires")).collect());
         }
         let sysctls = ns.enter(|| {
@@ -96,7 +97,8 @@ impl Snapshot {
     pub fn diff(&self, after: &Snapshot) -> Vec<String> {
         let mut out = Vec::new();
         let none = Vec::new();
-        let names: std::collections::BTreeSet<_> = self.sections.keys().chain(after.sections.keys()).collect();
+        let names: std::collections::BTreeSet<_> =
+            self.sections.keys().chain(after.sections.keys()).collect();
         for name in names {
             let (a, b) =
                 (self.sections.get(name).unwrap_or(&none), after.sections.get(name).unwrap_or(&none));
@@ -136,7 +138,10 @@ fn is_ours(section: &str, line: &str) -> bool {
 }
 
 fn lines(text: &str) -> Vec<String> {
-    text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).filter(|l| !l.is_empty()).collect()
+    text.lines()
+        .map(|l| l.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|l| !l.is_empty())
+        .collect()
 }
 
 /// Each rule with its table; no counters, no built-in chain that is empty and accepts.

@@ -152,7 +152,8 @@ impl Builder {
                 pods.push(Host::create(&format!("p{k}{j}"), k, Ipv4Addr::new(10, 244, k, 10 + j), v6)?);
             }
         }
-        let keys = if self.underlay == Underlay::Wireguard { wireguard_keys(self.nodes)? } else { Vec::new() };
+        let keys =
+            if self.underlay == Underlay::Wireguard { wireguard_keys(self.nodes)? } else { Vec::new() };
         switch.ip(&self.switch_lines())?;
         // Two at a time on two processors: nodes (with the links of their pods) and the client, then the pods.
         all(nodes.iter().map(|n| || self.set_up_node(n, &keys)))?;
@@ -165,7 +166,8 @@ impl Builder {
         for node in &nodes {
             node.serve_as(&format!("HOST-{}", node.name), &everywhere(&self.host_ports, sctp))?;
         }
-        let mut topology = Topology { spec: self.clone(), nodes, pods, ext, _switch: switch, baseline: Vec::new() };
+        let mut topology =
+            Topology { spec: self.clone(), nodes, pods, ext, _switch: switch, baseline: Vec::new() };
         topology.baseline = topology.snapshots()?;
         Ok(topology)
     }
@@ -202,7 +204,8 @@ impl Builder {
         let _ = writeln!(l, "addr add {}/24 dev eth0\naddr add {}/64 dev eth0 nodad", node.v4, node.v6);
         if self.pod_network != PodNetwork::Routed {
             let _ = writeln!(l, "link add cni0 type bridge\nlink set cni0 up");
-            let _ = writeln!(l, "addr add 10.244.{k}.1/24 dev cni0\naddr add fd00:244:{k}::1/64 dev cni0 nodad");
+            let _ =
+                writeln!(l, "addr add 10.244.{k}.1/24 dev cni0\naddr add fd00:244:{k}::1/64 dev cni0 nodad");
         }
         for j in 1..=self.pods_per_node {
             let (v, ns) = (format!("v{k}{j}"), ns::PREFIX);
@@ -215,7 +218,10 @@ impl Builder {
                 // Scope link, and a source for the pods' routes: else the node speaks to its pods as 169.254.1.1.
                 let _ = writeln!(l, "addr add 169.254.1.1/32 dev {v} scope link");
                 let _ = writeln!(l, "route add 10.244.{k}.1{j}/32 dev {v} src {}", node.v4);
-                let _ = writeln!(l, "addr add fe80::1/64 dev {v} nodad\nroute add fd00:244:{k}::1{j}/128 dev {v}");
+                let _ = writeln!(
+                    l,
+                    "addr add fe80::1/64 dev {v} nodad\nroute add fd00:244:{k}::1{j}/128 dev {v}"
+                );
             } else {
                 let _ = writeln!(l, "link set {v} master cni0\nlink set {v} type bridge_slave hairpin on");
             }
@@ -236,7 +242,11 @@ impl Builder {
             }
         };
         if tunnel.is_some() {
-            let _ = writeln!(l, "link set ov0 mtu {}\nlink set ov0 up\naddr add 10.244.{k}.254/32 dev ov0", self.inner_mtu());
+            let _ = writeln!(
+                l,
+                "link set ov0 mtu {}\nlink set ov0 up\naddr add 10.244.{k}.254/32 dev ov0",
+                self.inner_mtu()
+            );
             if self.underlay != Underlay::Ipip {
                 let _ = writeln!(l, "addr add fd00:244:{k}::fe/128 dev ov0 nodad");
             }
@@ -251,7 +261,10 @@ impl Builder {
                      route add fd00:244:{o}::/64 via fd00:244:{o}::fe dev ov0 src fd00:244:{k}::fe"
                 ),
                 Underlay::Ipip => {
-                    format!("route add 10.244.{o}.0/24 via {} dev ov0 onlink src 10.244.{k}.254\n{v6_plain}", node_v4(o))
+                    format!(
+                        "route add 10.244.{o}.0/24 via {} dev ov0 onlink src 10.244.{k}.254\n{v6_plain}",
+                        node_v4(o)
+                    )
                 }
                 Underlay::Wireguard => format!(
                     "route add 10.244.{o}.0/24 dev ov0 src 10.244.{k}.254\n\
@@ -274,7 +287,10 @@ impl Builder {
                 let mut conf = String::new();
                 for (o, (private, public)) in (1..).zip(keys) {
                     if o == k {
-                        conf.insert_str(0, &format!("[Interface]\nListenPort = 51820\nPrivateKey = {private}\n"));
+                        conf.insert_str(
+                            0,
+                            &format!("[Interface]\nListenPort = 51820\nPrivateKey = {private}\n"),
+                        );
                     } else {
                         let _ = writeln!(
                             conf,
@@ -345,7 +361,8 @@ impl Builder {
     fn set_up_ext(&self, ext: &Host) -> Result<()> {
         let mut l = "link set lo up\nlink set eth0 up\n".to_owned();
         for i in 100..104 {
-            let _ = writeln!(l, "addr add 192.168.50.{i}/24 dev eth0\naddr add fd00:50::{i}/64 dev eth0 nodad");
+            let _ =
+                writeln!(l, "addr add 192.168.50.{i}/24 dev eth0\naddr add fd00:50::{i}/64 dev eth0 nodad");
         }
         if let Some(node) = self.vip_route {
             let [v4, v6] = VIP_CIDRS;

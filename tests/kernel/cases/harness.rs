@@ -14,7 +14,10 @@ pub fn register(suite: &mut Suite) {
     suite.add("harness::tools", &Matrix::once(), tools);
     suite.add("harness::foreign_state_is_seen", &Matrix::once(), foreign_state);
     suite.add("harness::bridge", &Matrix::once(), |cx| {
-        carries(cx, &Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter: false }).cni_masquerade())
+        carries(
+            cx,
+            &Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter: false }).cni_masquerade(),
+        )
     });
     suite.add("harness::vxlan_bridge", &Matrix::once(), |cx| {
         let bridge = PodNetwork::Bridge { br_netfilter: true };
@@ -75,7 +78,8 @@ fn tools(cx: &mut Cx) -> Result<()> {
     check::refused(&from.connect(Proto::Udp, to, 1)?)?;
     t.pod("p21").serve(&crate::server::everywhere(&[8080], Proto::Sctp.available()))?;
     // Source address and port.
-    let probe = Probe::new(Proto::Udp, t.node(1).at(Family::V4, 80)).bound_to([192, 168, 50, 102]).bound_port(4000);
+    let probe =
+        Probe::new(Proto::Udp, t.node(1).at(Family::V4, 80)).bound_to([192, 168, 50, 102]).bound_port(4000);
     let tally = t.ext.probe(&probe)?;
     check::seen_as(&tally, &[[192, 168, 50, 102].into()])?;
     ensure!(tally.answers.iter().all(|a| a.peer.port() == 4000), "{tally:?}");
