@@ -28,7 +28,8 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Makes `mlb-NAME`, visible to `ip netns`, with IPv6 duplicate address detection off.
+    /// Makes `mlb-NAME`, visible to `ip netns`, without IPv6 duplicate address detection, and without a limit on ICMP errors
+    /// (with it, one in many refused datagrams goes unanswered).
     pub fn create(short: &str) -> Result<Netns> {
         let name = format!("{PREFIX}{short}");
         let made = thread::scope(|s| s.spawn(create_here).join());
@@ -39,6 +40,8 @@ impl Netns {
             for (key, value) in [
                 ("net.ipv6.conf.all.accept_dad", "0"),
                 ("net.ipv6.conf.default.accept_dad", "0"),
+                ("net.ipv4.icmp_ratelimit", "0"),
+                ("net.ipv6.icmp.ratelimit", "0"),
                 ("net.ipv4.ping_group_range", "0 2147483647"),
             ] {
                 sysctl_write(key, value)?;

@@ -272,7 +272,33 @@ impl Suite {
 }
 
 /// The topology that is there, kept for the next case.
-type Pool = Arc<Mutex<Option<Arc<Topology>>>>;
+#[derive(Default)]
+struct Kept {
+    topology: Option<Arc<Topology>>,
+    /// What its nodes are programmed with, if cases share that.
+    shared: Option<Shared>,
+}
+
+struct Shared {
+    /// The renderer and the manifests.
+    key: String,
+    program: Arc<dyn Program>,
+}
+
+type Pool = Arc<Mutex<Kept>>;
+
+impl Kept {
+    /// Takes out what cases have shared and demands that nothing is left of it.
+    fn retire(&mut self) -> Result<()> {
+        let (Some(shared), Some(topology)) = (self.shared.take(), &self.topology) else { return Ok(()) };
+        let cleaned = all(topology.nodes.iter().map(|n| || shared.program.cleanup(n)));
+        let clean = cleaned.and_then(|_| check::nothing_left(topology));
+        if clean.is_err() {
+            self.topology = None;
+        }
+        clean.context("taking out what the cases before this one have shared")
+    }
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -311,24 +337,65 @@ impl Cx {
         self.params.renderer
     }
 
-    /// The topology of the case before, if it was built alike, else a new one.
+    /// The topology of the case before, if it was built alike, else a new one. Nothing of ours is in its nodes.
     pub fn topology(&self, spec: &Builder) -> Result<Arc<Topology>> {
-        let mut pool = lock(&self.pool);
-        if let Some(topology) = pool.as_ref().filter(|t| t.spec == *spec) {
-            return Ok(Arc::clone(topology));
-        }
-        *pool = None;
-        let start = Instant::now();
-        let topology = Arc::new(spec.build(&self.work.join("nodes"))?);
-        self.note(format!("topology built in {:.1} s", start.elapsed().as_secs_f32()));
-        *pool = Some(Arc::clone(&topology));
-        Ok(topology)
+        let mut kept = lock(&self.pool);
+        kept.retire()?;
+        self.build(&mut kept, spec)
     }
 
     /// A new topology in any case.
     pub fn fresh_topology(&self, spec: &Builder) -> Result<Arc<Topology>> {
-        *lock(&self.pool) = None;
+        *lock(&self.pool) = Kept::default();
         self.topology(spec)
+    }
+
+    fn build(&self, kept: &mut Kept, spec: &Builder) -> Result<Arc<Topology>> {
+        if let Some(topology) = kept.topology.as_ref().filter(|t| t.spec == *spec) {
+            return Ok(Arc::clone(topology));
+        }
+        *kept = Kept::default();
+        let start = Instant::now();
+        let topology = Arc::new(spec.build(&self.work.join("nodes"))?);
+        self.note(format!("topology built in {:.1} s", start.elapsed().as_secs_f32()));
+        kept.topology = Some(Arc::clone(&topology));
+        Ok(topology)
+    }
+
+    /// A topology with every node programmed, as the case before left it if that asked for the very same: for cases that
+    /// only send packets. It is cleaned up, and looked at for what is left, when a case wants something else.
+    pub fn shared(
+        &self,
+        spec: &Builder,
+        describe: impl FnOnce(&Topology, &mut Manifests) -> Result<()>,
+    ) -> Result<Arc<Topology>> {
+        let mut kept = lock(&self.pool);
+        if kept.topology.as_ref().is_some_and(|t| t.spec != *spec) {
+            kept.retire()?;
+        }
+        let topology = self.build(&mut kept, spec)?;
+        let mut manifests = self.manifests()?;
+        describe(&topology, &mut manifests)?;
+        let key = format!("{} {:?} {:?}", self.params.renderer, manifests.services, manifests.slices);
+        if kept.shared.as_ref().is_some_and(|s| s.key == key) {
+            return Ok(topology);
+        }
+        kept.retire()?;
+        manifests.write()?;
+        kept.shared = Some(Shared { key, program: Arc::clone(&self.program) });
+        self.timed("programmed", || {
+            all(topology.nodes.iter().map(|n| {
+                || self.program.apply(n, &manifests).with_context(|| format!("programming {}", n.name))
+            }))
+        })?;
+        Ok(topology)
+    }
+
+    fn timed<T>(&self, what: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        let start = Instant::now();
+        let result = f();
+        self.note(format!("{what} in {:.1} s", start.elapsed().as_secs_f32()));
+        result
     }
 
     /// The topology is not to be used by another case, nor looked at for what is left in it: for cases that change it.
@@ -345,7 +412,9 @@ impl Cx {
     pub fn apply(&self, topology: &Topology, manifests: &mut Manifests) -> Result<()> {
         manifests.write()?;
         let manifests = &*manifests;
-        all(topology.nodes.iter().map(|node| || self.apply_on(node, manifests)))?;
+        self.timed("programmed", || {
+            all(topology.nodes.iter().map(|node| || self.apply_on(node, manifests)))
+        })?;
         Ok(())
     }
 
@@ -521,7 +590,11 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         }
         let _ = std::io::stdout().flush();
     }
-    *lock(&session.pool) = None;
+    if let Err(e) = lock(&session.pool).retire() {
+        println!("FAILED          the end: {e:#}");
+        failed.push("the end");
+    }
+    *lock(&session.pool) = Kept::default();
     ns::remove_leftovers();
     let _ = fs::remove_dir_all(&session.work);
     times.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -652,7 +725,7 @@ impl Session {
         let overrun = cx.is_none();
         drop(cx);
         if !matches!(outcome, Outcome::Passed) || tainted.load(Ordering::Relaxed) {
-            *lock(&self.pool) = None;
+            *lock(&self.pool) = Kept::default();
         }
         if overrun {
             // Ends the programs that the case's thread may be waiting for; the thread itself is left alone.
@@ -663,12 +736,16 @@ impl Session {
     }
 
     fn demand_clean(&self, cx: &Cx) -> Result<()> {
-        let Some(topology) = lock(&self.pool).clone() else { return Ok(()) };
-        if cx.tainted.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        cx.cleanup(&topology)?;
-        check::nothing_left(&topology)
+        let topology = {
+            let kept = lock(&self.pool);
+            let Some(topology) = kept.topology.clone() else { return Ok(()) };
+            if kept.shared.is_some() || cx.tainted.load(Ordering::Relaxed) {
+                return Ok(());
+            }
+            topology
+        };
+        cx.timed("cleaned up", || cx.cleanup(&topology))?;
+        cx.timed("looked at", || check::nothing_left(&topology))
     }
 
     /// Everything a person needs to see why; all of it also goes to files.
@@ -685,7 +762,7 @@ impl Session {
         if !notes.is_empty() {
             text.push_str(&section("notes", notes, 200));
         }
-        let topology = self.pool.try_lock().ok().and_then(|pool| pool.clone());
+        let topology = self.pool.try_lock().ok().and_then(|kept| kept.topology.clone());
         if let Some(topology) = topology {
             let last = lock(&LAST_PROBE).take();
             if let Some((ns, tally)) = last {

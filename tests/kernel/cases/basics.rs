@@ -1,25 +1,29 @@
 //! One service, from everywhere: what must work on any node program.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use anyhow::{Result, ensure};
 
 use crate::check;
 use crate::client::Probe;
-use crate::runner::{Cx, Matrix, Proto, Suite};
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Host, Topology};
 
 const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
 
 pub fn register(suite: &mut Suite) {
-    let all = Matrix::renderers().families();
-    let protos = all.clone().protos(&Proto::ALL);
-    suite.add("vip::from_a_pod", &protos, from_pod);
-    suite.add("vip::from_a_node", &protos, from_node);
-    suite.add("vip::hairpin", &all.clone().protos(&[Proto::Tcp, Proto::Udp]), hairpin);
-    suite.add("vip::unallocated_is_refused", &all, unallocated);
-    suite.add("routing_mesh::published_port_on_every_node", &protos, published);
-    suite.add("routing_mesh::from_inside", &all.clone().protos(&[Proto::Tcp, Proto::Udp]), published_inside);
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]).families();
+        let protos = one.clone().protos(&Proto::ALL);
+        let two = one.clone().protos(&[Proto::Tcp, Proto::Udp]);
+        suite.add("vip::from_a_pod", &protos, from_pod);
+        suite.add("vip::from_a_node", &protos, from_node);
+        suite.add("vip::unallocated_is_refused", &one, unallocated);
+        suite.add("routing_mesh::published_port_on_every_node", &protos, published);
+        suite.add("routing_mesh::from_inside", &two, published_inside);
+        suite.add("vip::hairpin", &two, hairpin);
+    }
 }
 
 fn vip(cx: &Cx, port: u16) -> Result<SocketAddr> {
@@ -28,12 +32,8 @@ fn vip(cx: &Cx, port: u16) -> Result<SocketAddr> {
 }
 
 /// Three nodes, two pods each, all of them endpoints of one service.
-fn set_up(cx: &Cx) -> Result<std::sync::Arc<Topology>> {
-    let t = cx.topology(&Topology::builder())?;
-    let mut m = cx.manifests()?;
-    m.standard(&t, "vote", &VIPS)?;
-    cx.apply(&t, &mut m)?;
-    Ok(t)
+fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
+    cx.shared(&Topology::builder(), |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))
 }
 
 /// From everywhere: even, and the servers see whom they should.
