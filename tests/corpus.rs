@@ -1,6 +1,8 @@
 //! The manifests in `tests/corpus`: what is good is accepted, what is bad is refused, and the message names the
 //! place. Each bad file begins with its messages, as comments; `UPDATE_GOLDEN=1` writes them anew.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::{fs, path::PathBuf};
 
 use proptest::prelude::*;

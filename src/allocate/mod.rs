@@ -430,4 +430,6 @@ pub fn allocate(
 }
 
 #[cfg(test)]
+mod properties;
+#[cfg(test)]
 mod tests;

@@ -178,8 +178,9 @@ pub fn list(dir: &Path) -> io::Result<Vec<OsString>> {
             continue;
         }
         let kind = entry.file_type()?;
+        let is_dir = kind.is_dir() || (kind.is_symlink() && entry.path().is_dir());
         // A directory called x.yaml is none of ours; a link that leads nowhere is reported by whoever reads it.
-        if !kind.is_dir() && !(kind.is_symlink() && entry.path().is_dir()) {
+        if !is_dir {
             names.push(entry.file_name());
         }
     }
