@@ -142,7 +142,8 @@ impl Renderer {
     /// The value of `--renderer`.
     pub fn flag(self) -> &'static str {
         match self {
-            Renderer::IptablesNft | Renderer::IptablesLegacy => "iptables",
+            Renderer::IptablesNft => "iptables-nft",
+            Renderer::IptablesLegacy => "iptables-legacy",
             Renderer::Nftables => "nftables",
         }
     }
