@@ -41,7 +41,8 @@ pub struct Probe {
 }
 
 impl Probe {
-    /// One connection with a time-out of five seconds: enough for one packet that is lost, also over SCTP.
+    /// One connection with a time-out of five seconds. (An SCTP association of this kernel takes 3 s instead of 0.03 s about
+    /// once in a hundred times, even from a host to itself.)
     pub fn new(proto: Proto, dst: impl Into<SocketAddr>) -> Probe {
         Probe {
             proto,

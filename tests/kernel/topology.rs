@@ -361,8 +361,12 @@ impl Builder {
     fn set_up_ext(&self, ext: &Host) -> Result<()> {
         let mut l = "link set lo up\nlink set eth0 up\n".to_owned();
         for i in 100..104 {
-            let _ =
-                writeln!(l, "addr add 192.168.50.{i}/24 dev eth0\naddr add fd00:50::{i}/64 dev eth0 nodad");
+            // More addresses to bind to; "deprecated" keeps IPv6 from choosing one of them by itself.
+            let more = if i == 100 { "" } else { " preferred_lft 0" };
+            let _ = writeln!(
+                l,
+                "addr add 192.168.50.{i}/24 dev eth0\naddr add fd00:50::{i}/64 dev eth0 nodad{more}"
+            );
         }
         if let Some(node) = self.vip_route {
             let [v4, v6] = VIP_CIDRS;

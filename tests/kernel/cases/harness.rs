@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 
 use crate::check;
 use crate::client::{Flows, Load, Probe};
@@ -11,14 +11,6 @@ use crate::topology::{Builder, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
     suite.add("harness::routed", &Matrix::once(), |cx| carries(cx, &Topology::builder()));
-    suite.add("harness::soak", &Matrix::once().families().protos(&Proto::ALL), |cx| {
-        let t = cx.topology(&Topology::builder())?;
-        for to in &t.pods {
-            let tally = t.pod("p11").connect(cx.proto()?, to.at(cx.family(), 8080), 60)?;
-            cx.note(format!("{tally}"));
-        }
-        bail!("show");
-    });
     suite.add("harness::tools", &Matrix::once(), tools);
     suite.add("harness::foreign_state_is_seen", &Matrix::once(), foreign_state);
     suite.add("harness::bridge", &Matrix::once(), |cx| {
