@@ -1,7 +1,11 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod guard;
 mod harness;
+mod healing;
+mod neighbours;
+mod underlays;
 
 use crate::runner::Suite;
 
@@ -9,4 +13,8 @@ use crate::runner::Suite;
 pub fn register(suite: &mut Suite) {
     harness::register(suite);
     basics::register(suite);
+    guard::register(suite);
+    healing::register(suite);
+    neighbours::register(suite);
+    underlays::register(suite);
 }

@@ -1,0 +1,253 @@
+//! Whatever others delete or mark, a packet for a virtual address or a published port never reaches a socket of the node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::check;
+use crate::client::{Probe, Tally};
+use crate::manifests::Manifests;
+use crate::ns::Output;
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::server::everywhere;
+use crate::topology::{Host, Node, Topology, all};
+
+pub(super) const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
+/// On `n1`, and later than us, on the published number.
+const LATE: &str = "HOST-late";
+
+pub fn register(suite: &mut Suite) {
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]);
+        suite.add_slow("guard::after_deletions", &one, Duration::from_secs(150), deletions);
+        suite.add_slow("guard::foreign_marks", &one, Duration::from_secs(90), foreign_marks);
+    }
+}
+
+/// The address of the usual service.
+pub(super) fn vip(family: Family, port: u16) -> Result<SocketAddr> {
+    let [v4, v6] = VIPS;
+    Ok(SocketAddr::new(family.pick(v4, v6).parse()?, port))
+}
+
+/// A shell script on a node; `iptables` in it is of the case's flavour.
+pub(super) fn sh(cx: &Cx, node: &Node, script: &str) -> Result<Output> {
+    let path = &cx.meshlb()?.path;
+    node.ns.run_env(&["sh", "-ec", script], &[("PATH", path)], "")?.ok()
+}
+
+/// All at the same time, some at once. With the place and the answer of each.
+pub(super) fn ask(jobs: &[(&Host, Probe)]) -> Result<Vec<Tally>> {
+    let mut out = Vec::new();
+    for some in jobs.chunks(12) {
+        out.extend(all(some.iter().map(|(from, probe)| || from.probe(probe)))?);
+    }
+    Ok(out)
+}
+
+/// To the service by `n1`: at its address and its published port, from everywhere.
+pub(super) fn to_service<'a>(t: &'a Topology, protos: &[Proto]) -> Result<Vec<(&'a Host, Probe)>> {
+    let mut out = Vec::new();
+    for family in Family::ALL {
+        let n1 = t.node(1).at(family, 30080);
+        let local = SocketAddr::new(family.localhost(), 30080);
+        let from: [(&Host, SocketAddr); 8] = [
+            (t.pod("p11"), vip(family, 80)?),
+            (t.node(1), vip(family, 80)?),
+            (t.pod("p11"), n1),
+            (t.pod("p21"), n1),
+            (t.node(2), n1),
+            (t.node(1), n1),
+            (t.node(1), local),
+            (&t.ext, n1),
+        ];
+        for (host, dst) in from {
+            out.extend(protos.iter().map(|p| (host, Probe::new(*p, dst).within(Duration::from_secs(3)))));
+        }
+    }
+    Ok(out)
+}
+
+/// To what no service has, where the node has sockets.
+pub(super) fn to_nothing(t: &Topology) -> Result<Vec<(&Host, Probe)>> {
+    let mut out = Vec::new();
+    for family in Family::ALL {
+        let spare: IpAddr = family.pick("10.200.9.9", "fd00:200::909").parse()?;
+        let ingress: IpAddr = family.pick("10.200.0.1", "fd00:200::1").parse()?;
+        let hosts: [&Host; 2] = [t.pod("p11"), t.node(1)];
+        for host in hosts {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                for dst in [vip(family, 22)?, SocketAddr::new(spare, 80), SocketAddr::new(ingress, 8080)] {
+                    out.push((host, Probe::new(proto, dst).within(Duration::from_secs(2))));
+                }
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Every one is answered by a pod.
+pub(super) fn works(t: &Topology, protos: &[Proto]) -> Result<()> {
+    for tally in ask(&to_service(t, protos)?)? {
+        check::among(&tally, &t.pod_names())?;
+    }
+    Ok(())
+}
+
+/// Every one is refused at once.
+pub(super) fn refused(jobs: &[(&Host, Probe)]) -> Result<()> {
+    let tallies = ask(jobs)?;
+    // The worst first: an answer.
+    for tally in tallies.iter().filter(|t| t.answered() > 0) {
+        check::refused(tally)?;
+    }
+    for tally in &tallies {
+        // Several at a time under emulation: slow is not what is looked for here.
+        let mut known = vec!["ECONNREFUSED", "EPERM"];
+        if tally.probe.proto == Proto::Udp && tally.probe.dst.ip().is_loopback() {
+            // The ICMP error names the address that 127.0.0.1 was rewritten to, so its socket is not told.
+            known.push("timeout");
+        }
+        ensure!(tally.errors.keys().all(|e| known.contains(&e.as_str())), "not refused: {tally}");
+    }
+    Ok(())
+}
+
+pub(super) const BOTH: [Proto; 2] = [Proto::Tcp, Proto::Udp];
+
+/// Three programmed nodes, and on the first a late listener on the published port.
+fn set_up(cx: &Cx) -> Result<(Arc<Topology>, Manifests)> {
+    cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    t.node(1).serve_as(LATE, &everywhere(&[30080], Proto::Sctp.available()))?;
+    works(&t, &BOTH).context("before anything was deleted")?;
+    Ok((t, m))
+}
+
+/// What others can do to us; each is refused from then on.
+fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
+    let services = "ipvsadm -C".to_owned();
+    let flush = |tables: &str| {
+        format!("for t in {tables}; do iptables -t $t -F; ip6tables -t $t -F; done 2>/dev/null || true")
+    };
+    let mut out = vec![("services deleted", services.clone())];
+    let (marks, everything, entries, sets) = if renderer == Renderer::Nftables {
+        let each = |what: &str| ["4", "6"].map(|d| what.replace('#', d)).join("\n");
+        (
+            "nft flush chain inet meshlb in; nft flush chain inet meshlb out".to_owned(),
+            format!(
+                "nft flush chain inet meshlb in; nft flush chain inet meshlb out; nft flush chain inet meshlb vip-first\n{}",
+                flush("filter nat mangle")
+            ),
+            "nft delete element inet meshlb vips-4 { 10.200.0.5 . tcp . 80, 10.200.0.5 . udp . 80, 10.200.0.1 . tcp . 30080, 10.200.0.1 . udp . 30080 }
+             nft delete element inet meshlb vips-6 { fd00:200::5 . tcp . 80, fd00:200::5 . udp . 80, fd00:200::1 . tcp . 30080, fd00:200::1 . udp . 30080 }
+             nft flush map inet meshlb published-marks-4; nft flush map inet meshlb published-marks-6
+             nft flush map inet meshlb loopback-4; nft flush map inet meshlb loopback-6"
+                .to_owned(),
+            each("nft flush map inet meshlb vips-#; nft flush map inet meshlb published-marks-#; nft flush map inet meshlb loopback-#"),
+        )
+    } else {
+        (
+            flush("mangle"),
+            flush("security filter nat mangle raw"),
+            "for f in tcp udp; do
+               ipset del meshlb-vips-4 10.200.0.5,$f:80; ipset del meshlb-vips-4 10.200.0.1,$f:30080
+               ipset del meshlb-vips-6 fd00:200::5,$f:80; ipset del meshlb-vips-6 fd00:200::1,$f:30080
+               ipset del meshlb-published-4 192.168.50.1,$f:30080; ipset del meshlb-published-6 fd00:50::1,$f:30080
+             done"
+                .to_owned(),
+            "ipset flush".to_owned(),
+        )
+    };
+    let together = format!("{services}\n{everything}\n{sets}");
+    out.extend([
+        ("mark rules flushed", marks),
+        ("all rules flushed", everything),
+        ("set entries deleted", entries),
+        ("sets flushed", sets),
+        ("all of it", together),
+    ]);
+    out
+}
+
+fn deletions(cx: &mut Cx) -> Result<()> {
+    let (t, m) = set_up(cx)?;
+    for (what, script) in scripts(cx.renderer()) {
+        sh(cx, t.node(1), &script).context(what)?;
+        let result = check_refused(&t, cx.renderer(), what);
+        result.with_context(|| what.to_owned())?;
+        cx.note(format!("{what}: refused"));
+        cx.apply_on(t.node(1), &m)?;
+    }
+    works(&t, &BOTH).context("after the last apply")?;
+    t.node(1).stop_serving(LATE);
+    Ok(())
+}
+
+fn check_refused(t: &Topology, renderer: Renderer, what: &str) -> Result<()> {
+    let mut jobs = to_service(t, &BOTH)?;
+    let rules_only = what == "mark rules flushed"
+        || what == "sets flushed"
+        || what == "set entries deleted"
+        || what == "all rules flushed";
+    if rules_only && renderer != Renderer::Nftables {
+        // 127.0.0.1 has its marks in the nft table, which is still there: it may go on working.
+        let (local, others): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|(_, p)| p.dst.ip().is_loopback());
+        for tally in ask(&local)? {
+            ensure!(tally.servers.keys().all(|s| !s.starts_with("HOST")), "a host socket answered: {tally}");
+        }
+        jobs = others;
+    }
+    jobs.extend(to_nothing(t)?);
+    refused(&jobs)
+}
+
+/// Bits that others add to the mark.
+fn foreign_marks(cx: &mut Cx) -> Result<()> {
+    let (t, m) = set_up(cx)?;
+    let n1 = t.node(1);
+    let with = |chains: &str, verb: &str, mark: &str| {
+        format!(
+            "for c in {chains}; do for i in iptables ip6tables; do $i -t mangle {verb} $c -m comment --comment foreign {mark}; done; done"
+        )
+    };
+    // Outside our field, before and after our own rules.
+    for (chains, put) in [("PREROUTING INPUT OUTPUT", "-A"), ("PREROUTING INPUT OUTPUT", "-I")] {
+        let mark = "-j MARK --or-mark 0x10000";
+        sh(cx, n1, &with(chains, put, mark))?;
+        works(&t, &BOTH).with_context(|| format!("a foreign bit, {put}"))?;
+        refused(&to_nothing(&t)?).with_context(|| format!("a foreign bit, {put}"))?;
+        sh(cx, n1, "ipvsadm -C")?;
+        let mut jobs = to_service(&t, &BOTH)?;
+        jobs.extend(to_nothing(&t)?);
+        refused(&jobs).with_context(|| format!("a foreign bit, {put}, services deleted"))?;
+        cx.apply_on(n1, &m)?;
+        sh(cx, n1, &with(chains, "-D", mark))?;
+    }
+    // Inside our field, on ports without a service; a service has the mark 0x100.
+    let services = n1.ns.proc_net("ip_vs")?;
+    ensure!(services.contains("00000100"), "no service has mark 0x100 here:\n{services}");
+    for (put, mark) in [("-I", "-j MARK --or-mark 0x100"), ("-I", "-j MARK --set-xmark 0x10100/0xffffffff")] {
+        sh(cx, n1, &with("PREROUTING OUTPUT", put, mark))?;
+        refused(&to_nothing(&t)?).with_context(|| format!("foreign {mark}"))?;
+        works(&t, &BOTH).with_context(|| format!("foreign {mark}"))?;
+        sh(cx, n1, &with("PREROUTING OUTPUT", "-D", mark))?;
+    }
+    // After our own rules nothing can be promised but this: no socket of the node.
+    let mark = "-j MARK --or-mark 0x100";
+    sh(cx, n1, &with("INPUT OUTPUT", "-A", mark))?;
+    for tally in ask(&to_nothing(&t)?)? {
+        ensure!(tally.servers.keys().all(|s| !s.starts_with("HOST")), "a host socket answered: {tally}");
+        if tally.answered() > 0 {
+            cx.note(format!("a foreign mark of our field, set after our rules: {tally}"));
+        }
+    }
+    sh(cx, n1, &with("INPUT OUTPUT", "-D", mark))?;
+    n1.stop_serving(LATE);
+    Ok(())
+}

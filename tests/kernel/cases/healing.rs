@@ -1,0 +1,206 @@
+//! A running agent puts back what others take away.
+
+use std::io::{Read as _, Write as _};
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::guard::{BOTH, VIPS, sh, works};
+use crate::check;
+use crate::manifests::Manifests;
+use crate::program::Agent;
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::topology::{Node, Topology};
+
+/// How long healing may take.
+const WITHIN: Duration = Duration::from_secs(5);
+
+pub fn register(suite: &mut Suite) {
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]);
+        suite.add_slow("healing::agent", &one, Duration::from_secs(180), heals);
+        suite.add_slow("healing::source_that_cannot_be_read", &one, Duration::from_secs(90), unreadable);
+    }
+}
+
+/// All nodes programmed, and an agent on the first.
+fn set_up(cx: &Cx) -> Result<(Arc<Topology>, Manifests, Agent)> {
+    let meshlb = cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    m.service("second").vips(&["10.200.0.6", "fd00:200::6"])?.port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("second", &[t.pod("p11")]);
+    cx.apply(&t, &mut m)?;
+    let agent = meshlb.agent(t.node(1), &m.dir)?;
+    let end = Instant::now() + Duration::from_secs(15);
+    while drifts(t.node(1)).is_err() {
+        ensure!(Instant::now() < end, "no metrics; the agent's log:\n{}", agent.log_text());
+        sleep(Duration::from_millis(100));
+    }
+    sleep(Duration::from_millis(1500));
+    works(&t, &BOTH).context("before anything was taken away")?;
+    Ok((t, m, agent))
+}
+
+/// The sum of the drift counters.
+pub(super) fn drifts(node: &Node) -> Result<f64> {
+    let text = node.ns.enter(|| {
+        let mut socket = TcpStream::connect("127.0.0.1:9477")?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        socket.read_to_string(&mut text)?;
+        Ok(text)
+    })?;
+    ensure!(text.contains(" 200 "), "{text}");
+    let counts = text.lines().filter(|l| l.starts_with("meshlb_drift_total"));
+    Ok(counts.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+}
+
+/// What is broken, and how.
+fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
+    let mark = "$(awk '$1 == \"FWM\" { print $2; exit }' /proc/net/ip_vs)";
+    let mut out = vec![
+        ("ipvsadm -C", "ipvsadm -C".to_owned()),
+        ("one service deleted", format!("ipvsadm -D -f $((0x{mark}))")),
+        (
+            "one destination deleted",
+            "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/ -w .*//; s/^-a/-d/; s/ -m$//' | xargs ipvsadm".to_owned(),
+        ),
+        ("one destination's weight 0", "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/^-a/-e/; s/ -w .*/ -w 0/' | xargs ipvsadm".to_owned()),
+        ("routes deleted", "ip route del local 10.200.0.0/16 dev lo; ip -6 route del local fd00:200::/112 dev lo".to_owned()),
+        ("a sysctl changed", "echo 0 > /proc/sys/net/ipv4/vs/conntrack".to_owned()),
+        ("nft table deleted", "nft delete table inet meshlb".to_owned()),
+    ];
+    if renderer == Renderer::Nftables {
+        out.extend([
+            ("nft chain flushed", "nft flush chain inet meshlb in".to_owned()),
+            ("nft map flushed", "nft flush map inet meshlb vips-4".to_owned()),
+            (
+                "nft element deleted",
+                "nft delete element inet meshlb vips-6 '{ fd00:200::5 . tcp . 80 }'".to_owned(),
+            ),
+            ("nft flush ruleset", "nft flush ruleset".to_owned()),
+        ]);
+    } else {
+        for table in ["filter", "nat", "mangle"] {
+            let what = match table {
+                "filter" => "iptables -F",
+                "nat" => "iptables -t nat -F",
+                _ => "iptables -t mangle -F",
+            };
+            out.push((what, format!("iptables -t {table} -F; ip6tables -t {table} -F")));
+        }
+        out.extend([
+            ("one jump deleted", "iptables -t mangle -D INPUT -m comment --comment meshlb -j MESHLB-INPUT".to_owned()),
+            ("ipset flushed", "ipset flush meshlb-vips-4".to_owned()),
+            ("ipset entry deleted", "ipset del meshlb-published-6 fd00:50::1,tcp:30080".to_owned()),
+            (
+                "rules and ipsets destroyed",
+                "for t in security filter nat mangle; do for i in iptables ip6tables; do
+                   $i -t $t -F; $i -t $t -S | sed -n 's/^-N \\(MESHLB-.*\\)/\\1/p' | while read c; do $i -t $t -X $c; done
+                 done; done; ipset destroy"
+                    .to_owned(),
+            ),
+        ]);
+        if renderer == Renderer::IptablesNft {
+            out.push(("nft flush ruleset", "nft flush ruleset".to_owned()));
+        }
+    }
+    out
+}
+
+fn heals(cx: &mut Cx) -> Result<()> {
+    let (t, _m, mut agent) = set_up(cx)?;
+    let n1 = t.node(1);
+    let mut late = Vec::new();
+    let before = n1.snapshot()?;
+    for (what, script) in scripts(cx.renderer()) {
+        let counted = drifts(n1)?;
+        sh(cx, n1, &script).context(what)?;
+        let start = Instant::now();
+        // Traffic first: the look at the tables takes a while itself.
+        let took = loop {
+            let working = works(&t, &[Proto::Tcp]);
+            let took = start.elapsed();
+            let diff = if working.is_ok() { before.diff(&n1.snapshot()?) } else { Vec::new() };
+            match working {
+                Ok(()) if diff.is_empty() => break took,
+                _ if took < Duration::from_secs(15) => sleep(Duration::from_millis(50)),
+                Ok(()) => bail!("{what}: not as before after {took:?}:\n{}", diff.join("\n")),
+                Err(e) => return Err(e.context(format!("{what}: not healed after {took:?}"))),
+            }
+        };
+        let now = drifts(n1)?;
+        cx.note(format!("{what}: healed within {:.1} s, drift {counted} -> {now}", took.as_secs_f32()));
+        if took > WITHIN {
+            late.push(format!("{what}: {took:?}"));
+        }
+        if now <= counted {
+            late.push(format!("{what}: not counted as drift"));
+        }
+    }
+    works(&t, &BOTH)?;
+    ensure!(agent.alive(), "the agent has ended");
+    let code = agent.terminate(Duration::from_secs(5))?;
+    ensure!(code == 0, "the agent ended with {code}");
+    check::same(&before, &n1.snapshot()?, "the agent's end changed something")?;
+    ensure!(late.is_empty(), "{}", late.join("\n"));
+    Ok(())
+}
+
+/// A folder that is gone or broken deletes nothing, neither at the start nor later.
+fn unreadable(cx: &mut Cx) -> Result<()> {
+    let (t, mut m, mut agent) = set_up(cx)?;
+    let n1 = t.node(1);
+    let before = n1.snapshot()?;
+    let away = cx.dir.join("away");
+    std::fs::rename(&m.dir, &away)?;
+    sleep(Duration::from_secs(3));
+    check::same(&before, &n1.snapshot()?, "the folder is gone")?;
+    works(&t, &[Proto::Tcp]).context("the folder is gone")?;
+    ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
+    // One that starts now knows nothing.
+    agent.terminate(Duration::from_secs(5))?;
+    let meshlb = cx.meshlb()?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    sleep(Duration::from_secs(3));
+    check::same(&before, &n1.snapshot()?, "started without a folder")?;
+    cx.note(format!("without a folder the agent is {}", if agent.alive() { "waiting" } else { "gone" }));
+    let waiting = agent.alive();
+    std::fs::rename(&away, &m.dir)?;
+    if !waiting {
+        agent = meshlb.agent(n1, &m.dir)?;
+    }
+    // Broken and empty files in it.
+    sleep(Duration::from_secs(2));
+    let file = m.dir.join("vote.yaml");
+    let good = std::fs::read_to_string(&file)?;
+    for bad in ["{broken", ""] {
+        std::fs::write(&file, bad)?;
+        sleep(Duration::from_secs(2));
+        if bad.is_empty() {
+            // An empty file is a readable one that says nothing.
+            break;
+        }
+        check::same(&before, &n1.snapshot()?, "a file is broken")?;
+    }
+    std::fs::write(&file, good)?;
+    let end = Instant::now() + WITHIN;
+    while let Err(e) = works(&t, &[Proto::Tcp]) {
+        ensure!(Instant::now() < end, "the file is back: {e:#}");
+        sleep(Duration::from_millis(100));
+    }
+    // And it still follows.
+    m.remove("second");
+    m.write()?;
+    sleep(Duration::from_secs(2));
+    let gone = t.pod("p11").connect(Proto::Tcp, "10.200.0.6:80".parse::<std::net::SocketAddr>()?, 1)?;
+    check::refused(&gone)?;
+    drop(agent);
+    Ok(())
+}

@@ -1,0 +1,379 @@
+//! Beside other programs: nothing of theirs is touched, and they do not break us.
+
+use std::net::SocketAddr;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works};
+use crate::check;
+use crate::client::{Load, Probe};
+use crate::program::{Meshlb, Program as _};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::server::{Listen, everywhere};
+use crate::topology::Topology;
+
+pub fn register(suite: &mut Suite) {
+    let limit = Duration::from_secs(120);
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]);
+        suite.add_slow("neighbours::are_not_touched", &one, limit, foreign_state);
+        suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
+        suite.add_slow("neighbours::policy_drop", &one, limit, policy_drop);
+        suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
+        suite.add_slow("neighbours::host_socket_was_first", &one, limit, socket_first);
+        suite.add_slow("neighbours::two_agents", &one, limit, two_agents);
+        if renderer != Renderer::Nftables {
+            suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
+        }
+    }
+}
+
+const FOREIGN: &str = "
+for i in iptables ip6tables; do
+  $i -N FOREIGN; $i -A INPUT -p tcp --dport 4711 -j FOREIGN; $i -A FOREIGN -j RETURN
+  $i -t nat -N FOREIGN; $i -t nat -A POSTROUTING -p tcp --dport 4711 -j FOREIGN; $i -t nat -A FOREIGN -j MASQUERADE
+  $i -t mangle -A PREROUTING -p tcp --dport 4711 -j MARK --set-mark 0x100
+  $i -t mangle -A OUTPUT -j MARK --or-mark 0x10000
+  $i -t raw -A PREROUTING -p udp --dport 4711 -j NOTRACK
+done
+ipset create foreign hash:ip; ipset add foreign 10.9.9.9
+ipset create mesh-lb hash:ip,port skbinfo; ipset add mesh-lb 10.9.9.9,tcp:80 skbmark 0x100
+nft add table inet foreign
+nft add chain inet foreign input '{ type filter hook input priority 101; policy accept; }'
+nft add rule inet foreign input tcp dport 4711 counter accept
+nft add table ip mesh
+nft add set ip mesh vips '{ type ipv4_addr; }'
+ipvsadm -A -t 192.168.50.1:4712 -s rr; ipvsadm -a -t 192.168.50.1:4712 -r 10.244.2.11:8080 -m
+ipvsadm -A -f 65537 -s rr; ipvsadm -a -f 65537 -r 10.244.2.11:8080 -m
+ipvsadm -A -f 256 -s rr; ipvsadm -a -f 256 -r 10.99.0.1:81 -m
+ipvsadm -A -f 256 -6 -s rr; ipvsadm -a -f 256 -6 -r [fd00:99::1]:81 -m
+ip route add 10.99.0.0/24 via 192.168.50.2; ip route add local 10.98.0.0/24 dev lo; ip route add 10.97.0.0/24 via 192.168.50.2 table 100
+ip -6 route add fd00:99::/64 via fd00:50::2
+ip rule add pref 100 fwmark 0x100 lookup 100
+ip link add kube-ipvs0 type dummy; ip addr add 10.96.0.10/32 dev kube-ipvs0
+echo 2 > /proc/sys/net/ipv4/conf/all/rp_filter
+";
+
+const FOREIGN_GONE: &str = "
+for i in iptables ip6tables; do
+  $i -D INPUT -p tcp --dport 4711 -j FOREIGN; $i -F FOREIGN; $i -X FOREIGN
+  $i -t nat -D POSTROUTING -p tcp --dport 4711 -j FOREIGN; $i -t nat -F FOREIGN; $i -t nat -X FOREIGN
+  $i -t mangle -F PREROUTING; $i -t mangle -F OUTPUT; $i -t raw -F PREROUTING
+done
+ipset destroy foreign; ipset destroy mesh-lb
+nft delete table inet foreign; nft delete table ip mesh
+ipvsadm -D -t 192.168.50.1:4712; ipvsadm -D -f 65537; ipvsadm -D -f 256; ipvsadm -D -f 256 -6
+ip route del 10.99.0.0/24; ip route del local 10.98.0.0/24; ip route del 10.97.0.0/24 table 100; ip -6 route del fd00:99::/64
+ip rule del pref 100
+ip link del kube-ipvs0
+echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
+";
+
+/// Chains, sets, tables, IPVS services, routes, rules and sysctls of others survive everything that we do.
+fn foreign_state(cx: &mut Cx) -> Result<()> {
+    cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    sh(cx, n1, FOREIGN)?;
+    // What an IPVS service brings along by itself is not what is looked for.
+    let with_neighbours = n1.snapshot()?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    let unchanged = |what: &str| -> Result<()> {
+        let now = n1.snapshot()?;
+        check::foreign_unchanged(&with_neighbours, &now).context(what.to_owned())?;
+        let lines: Vec<String> = now.lines().map(|(_, l)| l.to_owned()).collect();
+        // Their service has a mark of our field, so the snapshot takes it for ours.
+        for theirs in ["FWM 00000100 rr -> 0A630001:0051", "FWM 00000100 IPv6 rr"] {
+            let found = lines.iter().any(|l| l.contains("FWM 00000100") && l.contains("0A630001:0051"));
+            ensure!(found, "{what}: their IPVS service ({theirs}) has changed:\n{lines:#?}");
+        }
+        let more = lines.iter().filter(|l| l.starts_with("FWM 00000100") && l.contains("->")).count();
+        ensure!(more == 2, "{what}: {more} destinations at their mark 0x100");
+        Ok(())
+    };
+    unchanged("after apply")?;
+    works(&t, &BOTH).context("with neighbours")?;
+    check::only(&t.ext.connect(Proto::Tcp, t.node(1).at(Family::V4, 4712), 2)?, "p21").or_else(|e| {
+        cx.note(format!("the neighbour's own service (it needs a masquerade): {e:#}"));
+        Ok::<_, anyhow::Error>(())
+    })?;
+    // Edits.
+    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    m.service("more").vips(&["10.200.0.7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("more", &[t.pod("p12")]);
+    m.write()?;
+    cx.apply_on(n1, &m)?;
+    unchanged("after an edit")?;
+    m.remove("more");
+    m.write()?;
+    cx.apply_on(n1, &m)?;
+    unchanged("after a removal")?;
+    works(&t, &BOTH).context("after edits")?;
+    cx.cleanup(&t)?;
+    let end = n1.snapshot()?;
+    check::same(&with_neighbours, &end, "after cleanup")?;
+    sh(cx, n1, FOREIGN_GONE)?;
+    Ok(())
+}
+
+/// As kube-proxy programs it: mark 0x4000, DNAT, masquerade.
+fn node_port(cx: &mut Cx) -> Result<()> {
+    cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let rules = |verb: &str| {
+        let mut text = String::new();
+        for (i, to) in [("iptables", "10.244.2.11:8080"), ("ip6tables", "[fd00:244:2::11]:8080")] {
+            for p in ["tcp", "udp"] {
+                for chain in ["PREROUTING", "OUTPUT"] {
+                    text += &format!(
+                        "{i} -t mangle {verb} {chain} -p {p} --dport 31000 -m addrtype --dst-type LOCAL -j MARK --or-mark 0x4000\n\
+                         {i} -t nat {verb} {chain} -p {p} --dport 31000 -m addrtype --dst-type LOCAL -j DNAT --to-destination {to}\n"
+                    );
+                }
+            }
+            text += &format!("{i} -t nat {verb} POSTROUTING -m mark --mark 0x4000/0x4000 -j MASQUERADE\n");
+        }
+        text
+    };
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    for order in ["before us", "after us"] {
+        if order == "before us" {
+            sh(cx, n1, &rules("-A"))?;
+            cx.apply(&t, &mut m)?;
+        } else {
+            sh(cx, n1, &rules("-D"))?;
+            sh(cx, n1, &rules("-I"))?;
+        }
+        for family in Family::ALL {
+            for proto in BOTH {
+                let tally = t.ext.connect(proto, n1.at(family, 31000), 2)?;
+                check::only(&tally, "p21").context(order)?;
+                check::seen_as(&tally, &[n1.ip(family)]).context(order)?;
+                let from_pod = t
+                    .pod("p11")
+                    .probe(&Probe::new(proto, vip(family, 31000)?).within(Duration::from_secs(2)))?;
+                check::refused(&from_pod).with_context(|| format!("{order}: a VIP and their node port"))?;
+                let from_node =
+                    n1.probe(&Probe::new(proto, vip(family, 31000)?).within(Duration::from_secs(2)))?;
+                if from_node.answered() > 0 {
+                    bail!("{order}: a VIP answers their node port from the node: {from_node}");
+                }
+            }
+        }
+        works(&t, &BOTH).context(order)?;
+    }
+    sh(cx, n1, &rules("-D"))?;
+    Ok(())
+}
+
+/// A host firewall that drops what it does not know.
+fn policy_drop(cx: &mut Cx) -> Result<()> {
+    cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let close = "for i in iptables ip6tables; do
+        for c in INPUT FORWARD; do $i -A $c -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; $i -P $c DROP; done
+      done
+      ip6tables -A INPUT -p ipv6-icmp -j ACCEPT; iptables -A INPUT -i lo -s 127.0.0.0/8 -j ACCEPT";
+    let open = "for i in iptables ip6tables; do
+        for c in INPUT FORWARD; do $i -P $c ACCEPT; $i -D $c -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; done
+      done
+      ip6tables -D INPUT -p ipv6-icmp -j ACCEPT; iptables -D INPUT -i lo -s 127.0.0.0/8 -j ACCEPT";
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    for order in ["the firewall first", "the firewall later"] {
+        if order == "the firewall first" {
+            sh(cx, n1, close)?;
+            cx.apply(&t, &mut m)?;
+        } else {
+            sh(cx, n1, open)?;
+            cx.cleanup(&t)?;
+            cx.apply(&t, &mut m)?;
+            sh(cx, n1, close)?;
+            cx.apply_on(n1, &m)?;
+        }
+        // It does drop: a socket of the node, and a pod behind it.
+        let short = Duration::from_millis(700);
+        let closed = t.ext.probe(&Probe::new(Proto::Tcp, n1.at(Family::V4, 8080)).within(short))?;
+        check::dropped(&closed).context("the firewall itself")?;
+        // `p21` → VIP ends at pods of n1 as well: the firewall does not let those through, by design.
+        for (from, probe) in to_service(&t, &BOTH)? {
+            let tally = from.probe(&probe)?;
+            check::among(&tally, &t.pod_names()).with_context(|| order.to_owned())?;
+        }
+        refused(&to_nothing(&t)?).with_context(|| order.to_owned())?;
+    }
+    cx.cleanup(&t)?;
+    sh(cx, n1, open)?;
+    Ok(())
+}
+
+/// S22: with every kind of socket on the node, a VIP has its declared ports and no others.
+fn declared_only(cx: &mut Cx) -> Result<()> {
+    let t = cx.topology(&Topology::builder().vip_route(1))?;
+    let mut m = cx.manifests()?;
+    let service = m.service("narrow").vips(&VIPS)?;
+    service.port(Proto::Tcp, 80, 8080, Some(30080));
+    m.endpoints("narrow", &[t.pod("p11"), t.pod("p21")]);
+    cx.apply(&t, &mut m)?;
+    // A socket on the virtual address itself.
+    let bound: Vec<Listen> = Family::ALL
+        .iter()
+        .map(|f| Ok(Listen { proto: Proto::Tcp, addr: vip(*f, 82)? }))
+        .collect::<Result<_>>()?;
+    t.node(1).serve_as("HOST-bound", &bound)?;
+    let mut jobs = to_nothing(&t)?;
+    for family in Family::ALL {
+        for port in [22, 82, 8080, 30080] {
+            for from in [t.pod("p11"), &t.ext] {
+                jobs.push((from, Probe::new(Proto::Tcp, vip(family, port)?)));
+            }
+        }
+        // Declared for TCP alone.
+        jobs.push((t.pod("p11"), Probe::new(Proto::Udp, vip(family, 80)?)));
+        jobs.push((&t.ext, Probe::new(Proto::Udp, vip(family, 80)?)));
+        check::among(&t.pod("p11").connect(Proto::Tcp, vip(family, 80)?, 4)?, &["p11", "p21"])?;
+        ensure!(t.pod("p11").ping(vip(family, 0)?.ip())?.is_ok(), "no answer to a ping");
+    }
+    refused(&jobs)?;
+    t.node(1).stop_serving("HOST-bound");
+    Ok(())
+}
+
+/// S23: a socket that was there first keeps its port, and we say so; one that comes later changes nothing.
+fn socket_first(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.service("vote").vips(&VIPS)?.port(Proto::Tcp, 80, 8080, Some(30080));
+    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    m.write()?;
+    cx.will_clean(n1);
+    n1.serve_as("FIRST", &everywhere(&[30080], false))?;
+    let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
+    cx.note(&out);
+    ensure!(out.stderr.contains("30080"), "apply does not speak of the port: {out}");
+    let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
+    cx.note(&show);
+    ensure!(show.stdout.contains("30080"), "show does not speak of the port: {show}");
+    for family in Family::ALL {
+        check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30080), 2)?, "FIRST")?;
+        let local = SocketAddr::new(family.localhost(), 30080);
+        check::only(&n1.connect(Proto::Tcp, local, 2)?, "FIRST")?;
+        check::among(&t.pod("p12").connect(Proto::Tcp, vip(family, 80)?, 4)?, &["p11", "p21"])?;
+    }
+    // It goes: the port is ours with the next turn. Then another comes.
+    n1.stop_serving("FIRST");
+    cx.apply_on(n1, &m)?;
+    let ours = |when: &str| -> Result<()> {
+        for family in Family::ALL {
+            for dst in [n1.at(family, 30080), SocketAddr::new(family.localhost(), 30080)] {
+                let from = if dst.ip().is_loopback() { &**n1 } else { &t.ext };
+                check::among(&from.connect(Proto::Tcp, dst, 4)?, &["p11", "p21"])
+                    .with_context(|| when.to_owned())?;
+            }
+        }
+        Ok(())
+    };
+    ours("the first socket is gone")?;
+    n1.serve_as("LATER", &everywhere(&[30080], false))?;
+    ours("a socket came later")?;
+    cx.apply_on(n1, &m)?;
+    ours("a socket came later, and another turn")?;
+    n1.stop_serving("LATER");
+    Ok(())
+}
+
+/// The second is refused, by name, and the first goes on.
+fn two_agents(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    let mut first = meshlb.agent(n1, &m.dir)?;
+    first.wait_for_log("agent starts", Duration::from_secs(15))?;
+    let before = n1.snapshot()?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let commands: [&[&str]; 3] = [&["agent", "--source", &dir], &["apply", &dir], &["cleanup"]];
+    for command in commands {
+        let out = meshlb.run(n1, command)?;
+        cx.note(&out);
+        ensure!(out.status != 0, "`{}` beside an agent succeeded: {out}", command.join(" "));
+        let text = format!("{}{}", out.stdout, out.stderr);
+        ensure!(text.contains("another meshlb") && text.contains(&dir), "unclear: {out}");
+    }
+    ensure!(first.alive(), "the first agent has ended:\n{}", first.log_text());
+    check::same(&before, &n1.snapshot()?, "the second one changed something")?;
+    works(&t, &[Proto::Tcp])?;
+    // When the first is killed, the next one can start at once.
+    first.kill();
+    let mut next = meshlb.agent(n1, &m.dir)?;
+    sleep(Duration::from_secs(2));
+    ensure!(next.alive(), "after a kill:\n{}", next.log_text());
+    works(&t, &[Proto::Tcp])
+}
+
+/// iptables → nftables → iptables, and no connection notices.
+fn renderer_change(cx: &mut Cx) -> Result<()> {
+    let iptables = cx.meshlb()?.clone();
+    let nftables = Meshlb { renderer: Renderer::Nftables, ..iptables.clone() };
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    works(&t, &BOTH)?;
+    let at_first = n1.snapshot()?;
+    let mut loads = Vec::new();
+    for family in Family::ALL {
+        let pause = Duration::from_millis(20);
+        let probe = |dst: SocketAddr| Probe { pause, ..Probe::new(Proto::Tcp, dst) };
+        loads.push(("pod to VIP", Load::start(&t.pod("p12").ns, &probe(vip(family, 80)?), 1)));
+        loads.push(("outside to published", Load::start(&t.ext.ns, &probe(n1.at(family, 30080)), 1)));
+        loads.push(("node to VIP", Load::start(&n1.ns, &probe(vip(family, 80)?), 1)));
+    }
+    let start = Instant::now();
+    sleep(Duration::from_millis(500));
+    let mut times = Vec::new();
+    for program in [&nftables, &iptables] {
+        times.push(start.elapsed());
+        program.apply(n1, &m)?;
+        times.push(start.elapsed());
+        sleep(Duration::from_secs(1));
+        let now = n1.snapshot()?;
+        if program.renderer == Renderer::Nftables {
+            let left: Vec<_> = now
+                .lines()
+                .filter(|(section, line)| {
+                    (section.contains("tables") || *section == "ipset")
+                        && line.to_ascii_lowercase().contains("meshlb")
+                })
+                .map(|(section, line)| format!("[{section}] {line}"))
+                .collect();
+            ensure!(left.is_empty(), "left of iptables:\n{}", left.join("\n"));
+        } else {
+            check::same(&at_first, &now, "back to iptables")?;
+        }
+    }
+    let mut failed = Vec::new();
+    for (what, load) in loads {
+        let report = load.stop()?;
+        cx.note(format!("{what}: {} answered, slowest {:?}", report.answered(), report.slowest));
+        if report.answered() < 10 || !report.errors.is_empty() {
+            failed.push(format!("{what}: {} answered, errors {:?}", report.answered(), report.errors));
+        }
+        let wrong: Vec<_> = report.servers.keys().filter(|s| s.starts_with("HOST")).collect();
+        ensure!(wrong.is_empty(), "{what}: answered by {wrong:?}");
+    }
+    ensure!(failed.is_empty(), "changes at {times:?}:\n{}", failed.join("\n"));
+    works(&t, &BOTH)
+}

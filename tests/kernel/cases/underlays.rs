@@ -1,0 +1,94 @@
+//! Tunnels between the nodes, bridges under the pods, and a narrow link behind a virtual address.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::guard::{BOTH, VIPS, refused, to_nothing, vip, works};
+use crate::check;
+use crate::client::Probe;
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::topology::{Builder, PodNetwork, Topology, Underlay};
+
+pub fn register(suite: &mut Suite) {
+    let kinds: [(&str, fn(&mut Cx) -> Result<()>); 5] = [
+        ("underlays::vxlan_bridge", |cx| carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1))),
+        ("underlays::vxlan_bridge_without_br_netfilter", |cx| {
+            carries(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1))
+        }),
+        ("underlays::ipip", |cx| carries(cx, &Topology::builder().underlay(Underlay::Ipip).rp_filter(1))),
+        ("underlays::wireguard", |cx| {
+            carries(cx, &Topology::builder().underlay(Underlay::Wireguard).rp_filter(1))
+        }),
+        ("underlays::narrow_link", narrow),
+    ];
+    for (name, run) in kinds {
+        suite.add_slow(name, &Matrix::renderers(), Duration::from_secs(90), run);
+    }
+}
+
+fn bridge(br_netfilter: bool) -> Builder {
+    Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter }).cni_masquerade()
+}
+
+/// From a pod, a node and the outside, to local and remote endpoints.
+fn carries(cx: &mut Cx, spec: &Builder) -> Result<()> {
+    let t = cx.topology(spec)?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    works(&t, &BOTH)?;
+    for family in Family::ALL {
+        for proto in BOTH {
+            check::even(&t.pod("p11").connect(proto, vip(family, 80)?, 6)?, &t.pod_names())?;
+            check::even(&t.node(1).connect(proto, vip(family, 80)?, 6)?, &t.pod_names())?;
+            let tally = t.ext.connect(proto, t.node(2).at(family, 30080), 6)?;
+            check::even(&tally, &t.pod_names())?;
+            for pod in t.pods.iter().filter(|p| p.node == 2) {
+                check::server_saw(&tally, &pod.name, t.ext.ip(family))?;
+            }
+        }
+        let big = Probe::new(Proto::Udp, vip(family, 80)?).bytes(4000).times(6);
+        check::answered(&t.pod("p11").probe(&big)?)?;
+        let much = Probe::new(Proto::Tcp, t.node(1).at(family, 30080)).bytes(100_000).times(6);
+        check::even(&t.ext.probe(&much)?, &t.pod_names())?;
+    }
+    refused(&to_nothing(&t)?)?;
+    if Proto::Sctp.available() {
+        check::even(&t.pod("p11").connect(Proto::Sctp, vip(Family::V4, 80)?, 6)?, &t.pod_names())?;
+    }
+    Ok(())
+}
+
+/// The link from `n1` to its pod takes less than the pod itself believes, so only ICMP can tell senders.
+fn narrow(cx: &mut Cx) -> Result<()> {
+    // The kernel remembers what it learned: nobody else gets this topology.
+    let t = cx.fresh_topology(&Topology::builder())?;
+    cx.taint();
+    t.node(1).ip_batch("link set v11 mtu 1300\n")?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    m.endpoints("vote", &[t.pod("p11")]);
+    cx.apply(&t, &mut m)?;
+    for family in Family::ALL {
+        let far = vip(family, 80)?;
+        let senders: [(&crate::topology::Host, std::net::SocketAddr, &str); 5] = [
+            (t.pod("p12"), far, "pod on the same node"),
+            (t.pod("p21"), far, "pod elsewhere"),
+            (t.node(2), far, "node elsewhere"),
+            (&t.ext, t.node(1).at(family, 30080), "outside, the endpoint's node"),
+            (&t.ext, t.node(2).at(family, 30080), "outside, another node"),
+        ];
+        for (from, dst, what) in senders {
+            let probe = Probe::new(Proto::Tcp, dst).bytes(100_000).within(Duration::from_secs(10));
+            let tally = from.probe(&probe)?;
+            check::only(&tally, "p11").with_context(|| format!("{what}, {family}"))?;
+            let route = from.run(&["ip", "route", "get", &dst.ip().to_string()])?.ok()?.stdout;
+            cx.note(format!("{what}, {family}: {:?}, {}", tally.slowest, route.trim().replace('\n', " ")));
+            if from.name != "n2" {
+                ensure!(route.contains("mtu 1300"), "{what}, {family}: no smaller MTU learned: {route}");
+            }
+        }
+    }
+    Ok(())
+}
