@@ -279,6 +279,8 @@ impl Names {
             .map(|b| format!("oifname \"{}\" {ip} saddr {} masquerade", b.bridge, b.subnet.trunc()))
             .collect();
         rules.extend([
+            // IPVS did not take it: the guard knows it by the source that `loopback_out` gave it.
+            format!("{ip} daddr {} return", self.lo),
             format!("{ip} daddr {} return", self.set(Kind::Local)),
             "ct status dnat masquerade".to_owned(),
             format!("meta nfproto {} fib saddr type local masquerade", self.nfproto),
