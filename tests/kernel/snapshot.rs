@@ -51,7 +51,7 @@ impl Snapshot {
             }
         }
         s.add("ipset", lines(&ns.run(&["ipset", "save"])?.ok()?.stdout));
-        // Not /proc/net/ip_vs: with services in several namespaces it leaves some out beyond its first page.
+        // Not /proc/net/ip_vs: a foreign service was missing from it once; whether that was the file is not proven.
         s.add("ipvs", lines(&ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout));
         let batch = "route show table all\naddr show\nrule show\n";
         let out = ns.run_with(&["ip", "-o", "-batch", "-"], batch, crate::ns::COMMAND_LIMIT)?.ok()?.stdout;
