@@ -1,4 +1,3 @@
-#![forbid(unsafe_code)]
 //! meshlb: one object declares a service, every node serves it from the kernel.
 //!
 //! ```text
@@ -8,5 +7,18 @@
 //!                                     │ health, allocations
 //! ```
 
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod allocate;
+pub mod api;
+pub mod cli;
+pub mod compile;
 pub mod dataplane;
+pub mod instance;
+pub mod metrics;
 pub mod model;
+pub mod plan;
+pub mod reconcile;
+pub mod source;
+pub mod state;

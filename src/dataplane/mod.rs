@@ -3,9 +3,15 @@
 //!
 //! Everything here is blocking and runs on the one dataplane thread.
 
+pub mod executor;
+pub mod fake;
+pub mod host;
 pub mod ipset;
+pub mod ipvs;
+pub mod monitor;
 pub mod netfilter;
 mod nfnl;
+pub mod preflight;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,7 +22,7 @@ use crate::model::{
     ids::Mark,
     ids::{Family, PerFamily, Protocol},
     kernel::{
-        Element, Elements, Program, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
+        Element, Elements, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute, VirtualServer,
         VirtualServerConfig, VirtualServerKey,
     },
 };
@@ -120,6 +126,12 @@ pub trait Ipvs {
     /// Applies changes in order. The results line up with the changes. Adding what is there already
     /// with the same values, and deleting what is gone, are successes.
     fn apply(&mut self, changes: &[IpvsChange]) -> Vec<Result<(), Error>>;
+    /// Timeouts in force.
+    fn timeouts(&mut self) -> Result<Timeouts, Error>;
+    /// Sets them.
+    fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error>;
+    /// Services that `keep` does not accept, as one line each for people (somebody else's).
+    fn foreign(&mut self, keep: &dyn Fn(Mark) -> bool) -> Result<Vec<String>, Error>;
     /// Writing commands sent since the start.
     fn writes(&self) -> u64;
 }
@@ -174,6 +186,10 @@ pub trait Netfilter {
     /// A cheap look: equal values mean that nothing of ours has changed since the last
     /// [`Netfilter::install`], [`Netfilter::apply`] or [`Netfilter::observe`].
     fn probe(&mut self) -> Result<Probe, Error>;
+    /// What tells an unchanged program from a changed one across restarts; kept in the state file.
+    fn fingerprint(&self) -> Option<serde_json::Value>;
+    /// Gives back what an earlier run's [`Netfilter::fingerprint`] said.
+    fn set_fingerprint(&mut self, fingerprint: serde_json::Value);
     /// Writing commands and program runs since the start.
     fn writes(&self) -> u64;
 }

@@ -66,6 +66,8 @@ pub struct RealServerConfig {
 pub struct VirtualServer {
     /// The service itself.
     pub config: VirtualServerConfig,
+    /// Protocol of its packets, where it is known: the kernel keeps none for a mark.
+    pub protocol: Option<Protocol>,
     /// Its destinations.
     pub reals: BTreeMap<RealServerKey, RealServerConfig>,
 }
@@ -181,6 +183,24 @@ pub struct VipRoute {
     pub source: IpAddr,
 }
 
+/// How long IPVS keeps idle connections, in seconds (`IPVS_CMD_SET_CONFIG`); per network namespace.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Timeouts {
+    /// Established TCP connections. The kernel's own default is 900.
+    pub tcp: u32,
+    /// TCP connections in FIN_WAIT. Default 120.
+    pub tcp_fin: u32,
+    /// UDP flows. Default 300.
+    pub udp: u32,
+}
+
+impl Default for Timeouts {
+    /// The kernel's own (`net/netfilter/ipvs/ip_vs_proto_{tcp,udp}.c`).
+    fn default() -> Self {
+        Self { tcp: 900, tcp_fin: 120, udp: 300 }
+    }
+}
+
 /// Everything of ours in one kernel, or everything that should be.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct KernelState {
@@ -194,4 +214,6 @@ pub struct KernelState {
     pub routes: PerFamily<VipRoute>,
     /// Required sysctls (path below /proc/sys → value), e.g. `net/ipv4/vs/conntrack` → `1`.
     pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts; `None` leaves the kernel's own in force.
+    pub timeouts: Option<Timeouts>,
 }

@@ -4,6 +4,8 @@
 //! [`service::Service`] and [`endpoints::Slice`]; `compile` turns them into [`kernel`] state.
 
 pub mod endpoints;
+#[cfg(test)]
+pub mod fixtures;
 pub mod ids;
 pub mod kernel;
 pub mod node;

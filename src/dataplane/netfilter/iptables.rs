@@ -574,6 +574,14 @@ impl Netfilter for Iptables {
         Ok(Probe::Unchanged)
     }
 
+    fn fingerprint(&self) -> Option<serde_json::Value> {
+        Self::fingerprint(self).and_then(|f| serde_json::to_value(f).ok())
+    }
+
+    fn set_fingerprint(&mut self, fingerprint: serde_json::Value) {
+        Self::set_fingerprint(self, serde_json::from_value(fingerprint).ok());
+    }
+
     fn writes(&self) -> u64 {
         self.ipset.writes() + self.runs
     }

@@ -127,10 +127,10 @@ fn published_on(known: &Elements, addr: IpAddr) -> impl Iterator<Item = &Target>
     })
 }
 
-fn current(
-    reader: &mut NftReader,
-    wanted: &Wanted,
-) -> Result<BTreeMap<(Kind, Family, NftKey), Option<u32>>, Error> {
+/// What the kernel holds: key by set, with the mark in maps.
+type Found = BTreeMap<(Kind, Family, NftKey), Option<u32>>;
+
+fn current(reader: &mut NftReader, wanted: &Wanted) -> Result<Found, Error> {
     let mut out = BTreeMap::new();
     if wanted.len() <= LOOKUPS {
         for place @ (kind, family, key) in wanted.keys() {

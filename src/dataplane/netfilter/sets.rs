@@ -35,6 +35,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// All kinds.
+    #[cfg(test)]
     pub(crate) const ALL: [Self; 9] = [
         Self::Vips,
         Self::Published,

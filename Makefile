@@ -1,0 +1,52 @@
+# Everything a person does with this repository. Each target does its own set-up (Debian 12 with Rust), says what it installs
+# and why, and can be run again at once.
+SHELL := /bin/bash
+FILTER ?=
+CMD ?=
+
+.PHONY: help setup build lint fmt test test-unit test-kernel demo bench vm-up vm-run vm-shell vm-down clean
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## what building and testing need, from Debian and PyPI (nothing the second time)
+	@tests/vm/setup.sh
+
+build: setup ## the meshlb binary
+	cargo build --release --locked
+
+lint: setup ## formatting, clippy, dependencies (if cargo-deny is installed)
+	@.ci/run lint
+
+fmt: ## formats the sources
+	cargo fmt --all
+
+test: setup ## all tests: units here, kernel tests here or in a VM
+	@.ci/run unit kernel
+
+test-unit: setup ## the tests that need no kernel
+	@.ci/run unit
+
+test-kernel: ## the kernel tests whose name contains FILTER: make test-kernel FILTER=vip::hairpin
+	@tests/kernel/run.sh $(FILTER)
+
+demo: setup ## shows what meshlb does, in network namespaces
+	@tests/demo.sh
+
+bench: setup ## measures it
+	@tests/bench/run.sh
+
+vm-up: ## boots the VM and leaves it up: test-kernel then takes seconds
+	@tests/vm/up.sh
+
+vm-run: ## a command in the VM: make vm-run CMD='ip netns'
+	@tests/vm/run.sh bash -c '$(CMD)'
+
+vm-shell: ## commands in the VM, one line after another
+	@tests/vm/shell.sh
+
+vm-down: ## ends the VM
+	@tests/vm/down.sh
+
+clean: ## removes what was built (the kernel in ~/.cache/meshlb stays)
+	cargo clean

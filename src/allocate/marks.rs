@@ -1,0 +1,167 @@
+//! Which mark belongs to which port of which service on this node.
+//!
+//! A mark that is given back is **retired**: the kernel may still have rules and connections with it. It
+//! becomes free with [`Marks::commit`], and then goes to the end of the line: every other free mark is given
+//! out before it.
+
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
+
+use crate::model::{
+    ids::{Mark, PortId, Scope, ServiceKey},
+    node::MarkMask,
+};
+
+/// Who a mark belongs to.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct MarkOwner {
+    /// The service.
+    pub service: ServiceKey,
+    /// Its port.
+    pub port: PortId,
+    /// Which of its two marks; [`Scope::Vip`] where the scopes share one.
+    pub scope: Scope,
+}
+
+/// The marks of a node.
+#[derive(Debug)]
+pub struct Marks {
+    mask: MarkMask,
+    held: HashMap<MarkOwner, Mark>,
+    taken: HashSet<Mark>,
+    /// What owners that have not turned up yet had.
+    previous: HashMap<MarkOwner, Mark>,
+    retired: BTreeSet<Mark>,
+    /// In use by others: seen on services in the kernel that are not ours.
+    foreign: BTreeSet<Mark>,
+    /// Given back, the longest-free first. Marks that were never used come before them, by number.
+    free: VecDeque<Mark>,
+    next_unused: u32,
+    starving: BTreeSet<MarkOwner>,
+}
+
+impl Marks {
+    /// Marks under a mask. `previous` owners get theirs back; `retired` ones stay out until [`Self::commit`].
+    pub fn new(
+        mask: MarkMask,
+        previous: HashMap<MarkOwner, Mark>,
+        mut retired: BTreeSet<Mark>,
+        foreign: BTreeSet<Mark>,
+    ) -> Self {
+        let mut seen = HashSet::new();
+        let usable = |mark: &Mark| mask.covers(*mark) && *mark != mask.sentinel() && !foreign.contains(mark);
+        let previous: HashMap<MarkOwner, Mark> = {
+            let mut sorted: Vec<_> = previous.into_iter().collect();
+            sorted.sort();
+            sorted.into_iter().filter(|(_, mark)| usable(mark) && seen.insert(*mark)).collect()
+        };
+        retired.retain(|mark| mask.covers(*mark) && *mark != mask.sentinel() && !seen.contains(mark));
+        Self {
+            mask,
+            held: HashMap::new(),
+            // Kept for their old owners; retired when those turn out to be gone.
+            taken: previous.values().copied().collect(),
+            previous,
+            retired,
+            foreign,
+            free: VecDeque::new(),
+            next_unused: 0,
+            starving: BTreeSet::new(),
+        }
+    }
+
+    /// The mark of an owner: its old one, a new one, or none when there are none left.
+    pub fn claim(&mut self, owner: &MarkOwner) -> Option<Mark> {
+        if let Some(mark) = self.held.get(owner) {
+            return Some(*mark);
+        }
+        let mark = self.previous.remove(owner).or_else(|| self.fresh());
+        match mark {
+            Some(mark) => {
+                self.taken.insert(mark);
+                self.held.insert(owner.clone(), mark);
+                self.starving.remove(owner);
+            }
+            None => drop(self.starving.insert(owner.clone())),
+        }
+        mark
+    }
+
+    fn fresh(&mut self) -> Option<Mark> {
+        while let Some(mark) = self.mask.nth(self.next_unused) {
+            self.next_unused += 1;
+            if self.is_free(mark) {
+                return Some(mark);
+            }
+        }
+        let at = self.free.iter().position(|mark| self.is_free(*mark))?;
+        self.free.remove(at)
+    }
+
+    fn is_free(&self, mark: Mark) -> bool {
+        !self.taken.contains(&mark) && !self.retired.contains(&mark) && !self.foreign.contains(&mark)
+    }
+
+    /// Gives a mark back.
+    pub fn release(&mut self, owner: &MarkOwner) {
+        self.starving.remove(owner);
+        if let Some(mark) = self.held.remove(owner).or_else(|| self.previous.remove(owner)) {
+            self.taken.remove(&mark);
+            self.retired.insert(mark);
+        }
+    }
+
+    /// Retires what owners of these services had that have not turned up.
+    pub fn forget(&mut self, services: &BTreeSet<ServiceKey>) {
+        let gone: Vec<MarkOwner> =
+            self.previous.keys().filter(|owner| services.contains(&owner.service)).cloned().collect();
+        gone.iter().for_each(|owner| self.release(owner));
+    }
+
+    /// The kernel has none of the retired marks any more: they are free again. Returns the owners that now may
+    /// get one.
+    pub fn commit(&mut self) -> BTreeSet<ServiceKey> {
+        let retired = std::mem::take(&mut self.retired);
+        // Numbers that were never given out are found by themselves.
+        let known: Vec<Mark> = retired.into_iter().filter(|mark| self.was_given_out(*mark)).collect();
+        self.free.extend(known);
+        self.starving.iter().map(|owner| owner.service.clone()).collect()
+    }
+
+    fn was_given_out(&self, mark: Mark) -> bool {
+        self.mask.nth(self.next_unused).is_none_or(|next| mark < next)
+    }
+
+    /// Marks on services in the kernel that are not ours. Returns the services that have to give theirs up.
+    pub fn set_foreign(&mut self, foreign: BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
+        let back: Vec<Mark> = self.foreign.difference(&foreign).copied().collect();
+        let back: Vec<Mark> =
+            back.into_iter().filter(|m| self.was_given_out(*m) && self.is_known_nowhere(*m)).collect();
+        self.free.extend(back);
+        self.foreign = foreign;
+        let evicted: Vec<MarkOwner> = self
+            .held
+            .iter()
+            .filter(|(_, mark)| self.foreign.contains(mark))
+            .map(|(owner, _)| owner.clone())
+            .collect();
+        for owner in &evicted {
+            self.release(owner);
+        }
+        let starving = self.starving.iter().map(|owner| owner.service.clone());
+        evicted.iter().map(|owner| owner.service.clone()).chain(starving).collect()
+    }
+
+    fn is_known_nowhere(&self, mark: Mark) -> bool {
+        !self.taken.contains(&mark) && !self.retired.contains(&mark) && !self.free.contains(&mark)
+    }
+
+    /// Owners and their marks.
+    pub fn held(&self) -> impl Iterator<Item = (&MarkOwner, Mark)> {
+        self.held.iter().chain(&self.previous).map(|(owner, mark)| (owner, *mark))
+    }
+
+    /// Marks waiting for [`Self::commit`].
+    pub fn retired(&self) -> &BTreeSet<Mark> {
+        &self.retired
+    }
+}

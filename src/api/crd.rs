@@ -1,0 +1,106 @@
+//! The CustomResourceDefinition, as YAML for `kubectl apply` and as the schema that manifests are held
+//! against.
+
+use std::sync::OnceLock;
+
+use kube::CustomResourceExt;
+use serde_json::{Map, Value};
+
+use super::v1alpha1::MeshService;
+
+/// The CRD as JSON.
+///
+/// What the derive macros make, less `nullable` (the API server then drops explicit nulls, as kubectl
+/// users expect) and less integer formats that Kubernetes does not know (`uint16`).
+pub fn crd() -> &'static Value {
+    static CRD: OnceLock<Value> = OnceLock::new();
+    CRD.get_or_init(|| {
+        let mut value = serde_json::to_value(MeshService::crd()).unwrap_or_default();
+        clean(&mut value);
+        value
+    })
+}
+
+/// The CRD as YAML: what `meshlb crd` prints and `crds/meshservice.yaml` holds.
+///
+/// # Errors
+/// It can't be serialized, which a test rules out.
+pub fn crd_yaml() -> Result<String, serde_saphyr::SerializeError> {
+    let yaml = serde_saphyr::to_string(crd())?;
+    Ok(format!("# Written by `meshlb crd`. Do not edit.\n{}", yaml.trim_start_matches("---\n")))
+}
+
+/// The schema of a MeshService.
+pub fn schema() -> &'static Value {
+    crd().pointer("/spec/versions/0/schema/openAPIV3Schema").unwrap_or(&Value::Null)
+}
+
+fn clean(value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            if is_schema(map) {
+                map.remove("nullable");
+                if map.get("format").and_then(Value::as_str).is_some_and(|f| f.starts_with("uint")) {
+                    map.remove("format");
+                }
+            }
+            map.values_mut().for_each(clean);
+        }
+        Value::Array(items) => items.iter_mut().for_each(clean),
+        Value::Number(n) => {
+            // JSONSchemaProps holds bounds as floating point: 65535.0 reads better as 65535.
+            if let Some(whole) = n.as_f64().filter(|f| n.is_f64() && f.fract() == 0.0 && f.abs() < 1e15) {
+                *value = Value::from(whole as i64);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// A schema, in contrast to a map of properties that happens to have one called `nullable`.
+fn is_schema(map: &Map<String, Value>) -> bool {
+    map.get("nullable").is_none_or(Value::is_boolean) && map.get("format").is_none_or(Value::is_string)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_file_in_crds_is_up_to_date() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/meshservice.yaml");
+        let text = crd_yaml().unwrap();
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            std::fs::write(path, &text).unwrap();
+        }
+        assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), text, "run with UPDATE_GOLDEN=1");
+    }
+
+    #[test]
+    fn lists_and_strings_are_bounded() {
+        fn walk(path: &str, schema: &Value) {
+            let kind = schema["type"].as_str().unwrap_or("");
+            let bounded = match kind {
+                "string" => schema.get("maxLength").is_some() || schema.get("enum").is_some(),
+                "array" => schema.get("maxItems").is_some(),
+                _ => schema.get("additionalProperties").is_none() || schema.get("maxProperties").is_some(),
+            };
+            assert!(bounded, "{path} has no upper bound");
+            for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+                walk(&format!("{path}.{name}"), property);
+            }
+            for below in ["items", "additionalProperties"] {
+                if let Some(inner) = schema.get(below) {
+                    walk(&format!("{path}[]"), inner);
+                }
+            }
+        }
+        walk("spec", &schema()["properties"]["spec"]);
+    }
+
+    #[test]
+    fn no_format_that_kubernetes_does_not_know_and_no_nullable() {
+        let text = schema().to_string();
+        assert!(!text.contains("\"uint") && !text.contains("nullable"), "{text}");
+    }
+}

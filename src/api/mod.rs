@@ -1,0 +1,32 @@
+//! The Kubernetes face of meshlb: the `MeshService` object, its schema and rules, and the way from
+//! manifests to the domain types of [`crate::model`].
+//!
+//! ```text
+//! JSON value ─► structural (schema) ─► CEL rules ─► v1alpha1::MeshService ─► convert ─► model::Service
+//!                    └──── the same as in the CRD: crd() ────┘                node_checks ┘
+//! ```
+
+pub mod convert;
+pub mod crd;
+pub mod error;
+pub mod node_checks;
+mod quick;
+pub mod slice;
+pub mod status;
+pub mod structural;
+pub mod v1alpha1;
+pub mod validate;
+
+pub use convert::to_service;
+pub use error::{FieldError, Reason};
+pub use node_checks::check_against_node;
+pub use slice::to_slice;
+pub use v1alpha1::{MeshService, MeshServiceSpec};
+pub use validate::{parse_endpoint_slice, parse_mesh_service};
+
+/// `apiVersion` of our objects.
+pub const API_VERSION: &str = "meshlb.dev/v1alpha1";
+/// `kind` of a service.
+pub const KIND: &str = "MeshService";
+/// Label of an EndpointSlice that names the service it belongs to.
+pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";

@@ -1,0 +1,143 @@
+//! `meshlb agent`: keeps the kernel as a folder says.
+
+use std::{
+    path::Path,
+    process::ExitCode,
+    sync::mpsc::{self, Sender},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use tracing::{error, info, warn};
+
+use super::{
+    options::Options,
+    session::{Purpose, Session},
+    watcher::{Traffic, Watcher},
+};
+use crate::{
+    admin::{AdminServer, Health},
+    dataplane::monitor::Monitor,
+    instance::Instance,
+    metrics::Metrics,
+    reconcile::agent::{Agent, Input, Pace},
+    source::{self, Problem, SourceMessage, problem::Severity},
+};
+
+/// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
+/// start takes seconds on slow machines.
+const STALLED_AFTER: Duration = Duration::from_secs(120);
+
+/// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
+    super::log(options)?;
+    let source = std::path::absolute(source)?;
+    let ranges: Vec<String> = options.vip_cidr.iter().map(ToString::to_string).collect();
+    let about = format!(
+        "`meshlb agent`, pid {}, folder {}, ranges {}",
+        std::process::id(),
+        source.display(),
+        ranges.join(" ")
+    );
+    let _instance = Instance::take(about)?;
+    let session = Session::open(options, Some(&source), Purpose::Agent)?;
+    let (sender, inputs) = mpsc::channel();
+    stop_on_signal(sender.clone())?;
+    let addresses = sender.clone();
+    let ranges = session.engine.settings().node.ranges;
+    let _monitor = Monitor::spawn(ranges, move |_| {
+        // The receiver is gone only when the agent ends.
+        let _ = addresses.send(Input::NodeChanged);
+    })?;
+    follow(&source, session.engine.settings().node.clone(), sender)?;
+    let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
+    info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
+    let health = Health::new(STALLED_AFTER);
+    let metrics = Metrics::new();
+    let traffic = Traffic::open()?;
+    metrics.set_traffic_source(Box::new(traffic.clone()));
+    let _admin = match options.metrics_listen.0 {
+        Some(addr) => {
+            let server = AdminServer::start(addr, metrics.clone(), health.clone())
+                .with_context(|| format!("--metrics-listen {addr}"))?;
+            Some(server)
+        }
+        None => None,
+    };
+    let watcher = Watcher::new(session.keeper, metrics, health, traffic);
+    Agent::new(session.engine, watcher, pace).run(&inputs);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Forwards what the folder says.
+fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<Input>) -> Result<()> {
+    let (sender, messages) = mpsc::channel();
+    source::watch::watch(source, config, sender)?;
+    thread::Builder::new().name("source".into()).spawn(move || {
+        let mut complete = true;
+        let mut synced = false;
+        let mut known: Vec<Problem> = Vec::new();
+        for message in messages {
+            let input = match message {
+                SourceMessage::Events(events, seen) => Some(Input::Events(events, seen)),
+                SourceMessage::Synced => {
+                    synced = true;
+                    Some(Input::Synced { complete })
+                }
+                SourceMessage::Problems(problems) => {
+                    tell(&known, &problems);
+                    let now = problems.iter().all(|p| p.severity < Severity::Error);
+                    known = problems;
+                    let changed = now != complete;
+                    complete = now;
+                    (changed && synced).then_some(Input::Synced { complete })
+                }
+            };
+            if let Some(input) = input
+                && inputs.send(input).is_err()
+            {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}
+
+/// Logs problems that are new, and those that are over.
+fn tell(known: &[Problem], now: &[Problem]) {
+    for problem in now.iter().filter(|p| !known.contains(p)) {
+        match problem.severity {
+            Severity::Error | Severity::Refused => error!("{problem}"),
+            Severity::Warning => warn!("{problem}"),
+            Severity::Note => info!("{problem}"),
+        }
+    }
+    for problem in known.iter().filter(|p| p.severity > Severity::Note && !now.contains(p)) {
+        info!("no longer: {problem}");
+    }
+}
+
+fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    thread::Builder::new().name("signals".into()).spawn(move || {
+        runtime.block_on(async {
+            let (Ok(mut term), Ok(mut int)) =
+                (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+            else {
+                error!("signals can't be handled: only SIGKILL will end this process");
+                return;
+            };
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+            let _ = inputs.send(Input::Stop);
+        });
+    })?;
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! `meshlb apply`: one turn, then the end.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::Result;
+use jiff::Timestamp;
+
+use super::{
+    options::Options,
+    session::{Purpose, Session},
+};
+use crate::instance::Instance;
+
+/// Makes the kernel as the folder says. Objects that are wrong keep what they had.
+///
+/// # Errors
+/// What kept it from trying at all.
+pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let _instance = Instance::take(format!("`meshlb apply`, pid {}", std::process::id()))?;
+    let mut session = Session::open(options, Some(dir), Purpose::Apply)?;
+    let wrong = session.report_problems();
+    let ops = session.engine.prepare(true, Timestamp::now())?;
+    session.save()?;
+    let failures = session.engine.apply(&ops);
+    session.save()?;
+    let mut conflicts = 0;
+    for service in session.engine.merged().services().values() {
+        for problem in session.problems_of(service) {
+            eprintln!("meshlb: {}: {problem}", service.key);
+            conflicts += 1;
+        }
+    }
+    for failure in &failures {
+        eprintln!("meshlb: {}: {}", failure.op, failure.error);
+    }
+    println!(
+        "{} services, {} changes, {} failed",
+        session.engine.merged().services().len(),
+        ops.len(),
+        failures.len()
+    );
+    Ok(if failures.is_empty() && !wrong && conflicts == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

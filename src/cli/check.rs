@@ -1,0 +1,141 @@
+//! `meshlb check`: holds manifests against what the API server accepts, without one.
+
+use std::{
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    allocate::Lock,
+    source::{
+        files::{self, ParsedFile, Verdict},
+        problem::Severity,
+        store::Store,
+    },
+};
+
+/// Checks files, folders and, for `-`, standard input.
+///
+/// Errors are what the API server would refuse; they make the exit code 1. Warnings are what it would accept but
+/// this program does not act on.
+///
+/// # Errors
+/// The result can't be printed.
+pub fn run(files: &[PathBuf]) -> Result<ExitCode> {
+    let counts = check(files, &mut io::stdin().lock(), &mut io::stderr().lock())?;
+    if counts.errors > 0 {
+        return Ok(ExitCode::FAILURE);
+    }
+    println!("{} in {} checked: no errors", plural(counts.objects, "object"), plural(counts.files, "file"));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What [`check`] came across.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Counts {
+    /// Files read.
+    pub files: usize,
+    /// Objects of our kinds that can be used.
+    pub objects: usize,
+    /// Problems that the API server would refuse the object for, and files that can't be read.
+    pub errors: usize,
+}
+
+/// Checks and writes one line a problem.
+///
+/// # Errors
+/// Only those of writing.
+pub fn check(paths: &[PathBuf], stdin: &mut dyn Read, out: &mut dyn Write) -> Result<Counts> {
+    let mut counts = Counts::default();
+    let mut lines: Vec<(Severity, String)> = Vec::new();
+    for path in paths {
+        if path.as_os_str() == "-" {
+            let mut text = String::new();
+            let name = Path::new("standard input");
+            stdin.read_to_string(&mut text).context("standard input")?;
+            one(files::parse_text(name, &text, None), &mut counts, &mut lines);
+        } else if path.is_dir() {
+            folder(path, &mut counts, &mut lines);
+        } else {
+            one(files::read_file(path, None), &mut counts, &mut lines);
+        }
+    }
+    for (severity, line) in lines {
+        match severity {
+            Severity::Note => writeln!(out, "note: {line}")?,
+            Severity::Warning | Severity::Refused => writeln!(out, "warning: {line}")?,
+            Severity::Error => {
+                counts.errors += 1;
+                writeln!(out, "error: {line}")?;
+            }
+        }
+    }
+    Ok(counts)
+}
+
+fn one(parsed: ParsedFile, counts: &mut Counts, lines: &mut Vec<(Severity, String)>) {
+    counts.files += 1;
+    counts.objects += parsed.entries.iter().filter(|e| e.verdict != Verdict::Wrong).count();
+    lines.extend(parsed.problems.iter().map(|p| (p.severity, p.to_string())));
+}
+
+fn folder(dir: &Path, counts: &mut Counts, lines: &mut Vec<(Severity, String)>) {
+    let names = match files::list(dir) {
+        Ok(names) => names,
+        Err(e) => {
+            let problem = files::unreadable(dir, &e);
+            return lines.push((problem.severity, problem.to_string()));
+        }
+    };
+    let mut store = Store::default();
+    for (name, parsed) in files::read_all(dir, &names, None) {
+        counts.files += 1;
+        counts.objects += parsed.entries.iter().filter(|e| e.verdict != Verdict::Wrong).count();
+        store.replace(name, parsed);
+    }
+    lines.extend(store.problems(dir).iter().map(|p| (p.severity, p.to_string())));
+    if let Err(e) = Lock::read(dir) {
+        lines.push((Severity::Error, format!("{}: {e}", dir.display())));
+    }
+}
+
+fn plural(n: usize, what: &str) -> String {
+    format!("{n} {what}{}", if n == 1 { "" } else { "s" })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn lines(paths: &[PathBuf], stdin: &str) -> (Counts, Vec<String>) {
+        let mut out = Vec::new();
+        let counts = check(paths, &mut stdin.as_bytes(), &mut out).unwrap();
+        (counts, String::from_utf8(out).unwrap().lines().map(Into::into).collect())
+    }
+
+    #[test]
+    fn files_folders_and_standard_input() {
+        let dir = tempfile::tempdir().unwrap();
+        let service = "apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {name: x}\nspec: {ports: [{port: 80}]}\n";
+        fs::write(dir.path().join("a.yaml"), service).unwrap();
+        fs::write(dir.path().join("b.yaml"), service).unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let name = |name: &str| path(name).display().to_string();
+        let (counts, out) =
+            lines(&[path("a.yaml"), "-".into(), path("c.yaml"), path("")], &service.replace("80", "0"));
+        assert_eq!(counts, Counts { files: 5, objects: 3, errors: 2 });
+        assert_eq!(
+            out,
+            [
+                "error: standard input:4: MeshService default/x: spec.ports[0].port: must be at least 1, not 0".into(),
+                format!("error: {}: does not exist", name("c.yaml")),
+                format!("warning: {}:1: MeshService default/x: is defined in a.yaml too; that one is used", name("b.yaml")),
+            ]
+        );
+    }
+}

@@ -1,0 +1,129 @@
+//! Text of `meshlb explain`: the path of a packet, hop by hop, each with whether the kernel is as it
+//! should be.
+
+use std::{fmt::Write, process::ExitCode};
+
+use anyhow::Result;
+
+use super::{
+    Output,
+    options::Options,
+    report::{PortReport, Report, ServerReport, ServiceReport},
+    session::{Purpose, Session},
+    show::{self, bytes},
+};
+use crate::model::ids::{Family, Scope};
+
+/// Explains one service. Exit code 1 says that something is not as it should be.
+///
+/// # Errors
+/// What could not be read, or that there is no such service.
+pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let mut session = Session::open(options, None, Purpose::Look)?;
+    let report = show::read(&mut session, Some(name))?;
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Text => {
+            for service in &report.services {
+                print!("{}", explain(&report, service, &options.zone));
+            }
+        }
+    }
+    let fine = report.node_problems.is_empty() && report.services.iter().all(|s| show::state(s) == "ok");
+    Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// The walk through one service.
+pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
+    let mut out = String::new();
+    let name = format!("{}.{}.{zone}", service.name, service.namespace);
+    let _ = writeln!(out, "{}/{} on node {}", service.namespace, service.name, report.node);
+    for problem in &service.problems {
+        let _ = writeln!(out, "  ! {problem}");
+    }
+    if report.node_problems.is_empty() {
+        let _ = writeln!(out, "  rules ({}), routes, sysctls, sentinel: as they should be", report.renderer);
+    }
+    for problem in &report.node_problems {
+        let _ = writeln!(out, "  ! {problem}");
+    }
+    for port in &service.ports {
+        for server in &port.virtual_servers {
+            for scope in &server.scopes {
+                path(&mut out, service, port, server, *scope, &name);
+            }
+        }
+        if let Some(why) = &port.not_published {
+            let _ =
+                writeln!(out, "\npublished {}: not on this node: {why}", port.published_port.unwrap_or(0));
+        }
+        if port.virtual_servers.is_empty() {
+            let _ = writeln!(out, "\nport {}/{}: nothing in the kernel", port.port, port.protocol);
+        }
+    }
+    out
+}
+
+fn path(
+    out: &mut String,
+    service: &ServiceReport,
+    port: &PortReport,
+    server: &ServerReport,
+    scope: Scope,
+    name: &str,
+) {
+    let family = server.family;
+    let label = port.name.as_ref().map_or(String::new(), |n| format!(" ({n})"));
+    match scope {
+        Scope::Vip => {
+            let vip = service.vips.iter().find(|v| Family::of(v) == family);
+            let Some(vip) = vip else { return };
+            let _ = writeln!(out, "\nport {}/{}{label} by VIP, {family}", port.port, port.protocol);
+            let record = if family == Family::V4 { "A" } else { "AAAA" };
+            let _ = writeln!(out, "  name       {name} {record} {vip}");
+        }
+        Scope::Ingress => {
+            let Some(published) = port.published_port else { return };
+            let _ = writeln!(out, "\npublished port {published}/{}{label}, {family}", port.protocol);
+        }
+    }
+    let of_scope = |entry: &str| match scope {
+        Scope::Vip => {
+            entry.starts_with("vips ")
+                && service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},")))
+        }
+        Scope::Ingress => !service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},"))),
+    };
+    for entry in server.entries.iter().filter(|e| of_scope(&e.entry)) {
+        let _ = writeln!(out, "  set entry  {} -> mark {:#x}: {}", entry.entry, server.mark, entry.state);
+    }
+    let connections: u64 = server.endpoints.iter().map(|e| e.connections).sum();
+    let _ = writeln!(
+        out,
+        "  ipvs       FWM {} {} scheduler {}, {connections} connections: {}",
+        server.mark, family, server.scheduler, server.state
+    );
+    if server.endpoints.is_empty() {
+        let _ = writeln!(out, "  endpoints  none: connections are refused at once");
+    }
+    for e in &server.endpoints {
+        let place = match (&e.target, &e.node) {
+            (Some(target), Some(node)) => format!(" {target} on {node},"),
+            (Some(target), None) => format!(" {target},"),
+            (None, Some(node)) => format!(" on {node},"),
+            (None, None) => String::new(),
+        };
+        let _ = writeln!(
+            out,
+            "  endpoint   {}{place} weight {}, {} active, {} connections, {} in, {} out: {}",
+            std::net::SocketAddr::new(e.address, e.port),
+            e.weight,
+            e.active_connections,
+            e.connections,
+            bytes(e.in_bytes),
+            bytes(e.out_bytes),
+            e.state
+        );
+    }
+}

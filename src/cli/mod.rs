@@ -1,0 +1,196 @@
+//! The command line: one file a command.
+
+pub mod agent;
+pub mod apply;
+pub mod check;
+pub mod cleanup;
+pub mod explain;
+pub mod lock;
+pub mod options;
+pub mod plan;
+pub mod report;
+pub mod session;
+pub mod show;
+pub mod watcher;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
+use options::Options;
+
+/// Service load balancing in the kernel: virtual IPs and published ports from one object.
+#[derive(Parser, Debug)]
+#[command(name = "meshlb", version, propagate_version = true, after_help = EXIT_CODES)]
+pub struct Cli {
+    /// Flags of every command.
+    #[command(flatten)]
+    pub options: Options,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done; for `plan`: nothing to change
+  1  something failed, or a manifest is wrong: stderr says what, one line each
+  2  `plan`: there are changes; any command: the command line is wrong";
+
+/// Commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Run the node agent: watch a folder and keep the kernel as it says
+    Agent {
+        /// Folder with MeshService and EndpointSlice YAML
+        #[arg(long, env = "MESHLB_SOURCE", value_name = "DIR")]
+        source: PathBuf,
+    },
+    /// Make the kernel as a folder says, once
+    Apply {
+        /// Folder with MeshService and EndpointSlice YAML
+        dir: PathBuf,
+    },
+    /// Show every change that `apply` would make, and make none
+    Plan {
+        /// Folder [default: the one that was applied last, or that the agent runs with]
+        dir: Option<PathBuf>,
+        /// Output format
+        #[arg(short, long, value_enum, default_value = "text")]
+        output: Output,
+    },
+    /// Validate manifests as the API server would
+    Check {
+        /// Files or folders; `-` is standard input
+        #[arg(required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Show services with their VIPs, marks, endpoints and counters
+    Show {
+        /// `NAMESPACE/NAME` or `NAME`; all where it is left out
+        name: Option<String>,
+        /// Output format
+        #[arg(short, long, value_enum, default_value = "text")]
+        output: ShowOutput,
+        /// Again every two seconds, until interrupted
+        #[arg(short, long)]
+        watch: bool,
+    },
+    /// Walk the path of a packet to a service and say at each hop whether the kernel is as it should be
+    Explain {
+        /// `NAMESPACE/NAME` or `NAME`
+        name: String,
+        /// Output format
+        #[arg(short, long, value_enum, default_value = "text")]
+        output: Output,
+    },
+    /// Write a folder's allocations to its meshlb.lock, so that every node given the folder agrees
+    Lock {
+        /// Folder with MeshService YAML
+        dir: PathBuf,
+    },
+    /// Remove everything that meshlb ever programmed here, and nothing else
+    Cleanup,
+    /// Print the CustomResourceDefinition
+    Crd,
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Output formats.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs; the shape is documented in docs/cli.md.
+    Json,
+}
+
+/// Output formats of `show`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum ShowOutput {
+    /// One line a service.
+    Text,
+    /// Every mark and endpoint.
+    Wide,
+    /// For programs; the shape is documented in docs/cli.md.
+    Json,
+}
+
+/// Parses the command line and runs the command.
+pub fn main() -> ExitCode {
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            eprintln!("meshlb: {error:#}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("meshlb: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The command line, with the values of a --config file as defaults.
+fn parse() -> anyhow::Result<Cli> {
+    let first = Cli::command().ignore_errors(true).get_matches();
+    let file = first.get_one::<PathBuf>("config").cloned();
+    let mut command = Cli::command();
+    if let Some(file) = file {
+        command = options::with_config_file(command, &file)?;
+    }
+    let matches = command.get_matches();
+    Cli::from_arg_matches(&matches).map_err(|e| e.exit())
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let options = cli.options;
+    match cli.command {
+        Command::Agent { source } => agent::run(&options, &source),
+        Command::Apply { dir } => apply::run(&options, &dir),
+        Command::Plan { dir, output } => plan::run(&options, dir.as_deref(), output),
+        Command::Check { files } => check::run(&files),
+        Command::Show { name, output, watch } => show::run(&options, name.as_deref(), output, watch),
+        Command::Explain { name, output } => explain::run(&options, &name, output),
+        Command::Lock { dir } => lock::run(&options, &dir),
+        Command::Cleanup => cleanup::run(&options),
+        Command::Crd => {
+            print!("{}", crate::api::crd::crd_yaml()?);
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "meshlb", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// Logging of the agent.
+fn log(options: &Options) -> anyhow::Result<()> {
+    init_log(options, &options.log_level)
+}
+
+/// Logging of the commands that print their result themselves: warnings and worse, unless asked for more.
+fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
+    let level = if options.log_level == "info" { "warn" } else { &options.log_level };
+    init_log(options, level)
+}
+
+fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(level)
+        .map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))?;
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    // Only the first call of a process counts.
+    let _ = match options.log_format {
+        options::LogFormat::Text => builder.try_init(),
+        options::LogFormat::Json => builder.json().try_init(),
+    };
+    Ok(())
+}

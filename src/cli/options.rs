@@ -1,0 +1,318 @@
+//! Flags that every command shares, and what they mean together.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::PathBuf,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, ValueEnum};
+use ipnet::IpNet;
+
+use crate::{
+    dataplane::AddressRules,
+    model::{
+        ids::{Family, PerFamily},
+        kernel::Timeouts,
+        node::{MarkMask, NodeConfig, ReservedPorts, nth_address, parse_port_range},
+    },
+    reconcile::Settings,
+};
+
+/// How netfilter is programmed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum RendererChoice {
+    /// What the host itself uses: iptables (of the flavour that holds its rules) where it is
+    /// installed, nftables otherwise.
+    Auto,
+    /// iptables with ipsets, of the flavour that holds the host's rules.
+    Iptables,
+    /// iptables with ipsets, through iptables-nft.
+    IptablesNft,
+    /// iptables with ipsets, through iptables-legacy.
+    IptablesLegacy,
+    /// One nftables table.
+    Nftables,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Flags of every command. Each can also be set by `MESHLB_…` or in the file that --config names.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// YAML file with any of these flags, e.g. `vip-cidr: [10.200.0.0/16]`. Flags and variables win.
+    #[arg(long, global = true, env = "MESHLB_CONFIG", value_name = "FILE", help_heading = "Node")]
+    pub config: Option<PathBuf>,
+    /// This node's name: endpoints with this nodeName are local [default: the host name]
+    #[arg(long, global = true, env = "MESHLB_NODE", value_name = "NAME", help_heading = "Node")]
+    pub node: Option<String>,
+    /// This node's own address, at most one per family [default: the default route's source address]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_NODE_IP",
+        value_name = "IP",
+        value_delimiter = ',',
+        help_heading = "Node"
+    )]
+    pub node_ip: Vec<IpAddr>,
+    /// Range that virtual IPs come from, at most one per family. Its first address is the ingress
+    /// address, its second the DNS address.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_VIP_CIDR",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        default_value = "10.200.0.0/16,fd00:200::/112",
+        help_heading = "Services"
+    )]
+    pub vip_cidr: Vec<IpNet>,
+    /// Published ports without a number of their own come from here.
+    #[arg(
+        long, global = true, env = "MESHLB_PUBLISH_RANGE", value_name = "FIRST-LAST",
+        default_value = "30000-32767", value_parser = parse_port_range, help_heading = "Services"
+    )]
+    pub publish_range: RangeInclusive<u16>,
+    /// Node addresses that published ports answer on, as CIDRs [default: all but loopback, link-local,
+    /// VIP ranges and addresses on dummy links]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_PUBLISH_ADDRESSES",
+        value_name = "CIDR",
+        value_delimiter = ',',
+        help_heading = "Services"
+    )]
+    pub publish_addresses: Vec<IpNet>,
+    /// Ports that can't be published.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_PUBLISH_RESERVED",
+        value_name = "PORTS",
+        value_delimiter = ',',
+        default_value = "22,179,2379-2380,4789/udp,6443,8472/udp,10248-10259",
+        help_heading = "Services"
+    )]
+    pub publish_reserved: Vec<ReservedPorts>,
+    /// DNS zone of the services' names.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_ZONE",
+        default_value = "mesh.internal",
+        help_heading = "Services"
+    )]
+    pub zone: String,
+    /// How netfilter is programmed.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_RENDERER",
+        value_enum,
+        default_value = "auto",
+        help_heading = "Kernel"
+    )]
+    pub renderer: RendererChoice,
+    /// Bits of the packet mark that are ours: at least 10 neighbouring ones that nobody else uses.
+    #[arg(
+        long, global = true, env = "MESHLB_MARK_MASK", value_name = "BITS", default_value = "0x3fff",
+        value_parser = parse_mask, help_heading = "Kernel"
+    )]
+    pub mark_mask: MarkMask,
+    /// How long IPVS keeps idle connections: TCP, TCP after FIN, UDP, in seconds; `keep` leaves the kernel's.
+    /// Longer than the kernel's TCP keepalive (7200 s), so that an idle connection that is alive stays.
+    #[arg(
+        long, global = true, env = "MESHLB_IPVS_TIMEOUTS", value_name = "TCP,FIN,UDP",
+        default_value = "10800,120,300", value_parser = parse_timeouts, help_heading = "Kernel"
+    )]
+    pub ipvs_timeouts: TimeoutChoice,
+    /// Where sysctls are written; a container mounts the host's /proc/sys elsewhere.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_PROC_SYS",
+        value_name = "DIR",
+        default_value = "/proc/sys",
+        help_heading = "Kernel"
+    )]
+    pub proc_sys: PathBuf,
+    /// Allocations are kept here across restarts.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_STATE_DIR",
+        value_name = "DIR",
+        default_value = "/var/lib/meshlb",
+        help_heading = "Process"
+    )]
+    pub state_dir: PathBuf,
+    /// Locks and sockets.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_RUN_DIR",
+        value_name = "DIR",
+        default_value = "/run/meshlb",
+        help_heading = "Process"
+    )]
+    pub run_dir: PathBuf,
+    /// Where the agent serves /metrics, /livez and /readyz; `off` for nowhere.
+    #[arg(
+        long, global = true, env = "MESHLB_METRICS_LISTEN", value_name = "ADDR", default_value = "127.0.0.1:9477",
+        value_parser = parse_listen, help_heading = "Process"
+    )]
+    pub metrics_listen: Listen,
+    /// How often the whole kernel state is read and compared, in seconds, besides the cheap look each second.
+    #[arg(long, global = true, env = "MESHLB_RESYNC", value_name = "SECONDS", default_value = "300", value_parser = parse_seconds, help_heading = "Process")]
+    pub resync: Duration,
+    /// error, warn, info, debug or trace, or a filter such as `meshlb::plan=debug`.
+    #[arg(long, global = true, env = "MESHLB_LOG_LEVEL", default_value = "info", help_heading = "Process")]
+    pub log_level: String,
+    /// How log lines look.
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_LOG_FORMAT",
+        value_enum,
+        default_value = "text",
+        help_heading = "Process"
+    )]
+    pub log_format: LogFormat,
+}
+
+/// IPVS timeouts, or the kernel's own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct TimeoutChoice(pub Option<Timeouts>);
+
+/// A listen address, or none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Listen(pub Option<SocketAddr>);
+
+fn parse_mask(s: &str) -> Result<MarkMask, String> {
+    let bits = match s.strip_prefix("0x") {
+        Some(hex) => u32::from_str_radix(hex, 16),
+        None => s.parse(),
+    };
+    MarkMask::new(bits.map_err(|e| e.to_string())?)
+}
+
+fn parse_timeouts(s: &str) -> Result<TimeoutChoice, String> {
+    if s == "keep" {
+        return Ok(TimeoutChoice(None));
+    }
+    let parts: Result<Vec<u32>, _> = s.split(',').map(|p| p.trim().parse()).collect();
+    match parts.as_deref() {
+        Ok(&[tcp, tcp_fin, udp]) if tcp > 0 && tcp_fin > 0 && udp > 0 => {
+            Ok(TimeoutChoice(Some(Timeouts { tcp, tcp_fin, udp })))
+        }
+        _ => Err("three numbers of seconds TCP,FIN,UDP, or `keep`".into()),
+    }
+}
+
+fn parse_listen(s: &str) -> Result<Listen, String> {
+    if s == "off" {
+        return Ok(Listen(None));
+    }
+    let full = if s.starts_with(':') { format!("[::]{s}") } else { s.to_owned() };
+    full.parse().map(|a| Listen(Some(a))).map_err(|_| "ADDRESS:PORT, :PORT or `off`".into())
+}
+
+fn parse_seconds(s: &str) -> Result<Duration, String> {
+    let seconds: f64 = s.trim_end_matches('s').parse().map_err(|_| "a number of seconds".to_owned())?;
+    if !(1.0..=86_400.0).contains(&seconds) {
+        return Err("between 1 and 86400 seconds".into());
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+impl Options {
+    /// Puts the flags together and checks what they mean to each other.
+    ///
+    /// # Errors
+    /// A text that names the flag.
+    pub fn settings(&self) -> Result<Settings> {
+        let name = match &self.node {
+            Some(name) => name.clone(),
+            None => nix::unistd::gethostname()
+                .ok()
+                .and_then(|name| name.into_string().ok())
+                .context("this host has no name: give --node")?,
+        };
+        let mut ranges = PerFamily::default();
+        for range in &self.vip_cidr {
+            let family = Family::of(&range.addr());
+            let range = range.trunc();
+            if ranges.get(family).is_some() {
+                bail!("--vip-cidr: two {family} ranges; give at most one per family");
+            }
+            // Network, ingress, DNS and one VIP at least.
+            if nth_address(&range, 3).is_none() || range.prefix_len() == 0 {
+                bail!(
+                    "--vip-cidr {range}: too small or too large; a /16 for IPv4 and a /112 for IPv6 are usual"
+                );
+            }
+            ranges.set(family, Some(range));
+        }
+        if ranges.is_empty() {
+            bail!("--vip-cidr: give at least one range");
+        }
+        let mut node_ips = PerFamily::default();
+        for ip in &self.node_ip {
+            let family = Family::of(ip);
+            if node_ips.get(family).is_some() {
+                bail!("--node-ip: two {family} addresses; give at most one per family");
+            }
+            node_ips.set(family, Some(*ip));
+        }
+        let node = NodeConfig {
+            name: name.into(),
+            ranges,
+            publish_range: self.publish_range.clone(),
+            reserved: self.publish_reserved.clone(),
+            mask: self.mark_mask,
+        };
+        let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
+        Ok(Settings { node, addresses, timeouts: self.ipvs_timeouts.0 })
+    }
+}
+
+/// A command line whose defaults come from a YAML file: a mapping from flag names to values, lists for
+/// flags that take several.
+///
+/// # Errors
+/// The file can't be read, is no mapping, or names a flag that does not exist.
+pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> Result<clap::Command> {
+    let text = std::fs::read_to_string(file).with_context(|| format!("--config {}", file.display()))?;
+    let values: std::collections::BTreeMap<String, serde_json::Value> =
+        serde_saphyr::from_str(&text).with_context(|| format!("--config {}", file.display()))?;
+    for (name, value) in values {
+        let known = command.get_arguments().find(|a| a.get_long() == Some(&name)).map(|a| a.get_id().clone());
+        let Some(id) = known.filter(|id| id != "config") else {
+            bail!("--config {}: no flag is called {name:?}", file.display());
+        };
+        let text = match value {
+            serde_json::Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(","),
+            other => scalar(&other),
+        };
+        command = command.mut_arg(id, |arg| arg.default_value(text));
+    }
+    Ok(command)
+}
+
+fn scalar(value: &serde_json::Value) -> String {
+    match value {
+        serde_json::Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}

@@ -1,0 +1,77 @@
+//! `meshlb plan`: every change, none made.
+
+use std::{path::Path, process::ExitCode};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::{
+    Output,
+    options::Options,
+    session::{Purpose, Session},
+};
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Change {
+    /// `+`, `~` or `-`.
+    action: char,
+    /// The rest of the text line.
+    change: String,
+    /// The service it belongs to, where it belongs to one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service: Option<String>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Plan {
+    node: String,
+    renderer: String,
+    changes: Vec<Change>,
+}
+
+/// Exit code 2 says that there are changes.
+///
+/// # Errors
+/// What could not be read.
+pub fn run(options: &Options, dir: Option<&Path>, output: Output) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let mut session = Session::open(options, dir, Purpose::Look)?;
+    let wrong = session.report_problems();
+    let (ops, _) = session.prepare()?;
+    let owner = |op: &crate::plan::Op| {
+        op.mark().and_then(|mark| session.engine.merged().owner(mark)).map(ToString::to_string)
+    };
+    match output {
+        Output::Text => {
+            for op in &ops {
+                let owner = owner(op).map_or(String::new(), |o| format!("  ({o})"));
+                println!("{op}{owner}");
+            }
+            println!("{} changes", ops.len());
+        }
+        Output::Json => {
+            let changes = ops
+                .iter()
+                .map(|op| {
+                    let text = op.to_string();
+                    let (action, change) = text.split_at(1);
+                    let action = action.chars().next().unwrap_or('~');
+                    Change { action, change: change.trim_start().to_owned(), service: owner(op) }
+                })
+                .collect();
+            let plan = Plan {
+                node: session.engine.settings().node.name.to_string(),
+                renderer: session.engine.dataplane.netfilter.name().to_owned(),
+                changes,
+            };
+            println!("{}", serde_json::to_string_pretty(&plan)?);
+        }
+    }
+    Ok(match (wrong, ops.is_empty()) {
+        (true, _) => ExitCode::FAILURE,
+        (false, true) => ExitCode::SUCCESS,
+        (false, false) => ExitCode::from(2),
+    })
+}

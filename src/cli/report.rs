@@ -1,0 +1,354 @@
+//! What `show` and `explain` tell: a stable JSON shape, filled from the desired state and the kernel.
+//!
+//! The shape is documented in `docs/cli.md`; fields are added, never renamed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
+
+use serde::Serialize;
+
+use crate::{
+    compile::{CompiledPort, CompiledService, RealState},
+    dataplane::{Counters, Error, ProgramState},
+    model::{
+        ids::{Family, Mark, Scope},
+        kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey},
+    },
+    plan::Observed,
+    reconcile::Engine,
+};
+
+/// All services.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// Name of the node that was looked at.
+    pub node: String,
+    /// `iptables-nft`, `iptables-legacy` or `nftables`.
+    pub renderer: String,
+    /// What is wrong with the node's part: rules, routes, sysctls. Empty when all is as it should be.
+    pub node_problems: Vec<String>,
+    /// The services, by name.
+    pub services: Vec<ServiceReport>,
+}
+
+/// One service.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceReport {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// `VIP` or `DNSRR`.
+    pub mode: &'static str,
+    /// Its virtual IPs.
+    pub vips: Vec<IpAddr>,
+    /// Endpoints that are ready, on any node.
+    pub ready_endpoints: usize,
+    /// All endpoints.
+    pub total_endpoints: usize,
+    /// Its ports.
+    pub ports: Vec<PortReport>,
+    /// Conflicts and other reasons why it is not served as declared.
+    pub problems: Vec<String>,
+}
+
+/// One port of a service.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct PortReport {
+    /// Its name, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
+    /// The port, or the first of a range.
+    pub port: u16,
+    /// Last port of a range.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_port: Option<u16>,
+    /// Published port.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published_port: Option<u16>,
+    /// Why the published port does not answer on this node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_published: Option<String>,
+    /// IPVS services: one per family, and per scope where the scopes have different endpoints.
+    pub virtual_servers: Vec<ServerReport>,
+}
+
+/// One IPVS service.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct ServerReport {
+    /// `IPv4` or `IPv6`.
+    pub family: Family,
+    /// Its firewall mark (`ipvsadm -Ln` shows it as FWM).
+    pub mark: u32,
+    /// `vip`, `ingress` or both.
+    pub scopes: Vec<Scope>,
+    /// Scheduler.
+    pub scheduler: String,
+    /// Set entries that lead to it: `vips 10.200.0.5,tcp:80`.
+    pub entries: Vec<EntryReport>,
+    /// `ok`, or what is wrong.
+    pub state: String,
+    /// Its destinations.
+    pub endpoints: Vec<EndpointReport>,
+}
+
+/// A set entry.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct EntryReport {
+    /// Set and key.
+    pub entry: String,
+    /// `ok`, or what is wrong.
+    pub state: String,
+}
+
+/// One destination.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct EndpointReport {
+    /// Address.
+    pub address: IpAddr,
+    /// Port; 0 keeps the port that the client asked for.
+    pub port: u16,
+    /// Name of the pod or host behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Node it runs on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// IPVS weight.
+    pub weight: u32,
+    /// `ready`, `draining`, `missing` (in the kernel), `unexpected` (in the kernel) or `wrong weight N`.
+    pub state: String,
+    /// Established connections.
+    pub active_connections: u32,
+    /// Other connections in the table.
+    pub inactive_connections: u32,
+    /// Connections since it was added.
+    pub connections: u64,
+    /// Packets to it.
+    pub in_packets: u64,
+    /// Packets from it.
+    pub out_packets: u64,
+    /// Bytes to it.
+    pub in_bytes: u64,
+    /// Bytes from it.
+    pub out_bytes: u64,
+}
+
+/// Builds the report of the services that `wanted` accepts. The engine must have been prepared; `observed`
+/// is what it was prepared against.
+///
+/// # Errors
+/// When counters can't be read.
+pub fn report(
+    engine: &mut Engine,
+    observed: &Observed,
+    problems: &dyn Fn(&CompiledService) -> Vec<String>,
+    wanted: &dyn Fn(&CompiledService) -> bool,
+) -> Result<Report, Error> {
+    let compiled: Vec<_> = engine.merged().services().values().filter(|s| wanted(s)).cloned().collect();
+    let mut services = Vec::with_capacity(compiled.len());
+    for service in &compiled {
+        services.push(service_report(engine, observed, service, problems(service))?);
+    }
+    Ok(Report {
+        node: engine.settings().node.name.to_string(),
+        renderer: engine.dataplane.netfilter.name().to_owned(),
+        node_problems: node_problems(engine, observed),
+        services,
+    })
+}
+
+fn node_problems(engine: &Engine, observed: &Observed) -> Vec<String> {
+    let want = engine.merged().state();
+    let mut out = Vec::new();
+    match &observed.program {
+        ProgramState::Installed => {}
+        ProgramState::Absent => out.push("rules: not installed".into()),
+        ProgramState::Drifted(what) => out.extend(what.iter().map(|w| format!("rules: {w}"))),
+    }
+    for (family, route) in want.routes.iter() {
+        if observed.routes.get(family) != Some(route) {
+            out.push(format!("route: local {} dev lo src {} is missing", route.range, route.source));
+        }
+    }
+    for (path, value) in &want.sysctls {
+        let name = path.replace('/', ".");
+        match observed.sysctls.get(path) {
+            Some(have) if have == value => {}
+            Some(have) => out.push(format!("sysctl: {name} is {have}, should be {value}")),
+            None => out.push(format!("sysctl: {name} can't be read")),
+        }
+    }
+    let sentinel = engine.settings().node.mask.sentinel();
+    for key in want.virtual_servers.keys().filter(|k| k.mark == sentinel) {
+        if !observed.virtual_servers.contains_key(key) {
+            out.push(format!("ipvs: the sentinel {key} is missing"));
+        }
+    }
+    out
+}
+
+fn service_report(
+    engine: &mut Engine,
+    observed: &Observed,
+    service: &CompiledService,
+    problems: Vec<String>,
+) -> Result<ServiceReport, Error> {
+    let mut ports = Vec::new();
+    for port in &service.ports {
+        ports.push(port_report(engine, observed, service, port)?);
+    }
+    Ok(ServiceReport {
+        namespace: service.key.namespace.to_string(),
+        name: service.key.name.to_string(),
+        mode: match service.mode {
+            crate::model::service::Mode::Vip => "VIP",
+            crate::model::service::Mode::Dnsrr => "DNSRR",
+        },
+        vips: service.vips.iter().map(|(_, ip)| *ip).collect(),
+        ready_endpoints: service.endpoints.0,
+        total_endpoints: service.endpoints.1,
+        ports,
+        problems,
+    })
+}
+
+fn port_report(
+    engine: &mut Engine,
+    observed: &Observed,
+    service: &CompiledService,
+    port: &CompiledPort,
+) -> Result<PortReport, Error> {
+    let mut scopes: BTreeMap<Mark, Vec<Scope>> = BTreeMap::new();
+    for (scope, mark) in &port.marks {
+        scopes.entry(*mark).or_default().push(*scope);
+    }
+    let mut virtual_servers = Vec::new();
+    for (mark, scopes) in scopes {
+        for family in Family::ALL {
+            let key = VirtualServerKey { family, mark };
+            if service.virtual_servers.contains_key(&key) {
+                virtual_servers.push(server_report(engine, observed, service, key, &scopes)?);
+            }
+        }
+    }
+    Ok(PortReport {
+        name: port.spec.name.as_ref().map(ToString::to_string),
+        protocol: port.spec.protocol.to_string(),
+        port: port.spec.port,
+        end_port: port.spec.end_port,
+        published_port: port.published,
+        not_published: port.not_published.clone(),
+        virtual_servers,
+    })
+}
+
+fn server_report(
+    engine: &mut Engine,
+    observed: &Observed,
+    service: &CompiledService,
+    key: VirtualServerKey,
+    scopes: &[Scope],
+) -> Result<ServerReport, Error> {
+    let found = engine.dataplane.ipvs.reals(key)?;
+    let want = &service.virtual_servers[&key];
+    let state = match observed.virtual_servers.get(&key) {
+        None => "missing".to_owned(),
+        Some(have) if have.config == want.config => "ok".to_owned(),
+        Some(have) => format!("scheduler {}, should be {}", have.config.scheduler, want.config.scheduler),
+    };
+    let entries = service
+        .elements
+        .iter()
+        .filter(|(element, mark)| **mark == Some(key.mark) && element.family() == key.family)
+        .map(|(element, mark)| EntryReport {
+            entry: element.to_string(),
+            state: match observed.elements.get(element) {
+                Some(have) if have == mark => "ok".into(),
+                Some(Some(other)) => format!("leads to mark {other}"),
+                Some(None) => "has no mark".into(),
+                None => "missing".into(),
+            },
+        })
+        .collect();
+    let reals: BTreeSet<RealServerKey> = want.reals.keys().chain(found.keys()).copied().collect();
+    let endpoints = reals.iter().map(|real| endpoint_report(service, key, *real, &found)).collect();
+    Ok(ServerReport {
+        family: key.family,
+        mark: key.mark.0,
+        scopes: scopes.to_vec(),
+        scheduler: want.config.scheduler.to_string(),
+        entries,
+        state,
+        endpoints,
+    })
+}
+
+fn endpoint_report(
+    service: &CompiledService,
+    key: VirtualServerKey,
+    real: RealServerKey,
+    found: &BTreeMap<RealServerKey, (RealServerConfig, Counters)>,
+) -> EndpointReport {
+    let want = service.virtual_servers[&key].reals.get(&real);
+    let have = found.get(&real);
+    let info = service.reals.get(&(key, real));
+    let state = match (want, have) {
+        (None, _) => "unexpected".to_owned(),
+        (Some(_), None) => "missing".to_owned(),
+        (Some(want), Some((have, _))) if want.weight != have.weight => {
+            format!("wrong weight {}", have.weight)
+        }
+        _ => match info.map(|i| i.state) {
+            Some(RealState::Draining(_)) => "draining".to_owned(),
+            _ => "ready".to_owned(),
+        },
+    };
+    let counters = have.map(|(_, c)| *c).unwrap_or_default();
+    EndpointReport {
+        address: real.addr,
+        port: real.port,
+        target: info.and_then(|i| i.target.as_ref()).map(ToString::to_string),
+        node: info.and_then(|i| i.node.as_ref()).map(ToString::to_string),
+        weight: want.or(have.map(|(config, _)| config)).map_or(0, |c| c.weight),
+        state,
+        active_connections: counters.active,
+        inactive_connections: counters.inactive,
+        connections: counters.connections,
+        in_packets: counters.in_packets,
+        out_packets: counters.out_packets,
+        in_bytes: counters.in_bytes,
+        out_bytes: counters.out_bytes,
+    }
+}
+
+/// An element as the operator finds it: the set's name on the node and the key in the notation of
+/// `ipset test` and `nft get element`.
+pub fn set_name(element: &Element) -> String {
+    let family = element.family().digit();
+    let set = match element {
+        Element::Vip(_) => "vips",
+        Element::Published(_) => "published",
+        Element::Loopback(..) => "loopback",
+        Element::Local(_) => "local",
+        Element::Endpoint(_) => "endpoints",
+        Element::Own(_) => "own",
+    };
+    format!("meshlb-{set}-{family}")
+}
+
+/// The VIP entries of a port, for messages.
+pub fn vip_target(service: &CompiledService, family: Family, port: &CompiledPort) -> Option<Target> {
+    let addr = *service.vips.get(family)?;
+    Some(Target { addr, protocol: port.spec.protocol, port: port.spec.port })
+}

@@ -1,0 +1,292 @@
+//! What every command that looks at or changes a kernel needs: an engine over the real dataplane, fed
+//! from a folder, with the state that earlier runs left.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use jiff::Timestamp;
+use tracing::{debug, error, warn};
+
+use super::options::{Options, RendererChoice};
+use crate::{
+    compile::CompiledService,
+    dataplane::{
+        Netfilter,
+        executor::Dataplane,
+        host::LinuxHost,
+        ipvs::KernelIpvs,
+        netfilter::{self, Iptables, Nftables, RendererChoice as Choice, Variant},
+        preflight,
+    },
+    model::kernel::{RealServerKey, Timeouts, VirtualServerKey},
+    plan::{Observed, Op},
+    reconcile::Engine,
+    source::{self, Problem, problem::Severity},
+    state::{Drain, State, StateDir},
+};
+
+/// An engine with where its state is kept.
+pub struct Session {
+    /// The engine, fed with the folder.
+    pub engine: Engine,
+    /// What is wrong in the folder.
+    pub problems: Vec<Problem>,
+    /// Where state is kept.
+    pub keeper: Keeper,
+}
+
+/// Writes down what has to outlive the process.
+pub struct Keeper {
+    dir: StateDir,
+    state: State,
+    /// The folder.
+    pub source: PathBuf,
+    /// The engine's generation that is in the file.
+    generation: Option<u64>,
+    written: Option<Written>,
+}
+
+impl Keeper {
+    /// Writes the engine's allocations, drains and fingerprints down, where they changed.
+    ///
+    /// # Errors
+    /// The file that could not be written.
+    pub fn save(&mut self, engine: &Engine) -> Result<()> {
+        let settings = engine.settings();
+        let state = &mut self.state;
+        if self.generation != Some(engine.generation()) {
+            state.allocations = engine.allocator().allocations();
+        }
+        state.source = Some(self.source.clone());
+        state.node = settings.node.name.to_string();
+        state.ranges = settings.node.ranges;
+        state.mark_mask = settings.node.mask.bits();
+        state.renderer = engine.dataplane.netfilter.name().to_owned();
+        state.netfilter = engine.dataplane.netfilter.fingerprint().unwrap_or_default();
+        state.sysctls = engine.sysctl_originals(&state.sysctls);
+        state.ipvs_timeouts = engine.timeouts(state.ipvs_timeouts);
+        let written = Written {
+            generation: engine.generation(),
+            netfilter: state.netfilter.clone(),
+            sysctls: state.sysctls.clone(),
+            timeouts: state.ipvs_timeouts,
+        };
+        if self.written.as_ref() != Some(&written) {
+            self.dir.save(state).context("state.json can't be written")?;
+            self.generation = Some(engine.generation());
+            self.written = Some(written);
+        }
+        let drains: Vec<Drain> = engine.drains().iter().map(kept).collect();
+        self.dir.save_drains(&drains).context("drains.json can't be written")?;
+        Ok(())
+    }
+}
+
+/// What decides whether the state file has to be written again; cheap to compare, unlike the whole state.
+#[derive(PartialEq)]
+struct Written {
+    generation: u64,
+    netfilter: serde_json::Value,
+    sysctls: std::collections::BTreeMap<String, String>,
+    timeouts: Option<(Timeouts, Timeouts)>,
+}
+
+fn kept(((server, real), until): (&(VirtualServerKey, RealServerKey), &Timestamp)) -> Drain {
+    Drain {
+        family: server.family,
+        mark: server.mark,
+        address: real.addr,
+        port: real.port,
+        deadline_unix_ms: u64::try_from(until.as_millisecond()).unwrap_or(0),
+    }
+}
+
+fn running(drain: &Drain) -> ((VirtualServerKey, RealServerKey), Timestamp) {
+    let server = VirtualServerKey { family: drain.family, mark: drain.mark };
+    let real = RealServerKey { addr: drain.address, port: drain.port };
+    let until =
+        i64::try_from(drain.deadline_unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
+    ((server, real), until.unwrap_or(Timestamp::UNIX_EPOCH))
+}
+
+/// Opens the state directory and reads the state.
+///
+/// # Errors
+/// It can't be made or read.
+pub fn open_state(options: &Options) -> Result<(StateDir, State)> {
+    let about = || format!("--state-dir {}", options.state_dir.display());
+    let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
+    let (state, note) = dir.load().with_context(about)?;
+    if let Some(note) = note {
+        warn!("{note}");
+    }
+    Ok((dir, state))
+}
+
+/// What a session is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// To look at the kernel.
+    Look,
+    /// To change it once.
+    Apply,
+    /// To keep it; the folder is followed and not read here.
+    Agent,
+}
+
+/// Tells what stands in the way of what is about to be programmed. Whatever can work is tried all the same.
+fn look_first(options: &Options, engine: &Engine) {
+    let mut host = LinuxHost::new(options.proc_sys.clone());
+    let ra_links = host.ra_dependent_links().unwrap_or_default();
+    let subject = preflight::Subject {
+        rules: &engine.settings().addresses,
+        ipvs: Ok(()),
+        status: &preflight::own_status(),
+        ra_links: &ra_links,
+        writes: true,
+    };
+    for finding in preflight::check(&mut host, &subject) {
+        match finding.severity {
+            preflight::Severity::Error => error!("{}", finding.message),
+            preflight::Severity::Warning => warn!("{}", finding.message),
+            preflight::Severity::Info => debug!("{}", finding.message),
+        }
+    }
+}
+
+impl Session {
+    /// Opens the kernel, reads the state and, unless it is watched later, the folder. Without a `dir`
+    /// the folder is the one that the state remembers.
+    ///
+    /// # Errors
+    /// One line that says what is missing and what to do about it.
+    pub fn open(options: &Options, dir: Option<&Path>, purpose: Purpose) -> Result<Self> {
+        let settings = options.settings()?;
+        let (state_dir, state) = open_state(options)?;
+        let source = match (dir, &state.source) {
+            (Some(dir), _) => std::path::absolute(dir)?,
+            (None, Some(source)) => source.clone(),
+            (None, None) => bail!(
+                "no folder: nothing was applied here yet (state in {}); name one",
+                options.state_dir.display()
+            ),
+        };
+        let dataplane = dataplane(options, &state)?;
+        let lock = crate::allocate::Lock::read(&source)?.unwrap_or_default();
+        let mut state_dir = state_dir;
+        let (drains, note) = state_dir.load_drains()?;
+        if let Some(note) = note {
+            warn!("{note}");
+        }
+        let mut engine = Engine::new(
+            settings,
+            dataplane,
+            state.allocations.clone(),
+            lock,
+            drains.iter().map(running).collect(),
+        );
+        if purpose != Purpose::Look {
+            look_first(options, &engine);
+        }
+        engine.refresh_node().context("addresses of this node")?;
+        let mut problems = Vec::new();
+        if purpose != Purpose::Agent {
+            let loaded = source::load(&source, Some(&engine.settings().node))
+                .map_err(|problem| anyhow::anyhow!("{problem}"))?;
+            engine.feed(loaded.events());
+            engine.synced(loaded.is_complete());
+            problems = loaded.problems;
+        }
+        Ok(Self {
+            engine,
+            problems,
+            keeper: Keeper { dir: state_dir, state, source, generation: None, written: None },
+        })
+    }
+
+    /// Reads the kernel and compares.
+    ///
+    /// # Errors
+    /// What could not be read.
+    pub fn prepare(&mut self) -> Result<(Vec<Op>, Observed)> {
+        Ok(self.engine.prepare_full(Timestamp::now())?)
+    }
+
+    /// Writes allocations and drains down, if they changed.
+    ///
+    /// # Errors
+    /// The file that could not be written.
+    pub fn save(&mut self) -> Result<()> {
+        self.keeper.save(&self.engine)
+    }
+
+    /// What keeps a service from being served as declared.
+    pub fn problems_of(&self, service: &CompiledService) -> Vec<String> {
+        problems_of(&self.engine, service)
+    }
+
+    /// Prints the folder's problems to stderr; true when one of them keeps an object from being used.
+    pub fn report_problems(&self) -> bool {
+        for problem in &self.problems {
+            if problem.severity >= Severity::Warning {
+                eprintln!("meshlb: {problem}");
+            }
+        }
+        self.problems.iter().any(|p| p.severity >= Severity::Refused)
+    }
+}
+
+/// What keeps a service from being served as declared: allocation conflicts and blocked ports.
+pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
+    let conflicts = engine.allocator().get(&service.key).map(|a| a.conflicts.as_slice()).unwrap_or_default();
+    let mut out: Vec<String> = conflicts.iter().map(ToString::to_string).collect();
+    for port in &service.ports {
+        if let Some(why) = &port.not_published {
+            out.push(format!("port {}: not published on this node: {why}", port.spec.label()));
+        }
+    }
+    out
+}
+
+/// Opens the kernel side as the options say.
+///
+/// # Errors
+/// One line that says what is missing and what to do about it.
+pub fn dataplane(options: &Options, state: &State) -> Result<Dataplane> {
+    let ipvs = KernelIpvs::open()?;
+    Ok(Dataplane {
+        ipvs: Box::new(ipvs),
+        netfilter: renderer(options, state)?,
+        host: Box::new(LinuxHost::new(options.proc_sys.clone())),
+    })
+}
+
+/// The renderer that the options or the host ask for.
+fn renderer(options: &Options, state: &State) -> Result<Box<dyn Netfilter + Send>> {
+    let choice = match options.renderer {
+        RendererChoice::IptablesNft => Choice::Iptables(Variant::Nft),
+        RendererChoice::IptablesLegacy => Choice::Iptables(Variant::Legacy),
+        RendererChoice::Nftables => Choice::Nftables,
+        RendererChoice::Auto | RendererChoice::Iptables => {
+            let found = netfilter::detect();
+            for reason in &found.reasons {
+                debug!("renderer: {reason}");
+            }
+            for warning in &found.warnings {
+                warn!("{warning}");
+            }
+            match (options.renderer, found.choice) {
+                (RendererChoice::Iptables, Choice::Nftables) => Choice::Iptables(Variant::Nft),
+                (_, choice) => choice,
+            }
+        }
+    };
+    let mut renderer: Box<dyn Netfilter + Send> = match choice {
+        Choice::Iptables(variant) => Box::new(Iptables::new(variant)?),
+        Choice::Nftables => Box::new(Nftables::new()?),
+    };
+    if state.renderer == renderer.name() && !state.netfilter.is_null() {
+        renderer.set_fingerprint(state.netfilter.clone());
+    }
+    Ok(renderer)
+}

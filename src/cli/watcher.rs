@@ -1,0 +1,248 @@
+//! What the agent does besides programming: keeps the state file, logs, measures, says how it is.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use anyhow::Result;
+use tracing::{error, info, warn};
+
+use super::session::{Keeper, problems_of};
+use crate::{
+    admin::Health,
+    compile::CompiledService,
+    dataplane::{ElementChange, Error, Ipvs, IpvsChange, ipvs::KernelIpvs},
+    metrics::{EndpointTraffic, Metrics, Outcome, RoundKind, ServiceTraffic, TrafficSource},
+    model::ids::{Scope, ServiceKey},
+    plan::Op,
+    reconcile::{Engine, Turn, agent::Observer},
+};
+
+/// Observes the agent's loop.
+pub struct Watcher {
+    keeper: Keeper,
+    metrics: Metrics,
+    health: Health,
+    traffic: Traffic,
+    /// Problems that were logged, by service.
+    told: BTreeMap<ServiceKey, Vec<String>>,
+    /// Something was found changed by others, and the next full turn heals it.
+    drifted: bool,
+    /// Why the kernel is not as desired.
+    reason: String,
+    /// Writes that were reported so far, by backend.
+    written: [u64; 3],
+    turns: u64,
+}
+
+impl Watcher {
+    /// An observer of a loop that has not started yet.
+    pub fn new(keeper: Keeper, metrics: Metrics, health: Health, traffic: Traffic) -> Self {
+        Self {
+            keeper,
+            metrics,
+            health,
+            traffic,
+            told: BTreeMap::new(),
+            drifted: false,
+            reason: "the source has not been read yet".into(),
+            written: [0; 3],
+            turns: 0,
+        }
+    }
+
+    fn tell(&mut self, engine: &Engine, key: &ServiceKey) {
+        let service = engine.merged().services().get(key);
+        let now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        let before = self.told.remove(key).unwrap_or_default();
+        for line in now.iter().filter(|line| !before.contains(line)) {
+            warn!("{key}: {line}");
+        }
+        for line in before.iter().filter(|line| !now.contains(line)) {
+            info!("{key}: no longer: {line}");
+        }
+        if !now.is_empty() {
+            self.told.insert(key.clone(), now);
+        }
+    }
+
+    fn count_writes(&mut self, engine: &Engine) {
+        let dataplane = &engine.dataplane;
+        let now = [dataplane.ipvs.writes(), dataplane.netfilter.writes(), dataplane.host.writes()];
+        for ((backend, now), before) in ["ipvs", "netfilter", "host"].into_iter().zip(now).zip(self.written) {
+            self.metrics.writes(backend, now.saturating_sub(before));
+        }
+        self.written = now;
+    }
+}
+
+impl Observer for Watcher {
+    fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
+        self.keeper.save(engine).map_err(|e| format!("{e:#}"))
+    }
+
+    fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>) {
+        if let Err(e) = self.keeper.save(engine) {
+            error!("{e:#}");
+        }
+        for key in &turn.services {
+            self.tell(engine, key);
+            self.traffic.set(key, engine.merged().services().get(key));
+        }
+        let outcome = if turn.failures.is_empty() { Outcome::Success } else { Outcome::Failure };
+        let kind = if turn.full { RoundKind::Full } else { RoundKind::Incremental };
+        self.metrics.reconcile(outcome, kind, turn.took);
+        if let (Some(since), true) = (since, turn.failures.is_empty()) {
+            self.metrics.source_to_kernel(since.elapsed());
+        }
+        if std::mem::take(&mut self.drifted) && turn.full {
+            for (kind, n) in healed(&turn.ops) {
+                self.metrics.drift(kind, n);
+            }
+        }
+        self.count_writes(engine);
+        self.metrics.services(engine.merged().services().len());
+        self.metrics.problems(self.told.values().map(Vec::len).sum());
+        self.turns += 1;
+        self.metrics.programmed_generation(self.turns);
+        self.reason = match turn.failures.first() {
+            Some(first) => {
+                format!(
+                    "{} of {} changes failed, first: {}",
+                    turn.failures.len(),
+                    turn.ops.len(),
+                    first.error
+                )
+            }
+            None => String::new(),
+        };
+    }
+
+    fn turn_failed(&mut self, error: &str) {
+        self.reason = error.to_owned();
+    }
+
+    fn drift(&mut self, what: &str) {
+        self.drifted = true;
+        self.reason = format!("healing: {what}");
+    }
+
+    fn heartbeat(&mut self, _: &Engine, synced: bool, in_sync: bool) {
+        self.health.beat();
+        self.health.set_synced(synced);
+        self.health.set_in_sync(in_sync, self.reason.as_str());
+        self.metrics.in_sync(in_sync);
+    }
+}
+
+/// What a healing turn put back, by kind.
+fn healed(ops: &[Op]) -> BTreeMap<&'static str, u64> {
+    let mut out = BTreeMap::new();
+    for op in ops {
+        let kind = match op {
+            Op::Sysctl { .. } => "sysctl",
+            Op::Timeouts { .. } => "ipvs_timeouts",
+            Op::Ipvs(IpvsChange::AddService(..) | IpvsChange::SetService(..) | IpvsChange::DelService(_)) => {
+                "ipvs_service"
+            }
+            Op::Ipvs(_) => "ipvs_destination",
+            Op::Element(ElementChange::Put(..) | ElementChange::Del(_)) => "set_element",
+            Op::Install { .. } => "rules",
+            Op::PutRoute(_) | Op::DelRoute(..) => "route",
+            Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => continue,
+        };
+        *out.entry(kind).or_default() += 1;
+    }
+    out
+}
+
+/// Reads counters of all services when asked, on a connection of its own.
+#[derive(Clone)]
+pub struct Traffic(Arc<Mutex<Reader>>);
+
+struct Reader {
+    ipvs: KernelIpvs,
+    services: BTreeMap<ServiceKey, Arc<CompiledService>>,
+}
+
+impl Traffic {
+    /// Opens IPVS in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// When it can't be opened.
+    pub fn open() -> Result<Self, Error> {
+        let reader = Reader { ipvs: KernelIpvs::open()?, services: BTreeMap::new() };
+        Ok(Self(Arc::new(Mutex::new(reader))))
+    }
+
+    fn set(&self, key: &ServiceKey, service: Option<&Arc<CompiledService>>) {
+        let mut reader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match service {
+            Some(service) => drop(reader.services.insert(key.clone(), service.clone())),
+            None => drop(reader.services.remove(key)),
+        }
+    }
+}
+
+impl TrafficSource for Traffic {
+    fn snapshot(&self) -> Arc<Vec<ServiceTraffic>> {
+        // The lock is held only to copy the list: a scrape of many services must not hold up a turn.
+        let services: Vec<_> = {
+            let reader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            reader.services.values().cloned().collect()
+        };
+        let mut out = Vec::new();
+        for service in &services {
+            let mut reader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            for port in &service.ports {
+                for key in service.virtual_servers.keys() {
+                    let scope =
+                        port.marks.iter().find(|(_, mark)| **mark == key.mark).map(|(scope, _)| *scope);
+                    let Some(scope) = scope else { continue };
+                    match reader.ipvs.reals(*key) {
+                        Ok(reals) => out.push(traffic_of(service, port, key.family, scope, *key, &reals)),
+                        Err(e) => warn!("counters of {}: {e}", service.key),
+                    }
+                }
+            }
+        }
+        Arc::new(out)
+    }
+}
+
+fn traffic_of(
+    service: &CompiledService,
+    port: &crate::compile::CompiledPort,
+    family: crate::model::ids::Family,
+    scope: Scope,
+    key: crate::model::kernel::VirtualServerKey,
+    reals: &BTreeMap<
+        crate::model::kernel::RealServerKey,
+        (crate::model::kernel::RealServerConfig, crate::dataplane::Counters),
+    >,
+) -> ServiceTraffic {
+    let endpoints = reals
+        .iter()
+        .map(|(real, (config, counters))| EndpointTraffic {
+            address: *real,
+            target: service
+                .reals
+                .get(&(key, *real))
+                .and_then(|info| info.target.clone())
+                .unwrap_or_else(|| "".into()),
+            weight: config.weight,
+            counters: *counters,
+        })
+        .collect();
+    ServiceTraffic {
+        namespace: service.key.namespace.clone(),
+        name: service.key.name.clone(),
+        port: port.spec.label().into(),
+        protocol: port.spec.protocol,
+        family,
+        scope,
+        endpoints,
+    }
+}

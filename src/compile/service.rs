@@ -1,0 +1,330 @@
+//! One service: its virtual servers and set elements.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+
+use super::endpoints::{Candidate, serving};
+use crate::model::{
+    endpoints::Slice,
+    ids::{Family, Mark, PerFamily, PortId, Protocol, Scope, ServiceKey},
+    kernel::{
+        Element, Elements, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
+        VirtualServerKey,
+    },
+    node::{NodeConfig, NodeFacts},
+    service::{Mode, PublishMode, Service, ServicePort, TrafficPolicy},
+};
+
+/// What the allocator gave a service.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Assigned {
+    /// Its virtual IPs; none in mode DNSRR.
+    pub vips: PerFamily<IpAddr>,
+    /// Published port of each port that is published (the first one of a range).
+    pub published: BTreeMap<PortId, u16>,
+    /// Marks. Both scopes of a port have the same one while they have the same endpoints.
+    pub marks: BTreeMap<(PortId, Scope), Mark>,
+}
+
+/// Everything that the result depends on, besides the service itself.
+pub struct Inputs<'a> {
+    /// The node's configuration.
+    pub config: &'a NodeConfig,
+    /// The node's addresses.
+    pub facts: &'a NodeFacts,
+    /// What is in the kernel now: real servers that the service no longer has are drained, not cut.
+    pub present: &'a HashMap<VirtualServerKey, VirtualServer>,
+    /// Drains that run already.
+    pub drains: &'a Drains,
+    /// Published ports that a socket of the host holds (design decision 5): not published on this node.
+    pub blocked: &'a dyn Fn(Protocol, u16) -> bool,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// Real servers that finish their connections, and until when at the latest.
+pub type Drains = BTreeMap<(VirtualServerKey, RealServerKey), Timestamp>;
+
+/// State of a real server.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum RealState {
+    /// Takes new connections.
+    Ready,
+    /// Finishes those it has, at the latest until then.
+    Draining(Timestamp),
+}
+
+/// What a person wants to know about a real server besides its address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RealInfo {
+    /// `targetRef.name` or `hostname`.
+    pub target: Option<Arc<str>>,
+    /// Its node.
+    pub node: Option<Arc<str>>,
+    /// Whether it takes new connections.
+    pub state: RealState,
+}
+
+/// One port of a compiled service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CompiledPort {
+    /// The port as declared.
+    pub spec: ServicePort,
+    /// Its published port, where it has one.
+    pub published: Option<u16>,
+    /// Why a published port does not answer on this node, where that is so.
+    pub not_published: Option<String>,
+    /// Marks by scope.
+    pub marks: BTreeMap<Scope, Mark>,
+}
+
+/// A service in the kernel's terms.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CompiledService {
+    /// The service.
+    pub key: ServiceKey,
+    /// VIP or DNSRR.
+    pub mode: Mode,
+    /// Its virtual IPs.
+    pub vips: PerFamily<IpAddr>,
+    /// Its ports.
+    pub ports: Vec<CompiledPort>,
+    /// IPVS services with their destinations.
+    pub virtual_servers: BTreeMap<VirtualServerKey, VirtualServer>,
+    /// About each destination.
+    pub reals: BTreeMap<(VirtualServerKey, RealServerKey), RealInfo>,
+    /// Set elements that belong to this service alone.
+    pub elements: Elements,
+    /// Set elements that other services may have too.
+    pub shared: BTreeSet<Element>,
+    /// Endpoints that are ready, and all, on any node.
+    pub endpoints: (usize, usize),
+}
+
+impl CompiledService {
+    /// The drains that this result contains.
+    pub fn drains(&self) -> impl Iterator<Item = ((VirtualServerKey, RealServerKey), Timestamp)> {
+        self.reals.iter().filter_map(|(key, info)| match info.state {
+            RealState::Draining(until) => Some((*key, until)),
+            RealState::Ready => None,
+        })
+    }
+}
+
+/// Compiles one service.
+pub fn compile_service(
+    service: &Service,
+    slices: &[Arc<Slice>],
+    assigned: &Assigned,
+    inputs: &Inputs<'_>,
+) -> CompiledService {
+    let mut out = CompiledService {
+        key: service.key.clone(),
+        mode: service.mode,
+        vips: assigned.vips,
+        ports: Vec::with_capacity(service.ports.len()),
+        virtual_servers: BTreeMap::new(),
+        reals: BTreeMap::new(),
+        elements: Elements::new(),
+        shared: BTreeSet::new(),
+        endpoints: count_endpoints(slices),
+    };
+    let families = served_families(service, assigned, inputs.config);
+    for port in &service.ports {
+        let mut compiled =
+            CompiledPort { spec: port.clone(), published: None, not_published: None, marks: BTreeMap::new() };
+        if service.mode == Mode::Vip
+            && let Some(&mark) = assigned.marks.get(&(port.id(), Scope::Vip))
+        {
+            compiled.marks.insert(Scope::Vip, mark);
+            for (family, vip) in assigned.vips.iter() {
+                add_virtual_server(
+                    &mut out,
+                    service,
+                    port,
+                    slices,
+                    (family, mark),
+                    service.internal_policy,
+                    inputs,
+                );
+                for p in ports_from(port.port, port.span()) {
+                    let target = Target { addr: *vip, protocol: port.protocol, port: p };
+                    out.elements.insert(Element::Vip(target), Some(mark));
+                }
+            }
+        }
+        publish(&mut out, &mut compiled, service, slices, assigned, &families, inputs);
+        out.ports.push(compiled);
+    }
+    out
+}
+
+fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
+    first..=first.saturating_add(span.saturating_sub(1))
+}
+
+/// Families that the service is served in: those of its VIPs, or for DNSRR those that it asks for and
+/// the node has a range for.
+fn served_families(service: &Service, assigned: &Assigned, config: &NodeConfig) -> Vec<Family> {
+    match service.mode {
+        Mode::Vip => assigned.vips.iter().map(|(f, _)| f).collect(),
+        Mode::Dnsrr => service.families.iter().copied().filter(|f| config.ranges.get(*f).is_some()).collect(),
+    }
+}
+
+fn publish(
+    out: &mut CompiledService,
+    compiled: &mut CompiledPort,
+    service: &Service,
+    slices: &[Arc<Slice>],
+    assigned: &Assigned,
+    families: &[Family],
+    inputs: &Inputs<'_>,
+) {
+    let port = &compiled.spec.clone();
+    let Some(publish) = &port.publish else { return };
+    let (Some(&number), Some(&mark)) =
+        (assigned.published.get(&port.id()), assigned.marks.get(&(port.id(), Scope::Ingress)))
+    else {
+        return;
+    };
+    compiled.published = Some(number);
+    compiled.marks.insert(Scope::Ingress, mark);
+    let policy = match publish.mode {
+        PublishMode::Ingress => service.external_policy,
+        PublishMode::Host => TrafficPolicy::Local,
+    };
+    let numbers: Vec<u16> = ports_from(number, port.span()).collect();
+    if let Some(held) = numbers.iter().find(|n| (inputs.blocked)(port.protocol, **n)) {
+        compiled.not_published = Some(format!("{} {held} is held by a socket of this host", port.protocol));
+        return;
+    }
+    for &family in families {
+        let Some(ingress) = inputs.config.ingress(family) else { continue };
+        add_virtual_server(out, service, port, slices, (family, mark), policy, inputs);
+        let key = VirtualServerKey { family, mark };
+        let empty = out.virtual_servers.get(&key).is_none_or(|vs| vs.reals.is_empty());
+        if publish.mode == PublishMode::Host && empty {
+            out.virtual_servers.remove(&key);
+            compiled.not_published.get_or_insert_with(|| "no endpoint on this node (mode Host)".into());
+            continue;
+        }
+        let wanted = |addr: &IpAddr| publish.addresses.is_empty() || publish.addresses.contains(addr);
+        let loopback: IpAddr = match family {
+            Family::V4 => Ipv4Addr::LOCALHOST.into(),
+            Family::V6 => Ipv6Addr::LOCALHOST.into(),
+        };
+        for &n in &numbers {
+            let target = |addr| Target { addr, protocol: port.protocol, port: n };
+            out.elements.insert(Element::Vip(target(ingress)), Some(mark));
+            for addr in &inputs.facts.published_addresses {
+                if Family::of(addr) == family && wanted(addr) {
+                    out.elements.insert(Element::Published(target(*addr)), Some(mark));
+                }
+            }
+            if inputs.facts.primary.get(family).is_some() && wanted(&loopback) {
+                out.elements.insert(Element::Loopback(family, port.protocol, n), Some(mark));
+            }
+        }
+    }
+}
+
+/// Adds the IPVS service of (family, mark) with its destinations, unless the other scope has added it.
+fn add_virtual_server(
+    out: &mut CompiledService,
+    service: &Service,
+    port: &ServicePort,
+    slices: &[Arc<Slice>],
+    (family, mark): (Family, Mark),
+    policy: TrafficPolicy,
+    inputs: &Inputs<'_>,
+) {
+    let key = VirtualServerKey { family, mark };
+    if out.virtual_servers.contains_key(&key) {
+        return;
+    }
+    let candidates = serving(port, slices, family, &inputs.config.name, policy);
+    let mut reals = BTreeMap::new();
+    for (real, Candidate { endpoint, local }) in &candidates {
+        let weight = endpoint.target.as_deref().and_then(|t| service.weights.get(t)).copied().unwrap_or(1);
+        reals.insert(*real, RealServerConfig { weight: u32::from(weight) });
+        out.reals.insert(
+            (key, *real),
+            RealInfo {
+                target: endpoint.target.clone(),
+                node: endpoint.node.clone(),
+                state: RealState::Ready,
+            },
+        );
+        out.shared.insert(Element::Endpoint(real.addr));
+        if *local {
+            out.shared.insert(Element::Local(real.addr));
+        }
+        if inputs.facts.all_addresses.contains(&real.addr) {
+            for p in own_ports(port, *real) {
+                let target = Target { addr: real.addr, protocol: port.protocol, port: p };
+                out.shared.insert(Element::Own(target));
+            }
+        }
+    }
+    drain_removed(out, service, port, key, &mut reals, inputs);
+    let config =
+        VirtualServerConfig { scheduler: service.scheduler.name.clone(), flags: service.scheduler.flags };
+    out.virtual_servers.insert(key, VirtualServer { config, protocol: Some(port.protocol), reals });
+}
+
+fn own_ports(port: &ServicePort, real: RealServerKey) -> Vec<u16> {
+    if real.port == 0 { ports_from(port.port, port.span()).collect() } else { vec![real.port] }
+}
+
+/// Real servers that are in the kernel but no longer wanted finish their connections at weight 0.
+/// UDP has no connections that end: its flows move at once (kernel facts, Q7).
+fn drain_removed(
+    out: &mut CompiledService,
+    service: &Service,
+    port: &ServicePort,
+    key: VirtualServerKey,
+    reals: &mut BTreeMap<RealServerKey, RealServerConfig>,
+    inputs: &Inputs<'_>,
+) {
+    if port.protocol == Protocol::Udp || service.drain == Duration::ZERO {
+        return;
+    }
+    let Some(present) = inputs.present.get(&key) else { return };
+    for real in present.reals.keys() {
+        if reals.contains_key(real) {
+            continue;
+        }
+        let until = inputs
+            .drains
+            .get(&(key, *real))
+            .copied()
+            .unwrap_or_else(|| inputs.now.checked_add(service.drain).unwrap_or(Timestamp::MAX));
+        if until <= inputs.now {
+            continue;
+        }
+        reals.insert(*real, RealServerConfig { weight: 0 });
+        out.shared.insert(Element::Endpoint(real.addr));
+        out.reals
+            .insert((key, *real), RealInfo { target: None, node: None, state: RealState::Draining(until) });
+    }
+}
+
+/// Endpoints that are ready, and all: those of the family that has most, since a dual-stack endpoint is one.
+fn count_endpoints(slices: &[Arc<Slice>]) -> (usize, usize) {
+    let count = |family: Family| {
+        let mut by_address: BTreeMap<IpAddr, bool> = BTreeMap::new();
+        for endpoint in slices.iter().filter(|s| s.family == family).flat_map(|s| &s.endpoints) {
+            *by_address.entry(endpoint.address).or_default() |= endpoint.ready;
+        }
+        (by_address.values().filter(|ready| **ready).count(), by_address.len())
+    };
+    let (v4, v6) = (count(Family::V4), count(Family::V6));
+    if v6.1 > v4.1 { v6 } else { v4 }
+}

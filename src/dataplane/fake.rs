@@ -1,0 +1,261 @@
+//! A kernel in memory, for tests: applies changes to a [`KernelState`], counts writes, and fails when
+//! told to.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use super::{
+    AddressRules, Counters, ElementChange, Error, Host, Ipvs, IpvsChange, Listener, Netfilter,
+    NetfilterState, Probe, ProgramState,
+};
+use crate::model::{
+    ids::{Family, Mark, PerFamily},
+    kernel::{
+        BridgeSubnet, Elements, KernelState, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute,
+        VirtualServer, VirtualServerConfig, VirtualServerKey,
+    },
+    node::NodeFacts,
+};
+
+/// What is in the fake kernel.
+#[derive(Default, Debug)]
+pub struct Inner {
+    /// Its state.
+    pub state: KernelState,
+    /// Its addresses.
+    pub facts: NodeFacts,
+    /// Active connections by real server.
+    pub active: HashMap<RealServerKey, u32>,
+    /// Sockets that listen.
+    pub listeners: Vec<Listener>,
+    /// IPVS timeouts.
+    pub timeouts: Timeouts,
+    /// Writing commands so far.
+    pub writes: u64,
+    /// Reals whose UDP flows were forgotten, in order.
+    pub forgotten: Vec<RealServerKey>,
+    /// The next changes whose text contains one of these fail once.
+    pub faults: Vec<String>,
+}
+
+/// Handle to a fake kernel; implements every trait of the dataplane.
+#[derive(Clone, Default, Debug)]
+pub struct FakeKernel(Arc<Mutex<Inner>>);
+
+impl FakeKernel {
+    /// Locks it for a look or a disturbance.
+    pub fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self, what: &str) -> Result<MutexGuard<'_, Inner>, Error> {
+        let mut inner = self.lock();
+        inner.writes += 1;
+        if let Some(i) = inner.faults.iter().position(|fault| what.contains(fault.as_str())) {
+            let fault = inner.faults.remove(i);
+            return Err(Error::Failed { object: what.to_owned(), reason: format!("injected: {fault}") });
+        }
+        Ok(inner)
+    }
+}
+
+fn missing(object: impl ToString) -> Error {
+    Error::Failed { object: object.to_string(), reason: "no such object".into() }
+}
+
+impl Ipvs for FakeKernel {
+    fn dump(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServer>, Error> {
+        let servers = &self.lock().state.virtual_servers;
+        Ok(servers.iter().filter(|(k, _)| keep(k.mark)).map(|(k, v)| (*k, v.clone())).collect())
+    }
+
+    fn dump_services(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error> {
+        Ok(self.dump(keep)?.into_iter().map(|(k, v)| (k, v.config)).collect())
+    }
+
+    fn reals(
+        &mut self,
+        key: VirtualServerKey,
+    ) -> Result<BTreeMap<RealServerKey, (RealServerConfig, Counters)>, Error> {
+        let inner = self.lock();
+        let Some(server) = inner.state.virtual_servers.get(&key) else { return Ok(BTreeMap::new()) };
+        let counters =
+            |real| Counters { active: inner.active.get(real).copied().unwrap_or(0), ..Counters::default() };
+        Ok(server.reals.iter().map(|(real, config)| (*real, (*config, counters(real)))).collect())
+    }
+
+    fn apply(&mut self, changes: &[IpvsChange]) -> Vec<Result<(), Error>> {
+        let one = |change: &IpvsChange| -> Result<(), Error> {
+            let what = crate::plan::Op::Ipvs(change.clone()).to_string();
+            let mut inner = self.write(&what)?;
+            let servers = &mut inner.state.virtual_servers;
+            match change {
+                IpvsChange::AddService(key, config) => {
+                    servers.entry(*key).or_insert_with(|| VirtualServer {
+                        config: config.clone(),
+                        protocol: None,
+                        reals: BTreeMap::new(),
+                    });
+                }
+                IpvsChange::SetService(key, config) => {
+                    servers.get_mut(key).ok_or_else(|| missing(key))?.config = config.clone();
+                }
+                IpvsChange::DelService(key) => {
+                    servers.remove(key);
+                }
+                IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
+                    servers.get_mut(key).ok_or_else(|| missing(key))?.reals.insert(*real, *config);
+                }
+                IpvsChange::DelReal(key, real) => {
+                    if let Some(server) = servers.get_mut(key) {
+                        server.reals.remove(real);
+                    }
+                }
+            }
+            Ok(())
+        };
+        changes.iter().map(one).collect()
+    }
+
+    fn timeouts(&mut self) -> Result<Timeouts, Error> {
+        Ok(self.lock().timeouts)
+    }
+
+    fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error> {
+        self.write("timeouts")?.timeouts = timeouts;
+        Ok(())
+    }
+
+    fn foreign(&mut self, keep: &dyn Fn(Mark) -> bool) -> Result<Vec<String>, Error> {
+        let inner = self.lock();
+        Ok(inner.state.virtual_servers.keys().filter(|k| !keep(k.mark)).map(ToString::to_string).collect())
+    }
+
+    fn writes(&self) -> u64 {
+        self.lock().writes
+    }
+}
+
+impl Netfilter for FakeKernel {
+    fn name(&self) -> &'static str {
+        "fake"
+    }
+
+    fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
+        let inner = self.lock();
+        let program = match &inner.state.program {
+            None => ProgramState::Absent,
+            Some(have) if have == want => ProgramState::Installed,
+            Some(_) => ProgramState::Drifted(vec!["different".into()]),
+        };
+        Ok(NetfilterState { program, elements: inner.state.elements.clone(), leftovers: vec![] })
+    }
+
+    fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
+        let mut inner = self.write("install")?;
+        inner.state.program = Some(program.clone());
+        inner.state.elements = elements.clone();
+        Ok(())
+    }
+
+    fn apply(&mut self, _: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
+        let one = |change: &ElementChange| -> Result<(), Error> {
+            let what = crate::plan::Op::Element(change.clone()).to_string();
+            let mut inner = self.write(&what)?;
+            if inner.state.program.is_none() {
+                return Err(missing(what));
+            }
+            match change {
+                ElementChange::Put(element, mark) => inner.state.elements.insert(*element, *mark),
+                ElementChange::Del(element) => inner.state.elements.remove(element),
+            };
+            Ok(())
+        };
+        changes.iter().map(one).collect()
+    }
+
+    fn remove_leftovers(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn remove(&mut self) -> Result<(), Error> {
+        let mut inner = self.write("remove")?;
+        inner.state.program = None;
+        inner.state.elements.clear();
+        Ok(())
+    }
+
+    fn probe(&mut self) -> Result<Probe, Error> {
+        Ok(Probe::Unchanged)
+    }
+
+    fn fingerprint(&self) -> Option<serde_json::Value> {
+        None
+    }
+
+    fn set_fingerprint(&mut self, _: serde_json::Value) {}
+
+    fn writes(&self) -> u64 {
+        self.lock().writes
+    }
+}
+
+impl Host for FakeKernel {
+    fn vip_routes(&mut self, _: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error> {
+        Ok(self.lock().state.routes)
+    }
+
+    fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error> {
+        let family = Family::of(&route.source);
+        self.write("route")?.state.routes.set(family, Some(*route));
+        Ok(())
+    }
+
+    fn del_vip_route(&mut self, family: Family, _: &ipnet::IpNet) -> Result<(), Error> {
+        self.write("route")?.state.routes.set(family, None);
+        Ok(())
+    }
+
+    fn overlaps(&mut self, _: &ipnet::IpNet) -> Result<Vec<String>, Error> {
+        Ok(vec![])
+    }
+
+    fn sysctl(&mut self, path: &str) -> Result<Option<String>, Error> {
+        Ok(self.lock().state.sysctls.get(path).cloned())
+    }
+
+    fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error> {
+        self.write(path)?.state.sysctls.insert(path.to_owned(), value.to_owned());
+        Ok(())
+    }
+
+    fn facts(&mut self, _: &AddressRules) -> Result<NodeFacts, Error> {
+        Ok(self.lock().facts.clone())
+    }
+
+    fn bridges_of(&mut self, _: &BTreeSet<IpAddr>) -> Result<Vec<BridgeSubnet>, Error> {
+        Ok(vec![])
+    }
+
+    fn listeners(&mut self) -> Result<Vec<Listener>, Error> {
+        Ok(self.lock().listeners.clone())
+    }
+
+    fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
+        self.write("conntrack")?.forgotten.extend(reals.iter().copied());
+        Ok(0)
+    }
+
+    fn writes(&self) -> u64 {
+        self.lock().writes
+    }
+}

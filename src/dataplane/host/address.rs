@@ -1,0 +1,315 @@
+//! Links and addresses of the node, and which of them published ports answer on.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
+
+use ipnet::IpNet;
+use netlink_packet_core::Parseable;
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+
+use super::netlink::{Conn, attrs, bytes_of, text_of, u32_at};
+use crate::{
+    dataplane::{AddressRules, Error},
+    model::{
+        ids::{Family, PerFamily},
+        node::NodeFacts,
+    },
+};
+
+/// `RTM_*` (linux/rtnetlink.h).
+pub(crate) const RTM_NEWLINK: u16 = 16;
+pub(crate) const RTM_DELLINK: u16 = 17;
+const RTM_GETLINK: u16 = 18;
+pub(crate) const RTM_NEWADDR: u16 = 20;
+pub(crate) const RTM_DELADDR: u16 = 21;
+const RTM_GETADDR: u16 = 22;
+/// `struct ifinfomsg`: length, and where its index and flags are.
+const IFINFO_LEN: usize = 16;
+const IFINFO_INDEX: usize = 4;
+const IFINFO_FLAGS: usize = 8;
+/// `IFLA_IFNAME`, `IFLA_LINKINFO`, `IFLA_INFO_KIND` (linux/if_link.h), `IFF_UP` (linux/if.h).
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFF_UP: u32 = 1;
+/// kube-proxy's ipvs mode puts every ClusterIP of the cluster on this link. It is a dummy, but the name
+/// counts whatever its kind is.
+const KUBE_IPVS_LINK: &str = "kube-ipvs0";
+
+/// A network interface.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Link {
+    pub(crate) name: String,
+    /// `bridge`, `dummy`, `veth`, …; `None` for hardware and lo.
+    pub(crate) kind: Option<String>,
+    pub(crate) up: bool,
+}
+
+impl Link {
+    /// Index and link. Decoded by hand: a link has a hundred attributes, of which two matter.
+    pub(crate) fn parse(body: &[u8]) -> Option<(u32, Self)> {
+        let (index, flags) = (u32_at(body, IFINFO_INDEX)?, u32_at(body, IFINFO_FLAGS)?);
+        let (mut name, mut kind) = (None, None);
+        for (attr, value) in attrs(body.get(IFINFO_LEN..)?) {
+            match attr {
+                IFLA_IFNAME => name = Some(text_of(value)),
+                IFLA_LINKINFO => {
+                    kind = attrs(value).find(|(k, _)| *k == IFLA_INFO_KIND).map(|(_, v)| text_of(v));
+                }
+                _ => {}
+            }
+        }
+        Some((index, Self { name: name?, kind, up: flags & IFF_UP != 0 }))
+    }
+
+    /// Links that hold addresses which are not really the node's: ClusterIPs of kube-proxy's ipvs mode
+    /// (kube-ipvs0), the addresses of nodelocaldns, service addresses for BGP.
+    fn dummy(&self) -> bool {
+        self.kind.as_deref() == Some("dummy") || self.name == KUBE_IPVS_LINK
+    }
+
+    pub(crate) fn bridge(&self) -> bool {
+        self.kind.as_deref() == Some("bridge")
+    }
+}
+
+/// An address of the node.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Address {
+    pub(crate) addr: IpAddr,
+    /// Prefix length.
+    pub(crate) prefix: u8,
+    /// The network: of the peer where there is one.
+    net: IpNet,
+    pub(crate) link: u32,
+    flags: AddressFlags,
+}
+
+impl Address {
+    pub(crate) fn parse(body: &[u8]) -> Option<Self> {
+        let message = AddressMessage::parse(body).ok()?;
+        let (mut local, mut peer) = (None, None);
+        let mut flags = AddressFlags::from_bits_retain(u32::from(message.header.flags.bits()));
+        for attribute in &message.attributes {
+            match attribute {
+                // On a point-to-point link IFA_ADDRESS is the peer; IPv6 omits IFA_LOCAL elsewhere.
+                AddressAttribute::Local(a) => local = Some(*a),
+                AddressAttribute::Address(a) => peer = Some(*a),
+                AddressAttribute::Flags(f) => flags = *f,
+                _ => {}
+            }
+        }
+        let addr = local.or(peer)?;
+        let prefix = message.header.prefix_len;
+        let net = IpNet::new(peer.unwrap_or(addr), prefix).ok()?.trunc();
+        Some(Self { addr, prefix, net, link: message.header.index, flags })
+    }
+
+    /// What is on-link because of this address.
+    pub(crate) fn subnet(&self) -> IpNet {
+        self.net
+    }
+
+    pub(crate) fn link_name(&self, links: &HashMap<u32, Link>) -> String {
+        links.get(&self.link).map_or_else(|| format!("link {}", self.link), |l| l.name.clone())
+    }
+
+    /// Nobody can use it: duplicate address detection is running, or has failed.
+    fn unusable(&self) -> bool {
+        let waiting =
+            self.flags.contains(AddressFlags::Tentative) && !self.flags.contains(AddressFlags::Optimistic);
+        waiting || self.flags.contains(AddressFlags::Dadfailed)
+    }
+
+    /// Not to be used as a source of new connections; but still to be answered on (RFC 4862, 5.5.4).
+    /// keepalived and kube-vip mark the addresses that they move between nodes so.
+    fn deprecated(&self) -> bool {
+        self.flags.contains(AddressFlags::Deprecated)
+    }
+}
+
+/// All links by index.
+pub(crate) fn links(conn: &mut Conn) -> Result<HashMap<u32, Link>, Error> {
+    let links = conn.dump(RTM_GETLINK, &[0; IFINFO_LEN], |kind, body| {
+        (kind == RTM_NEWLINK).then(|| Link::parse(body)).flatten()
+    });
+    Ok(links.map_err(|f| f.about("read the links of this node"))?.into_iter().collect())
+}
+
+/// All addresses, IPv4 and IPv6, in the kernel's order.
+pub(crate) fn addresses(conn: &mut Conn) -> Result<Vec<Address>, Error> {
+    conn.dump(RTM_GETADDR, &bytes_of(&AddressMessage::default()), |kind, body| {
+        (kind == RTM_NEWADDR).then(|| Address::parse(body)).flatten()
+    })
+    .map_err(|f| f.about("read the addresses of this node"))
+}
+
+/// Design decision 5, without the kernel: `kernel_choice` is the source address that it would take for
+/// the default route.
+pub(crate) fn facts(
+    links: &HashMap<u32, Link>,
+    addresses: &[Address],
+    rules: &AddressRules,
+    kernel_choice: &PerFamily<IpAddr>,
+) -> NodeFacts {
+    let usable: Vec<_> = addresses.iter().filter(|a| !a.unusable()).collect();
+    let own: Vec<_> = usable.iter().filter(|a| of_node(a, links, rules)).collect();
+    let published_addresses = match rules.publish_addresses.as_slice() {
+        [] => own.iter().map(|a| a.addr).collect(),
+        cidrs => usable
+            .iter()
+            .map(|a| a.addr)
+            .filter(|a| cidrs.iter().any(|c| c.contains(a)) && publishable(a, rules))
+            .collect(),
+    };
+    let mut primary = PerFamily::default();
+    for family in Family::ALL {
+        let candidates: Vec<IpAddr> = own
+            .iter()
+            .filter(|a| !a.deprecated())
+            .map(|a| a.addr)
+            .filter(|a| Family::of(a) == family)
+            .collect();
+        let chosen = kernel_choice.get(family).filter(|a| candidates.contains(a));
+        primary.set(family, rules.node_ips.get(family).or(chosen).or(candidates.first()).copied());
+    }
+    let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).collect();
+    NodeFacts { primary, published_addresses, all_addresses }
+}
+
+/// The default rule. A bridge of a CNI or of Docker is an interface like any other here: a pod that
+/// asks its gateway (10.244.1.1 on cni0) for a published port gets it, as from Swarm; the address is
+/// the node's in every respect, and a rule that left it out would have to guess which bridges are
+/// "internal". Who doesn't want it lists the addresses.
+fn of_node(address: &Address, links: &HashMap<u32, Link>, rules: &AddressRules) -> bool {
+    let link_local = match address.addr {
+        IpAddr::V4(a) => a.is_link_local(),
+        IpAddr::V6(_) => false, // below: never publishable
+    };
+    let dummy = links.get(&address.link).is_some_and(Link::dummy);
+    !link_local && !dummy && publishable(&address.addr, rules)
+}
+
+/// What no configuration can publish on: loopback has its own way through the program, a VIP is not the
+/// node's, and IPVS can't answer from an IPv6 link-local address (EHOSTUNREACH).
+fn publishable(addr: &IpAddr, rules: &AddressRules) -> bool {
+    let link_local = match addr {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(a) => a.is_unicast_link_local(),
+    };
+    let vip = rules.ranges.iter().any(|(_, r)| r.contains(addr));
+    !addr.is_loopback() && !addr.is_unspecified() && !link_local && !vip
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(name: &str, kind: Option<&str>) -> Link {
+        Link { name: name.into(), kind: kind.map(str::to_owned), up: true }
+    }
+
+    fn address(text: &str, link: u32, flags: AddressFlags) -> Address {
+        let net: IpNet = text.parse().unwrap();
+        Address { addr: net.addr(), prefix: net.prefix_len(), net: net.trunc(), link, flags }
+    }
+
+    fn node() -> (HashMap<u32, Link>, Vec<Address>) {
+        let links = HashMap::from([
+            (1, link("lo", None)),
+            (2, link("eth0", None)),
+            (3, link("cni0", Some("bridge"))),
+            (4, link("nodelocaldns", Some("dummy"))),
+            (5, link("kube-ipvs0", Some("veth"))),
+        ]);
+        let none = AddressFlags::empty();
+        let addresses = vec![
+            address("127.0.0.1/8", 1, none),
+            address("::1/128", 1, none),
+            address("10.0.0.1/32", 1, none), // a router's loopback address is the node's
+            address("192.168.50.1/24", 2, none),
+            address("192.168.50.2/24", 2, AddressFlags::Secondary),
+            address("169.254.9.9/16", 2, none),
+            address("10.200.3.4/32", 2, none), // in the VIP range
+            address("fd00:50::1/64", 2, none),
+            address("fd00:50::2/64", 2, AddressFlags::Tentative),
+            address("fd00:50::3/64", 2, AddressFlags::Tentative | AddressFlags::Optimistic),
+            address("fd00:50::4/64", 2, AddressFlags::Dadfailed),
+            address("fd00:50::5/64", 2, AddressFlags::Deprecated),
+            address("fe80::1/64", 2, none),
+            address("10.244.1.1/24", 3, none),
+            address("10.96.0.10/32", 4, none),
+            address("10.96.0.1/32", 5, none),
+        ];
+        (links, addresses)
+    }
+
+    fn rules() -> AddressRules {
+        AddressRules {
+            ranges: PerFamily { v4: "10.200.0.0/16".parse().ok(), v6: "fd00:200::/112".parse().ok() },
+            ..AddressRules::default()
+        }
+    }
+
+    fn texts(set: &BTreeSet<IpAddr>) -> Vec<String> {
+        set.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn default_rule_takes_the_nodes_own_addresses() {
+        let (links, addresses) = node();
+        let facts = facts(&links, &addresses, &rules(), &PerFamily::default());
+        assert_eq!(
+            texts(&facts.published_addresses),
+            [
+                "10.0.0.1",
+                "10.244.1.1",
+                "192.168.50.1",
+                "192.168.50.2",
+                "fd00:50::1",
+                "fd00:50::3",
+                "fd00:50::5"
+            ]
+        );
+        assert_eq!(facts.all_addresses.len(), addresses.len());
+    }
+
+    #[test]
+    fn a_list_takes_what_it_says_dummies_too_but_never_loopback_vips_or_v6_link_local() {
+        let (links, addresses) = node();
+        let mut rules = rules();
+        rules.publish_addresses =
+            ["10.96.0.0/16", "127.0.0.0/8", "10.200.0.0/16", "fe80::/10", "fd00:50::1/128"]
+                .map(|c| c.parse().unwrap())
+                .to_vec();
+        let facts = facts(&links, &addresses, &rules, &PerFamily::default());
+        assert_eq!(texts(&facts.published_addresses), ["10.96.0.1", "10.96.0.10", "fd00:50::1"]);
+    }
+
+    #[test]
+    fn primary_is_configured_or_the_kernels_or_the_first() {
+        let (links, addresses) = node();
+        let some = |s: &str| Some(s.parse::<IpAddr>().unwrap());
+        let of = |rules: &AddressRules, choice: Option<IpAddr>| {
+            facts(&links, &addresses, rules, &PerFamily { v4: choice, v6: None }).primary.v4
+        };
+        assert_eq!(of(&rules(), some("192.168.50.2")), some("192.168.50.2"));
+        // The kernel's choice is no address to use: a dummy's.
+        assert_eq!(of(&rules(), some("10.96.0.10")), some("10.0.0.1"));
+        assert_eq!(of(&rules(), None), some("10.0.0.1"));
+        let mut configured = rules();
+        configured.node_ips.v4 = some("203.0.113.7");
+        assert_eq!(of(&configured, some("192.168.50.2")), some("203.0.113.7"));
+    }
+
+    #[test]
+    fn deprecated_is_never_primary() {
+        let (links, _) = node();
+        let only = [address("fd00:50::5/64", 2, AddressFlags::Deprecated)];
+        let facts = facts(&links, &only, &rules(), &PerFamily::default());
+        assert_eq!(facts.primary.v6, None);
+        assert_eq!(facts.published_addresses.len(), 1);
+    }
+}

@@ -1,0 +1,250 @@
+//! Deleting conntrack entries of UDP flows whose server is gone.
+//!
+//! A UDP flow has no end that conntrack could see: a client that keeps its source port keeps its entry,
+//! and with it the translation to the old server. Entries are deleted when the server is.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use netlink_packet_core::NLM_F_DUMP;
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterProtoFamily,
+    conntrack::{ConntrackAttribute, ConntrackMessage, ProtoTuple, Protocol, Tuple},
+};
+use nix::errno::Errno;
+
+use super::netlink::{Conn, Failure, attrs, bytes_of, put_attr};
+use crate::{
+    dataplane::Error,
+    model::{ids::Family, kernel::RealServerKey},
+};
+
+/// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*` (linux/netfilter/nfnetlink_conntrack.h).
+const CT_NEW: u16 = 0x100;
+const CT_GET: u16 = 0x101;
+const CT_DELETE: u16 = 0x102;
+/// Attributes of an entry.
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
+/// Filter of a dump (Linux 5.8; older kernels skip it): which parts of the given original tuple count.
+const CTA_FILTER: u16 = 25;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+/// `CTA_FILTER_F_CTA_PROTO_NUM` (net/netfilter/nf_conntrack_netlink.c).
+const FILTER_PROTO_NUM: u32 = 1 << 3;
+/// Attributes of a tuple.
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_PROTO_NUM: u16 = 1;
+/// `CTA_IP_V4_SRC`, `CTA_IP_V6_SRC` and `CTA_PROTO_SRC_PORT`; then the same with `_DST`.
+const SOURCE: [u16; 3] = [1, 3, 2];
+const DESTINATION: [u16; 3] = [2, 4, 3];
+/// `struct nfgenmsg`.
+const HEADER_LEN: usize = 4;
+
+/// Deletes the UDP entries that were translated to one of these servers; port 0 stands for any.
+/// Counts the entries deleted. `writes` counts commands.
+///
+/// The dump is read as a stream of raw bytes: an entry that doesn't match costs no allocation.
+pub(crate) fn forget_udp(
+    conn: &mut Conn,
+    reals: &BTreeSet<RealServerKey>,
+    writes: &mut u64,
+) -> Result<usize, Error> {
+    let mut deleted = 0;
+    for family in Family::ALL.into_iter().filter(|f| reals.iter().any(|r| Family::of(&r.addr) == *f)) {
+        for request in matching(conn, family, reals)? {
+            *writes += 1;
+            match conn.tell(CT_DELETE, 0, &request) {
+                Ok(()) => deleted += 1,
+                // Timed out since, or the id is another flow's by now.
+                Err(f) if f.errno() == Some(Errno::ENOENT) => {}
+                Err(f) => return Err(explain(f, "delete conntrack entries")),
+            }
+        }
+    }
+    Ok(deleted)
+}
+
+/// The delete requests for all entries that match.
+fn matching(conn: &mut Conn, family: Family, reals: &BTreeSet<RealServerKey>) -> Result<Vec<Vec<u8>>, Error> {
+    let mut found = Vec::new();
+    let flags = NLM_F_DUMP;
+    let filtered = dump_request(family, true);
+    let result = conn.ask(CT_GET, flags, &filtered, &mut |kind, body| {
+        found.extend(delete_request(kind, body, reals));
+    });
+    let result = match result {
+        // A kernel that knows the attribute, but not this filter.
+        Err(f) if matches!(f.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => {
+            found.clear();
+            conn.ask(CT_GET, flags, &dump_request(family, false), &mut |kind, body| {
+                found.extend(delete_request(kind, body, reals));
+            })
+        }
+        other => other,
+    };
+    match result {
+        Ok(()) => Ok(found),
+        // What was missed in a table that changes this fast is new, and new flows know the new servers.
+        Err(Failure::Interrupted) => Ok(found),
+        Err(f) => Err(explain(f, "read conntrack entries")),
+    }
+}
+
+fn header(family: Family) -> NetfilterHeader {
+    let family = match family {
+        Family::V4 => NetfilterProtoFamily::IPv4,
+        Family::V6 => NetfilterProtoFamily::IPv6,
+    };
+    NetfilterHeader::new(family, 0, 0)
+}
+
+/// A dump of a family's entries, of UDP alone where the kernel can filter.
+pub(super) fn dump_request(family: Family, filter: bool) -> Vec<u8> {
+    let mut request = bytes_of(&header(family));
+    if filter {
+        let udp = Tuple::Proto(vec![ProtoTuple::Protocol(Protocol::Udp)]);
+        request.extend(bytes_of(&ConntrackMessage::Get(vec![ConntrackAttribute::CtaTupleOrig(vec![udp])])));
+        let mut flags = Vec::new();
+        put_attr(&mut flags, CTA_FILTER_ORIG_FLAGS, &FILTER_PROTO_NUM.to_ne_bytes());
+        put_attr(&mut request, CTA_FILTER | netlink_packet_core::NLA_F_NESTED, &flags);
+    }
+    request
+}
+
+/// The request that deletes this entry, if it is one of a UDP flow to one of `reals`: its original
+/// tuple, id and zone, verbatim. The id makes sure that no newer flow with the same tuple is hit.
+fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Option<Vec<u8>> {
+    if kind != CT_NEW {
+        return None;
+    }
+    let (head, entry) = body.split_at_checked(HEADER_LEN)?;
+    let tuple = |which| attrs(entry).find(|(kind, _)| *kind == which).map(|(_, value)| value);
+    let replying = end_of(tuple(CTA_TUPLE_REPLY)?, SOURCE)?;
+    let (protocol, addr, port) = replying;
+    let is_real = |port| reals.contains(&RealServerKey { addr, port });
+    if protocol != u8::from(Protocol::Udp) || !(is_real(port) || is_real(0)) {
+        return None;
+    }
+    // A flow straight to the server: nothing was translated, and it is not ours.
+    if end_of(tuple(CTA_TUPLE_ORIG)?, DESTINATION)? == replying {
+        return None;
+    }
+    let mut request = head.to_vec();
+    for (kind, value) in attrs(entry) {
+        match kind {
+            CTA_TUPLE_ORIG => put_attr(&mut request, kind | netlink_packet_core::NLA_F_NESTED, value),
+            CTA_ID | CTA_ZONE => put_attr(&mut request, kind, value),
+            _ => {}
+        }
+    }
+    Some(request)
+}
+
+/// Protocol, address and port of one end of a tuple.
+fn end_of(tuple: &[u8], [v4, v6, port_kind]: [u16; 3]) -> Option<(u8, IpAddr, u16)> {
+    let (mut protocol, mut addr, mut port) = (None, None, None);
+    for (kind, value) in attrs(tuple) {
+        match kind {
+            CTA_TUPLE_IP => {
+                for (kind, value) in attrs(value) {
+                    match kind {
+                        k if k == v4 => addr = value.first_chunk::<4>().map(|a| IpAddr::from(*a)),
+                        k if k == v6 => addr = value.first_chunk::<16>().map(|a| IpAddr::from(*a)),
+                        _ => {}
+                    }
+                }
+            }
+            CTA_TUPLE_PROTO => {
+                for (kind, value) in attrs(value) {
+                    match kind {
+                        CTA_PROTO_NUM => protocol = value.first().copied(),
+                        k if k == port_kind => port = value.first_chunk().map(|p| u16::from_be_bytes(*p)),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some((protocol?, addr?, port?))
+}
+
+/// nfnetlink answers EINVAL or EOPNOTSUPP where the conntrack subsystem is missing.
+fn explain(failure: Failure, object: &str) -> Error {
+    match failure.errno() {
+        Some(Errno::EINVAL | Errno::EOPNOTSUPP | Errno::EPROTONOSUPPORT) => Error::MissingFeature {
+            feature: "conntrack netlink".into(),
+            advice: "load the module nf_conntrack_netlink".into(),
+        },
+        _ => failure.about(object),
+    }
+}
+
+/// Body of a conntrack message with one UDP entry, for tests: client → `to`, answered by `real`.
+#[cfg(test)]
+pub(crate) fn udp_entry(
+    client: std::net::SocketAddr,
+    to: std::net::SocketAddr,
+    real: std::net::SocketAddr,
+) -> Vec<u8> {
+    use netlink_packet_netfilter::conntrack::IPTuple;
+    let tuple = |src: std::net::SocketAddr, dst: std::net::SocketAddr| {
+        vec![
+            Tuple::Ip(vec![IPTuple::SourceAddress(src.ip()), IPTuple::DestinationAddress(dst.ip())]),
+            Tuple::Proto(vec![
+                ProtoTuple::Protocol(Protocol::Udp),
+                ProtoTuple::SourcePort(src.port()),
+                ProtoTuple::DestinationPort(dst.port()),
+            ]),
+        ]
+    };
+    let mut body = bytes_of(&header(Family::of(&client.ip())));
+    body.extend(bytes_of(&ConntrackMessage::New(vec![
+        ConntrackAttribute::CtaTupleOrig(tuple(client, to)),
+        ConntrackAttribute::CtaTupleReply(tuple(real, client)),
+        ConntrackAttribute::CtaTimeout(600),
+    ])));
+    body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reals(list: &[&str]) -> BTreeSet<RealServerKey> {
+        list.iter()
+            .map(|s| s.parse::<std::net::SocketAddr>().unwrap())
+            .map(|s| RealServerKey { addr: s.ip(), port: s.port() })
+            .collect()
+    }
+
+    #[test]
+    fn only_entries_answered_by_a_real_server_match() {
+        let entry = udp_entry(
+            "10.244.1.11:40000".parse().unwrap(),
+            "10.200.0.5:53".parse().unwrap(),
+            "10.244.2.12:5353".parse().unwrap(),
+        );
+        let request = |list: &[&str]| delete_request(CT_NEW, &entry, &reals(list));
+        assert!(request(&["10.244.2.12:5353"]).is_some());
+        assert!(request(&["10.244.2.12:0"]).is_some());
+        assert!(request(&["10.244.2.12:53"]).is_none());
+        assert!(request(&["10.200.0.5:53"]).is_none());
+        assert!(request(&["10.244.1.11:40000"]).is_none());
+        let direct = udp_entry(
+            "10.244.1.11:40000".parse().unwrap(),
+            "10.244.2.12:5353".parse().unwrap(),
+            "10.244.2.12:5353".parse().unwrap(),
+        );
+        assert!(delete_request(CT_NEW, &direct, &reals(&["10.244.2.12:0"])).is_none());
+        // The request holds the original tuple and nothing else that could be wrong.
+        let wanted = request(&["10.244.2.12:5353"]).unwrap();
+        let kinds: Vec<_> = attrs(&wanted[HEADER_LEN..]).map(|(k, _)| k).collect();
+        assert_eq!(kinds, [CTA_TUPLE_ORIG]);
+        // Neither other messages nor cut ones.
+        assert!(delete_request(CT_DELETE, &entry, &reals(&["10.244.2.12:0"])).is_none());
+        assert!(delete_request(CT_NEW, &entry[..20], &reals(&["10.244.2.12:0"])).is_none());
+    }
+}

@@ -1,0 +1,220 @@
+//! [`Ipvs`] on the real kernel, by the `ipvs-netlink` crate.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::IpAddr,
+};
+
+use ipvs_netlink::{
+    AddressFamily, Client, Command, DestinationConfig, DestinationId, Forwarding, ServiceConfig,
+    ServiceFlags, ServiceId,
+};
+
+use super::{Counters, Error, Ipvs, IpvsChange};
+use crate::model::{
+    ids::{Family, Mark},
+    kernel::{
+        RealServerConfig, RealServerKey, Timeouts, VirtualServer, VirtualServerConfig, VirtualServerKey,
+    },
+};
+
+/// The IPVS table of the network namespace in which the client was opened.
+pub struct KernelIpvs {
+    client: Client,
+}
+
+impl KernelIpvs {
+    /// Opens it; the kernel loads ip_vs where it can.
+    ///
+    /// # Errors
+    /// [`Error::MissingFeature`] without ip_vs, [`Error::Permission`] without CAP_NET_ADMIN.
+    pub fn open() -> Result<Self, Error> {
+        Ok(Self { client: Client::open().map_err(error)? })
+    }
+}
+
+fn error(error: ipvs_netlink::Error) -> Error {
+    use ipvs_netlink::Error as E;
+    match error {
+        E::NoIpvs => Error::MissingFeature {
+            feature: "IPVS".into(),
+            advice: "load it with `modprobe ip_vs`, or use a kernel built with CONFIG_IP_VS".into(),
+        },
+        E::PermissionDenied { object } => Error::Permission { object: object.to_string() },
+        other => Error::Failed { object: "ipvs".into(), reason: other.to_string() },
+    }
+}
+
+fn service_id(key: VirtualServerKey) -> ServiceId {
+    let family = match key.family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    };
+    ServiceId::Fwmark { family, mark: key.mark.0 }
+}
+
+fn key_of(id: &ServiceId) -> Option<VirtualServerKey> {
+    match id {
+        ServiceId::Fwmark { family, mark } => {
+            let family = match family {
+                AddressFamily::Inet => Family::V4,
+                AddressFamily::Inet6 => Family::V6,
+            };
+            Some(VirtualServerKey { family, mark: Mark(*mark) })
+        }
+        ServiceId::Address { .. } => None,
+    }
+}
+
+fn service_config(config: &VirtualServerConfig) -> ServiceConfig {
+    let mut out = ServiceConfig::new(config.scheduler.to_string());
+    out.flags = ServiceFlags::from_bits(config.flags);
+    out
+}
+
+fn destination_id(real: RealServerKey) -> DestinationId {
+    DestinationId { addr: real.addr, port: real.port }
+}
+
+fn command(change: &IpvsChange) -> Command {
+    let weight = |config: &RealServerConfig| {
+        DestinationConfig::masquerade(i32::try_from(config.weight).unwrap_or(i32::MAX))
+    };
+    match change {
+        IpvsChange::AddService(key, config) => Command::AddService(service_id(*key), service_config(config)),
+        IpvsChange::SetService(key, config) => Command::SetService(service_id(*key), service_config(config)),
+        IpvsChange::DelService(key) => Command::DelService(service_id(*key)),
+        IpvsChange::AddReal(key, real, config) => {
+            Command::AddDestination(service_id(*key), destination_id(*real), weight(config))
+        }
+        IpvsChange::SetReal(key, real, config) => {
+            Command::SetDestination(service_id(*key), destination_id(*real), weight(config))
+        }
+        IpvsChange::DelReal(key, real) => Command::DelDestination(service_id(*key), destination_id(*real)),
+    }
+}
+
+impl KernelIpvs {
+    /// A second try for a change that met an object in another condition than expected: adding what is
+    /// there sets it, setting what is gone adds it, deleting what is gone is done.
+    fn settle(&mut self, change: &IpvsChange, failed: ipvs_netlink::Error) -> Result<(), Error> {
+        use ipvs_netlink::Error as E;
+        let again = match (change, &failed) {
+            (IpvsChange::AddService(key, config), E::AlreadyExists { .. }) => {
+                IpvsChange::SetService(*key, config.clone())
+            }
+            (IpvsChange::SetService(key, config), E::NotFound { .. }) => {
+                IpvsChange::AddService(*key, config.clone())
+            }
+            (IpvsChange::AddReal(key, real, config), E::AlreadyExists { .. }) => {
+                IpvsChange::SetReal(*key, *real, *config)
+            }
+            (IpvsChange::SetReal(key, real, config), E::NotFound { .. }) => {
+                IpvsChange::AddReal(*key, *real, *config)
+            }
+            (IpvsChange::DelService(_) | IpvsChange::DelReal(..), E::NotFound { .. }) => return Ok(()),
+            _ => return Err(error(failed)),
+        };
+        self.client.execute(&command(&again)).map_err(error)
+    }
+}
+
+impl Ipvs for KernelIpvs {
+    fn dump(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServer>, Error> {
+        let services = self.dump_services(keep)?;
+        let mut out = HashMap::with_capacity(services.len());
+        for (key, config) in services {
+            let destinations = self.client.destinations(&service_id(key)).map_err(error)?;
+            let reals = destinations.iter().map(|d| (real_key(&d.id), real_config(&d.config))).collect();
+            out.insert(key, VirtualServer { config, protocol: None, reals });
+        }
+        Ok(out)
+    }
+
+    fn dump_services(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+    ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error> {
+        let mut out = HashMap::new();
+        for service in self.client.services().map_err(error)? {
+            let Some(key) = key_of(&service.id).filter(|key| keep(key.mark)) else { continue };
+            let scheduler = service.config.scheduler.as_str().into();
+            out.insert(key, VirtualServerConfig { scheduler, flags: service.config.flags.bits() });
+        }
+        Ok(out)
+    }
+
+    fn reals(
+        &mut self,
+        key: VirtualServerKey,
+    ) -> Result<BTreeMap<RealServerKey, (RealServerConfig, Counters)>, Error> {
+        let destinations = self.client.destinations(&service_id(key)).map_err(error)?;
+        Ok(destinations
+            .iter()
+            .map(|d| {
+                let counters = Counters {
+                    connections: d.stats.connections,
+                    in_packets: d.stats.in_packets,
+                    out_packets: d.stats.out_packets,
+                    in_bytes: d.stats.in_bytes,
+                    out_bytes: d.stats.out_bytes,
+                    active: d.active,
+                    inactive: d.inactive,
+                };
+                (real_key(&d.id), (real_config(&d.config), counters))
+            })
+            .collect())
+    }
+
+    fn apply(&mut self, changes: &[IpvsChange]) -> Vec<Result<(), Error>> {
+        let commands: Vec<Command> = changes.iter().map(command).collect();
+        let results = self.client.batch(&commands);
+        changes
+            .iter()
+            .zip(results)
+            .map(|(change, result)| match result {
+                Ok(()) => Ok(()),
+                Err(failed) => self.settle(change, failed),
+            })
+            .collect()
+    }
+
+    fn timeouts(&mut self) -> Result<Timeouts, Error> {
+        let t = self.client.timeouts().map_err(error)?;
+        Ok(Timeouts { tcp: t.tcp, tcp_fin: t.tcp_fin, udp: t.udp })
+    }
+
+    fn set_timeouts(&mut self, t: Timeouts) -> Result<(), Error> {
+        let timeouts = ipvs_netlink::Timeouts { tcp: t.tcp, tcp_fin: t.tcp_fin, udp: t.udp };
+        self.client.execute(&Command::SetTimeouts(timeouts)).map_err(error)
+    }
+
+    fn foreign(&mut self, keep: &dyn Fn(Mark) -> bool) -> Result<Vec<String>, Error> {
+        let services = self.client.services().map_err(error)?;
+        let ours = |id: &ServiceId| key_of(id).is_some_and(|key| keep(key.mark));
+        Ok(services.iter().filter(|s| !ours(&s.id)).map(|s| s.id.to_string()).collect())
+    }
+
+    fn writes(&self) -> u64 {
+        self.client.writes()
+    }
+}
+
+fn real_key(id: &DestinationId) -> RealServerKey {
+    let addr: IpAddr = id.addr;
+    RealServerKey { addr, port: id.port }
+}
+
+/// A destination with another forwarding method than masquerading is not as we want it, whatever its
+/// weight: a weight that we never write makes the comparison say so.
+fn real_config(config: &DestinationConfig) -> RealServerConfig {
+    match config.forwarding {
+        Forwarding::Masquerade | Forwarding::Local => {
+            RealServerConfig { weight: u32::try_from(config.weight).unwrap_or(0) }
+        }
+        _ => RealServerConfig { weight: u32::MAX },
+    }
+}

@@ -1,0 +1,257 @@
+//! The comparison itself.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::op::{Op, Phase};
+use crate::{
+    compile::merge::Touched,
+    dataplane::{ElementChange, IpvsChange, ProgramState},
+    model::{
+        ids::{Family, Mark, PerFamily, Protocol},
+        kernel::{
+            Element, Elements, KernelState, RealServerKey, Timeouts, VipRoute, VirtualServer,
+            VirtualServerKey,
+        },
+    },
+};
+
+/// What was found in a kernel.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Observed {
+    /// Our IPVS services.
+    pub virtual_servers: HashMap<VirtualServerKey, VirtualServer>,
+    /// Marks of other programs' IPVS services that lie in our field: never given out.
+    pub foreign_marks: BTreeSet<Mark>,
+    /// Our set elements.
+    pub elements: Elements,
+    /// The fixed rules, compared with the desired ones.
+    pub program: ProgramState,
+    /// What another renderer left.
+    pub leftovers: Vec<String>,
+    /// Our routes.
+    pub routes: PerFamily<VipRoute>,
+    /// Values of the sysctls that we require; missing files are absent.
+    pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts in force.
+    pub timeouts: Timeouts,
+}
+
+/// Collects operations by phase.
+#[derive(Default)]
+struct Ordered(BTreeMap<Phase, Vec<Op>>);
+
+impl Ordered {
+    fn push(&mut self, phase: Phase, op: Op) {
+        self.0.entry(phase).or_default().push(op);
+    }
+
+    fn into_ops(self) -> Vec<Op> {
+        self.0.into_values().flatten().collect()
+    }
+}
+
+/// Changes that make a whole kernel as desired.
+pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
+    let mut ops = Ordered::default();
+    for (path, value) in &desired.sysctls {
+        let was = observed.sysctls.get(path);
+        if was != Some(value) {
+            let op = Op::Sysctl { path: path.clone(), value: value.clone(), was: was.cloned() };
+            ops.push(Phase::Sysctls, op);
+        }
+    }
+    if let Some(timeouts) = desired.timeouts.filter(|t| *t != observed.timeouts) {
+        ops.push(Phase::Sysctls, Op::Timeouts { timeouts, was: observed.timeouts });
+    }
+    let install = match (&desired.program, &observed.program) {
+        (None, _) | (Some(_), ProgramState::Installed) => None,
+        (Some(program), ProgramState::Absent) => Some((program, vec!["install".to_owned()])),
+        (Some(program), ProgramState::Drifted(reasons)) => Some((program, reasons.clone())),
+    };
+    let reinstalled = install.is_some();
+    if let Some((program, reasons)) = install {
+        ops.push(Phase::MarksIn, Op::Install { program: Box::new(program.clone()), reasons });
+    }
+    if !observed.leftovers.is_empty() {
+        ops.push(Phase::Leftovers, Op::RemoveLeftovers(observed.leftovers.clone()));
+    }
+    for family in Family::ALL {
+        match (desired.routes.get(family), observed.routes.get(family)) {
+            (Some(want), have) if have != Some(want) => ops.push(Phase::RoutesIn, Op::PutRoute(*want)),
+            (None, Some(have)) => ops.push(Phase::RoutesOut, Op::DelRoute(family, have.range)),
+            _ => {}
+        }
+    }
+    let servers: BTreeSet<VirtualServerKey> =
+        desired.virtual_servers.keys().chain(observed.virtual_servers.keys()).copied().collect();
+    let elements: BTreeSet<Element> =
+        desired.elements.keys().chain(observed.elements.keys()).copied().collect();
+    diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &observed.elements);
+    diff_elements(&mut ops, &elements, desired, &observed.elements, reinstalled);
+    free_reused_marks(&mut ops, &elements, desired, &observed.elements);
+    trim_gaining_marks(&mut ops, &elements, desired, &observed.elements);
+    ops.into_ops()
+}
+
+/// Changes for some keys only, against what we know we wrote.
+pub fn plan(desired: &KernelState, known: &KernelState, touched: &Touched) -> Vec<Op> {
+    let mut ops = Ordered::default();
+    diff_servers(&mut ops, &touched.virtual_servers, desired, &known.virtual_servers, &known.elements);
+    diff_elements(&mut ops, &touched.elements, desired, &known.elements, false);
+    free_reused_marks(&mut ops, &touched.elements, desired, &known.elements);
+    trim_gaining_marks(&mut ops, &touched.elements, desired, &known.elements);
+    ops.into_ops()
+}
+
+fn diff_servers(
+    ops: &mut Ordered,
+    keys: &BTreeSet<VirtualServerKey>,
+    desired: &KernelState,
+    observed: &HashMap<VirtualServerKey, VirtualServer>,
+    elements: &Elements,
+) {
+    let mut flows = BTreeSet::new();
+    for key in keys {
+        let before = ops.0.get(&Phase::ServersOut).map_or(0, Vec::len);
+        match (desired.virtual_servers.get(key), observed.get(key)) {
+            (Some(want), None) => {
+                ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddService(*key, want.config.clone())));
+                for (real, config) in &want.reals {
+                    ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddReal(*key, *real, *config)));
+                }
+            }
+            (None, Some(have)) => {
+                ops.push(Phase::ServersOut, Op::Ipvs(IpvsChange::DelService(*key)));
+                flows.extend(have.reals.keys().map(|real| (*key, *real)));
+            }
+            (Some(want), Some(have)) => diff_server(ops, *key, want, have),
+            (None, None) => {}
+        }
+        for op in ops.0.get(&Phase::ServersOut).into_iter().flatten().skip(before) {
+            if let Op::Ipvs(IpvsChange::DelReal(key, real)) = op {
+                flows.insert((*key, *real));
+            }
+        }
+    }
+    let protocol = |key: &VirtualServerKey| {
+        let told = |servers: &HashMap<VirtualServerKey, VirtualServer>| servers.get(key)?.protocol;
+        told(&desired.virtual_servers).or_else(|| told(observed)).or_else(|| protocol_of(key.mark, elements))
+    };
+    let flows: BTreeSet<RealServerKey> = flows
+        .into_iter()
+        .filter(|(key, _)| protocol(key).is_none_or(|p| p == Protocol::Udp))
+        .map(|(_, real)| real)
+        .collect();
+    if !flows.is_empty() {
+        ops.push(Phase::FlowsOut, Op::ForgetUdp(flows));
+    }
+}
+
+/// Protocol of an IPVS service that only the kernel knows, by an entry that leads to it.
+fn protocol_of(mark: Mark, elements: &Elements) -> Option<Protocol> {
+    elements.iter().find_map(|(element, value)| match element {
+        Element::Vip(t) | Element::Published(t) if *value == Some(mark) => Some(t.protocol),
+        _ => None,
+    })
+}
+
+fn diff_server(ops: &mut Ordered, key: VirtualServerKey, want: &VirtualServer, have: &VirtualServer) {
+    if want.config != have.config {
+        ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::SetService(key, want.config.clone())));
+    }
+    for (real, config) in &want.reals {
+        match have.reals.get(real) {
+            None => ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddReal(key, *real, *config))),
+            Some(old) if old != config => {
+                // One that takes less must not go down before its replacement is there.
+                let phase = if config.weight < old.weight { Phase::ServersOut } else { Phase::ServersIn };
+                ops.push(phase, Op::Ipvs(IpvsChange::SetReal(key, *real, *config)));
+            }
+            Some(_) => {}
+        }
+    }
+    for real in have.reals.keys().filter(|real| !want.reals.contains_key(*real)) {
+        ops.push(Phase::ServersOut, Op::Ipvs(IpvsChange::DelReal(key, *real)));
+    }
+}
+
+fn diff_elements(
+    ops: &mut Ordered,
+    keys: &BTreeSet<Element>,
+    desired: &KernelState,
+    observed: &Elements,
+    reinstalled: bool,
+) {
+    // An installation brings exactly the desired elements with it, in one step.
+    if reinstalled {
+        return;
+    }
+    for element in keys {
+        match (desired.elements.get(element), observed.get(element)) {
+            (Some(want), have) if have != Some(want) => {
+                let phase = if element.is_mark() { Phase::MarksIn } else { Phase::EndpointsIn };
+                ops.push(phase, Op::Element(ElementChange::Put(*element, *want)));
+            }
+            (None, Some(_)) => {
+                let phase = if element.is_mark() { Phase::MarksOut } else { Phase::EndpointsOut };
+                ops.push(phase, Op::Element(ElementChange::Del(*element)));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// An entry that leads to a mark whose server is about to get destinations, and that is not to lead
+/// there any more, goes first: refused is better than answered by another service.
+fn free_reused_marks(
+    ops: &mut Ordered,
+    keys: &BTreeSet<Element>,
+    desired: &KernelState,
+    observed: &Elements,
+) {
+    let growing: BTreeSet<Mark> = ops
+        .0
+        .get(&Phase::ServersIn)
+        .into_iter()
+        .flatten()
+        .filter_map(|op| match op {
+            Op::Ipvs(IpvsChange::AddReal(key, ..) | IpvsChange::SetReal(key, ..)) => Some(key.mark),
+            _ => None,
+        })
+        .collect();
+    if growing.is_empty() {
+        return;
+    }
+    for element in keys {
+        let Some(Some(mark)) = observed.get(element) else { continue };
+        if growing.contains(mark) && desired.elements.get(element) != Some(&Some(*mark)) {
+            ops.push(Phase::MarksFreed, Op::Element(ElementChange::Del(*element)));
+            // The later removal of the same entry would find nothing.
+            if let Some(out) = ops.0.get_mut(&Phase::MarksOut) {
+                out.retain(|op| *op != Op::Element(ElementChange::Del(*element)));
+            }
+        }
+    }
+}
+
+/// A service that an entry is about to lead to for the first time lets go of destinations that are not
+/// wanted before that, not after.
+fn trim_gaining_marks(
+    ops: &mut Ordered,
+    keys: &BTreeSet<Element>,
+    desired: &KernelState,
+    observed: &Elements,
+) {
+    let Some(out) = ops.0.get_mut(&Phase::ServersOut) else { return };
+    let gaining: BTreeSet<Mark> = keys
+        .iter()
+        .filter(|element| observed.get(element) != desired.elements.get(element))
+        .filter_map(|element| desired.elements.get(element).copied().flatten())
+        .collect();
+    let goes = |op: &Op| matches!(op, Op::Ipvs(IpvsChange::DelService(key) | IpvsChange::DelReal(key, _) | IpvsChange::SetReal(key, ..)) if gaining.contains(&key.mark));
+    let (trimmed, rest): (Vec<Op>, Vec<Op>) = std::mem::take(out).into_iter().partition(goes);
+    *out = rest;
+    if !trimmed.is_empty() {
+        ops.0.entry(Phase::ServersTrimmed).or_default().extend(trimmed);
+    }
+}

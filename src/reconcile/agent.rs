@@ -1,0 +1,313 @@
+//! When turns happen: on events, after failures, on suspicion and at every resync.
+
+use std::{
+    collections::HashMap,
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use tracing::{debug, error, info, warn};
+
+use super::engine::{Engine, Turn};
+use crate::{dataplane::Probe, model::snapshot::Event};
+
+/// What wakes the agent.
+#[derive(Debug)]
+pub enum Input {
+    /// Objects changed; the time is when the change was seen.
+    Events(Vec<Event>, Instant),
+    /// The source has told everything it has; whether all of it could be used. Sent again when that changes.
+    Synced {
+        /// Nothing in the source was unusable.
+        complete: bool,
+    },
+    /// Addresses, links or routes of the node changed.
+    NodeChanged,
+    /// The process is to end; the kernel keeps what it has.
+    Stop,
+}
+
+/// Told about everything that happens, for metrics, state files and logs.
+pub trait Observer {
+    /// Before operations are applied: allocations and drains must be safe first.
+    ///
+    /// # Errors
+    /// A text; the turn is put off.
+    fn before_apply(&mut self, engine: &Engine) -> Result<(), String>;
+    /// After a turn. `since` is when the oldest event that it handled was seen.
+    fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>);
+    /// A turn could not even be prepared.
+    fn turn_failed(&mut self, error: &str);
+    /// Something of ours was found changed.
+    fn drift(&mut self, what: &str);
+    /// The loop is alive.
+    fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool);
+}
+
+/// Intervals of the loop.
+#[derive(Clone, Copy, Debug)]
+pub struct Pace {
+    /// Full comparison.
+    pub resync: Duration,
+    /// Cheap look. Healing takes at most a few of them.
+    pub probe: Duration,
+}
+
+/// A service dump every this many probes: with the default of one second, a missing IPVS service is
+/// found within four.
+const SERVICES_EVERY: u32 = 3;
+/// Destinations of this many services are looked at with each probe, in rotation.
+const REALS_PER_PROBE: usize = 32;
+const BACKOFF_FIRST: Duration = Duration::from_millis(100);
+const BACKOFF_MAX: Duration = Duration::from_secs(30);
+
+/// The loop.
+pub struct Agent<O> {
+    engine: Engine,
+    observer: O,
+    pace: Pace,
+    synced: bool,
+    in_sync: bool,
+    node_dirty: bool,
+    oldest: Option<Instant>,
+    backoff: Duration,
+    retry_at: Option<Instant>,
+    next_resync: Instant,
+    next_probe: Instant,
+    probes: u32,
+    rotation: usize,
+    logged: HashMap<String, Instant>,
+}
+
+impl<O: Observer> Agent<O> {
+    /// A loop around an engine.
+    pub fn new(engine: Engine, observer: O, pace: Pace) -> Self {
+        let now = Instant::now();
+        Self {
+            engine,
+            observer,
+            pace,
+            synced: false,
+            in_sync: false,
+            node_dirty: true,
+            oldest: None,
+            backoff: BACKOFF_FIRST,
+            retry_at: None,
+            next_resync: now + pace.resync,
+            next_probe: now + pace.probe,
+            probes: 0,
+            rotation: 0,
+            logged: HashMap::new(),
+        }
+    }
+
+    /// Runs until [`Input::Stop`], or until every sender is gone.
+    pub fn run(mut self, inputs: &Receiver<Input>) {
+        loop {
+            match inputs.recv_timeout(self.patience()) {
+                Ok(input) => {
+                    let mut stop = self.take(input);
+                    // Whatever is there already belongs to the same turn.
+                    while let Ok(more) = inputs.try_recv() {
+                        stop |= self.take(more);
+                    }
+                    if stop {
+                        info!("stopping; the kernel keeps what it has");
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.step();
+            self.observer.heartbeat(&self.engine, self.synced, self.in_sync);
+        }
+    }
+
+    fn take(&mut self, input: Input) -> bool {
+        match input {
+            Input::Events(events, seen) => {
+                self.engine.feed(events);
+                self.oldest = Some(self.oldest.map_or(seen, |old| old.min(seen)));
+            }
+            Input::Synced { complete } => {
+                if !self.synced {
+                    info!(services = self.engine.snapshot().services().len(), "source synced");
+                }
+                self.synced = true;
+                self.engine.synced(complete);
+                if !self.engine.held().is_empty() {
+                    let held: Vec<String> = self.engine.held().iter().map(ToString::to_string).collect();
+                    warn!(
+                        services = held.join(", "),
+                        "left as they are, since the source can't be read completely"
+                    );
+                }
+            }
+            Input::NodeChanged => self.node_dirty = true,
+            Input::Stop => return true,
+        }
+        false
+    }
+
+    /// How long nothing has to be done.
+    fn patience(&self) -> Duration {
+        let now = Instant::now();
+        let mut until = self.next_probe;
+        if let Some(retry) = self.retry_at {
+            until = until.min(retry);
+        }
+        until.saturating_duration_since(now).min(self.pace.probe)
+    }
+
+    fn step(&mut self) {
+        let now = Instant::now();
+        if self.node_dirty {
+            match self.engine.refresh_node() {
+                Ok(changed) => {
+                    self.node_dirty = false;
+                    if changed {
+                        info!(addresses = ?self.engine.facts().published_addresses, "node addresses");
+                    }
+                }
+                Err(e) => self.complain(&format!("addresses of this node: {e}")),
+            }
+        }
+        // Nothing is ever deleted, nor added, before the source has told everything.
+        if !self.synced {
+            if now >= self.next_probe {
+                self.next_probe = now + self.pace.probe;
+            }
+            return;
+        }
+        if now >= self.next_probe {
+            self.next_probe = now + self.pace.probe;
+            self.probe();
+        }
+        let resync = now >= self.next_resync;
+        if resync {
+            self.next_resync = now + self.pace.resync;
+            self.engine.distrust();
+        }
+        let may_retry = self.retry_at.is_none_or(|at| now >= at);
+        if (self.engine.is_dirty() || self.engine.needs_full()) && (may_retry || self.engine.is_dirty()) {
+            self.turn();
+        }
+    }
+
+    fn turn(&mut self) {
+        let since = self.oldest.take();
+        let full = self.engine.needs_full();
+        let start = Instant::now();
+        let ops = match self.engine.prepare(full, Timestamp::now()) {
+            Ok(ops) => ops,
+            Err(e) => {
+                self.oldest = since;
+                self.failed(&e.to_string());
+                return;
+            }
+        };
+        if let Err(e) = self.observer.before_apply(&self.engine) {
+            self.engine.distrust();
+            self.oldest = since;
+            self.failed(&e);
+            return;
+        }
+        let failures = self.engine.apply(&ops);
+        let services = self.engine.take_settled();
+        let turn = Turn { full, services, ops, failures, took: start.elapsed() };
+        for op in &turn.ops {
+            debug!("{op}");
+        }
+        if turn.failures.is_empty() {
+            self.in_sync = true;
+            self.backoff = BACKOFF_FIRST;
+            self.retry_at = None;
+            self.logged.clear();
+        } else {
+            self.in_sync = false;
+            let lines: Vec<String> = turn.failures.iter().map(|f| format!("{}: {}", f.op, f.error)).collect();
+            for line in lines.iter().take(10) {
+                self.complain(line);
+            }
+            if lines.len() > 10 {
+                self.complain(&format!("and {} more changes failed", lines.len() - 10));
+            }
+            self.back_off();
+        }
+        if !turn.ops.is_empty() {
+            info!(
+                changes = turn.ops.len(),
+                failed = turn.failures.len(),
+                full = turn.full,
+                took_ms = turn.took.as_millis() as u64,
+                "programmed"
+            );
+        }
+        self.observer.after_turn(&self.engine, &turn, since);
+    }
+
+    fn failed(&mut self, error: &str) {
+        self.in_sync = false;
+        self.complain(error);
+        self.observer.turn_failed(error);
+        self.back_off();
+    }
+
+    fn back_off(&mut self) {
+        self.retry_at = Some(Instant::now() + self.backoff);
+        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+    }
+
+    /// The same line again only after a minute.
+    fn complain(&mut self, line: &str) {
+        let now = Instant::now();
+        let fresh = self.logged.get(line).is_none_or(|at| now.duration_since(*at) > Duration::from_secs(60));
+        if fresh {
+            self.logged.insert(line.to_owned(), now);
+            error!("{line}");
+        }
+    }
+
+    fn probe(&mut self) {
+        self.probes = self.probes.wrapping_add(1);
+        let now = Timestamp::now();
+        if !self.engine.drains().is_empty()
+            && let Err(e) = self.engine.expire_drains(now)
+        {
+            self.complain(&e.to_string());
+        }
+        if self.probes.is_multiple_of(5)
+            && let Err(e) = self.engine.recheck_listeners()
+        {
+            self.complain(&e.to_string());
+        }
+        if self.engine.needs_full() {
+            return;
+        }
+        match self.look() {
+            Ok(None) => {}
+            Ok(Some(what)) => {
+                warn!("healing: {what}");
+                self.observer.drift(&what);
+                self.engine.distrust();
+            }
+            Err(e) => {
+                self.complain(&e);
+                self.engine.distrust();
+                self.back_off();
+            }
+        }
+    }
+
+    /// The cheap look: rules and sets by their own probe, IPVS services every few seconds, destinations
+    /// in rotation, routes.
+    fn look(&mut self) -> Result<Option<String>, String> {
+        if let Probe::Changed(what) = self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())? {
+            return Ok(Some(what));
+        }
+        let services = self.probes.is_multiple_of(SERVICES_EVERY);
+        self.engine.look_at_servers(services, &mut self.rotation, REALS_PER_PROBE).map_err(|e| e.to_string())
+    }
+}

@@ -1,0 +1,757 @@
+//! One turn: take events in, allocate, compile, plan, apply, remember.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use ipnet::IpNet;
+use jiff::Timestamp;
+
+use super::listeners::held;
+use crate::{
+    allocate::{Allocations, Allocator, Lock, allocate},
+    compile::{
+        Assigned, CompiledService, Inputs, Merged, base::compile_base, compile_service, merge::Touched,
+        service::Drains,
+    },
+    dataplane::{
+        AddressRules, Error, IpvsChange, Listener, ProgramState,
+        executor::{Dataplane, Failure},
+        host::{REQUIRED, Required, When},
+    },
+    model::{
+        ids::{Family, Mark, PortId, Protocol, ServiceKey},
+        kernel::{
+            BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer,
+        },
+        node::{NodeConfig, NodeFacts},
+        service::Service,
+        snapshot::{Event, Snapshot},
+    },
+    plan::{Observed, Op, plan, plan_all},
+};
+
+/// What the operator set, as the engine needs it.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The node's configuration.
+    pub node: NodeConfig,
+    /// How its addresses are chosen.
+    pub addresses: AddressRules,
+    /// IPVS timeouts to set; `None` leaves the kernel's.
+    pub timeouts: Option<Timeouts>,
+}
+
+/// What one turn did.
+#[derive(Default, Debug)]
+pub struct Turn {
+    /// Whether the kernel was read first.
+    pub full: bool,
+    /// Services that were compiled for it.
+    pub services: BTreeSet<ServiceKey>,
+    /// Operations, in their order.
+    pub ops: Vec<Op>,
+    /// Those that failed.
+    pub failures: Vec<Failure>,
+    /// Time spent, without waiting.
+    pub took: Duration,
+}
+
+/// Sources' view, allocations and what we know of the kernel, in one place. Not a thread: the caller
+/// drives it.
+pub struct Engine {
+    settings: Settings,
+    /// The kernel side.
+    pub dataplane: Dataplane,
+    snapshot: Snapshot,
+    allocator: Allocator,
+    /// Grows whenever allocations change.
+    generation: u64,
+    /// Set until the first look at the kernel when there is no state of earlier runs: marks are then taken
+    /// over from the kernel.
+    recover: Option<Lock>,
+    merged: Merged,
+    facts: NodeFacts,
+    bridges: Bridges,
+    /// What we wrote or read last. Only worth something while `trusted`.
+    known: KernelState,
+    trusted: bool,
+    drains: Drains,
+    blocked: BTreeMap<(Protocol, u16), ServiceKey>,
+    dirty: BTreeSet<ServiceKey>,
+    held: BTreeSet<ServiceKey>,
+    /// Services that were compiled since the caller asked last.
+    settled: BTreeSet<ServiceKey>,
+    /// Values that required sysctls had before the first change, by path.
+    originals: BTreeMap<String, String>,
+    timeouts_before: Option<Timeouts>,
+    /// Marks that we have given out now or earlier and that the kernel may still have.
+    ours: BTreeSet<Mark>,
+}
+
+/// Bridges with local endpoints, and how their replies are brought back to us.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+struct Bridges {
+    /// Families that need `bridge-nf-call-*`.
+    sysctls: BTreeSet<&'static str>,
+    /// Where the sysctl can't be had.
+    masquerade: Vec<BridgeSubnet>,
+}
+
+impl Engine {
+    /// An engine that knows nothing of its kernel yet: its first turn has to be a full one.
+    pub fn new(
+        settings: Settings,
+        dataplane: Dataplane,
+        previous: Allocations,
+        lock: Lock,
+        drains: Drains,
+    ) -> Self {
+        let ours = previous.known_marks();
+        Self {
+            recover: previous.services.is_empty().then(|| lock.clone()),
+            allocator: Allocator::new(settings.node.clone(), previous, lock, BTreeSet::new()),
+            generation: 0,
+            settings,
+            dataplane,
+            snapshot: Snapshot::default(),
+            merged: Merged::default(),
+            facts: NodeFacts::default(),
+            bridges: Bridges::default(),
+            known: KernelState::default(),
+            trusted: false,
+            drains,
+            blocked: BTreeMap::new(),
+            dirty: BTreeSet::new(),
+            held: BTreeSet::new(),
+            settled: BTreeSet::new(),
+            originals: BTreeMap::new(),
+            timeouts_before: None,
+            ours,
+        }
+    }
+
+    /// Takes events in; nothing happens before the next turn.
+    pub fn feed(&mut self, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            self.snapshot.apply(event, &mut self.dirty);
+        }
+    }
+
+    /// Whether a turn has something to do.
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// The services.
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// The desired state and the services it came from.
+    pub fn merged(&self) -> &Merged {
+        &self.merged
+    }
+
+    /// Grows whenever [`Self::allocator`]'s allocations change.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The allocator, for its conflicts and for the state file.
+    pub fn allocator(&self) -> &Allocator {
+        &self.allocator
+    }
+
+    /// Values that sysctls had before we changed them, with those that earlier runs noted.
+    pub fn sysctl_originals(&self, earlier: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+        let mut out = self.originals.clone();
+        out.extend(earlier.iter().map(|(path, value)| (path.clone(), value.clone())));
+        out
+    }
+
+    /// The timeouts that we set, and those before, unless an earlier run noted them.
+    pub fn timeouts(&self, earlier: Option<(Timeouts, Timeouts)>) -> Option<(Timeouts, Timeouts)> {
+        let ours = self.settings.timeouts?;
+        let before = earlier.map(|(_, before)| before).or(self.timeouts_before)?;
+        Some((ours, before))
+    }
+
+    /// Drains that run.
+    pub fn drains(&self) -> &Drains {
+        &self.drains
+    }
+
+    /// Published ports that a host socket keeps us from serving here, with their services.
+    pub fn blocked(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
+        &self.blocked
+    }
+
+    /// The node as it was last seen.
+    pub fn facts(&self) -> &NodeFacts {
+        &self.facts
+    }
+
+    /// The settings.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Forgets what we know of the kernel: the next turn reads it.
+    pub fn distrust(&mut self) {
+        self.trusted = false;
+    }
+
+    /// Whether the next turn reads the kernel first.
+    pub fn needs_full(&self) -> bool {
+        !self.trusted
+    }
+
+    /// Whether a mark is one of ours: given out now or earlier by this node, or the sentinel.
+    fn is_ours(ours: &BTreeSet<Mark>, settings: &Settings, mark: Mark) -> bool {
+        mark == settings.node.mask.sentinel() || ours.contains(&mark)
+    }
+
+    /// Reads the node's addresses; when they changed, everything is compiled again.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn refresh_node(&mut self) -> Result<bool, Error> {
+        let facts = self.dataplane.host.facts(&self.settings.addresses)?;
+        if facts == self.facts {
+            return Ok(false);
+        }
+        self.facts = facts;
+        self.dirty.extend(self.snapshot.services().keys().cloned());
+        self.set_base();
+        self.trusted = false;
+        Ok(true)
+    }
+
+    fn set_base(&mut self) {
+        let needed = |required: &Required| match required.when {
+            When::Always => true,
+            When::V6Range => self.settings.node.ranges.v6.is_some() && self.facts.primary.v6.is_some(),
+            When::V4EndpointOnBridge | When::V6EndpointOnBridge => {
+                self.bridges.sysctls.contains(required.path)
+            }
+        };
+        let sysctls = REQUIRED
+            .iter()
+            .filter(|required| needed(required))
+            .map(|required| (required.path.to_owned(), required.value.to_owned()))
+            .collect();
+        let base = compile_base(
+            &self.settings.node,
+            &self.facts,
+            sysctls,
+            self.bridges.masquerade.clone(),
+            self.settings.timeouts,
+        );
+        self.merged.set_base(base);
+    }
+
+    /// Bridges with local endpoints need `bridge-nf-call-*`, or masquerading where that can't be had.
+    fn refresh_bridges(&mut self) -> Result<(), Error> {
+        let (first, last) =
+            (Element::Local(Ipv4Addr::UNSPECIFIED.into()), Element::Local(Ipv6Addr::from(u128::MAX).into()));
+        let local: BTreeSet<IpAddr> = self
+            .merged
+            .state()
+            .elements
+            .range(first..=last)
+            .filter_map(|(e, _)| if let Element::Local(addr) = e { Some(*addr) } else { None })
+            .collect();
+        let mut bridges = Bridges::default();
+        if !local.is_empty() {
+            for bridge in self.dataplane.host.bridges_of(&local)? {
+                let path = match bridge.subnet {
+                    IpNet::V4(_) => "net/bridge/bridge-nf-call-iptables",
+                    IpNet::V6(_) => "net/bridge/bridge-nf-call-ip6tables",
+                };
+                let settable = self.dataplane.host.sysctl(path)?.is_some();
+                if settable {
+                    bridges.sysctls.insert(path);
+                } else {
+                    bridges.masquerade.push(bridge);
+                }
+            }
+        }
+        if bridges != self.bridges {
+            self.bridges = bridges;
+            self.set_base();
+            self.trusted = false;
+        }
+        Ok(())
+    }
+
+    /// Allocates and compiles whatever is dirty.
+    fn settle(&mut self, now: Timestamp) -> Result<Touched, Error> {
+        let mut touched = Touched::default();
+        if self.dirty.is_empty() {
+            return Ok(touched);
+        }
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let changed = self.allocator.update(&dirty, self.snapshot.services());
+        self.generation += u64::from(!changed.is_empty());
+        for key in &changed {
+            self.ours.extend(self.allocator.get(key).into_iter().flat_map(|a| a.marks.values()));
+        }
+        dirty.extend(changed);
+        self.find_blocked(&dirty)?;
+        self.settled.extend(dirty.iter().cloned());
+        for key in dirty {
+            let compiled = self.compile_one(&key, now);
+            self.remember_drains(&key, compiled.as_deref());
+            self.merged.replace(&key, compiled, &mut touched);
+        }
+        Ok(touched)
+    }
+
+    fn compile_one(&self, key: &ServiceKey, now: Timestamp) -> Option<Arc<CompiledService>> {
+        let service = self.snapshot.services().get(key)?;
+        let allocation = self.allocator.get(key)?;
+        let assigned = Assigned {
+            vips: allocation.vips,
+            published: allocation.published.clone(),
+            marks: allocation.marks.clone(),
+        };
+        let inputs = Inputs {
+            config: &self.settings.node,
+            facts: &self.facts,
+            present: &self.known.virtual_servers,
+            drains: &self.drains,
+            blocked: &|protocol, port| self.blocked.contains_key(&(protocol, port)),
+            now,
+        };
+        Some(Arc::new(compile_service(service, &self.snapshot.slices_for(service), &assigned, &inputs)))
+    }
+
+    fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
+        if let Some(old) = self.merged.services().get(key) {
+            for (drain, _) in old.drains() {
+                self.drains.remove(&drain);
+            }
+        }
+        let Some(new) = new else { return };
+        // Drains from the state file have no compiled service yet: those of this service's marks that
+        // the new result does not have are over.
+        let marks: BTreeSet<Mark> = new.virtual_servers.keys().map(|k| k.mark).collect();
+        self.drains.retain(|(vs, _), _| !marks.contains(&vs.mark));
+        self.drains.extend(new.drains());
+    }
+
+    /// Published ports that are about to be programmed for the first time, while a socket of the host
+    /// holds them, are not taken from it.
+    fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
+        let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
+        let gone: BTreeSet<ServiceKey> = dirty.clone();
+        self.blocked.retain(|_, owner| !gone.contains(owner));
+        for key in dirty {
+            let (Some(service), Some(allocation)) =
+                (self.snapshot.services().get(key), self.allocator.get(key))
+            else {
+                continue;
+            };
+            for port in &service.ports {
+                let Some(&first) = allocation.published.get(&port.id()) else { continue };
+                for number in first..=first.saturating_add(port.span().saturating_sub(1)) {
+                    if !self.is_live(port.protocol, number) {
+                        wanted.insert((port.protocol, number), key.clone());
+                    }
+                }
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let listeners = self.dataplane.host.listeners()?;
+        let ports: BTreeSet<_> = wanted.keys().copied().collect();
+        let found = held(&ports, &listeners, &self.facts, |protocol, port| {
+            wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+        });
+        for port in found {
+            if let Some(owner) = wanted.remove(&port) {
+                self.blocked.insert(port, owner);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel leads packets for a published port to us already.
+    fn is_live(&self, protocol: Protocol, port: u16) -> bool {
+        self.facts.published_addresses.iter().any(|&addr| {
+            self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
+        })
+    }
+
+    /// Whether a service has an endpoint on the host network of this node that listens on that port.
+    fn has_own_endpoint(&self, key: &ServiceKey, protocol: Protocol, port: u16) -> bool {
+        let Some(service) = self.snapshot.services().get(key) else { return false };
+        self.snapshot.slices_for(service).iter().any(|slice| {
+            let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
+            listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
+        })
+    }
+
+    /// Looks again at ports that were blocked, and reports sockets that came later.
+    ///
+    /// # Errors
+    /// When the sockets can't be listed.
+    pub fn recheck_listeners(&mut self) -> Result<(), Error> {
+        if self.blocked.is_empty() {
+            return Ok(());
+        }
+        let listeners: Vec<Listener> = self.dataplane.host.listeners()?;
+        let ports: BTreeSet<_> = self.blocked.keys().copied().collect();
+        let still = held(&ports, &listeners, &self.facts, |_, _| false);
+        for (port, owner) in &self.blocked {
+            if !still.contains(port) {
+                self.dirty.insert(owner.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Drained real servers whose last connection is gone, or whose time is up, are let go.
+    ///
+    /// # Errors
+    /// When the connection counts can't be read.
+    pub fn expire_drains(&mut self, now: Timestamp) -> Result<(), Error> {
+        let mut looked: BTreeMap<_, BTreeMap<RealServerKey, u32>> = BTreeMap::new();
+        let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
+        for ((vs, real), until) in keys {
+            let mut over = until <= now;
+            if !over {
+                let active = match looked.get(&vs) {
+                    Some(known) => known,
+                    None => {
+                        let reals = self.dataplane.ipvs.reals(vs)?;
+                        let counts = reals.into_iter().map(|(real, (_, c))| (real, c.active)).collect();
+                        looked.entry(vs).or_insert(counts)
+                    }
+                };
+                over = active.get(&real).copied().unwrap_or(0) == 0;
+            }
+            if over {
+                self.drains.insert((vs, real), now);
+                if let Some(owner) = self.merged.owner(vs.mark) {
+                    self.dirty.insert(owner.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// When the next drain ends at the latest.
+    pub fn next_drain(&self) -> Option<Timestamp> {
+        self.drains.values().min().copied()
+    }
+
+    /// What is to be done now, without doing it; `full` reads the kernel first.
+    ///
+    /// # Errors
+    /// When the kernel can't be read.
+    pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
+        if full || !self.trusted {
+            return self.prepare_full(now).map(|(ops, _)| ops);
+        }
+        let touched = self.settle(now)?;
+        if touched.elements.iter().any(|e| matches!(e, Element::Local(_))) {
+            self.refresh_bridges()?;
+        }
+        if !self.trusted {
+            return self.prepare_full(now).map(|(ops, _)| ops);
+        }
+        Ok(plan(self.merged.state(), &self.known, &touched))
+    }
+
+    /// Reads the kernel, compares all of it, and gives what it found besides.
+    ///
+    /// # Errors
+    /// When the kernel can't be read.
+    pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        let mut observed = self.observe()?;
+        self.adopt(&observed);
+        self.trusted = true;
+        self.settle(now)?;
+        self.refresh_bridges()?;
+        if !self.trusted {
+            // What the rules should be has changed meanwhile: look at them with that in mind.
+            observed = self.observe()?;
+            self.trusted = true;
+        }
+        self.know(&observed);
+        let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
+        let ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
+        Ok((ops, observed))
+    }
+
+    /// The observed state without what belongs to services that the source does not have but may be
+    /// meant to have: they are left as they are.
+    fn without_held(&self, observed: &Observed) -> Observed {
+        let marks: BTreeSet<Mark> =
+            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
+        let wanted = &self.merged.state().elements;
+        let mut out = observed.clone();
+        out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
+        out.elements.retain(|element, mark| match mark {
+            Some(mark) => !marks.contains(mark),
+            None => wanted.contains_key(element),
+        });
+        out
+    }
+
+    /// The source has told everything it has. Services of earlier runs that it does not have are gone,
+    /// unless it is not `complete`: then they may be in what could not be read, and are left alone.
+    pub fn synced(&mut self, complete: bool) {
+        let unseen = self
+            .allocator
+            .remembered()
+            .filter(|key| !self.snapshot.services().contains_key(*key))
+            .cloned()
+            .collect::<BTreeSet<_>>();
+        if complete {
+            self.held.clear();
+            self.allocator.forget(&unseen);
+            self.generation += u64::from(!unseen.is_empty());
+            self.trusted &= unseen.is_empty();
+        } else {
+            self.held = unseen;
+        }
+    }
+
+    /// Services that were compiled since the last call.
+    pub fn take_settled(&mut self) -> BTreeSet<ServiceKey> {
+        std::mem::take(&mut self.settled)
+    }
+
+    /// Services that are left alone because the source can't be read completely.
+    pub fn held(&self) -> &BTreeSet<ServiceKey> {
+        &self.held
+    }
+
+    fn observe(&mut self) -> Result<Observed, Error> {
+        if self.merged.state().program.is_none() {
+            self.set_base();
+        }
+        let (ours, settings) = (&self.ours, &self.settings);
+        let ranges = settings.node.ranges;
+        self.dataplane.observe(self.merged.state(), &ranges, &|mark| Self::is_ours(ours, settings, mark))
+    }
+
+    /// Takes what the kernel has into account: marks that lead where we want to lead keep doing so
+    /// (after a lost state file), and real servers that are there without being wanted are drained.
+    fn adopt(&mut self, observed: &Observed) {
+        self.know(observed);
+        self.ours.extend(observed.elements.values().flatten().copied());
+        if let Some(lock) = self.recover.take() {
+            let found = recover_allocations(
+                &observed.elements,
+                &self.settings.node,
+                self.snapshot.services(),
+                &lock,
+                &observed.foreign_marks,
+            );
+            self.allocator =
+                Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());
+            self.dirty.extend(self.snapshot.services().keys().cloned());
+        } else {
+            self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
+        }
+        for (key, server) in &observed.virtual_servers {
+            let Some(owner) = self.merged.owner(key.mark) else { continue };
+            let want = self.merged.state().virtual_servers.get(key);
+            if server.reals.keys().any(|real| want.is_none_or(|w| !w.reals.contains_key(real))) {
+                self.dirty.insert(owner.clone());
+            }
+        }
+    }
+
+    fn know(&mut self, observed: &Observed) {
+        self.known.virtual_servers.clone_from(&observed.virtual_servers);
+        self.known.elements.clone_from(&observed.elements);
+        self.known.routes = observed.routes;
+        self.known.sysctls.clone_from(&observed.sysctls);
+        self.known.program = match &observed.program {
+            ProgramState::Installed => self.merged.state().program.clone(),
+            _ => None,
+        };
+    }
+
+    /// One turn: prepares, applies and remembers.
+    ///
+    /// # Errors
+    /// When the kernel can't be read. Changes that fail are in the result.
+    pub fn turn(&mut self, full: bool, now: Timestamp) -> Result<Turn, Error> {
+        let start = Instant::now();
+        let full = full || !self.trusted;
+        let ops = self.prepare(full, now)?;
+        let failures = self.apply(&ops);
+        Ok(Turn { full, services: self.take_settled(), ops, failures, took: start.elapsed() })
+    }
+
+    /// Applies prepared operations.
+    pub fn apply(&mut self, ops: &[Op]) -> Vec<Failure> {
+        let failures = self.dataplane.apply(ops, self.merged.state());
+        for op in ops {
+            self.remember(op);
+        }
+        self.trusted = failures.is_empty();
+        if failures.is_empty() && self.allocator.has_retired_marks() {
+            self.dirty.extend(self.allocator.commit());
+            self.generation += 1;
+        }
+        failures
+    }
+
+    /// Updates what we know by one operation. After a failure the knowledge is not used.
+    fn remember(&mut self, op: &Op) {
+        let servers = &mut self.known.virtual_servers;
+        match op {
+            Op::Ipvs(change) => match change {
+                IpvsChange::AddService(key, config) | IpvsChange::SetService(key, config) => {
+                    let protocol = self.merged.state().virtual_servers.get(key).and_then(|s| s.protocol);
+                    servers.entry(*key).and_modify(|server| server.config = config.clone()).or_insert_with(
+                        || VirtualServer { config: config.clone(), protocol, reals: BTreeMap::new() },
+                    );
+                }
+                IpvsChange::DelService(key) => {
+                    servers.remove(key);
+                }
+                IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
+                    if let Some(server) = servers.get_mut(key) {
+                        server.reals.insert(*real, *config);
+                    }
+                }
+                IpvsChange::DelReal(key, real) => {
+                    if let Some(server) = servers.get_mut(key) {
+                        server.reals.remove(real);
+                    }
+                }
+            },
+            Op::Element(crate::dataplane::ElementChange::Put(element, mark)) => {
+                self.known.elements.insert(*element, *mark);
+            }
+            Op::Element(crate::dataplane::ElementChange::Del(element)) => {
+                self.known.elements.remove(element);
+            }
+            Op::Install { program, .. } => {
+                self.known.program = Some((**program).clone());
+                self.known.elements.clone_from(&self.merged.state().elements);
+            }
+            Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
+            Op::DelRoute(family, _) => self.known.routes.set(*family, None),
+            Op::Sysctl { path, value, was } => {
+                if let Some(was) = was {
+                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
+                }
+                self.known.sysctls.insert(path.clone(), value.clone());
+            }
+            Op::Timeouts { timeouts, was } => {
+                self.timeouts_before.get_or_insert(*was);
+                self.known.timeouts = Some(*timeouts);
+            }
+            Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
+        }
+    }
+
+    /// Compares IPVS with what we know we wrote, cheaply: destinations of the next `count` services in
+    /// rotation, all services where `services` says so, and the routes. Says what differs.
+    ///
+    /// # Errors
+    /// When the kernel can't be read.
+    pub fn look_at_servers(
+        &mut self,
+        services: bool,
+        rotation: &mut usize,
+        count: usize,
+    ) -> Result<Option<String>, Error> {
+        let ranges = self.settings.node.ranges;
+        let routes = self.dataplane.host.vip_routes(&ranges)?;
+        if routes != self.known.routes {
+            return Ok(Some("the route of a VIP range is not as it should be".into()));
+        }
+        if services {
+            let (ours, settings) = (&self.ours, &self.settings);
+            let found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
+            if let Some((key, _)) =
+                self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
+            {
+                return Ok(Some(format!("IPVS service {key} is missing or different")));
+            }
+            if found.len() != self.known.virtual_servers.len() {
+                return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
+            }
+        }
+        let total = self.known.virtual_servers.len();
+        if total == 0 {
+            return Ok(None);
+        }
+        let start = *rotation % total;
+        let keys: Vec<_> =
+            self.known.virtual_servers.keys().skip(start).take(count.min(total)).copied().collect();
+        *rotation = start + keys.len();
+        for key in keys {
+            let found = self.dataplane.ipvs.reals(key)?;
+            let known = &self.known.virtual_servers[&key].reals;
+            let same = found.len() == known.len()
+                && found.iter().all(|(real, (config, _))| known.get(real) == Some(config));
+            if !same {
+                return Ok(Some(format!("destinations of IPVS service {key} are not as they should be")));
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Allocations after a lost state file: VIPs and published ports as their names give them, marks as the
+/// kernel has them for the same addresses and ports, so that connections go on.
+fn recover_allocations(
+    elements: &Elements,
+    node: &NodeConfig,
+    services: &BTreeMap<ServiceKey, Arc<Service>>,
+    lock: &Lock,
+    foreign: &BTreeSet<Mark>,
+) -> Allocations {
+    let fresh = allocate(services, node, Allocations::default(), lock.clone(), foreign.clone());
+    let mut out = fresh.allocations();
+    let mark_at = |addr, port: &PortId, number| {
+        let target = Target { addr, protocol: port.protocol, port: number };
+        elements.get(&Element::Vip(target)).copied().flatten()
+    };
+    for kept in out.services.values_mut() {
+        let vips: Vec<_> = kept.vips.iter().map(|(_, vip)| *vip).collect();
+        let ingress: Vec<_> = Family::ALL.into_iter().filter_map(|f| node.ingress(f)).collect();
+        kept.marks = kept
+            .marks
+            .keys()
+            .filter_map(|port| {
+                let by_vip = vips.iter().find_map(|vip| mark_at(*vip, port, port.port));
+                let published = kept.published.get(port);
+                let by_port = || published.and_then(|n| ingress.iter().find_map(|a| mark_at(*a, port, *n)));
+                Some((*port, by_vip.or_else(by_port)?))
+            })
+            .collect();
+        kept.ingress_marks = kept
+            .ingress_marks
+            .keys()
+            .filter_map(|port| {
+                let number = kept.published.get(port)?;
+                Some((*port, ingress.iter().find_map(|a| mark_at(*a, port, *number))?))
+            })
+            .collect();
+    }
+    // Everything else that our sets lead to is not given out until it is gone from the kernel.
+    let used: BTreeSet<Mark> = out
+        .services
+        .values()
+        .flat_map(|k| k.marks.values().chain(k.ingress_marks.values()))
+        .copied()
+        .collect();
+    out.retired_marks = elements.values().flatten().filter(|mark| !used.contains(mark)).copied().collect();
+    out
+}

@@ -1,0 +1,9 @@
+//! The loop that keeps the kernel as desired: [`engine`] makes one turn, [`agent`] decides when.
+
+pub mod agent;
+pub mod engine;
+pub mod listeners;
+#[cfg(test)]
+mod tests;
+
+pub use engine::{Engine, Settings, Turn};

@@ -1,0 +1,242 @@
+//! The engine on a kernel in memory.
+
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::{Engine, Settings};
+use crate::{
+    allocate::{Allocations, Lock},
+    compile::service::Drains,
+    dataplane::{AddressRules, Listener, executor::Dataplane, fake::FakeKernel},
+    model::{
+        fixtures::{config, endpoint, facts, port, published, service, slice},
+        ids::{Family, Mark, Protocol},
+        kernel::{Element, RealServerKey, VirtualServer, VirtualServerConfig, VirtualServerKey},
+        service::{Service, ServicePort},
+        snapshot::Event,
+    },
+};
+
+fn now() -> Timestamp {
+    Timestamp::from_second(1_800_000_000).unwrap()
+}
+
+fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
+    kernel.lock().facts = facts();
+    let settings = Settings { node: config(), addresses: AddressRules::default(), timeouts: None };
+    let dataplane = Dataplane {
+        ipvs: Box::new(kernel.clone()),
+        netfilter: Box::new(kernel.clone()),
+        host: Box::new(kernel.clone()),
+    };
+    let mut engine = Engine::new(settings, dataplane, previous, Lock::default(), Drains::new());
+    engine.refresh_node().unwrap();
+    engine
+}
+
+fn service_with(name: &str, port: ServicePort) -> Event {
+    Event::Service(Arc::new(Service { ports: vec![port], ..service(name) }))
+}
+
+fn endpoints(name: &str, addresses: &[&str]) -> Event {
+    Event::Slice(slice(name, addresses.iter().map(|a| endpoint(a, "n1")).collect()))
+}
+
+fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
+    let mut engine = engine(kernel, previous);
+    engine.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+    ]);
+    engine.synced(true);
+    engine
+}
+
+fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
+    let turn = engine.turn(full, now()).unwrap();
+    assert_eq!(turn.failures, vec![]);
+    turn.ops.iter().map(ToString::to_string).collect()
+}
+
+fn server_of(engine: &Engine, name: &str) -> VirtualServerKey {
+    let services = engine.merged().services();
+    let service = services.values().find(|s| &*s.key.name == name).unwrap();
+    *service.virtual_servers.keys().next().unwrap()
+}
+
+#[test]
+fn a_second_look_at_the_same_kernel_writes_nothing() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    assert!(!turn(&mut engine, true).is_empty());
+    let writes = kernel.lock().writes;
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    assert_eq!(kernel.lock().writes, writes);
+}
+
+#[test]
+fn a_restart_on_a_matching_kernel_writes_nothing_with_or_without_the_state_file() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let writes = kernel.lock().writes;
+    for previous in [first.allocator().allocations(), Allocations::default()] {
+        let mut second = vote(&kernel, previous);
+        assert_eq!(turn(&mut second, true), Vec::<String>::new());
+        assert_eq!(kernel.lock().writes, writes);
+    }
+}
+
+#[test]
+fn one_endpoint_more_is_one_destination_and_its_addresses() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    engine.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12", "10.244.1.13"])]);
+    let ops = turn(&mut engine, false);
+    assert_eq!(
+        ops,
+        [
+            "+ set local 10.244.1.13",
+            "+ set endpoints 10.244.1.13",
+            "+ ipvs FWM 256 IPv4 -> 10.244.1.13:8080 weight 1"
+        ]
+    );
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+}
+
+#[test]
+fn a_removed_endpoint_drains_until_its_connections_are_gone() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let real = RealServerKey { addr: "10.244.1.12".parse().unwrap(), port: 8080 };
+    kernel.lock().active.insert(real, 1);
+    engine.feed([endpoints("vote", &["10.244.1.11"])]);
+    let ops = turn(&mut engine, false);
+    assert!(ops.contains(&"~ ipvs FWM 256 IPv4 -> 10.244.1.12:8080 weight 0".to_owned()), "{ops:?}");
+
+    engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
+    assert!(!engine.is_dirty(), "a connection is left");
+    kernel.lock().active.clear();
+    let later = now() + SignedDuration::from_secs(2);
+    engine.expire_drains(later).unwrap();
+    let done = engine.turn(false, later).unwrap();
+    let ops: Vec<String> = done.ops.iter().map(ToString::to_string).collect();
+    assert!(ops.contains(&"- ipvs FWM 256 IPv4 -> 10.244.1.12:8080".to_owned()), "{ops:?}");
+    assert!(engine.drains().is_empty());
+}
+
+#[test]
+fn an_endpoint_that_went_while_no_agent_ran_drains_too() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let mut second = engine(&kernel, first.allocator().allocations());
+    second
+        .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
+    second.synced(true);
+    let ops = turn(&mut second, true);
+    assert!(ops.contains(&"~ ipvs FWM 256 IPv4 -> 10.244.1.12:8080 weight 0".to_owned()), "{ops:?}");
+}
+
+#[test]
+fn another_programs_service_is_neither_touched_nor_is_its_mark_given_out() {
+    let kernel = FakeKernel::default();
+    let foreign = VirtualServerKey { family: Family::V4, mark: Mark(0x100) };
+    let server = VirtualServer {
+        config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
+        protocol: None,
+        reals: [].into(),
+    };
+    kernel.lock().state.virtual_servers.insert(foreign, server.clone());
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    assert_ne!(server_of(&engine, "vote").mark, Mark(0x100));
+    engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
+    turn(&mut engine, true);
+    assert_eq!(kernel.lock().state.virtual_servers[&foreign], server);
+}
+
+#[test]
+fn a_deleted_service_leaves_nothing() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
+    turn(&mut engine, false);
+    let inner = kernel.lock();
+    assert!(inner.state.elements.is_empty());
+    assert!(inner.state.virtual_servers.keys().all(|k| k.mark == config().mask.sentinel()));
+}
+
+#[test]
+fn a_change_that_fails_is_made_good() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    kernel.lock().faults.push("-> 10.244.1.12:8080".into());
+    let failed = engine.turn(true, now()).unwrap();
+    assert_eq!(failed.failures.len(), 1);
+    assert!(engine.needs_full());
+    let ops = turn(&mut engine, false);
+    assert_eq!(ops, ["+ ipvs FWM 256 IPv4 -> 10.244.1.12:8080 weight 1"]);
+}
+
+#[test]
+fn no_vip_route_without_the_rules_that_guard_it() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    kernel.lock().faults.push("install".into());
+    let failed = engine.turn(true, now()).unwrap();
+    assert_eq!(failed.failures.len(), 3, "{:?}", failed.failures);
+    assert!(kernel.lock().state.routes.is_empty());
+    turn(&mut engine, true);
+    assert!(!kernel.lock().state.routes.is_empty());
+}
+
+#[test]
+fn a_source_that_cannot_be_read_completely_takes_nothing_away() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    first.feed([service_with("other", port(81, 8080)), endpoints("other", &["10.244.1.13"])]);
+    turn(&mut first, true);
+    let before = kernel.lock().state.clone();
+
+    let mut second = engine(&kernel, first.allocator().allocations());
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+    ]);
+    second.synced(false);
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    assert_eq!(kernel.lock().state, before);
+    assert_eq!(second.held().len(), 1);
+    // It stays ours to remove once the source is whole again.
+    second.synced(true);
+    turn(&mut second, true);
+    assert!(!kernel.lock().state.elements.contains_key(&Element::Local("10.244.1.13".parse().unwrap())));
+}
+
+#[test]
+fn a_published_port_that_a_host_socket_holds_waits_until_it_is_free() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    let addr = "0.0.0.0".parse().unwrap();
+    kernel.lock().listeners = vec![Listener { protocol: Protocol::Tcp, addr, port: 30080 }];
+    let ops = turn(&mut engine, true);
+    assert!(!ops.iter().any(|op| op.contains("published")), "{ops:?}");
+    assert_eq!(engine.blocked().len(), 1);
+
+    kernel.lock().listeners.clear();
+    engine.recheck_listeners().unwrap();
+    let ops = turn(&mut engine, false);
+    assert!(ops.iter().any(|op| op.starts_with("+ set published")), "{ops:?}");
+    assert!(engine.blocked().is_empty());
+
+    // One that comes later does not take the port away.
+    kernel.lock().listeners = vec![Listener { protocol: Protocol::Tcp, addr, port: 30080 }];
+    engine.feed([endpoints("vote", &["10.244.1.11"])]);
+    let ops = turn(&mut engine, false);
+    assert!(!ops.iter().any(|op| op.starts_with("- set published")), "{ops:?}");
+}

@@ -1,0 +1,374 @@
+//! Reads manifests: one file, or a whole folder once.
+
+use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use super::{
+    document::{self, Node},
+    problem::{Problem, Severity},
+    store::Store,
+};
+use crate::{
+    api::{self, FieldError, Reason},
+    model::{endpoints::Slice, ids::ServiceKey, node::NodeConfig, service::Service, snapshot::Event},
+};
+
+/// Files bigger than this are not read: 10,000 services fit in half of it.
+const MAX_FILE_BYTES: u64 = 64 << 20;
+
+/// Kind and name of an object.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct ObjectId {
+    /// Its kind.
+    pub kind: Kind,
+    /// Its name.
+    pub key: ServiceKey,
+}
+
+impl std::fmt::Display for ObjectId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.kind.as_str(), self.key)
+    }
+}
+
+/// Kinds of objects that we use.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    /// `meshlb.dev/v1alpha1 MeshService`.
+    Service,
+    /// `discovery.k8s.io/v1 EndpointSlice`.
+    Slice,
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Service => api::KIND,
+            Self::Slice => "EndpointSlice",
+        }
+    }
+}
+
+/// An object in domain types.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Object {
+    /// A service.
+    Service(Arc<Service>),
+    /// A slice.
+    Slice(Arc<Slice>),
+}
+
+impl Object {
+    /// The event that brings it in.
+    pub fn event(&self) -> Event {
+        match self {
+            Self::Service(service) => Event::Service(service.clone()),
+            Self::Slice(slice) => Event::Slice(slice.clone()),
+        }
+    }
+}
+
+/// What a manifest comes to.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Verdict {
+    /// It can be used.
+    Good(Object),
+    /// It is right, but must not be served: it asks for something that this program can't do yet.
+    Withheld,
+    /// It is wrong: its last good version stays in force.
+    Wrong,
+}
+
+/// One object of a file.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Entry {
+    /// Which object.
+    pub id: ObjectId,
+    /// Where it starts.
+    pub line: u64,
+    /// What it comes to.
+    pub verdict: Verdict,
+}
+
+/// What is in a file.
+#[derive(Clone, PartialEq, Default, Debug)]
+pub struct ParsedFile {
+    /// Its objects, in order; none occurs twice.
+    pub entries: Vec<Entry>,
+    /// What is wrong with it.
+    pub problems: Vec<Problem>,
+    /// Whether some object in it could not even be named, so that an object which is not in `entries` may
+    /// still be meant to exist.
+    pub incomplete: bool,
+}
+
+/// A folder read once.
+#[derive(Default, Debug)]
+pub struct Loaded {
+    /// The services that can be used.
+    pub services: BTreeMap<ServiceKey, Arc<Service>>,
+    /// The slices that can be used.
+    pub slices: BTreeMap<ServiceKey, Arc<Slice>>,
+    /// All that is wrong.
+    pub problems: Vec<Problem>,
+}
+
+impl Loaded {
+    /// Whether the folder is known to its last object. If not, what is missing here may be meant to exist.
+    pub fn is_complete(&self) -> bool {
+        self.problems.iter().all(|p| p.severity < Severity::Error)
+    }
+
+    /// The whole content as events.
+    pub fn events(&self) -> Vec<Event> {
+        let slices = self.slices.values().cloned().map(Event::Slice);
+        slices.chain(self.services.values().cloned().map(Event::Service)).collect()
+    }
+}
+
+/// Reads a folder once.
+///
+/// With a `config`, the rules that depend on it (VIP ranges, reserved ports) are applied too.
+///
+/// # Errors
+/// The folder itself can't be read: that is not an empty folder.
+pub fn load(dir: &Path, config: Option<&NodeConfig>) -> Result<Loaded, Problem> {
+    let names = list(dir).map_err(|e| unreadable(dir, &e))?;
+    let mut store = Store::default();
+    for (name, parsed) in read_all(dir, &names, config) {
+        store.replace(name, parsed);
+    }
+    let mut loaded = Loaded::default();
+    for event in store.take_events() {
+        match event {
+            Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
+            Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
+            Event::ServiceGone(_) | Event::SliceGone(_) => {}
+        }
+    }
+    loaded.problems = store.problems(dir);
+    Ok(loaded)
+}
+
+/// The problem of a folder or file that can't be read.
+pub fn unreadable(path: &Path, error: &io::Error) -> Problem {
+    let message = match error.kind() {
+        io::ErrorKind::NotFound => "does not exist".into(),
+        io::ErrorKind::PermissionDenied => "may not be read: permission denied".into(),
+        io::ErrorKind::NotADirectory => "is not a directory".into(),
+        _ => format!("can't be read: {error}"),
+    };
+    Problem { file: path.into(), line: None, object: None, field: None, message, severity: Severity::Error }
+}
+
+/// Names of the manifests in a folder, sorted.
+///
+/// # Errors
+/// The folder can't be read to its end.
+pub fn list(dir: &Path) -> io::Result<Vec<OsString>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if !is_manifest(&entry.file_name()) {
+            continue;
+        }
+        let kind = entry.file_type()?;
+        let is_dir = kind.is_dir() || (kind.is_symlink() && entry.path().is_dir());
+        // A directory called x.yaml is none of ours; a link that leads nowhere is reported by whoever reads it.
+        if !is_dir {
+            names.push(entry.file_name());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Whether a file of this name is read: `*.yaml`, `*.yml` or `*.json`, and not hidden.
+pub fn is_manifest(name: &OsStr) -> bool {
+    let hidden = name.as_encoded_bytes().starts_with(b".");
+    let extension = Path::new(name).extension().and_then(OsStr::to_str);
+    !hidden && matches!(extension, Some("yaml" | "yml" | "json"))
+}
+
+/// Reads and parses files, on all cores where there are many.
+pub fn read_all(dir: &Path, names: &[OsString], config: Option<&NodeConfig>) -> Vec<(OsString, ParsedFile)> {
+    let read = |name: &OsString| (name.clone(), read_file(&dir.join(name), config));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    if threads == 1 || names.len() < 64 {
+        return names.iter().map(read).collect();
+    }
+    std::thread::scope(|scope| {
+        let parts: Vec<_> = names
+            .chunks(names.len().div_ceil(threads))
+            .map(|part| scope.spawn(move || part.iter().map(read).collect::<Vec<_>>()))
+            .collect();
+        parts
+            .into_iter()
+            .flat_map(|part| part.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+/// Reads and parses one file.
+pub fn read_file(path: &Path, config: Option<&NodeConfig>) -> ParsedFile {
+    let text = fs::metadata(path).and_then(|metadata| {
+        if metadata.len() > MAX_FILE_BYTES {
+            return Err(io::Error::other(format!("it is bigger than {} MiB", MAX_FILE_BYTES >> 20)));
+        }
+        if !metadata.is_file() {
+            return Err(io::Error::other("it is not a regular file"));
+        }
+        fs::read_to_string(path)
+    });
+    match text {
+        Ok(text) => parse_text(path, &text, config),
+        Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+            whole_file(path, None, "is not UTF-8 text".into())
+        }
+        Err(e) => {
+            ParsedFile { problems: vec![unreadable(path, &e)], incomplete: true, ..ParsedFile::default() }
+        }
+    }
+}
+
+fn whole_file(path: &Path, line: Option<u64>, message: String) -> ParsedFile {
+    let problem =
+        Problem { file: path.into(), line, object: None, field: None, message, severity: Severity::Error };
+    ParsedFile { problems: vec![problem], incomplete: true, ..ParsedFile::default() }
+}
+
+/// Parses the text of a file. `path` is only used to speak of it.
+pub fn parse_text(path: &Path, text: &str, config: Option<&NodeConfig>) -> ParsedFile {
+    let documents = match document::parse(text) {
+        Ok(documents) => documents,
+        Err(e) => return whole_file(path, e.line, format!("is not valid YAML: {}", e.message)),
+    };
+    let mut reader = Reader { path, config, out: ParsedFile::default() };
+    for node in &documents {
+        reader.object(node);
+    }
+    reader.out
+}
+
+struct Reader<'a> {
+    path: &'a Path,
+    config: Option<&'a NodeConfig>,
+    out: ParsedFile,
+}
+
+impl Reader<'_> {
+    fn object(&mut self, node: &Node) {
+        let kind = node.text("kind");
+        let version = node.text("apiVersion");
+        match (kind, version) {
+            (Some("List" | "MeshServiceList" | "EndpointSliceList"), Some(_)) => {
+                match node.get("items").map(|items| &items.content) {
+                    Some(document::Content::List(items)) => items.iter().for_each(|item| self.object(item)),
+                    _ => self.nameless(node, "items", "must be a list"),
+                }
+            }
+            (Some(api::KIND), Some(_)) => self.named(node, Kind::Service),
+            (Some("EndpointSlice"), Some(version)) if version.starts_with("discovery.k8s.io/") => {
+                self.named(node, Kind::Slice);
+            }
+            (Some(kind), Some(version)) => {
+                let message = format!("{version} {kind} is not used here and ignored");
+                self.problem(node.line, None, None, message, Severity::Note);
+            }
+            (None, _) => self.nameless(node, "kind", "is required"),
+            (_, None) => self.nameless(node, "apiVersion", "is required"),
+        }
+    }
+
+    /// A document that can't be told what it is.
+    fn nameless(&mut self, node: &Node, field: &str, message: &str) {
+        self.out.incomplete = true;
+        let line = node.line_of(field);
+        self.problem(line, None, Some(field.into()), message.into(), Severity::Error);
+    }
+
+    fn named(&mut self, node: &Node, kind: Kind) {
+        let metadata = node.get("metadata");
+        let name = metadata.and_then(|m| m.text("name")).unwrap_or_default();
+        let namespace =
+            metadata.and_then(|m| m.text("namespace")).filter(|n| !n.is_empty()).unwrap_or("default");
+        let id = ObjectId { kind, key: ServiceKey::new(namespace, name) };
+        let known = !name.is_empty();
+        let label = if known { id.to_string() } else { kind.as_str().to_owned() };
+        if let Some(first) = self.out.entries.iter().find(|e| e.id == id) {
+            let message = format!("is defined twice; the one in line {} is used", first.line);
+            return self.problem(node.line, Some(label), None, message, Severity::Refused);
+        }
+        let verdict = match kind {
+            Kind::Service => self.service(node, &label),
+            Kind::Slice => self.slice(node, &label),
+        };
+        if known {
+            self.out.entries.push(Entry { id, line: node.line, verdict });
+        } else {
+            self.out.incomplete = true;
+        }
+    }
+
+    fn service(&mut self, node: &Node, label: &str) -> Verdict {
+        let service = api::parse_mesh_service(node.to_json()).and_then(|object| api::to_service(&object));
+        let service = service.and_then(|service| {
+            let forbidden = self.config.map_or_else(Vec::new, |c| api::check_against_node(&service, c));
+            if forbidden.is_empty() { Ok(service) } else { Err(forbidden) }
+        });
+        match service {
+            Ok(service) => Verdict::Good(Object::Service(Arc::new(service))),
+            Err(errors) => {
+                // Serving on without the restriction that was just asked for would not fail closed.
+                let withheld = errors.iter().all(|e| e.reason == Reason::NotSupportedYet);
+                self.report(node, label, errors, if withheld { Severity::Refused } else { Severity::Error });
+                if withheld { Verdict::Withheld } else { Verdict::Wrong }
+            }
+        }
+    }
+
+    fn slice(&mut self, node: &Node, label: &str) -> Verdict {
+        match api::parse_endpoint_slice(node.to_json()) {
+            Ok(object) => {
+                let (slice, notes) = api::to_slice(&object);
+                self.report(node, label, notes, Severity::Warning);
+                slice.map_or(Verdict::Withheld, |slice| Verdict::Good(Object::Slice(Arc::new(slice))))
+            }
+            Err(errors) => {
+                self.report(node, label, errors, Severity::Error);
+                Verdict::Wrong
+            }
+        }
+    }
+
+    fn report(&mut self, node: &Node, label: &str, errors: Vec<FieldError>, severity: Severity) {
+        for error in errors {
+            let line = node.line_of(&error.field);
+            self.problem(line, Some(label.into()), Some(error.field), error.message, severity);
+        }
+    }
+
+    fn problem(
+        &mut self,
+        line: u64,
+        object: Option<String>,
+        field: Option<String>,
+        message: String,
+        severity: Severity,
+    ) {
+        let line = (line > 0).then_some(line);
+        self.out.problems.push(Problem {
+            file: PathBuf::from(self.path),
+            line,
+            object,
+            field,
+            message,
+            severity,
+        });
+    }
+}

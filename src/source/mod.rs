@@ -1,0 +1,26 @@
+//! Where services and endpoints come from.
+
+pub mod document;
+pub mod files;
+pub mod problem;
+pub mod store;
+pub mod watch;
+
+use std::time::Instant;
+
+pub use files::{Loaded, load};
+pub use problem::Problem;
+pub use watch::watch;
+
+use crate::model::snapshot::Event;
+
+/// What a source tells its reader.
+#[derive(Debug)]
+pub enum SourceMessage {
+    /// Changes, in order, and when the first of them was seen.
+    Events(Vec<Event>, Instant),
+    /// The first complete read is over: what has not been mentioned does not exist.
+    Synced,
+    /// All that is wrong now; replaces the list before.
+    Problems(Vec<Problem>),
+}

@@ -1,0 +1,367 @@
+//! Follows a folder: tells what changes in it, and what is wrong with it.
+//!
+//! inotify says where to look; every [`Timing::rescan`] all files are compared by their stamps, for what it
+//! does not tell (network file systems, a lost event). Only changed files are read.
+//!
+//! Nothing is ever taken back because the folder can't be read: not at the start, not when it vanishes later,
+//! and not when an empty one takes its place (as when a file system is unmounted).
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    ffi::{OsStr, OsString},
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    thread::JoinHandle,
+    time::{Duration, Instant, SystemTime},
+};
+
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher as _,
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
+};
+
+use super::{
+    SourceMessage,
+    files::{is_manifest, list, read_all, unreadable},
+    problem::{Problem, Severity},
+    store::Store,
+};
+use crate::model::node::NodeConfig;
+
+/// How patient the watcher is.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// After a file was closed, renamed or removed: others may follow at once.
+    pub settle: Duration,
+    /// After anything else, such as a write to a file that is still open.
+    pub quiet: Duration,
+    /// Changes that never pause are read after this time all the same.
+    pub at_most: Duration,
+    /// All files are compared this often.
+    pub rescan: Duration,
+    /// The same while the folder can't be read.
+    pub retry: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            settle: Duration::from_millis(20),
+            quiet: Duration::from_millis(200),
+            at_most: Duration::from_secs(2),
+            rescan: Duration::from_secs(10),
+            retry: Duration::from_secs(1),
+        }
+    }
+}
+
+/// Follows a folder in a thread of its own, until the receiver of the messages is gone.
+///
+/// The first messages are the problems and events of the whole folder, then [`SourceMessage::Synced`]. A folder
+/// that can't be read never syncs; it is reported and tried again.
+///
+/// # Errors
+/// The thread can't be started.
+pub fn watch(dir: &Path, config: NodeConfig, sender: Sender<SourceMessage>) -> io::Result<JoinHandle<()>> {
+    watch_with(dir, config, sender, Timing::default())
+}
+
+/// [`watch`] with another patience.
+///
+/// # Errors
+/// The thread can't be started.
+pub fn watch_with(
+    dir: &Path,
+    config: NodeConfig,
+    sender: Sender<SourceMessage>,
+    timing: Timing,
+) -> io::Result<JoinHandle<()>> {
+    let follower = Follower {
+        dir: dir.into(),
+        config,
+        sender,
+        timing,
+        store: Store::default(),
+        stamps: HashMap::new(),
+        identity: None,
+        synced: false,
+        told: Vec::new(),
+        trouble: None,
+        unwatched: None,
+        watcher: None,
+    };
+    std::thread::Builder::new().name("files".into()).spawn(move || follower.run())
+}
+
+/// What tells one version of a file from another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Stamp {
+    file: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        let m = fs::metadata(path).ok()?;
+        Some(Self {
+            file: (m.dev(), m.ino()),
+            size: m.size(),
+            modified: (m.mtime(), m.mtime_nsec()),
+            changed: (m.ctime(), m.ctime_nsec()),
+        })
+    }
+
+    /// Whether a further write might leave no trace in it: file times are only as fine as the kernel's tick.
+    fn is_fresh(&self) -> bool {
+        let (secs, nanos) = self.changed;
+        let changed =
+            u64::try_from(secs).ok().zip(u32::try_from(nanos).ok()).map(|(s, n)| Duration::new(s, n));
+        let age = changed.and_then(|c| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + c).ok());
+        age.is_none_or(|age| age < Duration::from_millis(50))
+    }
+}
+
+/// What to look at.
+#[derive(Default, Debug)]
+struct Todo {
+    /// These files, whatever their stamps say.
+    names: BTreeSet<OsString>,
+    /// The whole folder.
+    everything: bool,
+    /// The folder itself has changed: the watch on it may be worth nothing.
+    folder: bool,
+}
+
+/// The receiver is gone.
+struct Gone;
+
+struct Follower {
+    dir: PathBuf,
+    config: NodeConfig,
+    sender: Sender<SourceMessage>,
+    timing: Timing,
+    store: Store,
+    stamps: HashMap<OsString, Stamp>,
+    /// Device and inode of the folder when it was last read.
+    identity: Option<(u64, u64)>,
+    synced: bool,
+    told: Vec<Problem>,
+    /// Why the folder can't be used now.
+    trouble: Option<Problem>,
+    /// Why inotify does not help.
+    unwatched: Option<Problem>,
+    watcher: Option<((u64, u64), RecommendedWatcher)>,
+}
+
+impl Follower {
+    fn run(mut self) {
+        let (notify, hints) = channel();
+        let mut todo = Todo { everything: true, ..Todo::default() };
+        let mut since = Instant::now();
+        loop {
+            self.watch_folder(&notify, todo.folder);
+            if self.turn(todo, since).is_err() {
+                return;
+            }
+            (todo, since) = self.wait(&hints);
+        }
+    }
+
+    /// Waits for something to do, and until the folder is quiet.
+    fn wait(&self, hints: &Receiver<notify::Result<notify::Event>>) -> (Todo, Instant) {
+        let pause = if self.trouble.is_some() { self.timing.retry } else { self.timing.rescan };
+        let rescan = Instant::now() + pause;
+        let mut todo = Todo::default();
+        let mut since = None;
+        let mut due = rescan;
+        loop {
+            let left = due.saturating_duration_since(Instant::now());
+            match hints.recv_timeout(left) {
+                Ok(hint) => {
+                    let Some(patience) = self.note(hint, &mut todo) else { continue };
+                    let now = Instant::now();
+                    let first = *since.get_or_insert(now);
+                    due = (now + patience).min(first + self.timing.at_most);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    todo.everything |= since.is_none();
+                    return (todo, since.unwrap_or_else(Instant::now));
+                }
+                // We hold a sender ourselves.
+                Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
+            }
+        }
+    }
+
+    /// What an event means, and how long to wait for more; `None` for reads, our own among them.
+    fn note(&self, hint: notify::Result<notify::Event>, todo: &mut Todo) -> Option<Duration> {
+        let event = match hint {
+            Ok(event) => event,
+            Err(e) => {
+                tracing::debug!("inotify: {e}");
+                todo.everything = true;
+                return Some(self.timing.quiet);
+            }
+        };
+        let complete = match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+            EventKind::Access(_) => return None,
+            EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::From | RenameMode::Both)) => true,
+            EventKind::Remove(_) => true,
+            _ => false,
+        };
+        todo.everything |= event.need_rescan() || event.paths.is_empty();
+        for path in &event.paths {
+            match path.file_name() {
+                _ if *path == self.dir => (todo.everything, todo.folder) = (true, true),
+                Some(name) if is_manifest(name) => drop(todo.names.insert(name.to_owned())),
+                // `..data` of a ConfigMap: every file may have changed.
+                Some(name) if name.as_encoded_bytes().starts_with(b"..") => todo.everything = true,
+                _ => {}
+            }
+        }
+        Some(if complete { self.timing.settle } else { self.timing.quiet })
+    }
+
+    /// Keeps an inotify watch on the folder that is at our path now.
+    fn watch_folder(&mut self, notify: &Sender<notify::Result<notify::Event>>, again: bool) {
+        let Ok(identity) = identity(&self.dir) else {
+            self.watcher = None;
+            return;
+        };
+        if !again && self.watcher.as_ref().is_some_and(|(watched, _)| *watched == identity) {
+            return;
+        }
+        self.watcher = None;
+        let hints = notify.clone();
+        let watcher = notify::recommended_watcher(move |event| {
+            // The receiver goes only with the thread that owns the watcher.
+            hints.send(event).ok();
+        })
+        .and_then(|mut watcher| {
+            watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        self.unwatched = match watcher {
+            Ok(watcher) => {
+                self.watcher = Some((identity, watcher));
+                None
+            }
+            Err(e) => Some(self.about_folder(
+                format!(
+                    "can't be watched: {e} (limits: sysctl fs.inotify.max_user_instances, max_user_watches); \
+                     changes are seen every {} s",
+                    self.timing.rescan.as_secs()
+                ),
+                Severity::Warning,
+            )),
+        };
+    }
+
+    fn about_folder(&self, message: String, severity: Severity) -> Problem {
+        Problem { file: self.dir.clone(), line: None, object: None, field: None, message, severity }
+    }
+
+    /// Looks at what there is to look at and tells what came of it.
+    fn turn(&mut self, todo: Todo, since: Instant) -> Result<(), Gone> {
+        let whole = todo.everything || self.trouble.is_some() || !self.synced;
+        let names = if whole { self.survey(todo.names) } else { self.forget_missing(todo.names) };
+        for name in &names {
+            match Stamp::of(&self.dir.join(name)).filter(|stamp| !stamp.is_fresh()) {
+                Some(stamp) => drop(self.stamps.insert(name.clone(), stamp)),
+                // The next rescan reads it again, to be sure.
+                None => drop(self.stamps.remove(name)),
+            }
+        }
+        for (name, parsed) in read_all(&self.dir, &names, Some(&self.config)) {
+            self.store.replace(name, parsed);
+        }
+        self.tell(since)
+    }
+
+    /// The whole folder: which files are new or changed. Files that are gone are forgotten.
+    fn survey(&mut self, forced: BTreeSet<OsString>) -> Vec<OsString> {
+        self.trouble = None;
+        let found = identity(&self.dir).and_then(|identity| Ok((identity, list(&self.dir)?)));
+        let (identity, names) = match found {
+            Ok(found) => found,
+            Err(e) => {
+                let mut problem = unreadable(&self.dir, &e);
+                if self.synced {
+                    problem.message.push_str("; what was in it stays in force");
+                }
+                self.trouble = Some(problem);
+                return Vec::new();
+            }
+        };
+        let other = self.identity.is_some_and(|before| before != identity);
+        if names.is_empty() && other && !self.store.is_empty() {
+            let message = "was replaced by an empty folder (unmounted?); what was in it stays in force. \
+                           If it is meant to be empty, restart the agent";
+            self.trouble = Some(self.about_folder(message.into(), Severity::Error));
+            return Vec::new();
+        }
+        self.identity = Some(identity);
+        let present: BTreeSet<&OsString> = names.iter().collect();
+        let gone: Vec<OsString> =
+            self.store.files().filter(|name| !present.contains(name)).cloned().collect();
+        for name in gone {
+            self.forget(&name);
+        }
+        let changed = |name: &OsString| {
+            let stamp = Stamp::of(&self.dir.join(name));
+            forced.contains(name) || stamp.is_none() || self.stamps.get(name) != stamp.as_ref()
+        };
+        names.iter().filter(|name| changed(name)).cloned().collect()
+    }
+
+    /// Single files: those that are still there.
+    fn forget_missing(&mut self, names: BTreeSet<OsString>) -> Vec<OsString> {
+        let (there, gone): (Vec<_>, Vec<_>) =
+            names.into_iter().partition(|name| fs::symlink_metadata(self.dir.join(name)).is_ok());
+        if !gone.is_empty() && identity(&self.dir).ok() != self.identity {
+            // It is the folder that is gone, and not a file of it.
+            return self.survey(there.into_iter().collect());
+        }
+        gone.iter().for_each(|name| self.forget(name));
+        there.into_iter().filter(|name| !self.dir.join(name).is_dir()).collect()
+    }
+
+    fn forget(&mut self, name: &OsStr) {
+        self.stamps.remove(name);
+        self.store.remove(name);
+    }
+
+    fn tell(&mut self, since: Instant) -> Result<(), Gone> {
+        let folder = self.trouble.iter().chain(&self.unwatched).cloned();
+        let problems: Vec<Problem> = folder.chain(self.store.problems(&self.dir)).collect();
+        if problems != self.told {
+            self.told.clone_from(&problems);
+            self.send(SourceMessage::Problems(problems))?;
+        }
+        let events = self.store.take_events();
+        if !events.is_empty() {
+            self.send(SourceMessage::Events(events, since))?;
+        }
+        if !self.synced && self.trouble.is_none() {
+            self.synced = true;
+            self.send(SourceMessage::Synced)?;
+        }
+        Ok(())
+    }
+
+    fn send(&self, message: SourceMessage) -> Result<(), Gone> {
+        self.sender.send(message).map_err(|_| Gone)
+    }
+}
+
+fn identity(dir: &Path) -> io::Result<(u64, u64)> {
+    fs::metadata(dir).map(|m| (m.dev(), m.ino()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,311 @@
+//! What an agent remembers across restarts: `state.json` and `drains.json` in its state directory.
+//!
+//! Both are versioned and written atomically. A file that can't be understood is set aside, never overwritten;
+//! the marks are then rebuilt from the kernel.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write},
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::{
+    allocate::Allocations,
+    model::{
+        ids::{Family, Mark, PerFamily},
+        kernel::Timeouts,
+    },
+};
+
+/// Version of both files.
+pub const VERSION: u32 = 1;
+const STATE: &str = "state.json";
+const DRAINS: &str = "drains.json";
+
+/// What an agent remembers.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct State {
+    /// The node that it is about.
+    pub node: String,
+    /// VIP ranges.
+    pub ranges: PerFamily<IpNet>,
+    /// Bits of the packet mark that are ours.
+    pub mark_mask: u32,
+    /// Renderer in use: `iptables` or `nftables`.
+    pub renderer: String,
+    /// The folder that services come from, in folder mode.
+    pub source: Option<PathBuf>,
+    /// Who has what.
+    pub allocations: Allocations,
+    /// Values of sysctls before we changed them, by name.
+    pub sysctls: BTreeMap<String, String>,
+    /// IPVS timeouts that we set, and those before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ipvs_timeouts: Option<(Timeouts, Timeouts)>,
+    /// What the netfilter renderer wrote last; only it knows what that means.
+    pub netfilter: serde_json::Value,
+}
+
+/// A destination whose connections may go on until a deadline.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Drain {
+    /// Family of the IPVS service.
+    pub family: Family,
+    /// Mark of the IPVS service.
+    pub mark: Mark,
+    /// Address of the destination.
+    pub address: IpAddr,
+    /// Its port.
+    pub port: u16,
+    /// When it is taken out at the latest, in milliseconds since the Unix epoch.
+    pub deadline_unix_ms: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Versioned<T> {
+    version: u32,
+    #[serde(flatten)]
+    content: T,
+}
+
+#[derive(Serialize, Deserialize, Default)]
+struct Drains {
+    #[serde(default)]
+    drains: Vec<Drain>,
+}
+
+impl State {
+    /// The state in a directory, for those who only want to know: nothing is made or set aside, and what can't
+    /// be read is as good as absent.
+    pub fn peek(dir: &Path) -> Option<Self> {
+        let bytes = fs::read(dir.join(STATE)).ok()?;
+        let file: Versioned<Self> = serde_json::from_slice(&bytes).ok()?;
+        (file.version == VERSION).then_some(file.content)
+    }
+}
+
+/// The state directory.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    /// What the files hold, as far as we know.
+    state_text: Option<String>,
+    drains_text: Option<String>,
+}
+
+impl StateDir {
+    /// Opens the directory and makes it if need be.
+    ///
+    /// # Errors
+    /// It can't be made.
+    pub fn open(path: impl Into<PathBuf>) -> io::Result<Self> {
+        let path = path.into();
+        fs::create_dir_all(&path)?;
+        Ok(Self { path, state_text: None, drains_text: None })
+    }
+
+    /// The state, and a message where the file had to be set aside. Without a file the state is empty.
+    ///
+    /// # Errors
+    /// The file is there but can't be read or set aside.
+    pub fn load(&mut self) -> io::Result<(State, Option<String>)> {
+        let (state, text, note) = read::<State>(&self.path.join(STATE))?;
+        self.state_text = text;
+        Ok((state, note))
+    }
+
+    /// The draining destinations, in the same way.
+    ///
+    /// # Errors
+    /// As [`Self::load`].
+    pub fn load_drains(&mut self) -> io::Result<(Vec<Drain>, Option<String>)> {
+        let (drains, text, note) = read::<Drains>(&self.path.join(DRAINS))?;
+        self.drains_text = text;
+        Ok((drains.drains, note))
+    }
+
+    /// Writes the state; `false` when the file holds it already.
+    ///
+    /// # Errors
+    /// It can't be written. The file is then as it was.
+    pub fn save(&mut self, state: &State) -> io::Result<bool> {
+        write(&self.path.join(STATE), state, &mut self.state_text)
+    }
+
+    /// Writes the draining destinations, in the same way.
+    ///
+    /// # Errors
+    /// As [`Self::save`].
+    pub fn save_drains(&mut self, drains: &[Drain]) -> io::Result<bool> {
+        write(&self.path.join(DRAINS), &Drains { drains: drains.to_vec() }, &mut self.drains_text)
+    }
+
+    /// Removes both files: for `cleanup`.
+    ///
+    /// # Errors
+    /// One of them is there but can't be removed.
+    pub fn clear(&mut self) -> io::Result<()> {
+        (self.state_text, self.drains_text) = (None, None);
+        for name in [STATE, DRAINS] {
+            match fs::remove_file(self.path.join(name)) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<String>, Option<String>)> {
+    let bytes = match fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((T::default(), None, None)),
+        Err(e) => return Err(e),
+    };
+    #[derive(Deserialize)]
+    struct Version {
+        version: u32,
+    }
+    let why = match serde_json::from_slice::<Version>(&bytes) {
+        Ok(Version { version }) if version != VERSION => {
+            format!("is of version {version}; this meshlb knows version {VERSION}")
+        }
+        Ok(_) => match serde_json::from_slice::<Versioned<T>>(&bytes) {
+            Ok(file) => return Ok((file.content, String::from_utf8(bytes).ok(), None)),
+            Err(e) => format!("is damaged ({e})"),
+        },
+        Err(e) => format!("is damaged ({e})"),
+    };
+    let aside = set_aside(path)?;
+    let note = format!(
+        "{} {why}; it was set aside as {}, and what it held is rebuilt from the kernel where possible",
+        path.display(),
+        aside.display()
+    );
+    Ok((T::default(), None, Some(note)))
+}
+
+fn set_aside(path: &Path) -> io::Result<PathBuf> {
+    for n in 1_u32.. {
+        let mut name = path.as_os_str().to_owned();
+        name.push(format!(".corrupt-{n}"));
+        let aside = PathBuf::from(name);
+        // A link fails where the name is taken; a rename would overwrite it.
+        match fs::hard_link(path, &aside) {
+            Ok(()) => {
+                fs::remove_file(path)?;
+                return Ok(aside);
+            }
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(_) if !aside.exists() => {
+                // A file system without hard links.
+                fs::rename(path, &aside)?;
+                return Ok(aside);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Err(io::Error::other("no name is left for it"))
+}
+
+fn write<T: Serialize>(path: &Path, content: T, known: &mut Option<String>) -> io::Result<bool> {
+    let mut text = serde_json::to_string_pretty(&Versioned { version: VERSION, content })?;
+    text.push('\n');
+    if known.as_ref() == Some(&text) {
+        return Ok(false);
+    }
+    write_atomically(path, text.as_bytes())?;
+    *known = Some(text);
+    Ok(true)
+}
+
+/// Replaces a file so that after a crash it is either the old or the new one, whole.
+///
+/// # Errors
+/// It can't be written. The file is then as it was.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| io::Error::other("the path names no file"))?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".{}.tmp", std::process::id()));
+    let temporary = dir.join(hidden);
+    let written = (|| {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        File::open(dir)?.sync_all()
+    })();
+    if written.is_err() {
+        // It may not even have been made.
+        fs::remove_file(&temporary).ok();
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn comes_back_as_it_was_and_is_only_written_when_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut files = StateDir::open(dir.path().join("sub")).unwrap();
+        assert_eq!(files.load().unwrap(), (State::default(), None));
+        let mut state = State { node: "n1".into(), mark_mask: 0x3fff, ..State::default() };
+        state.ranges.v4 = Some("10.200.0.0/16".parse().unwrap());
+        let kept = state.allocations.services.entry("default/vote".parse().unwrap()).or_default();
+        kept.vips.v4 = Some("10.200.1.2".parse().unwrap());
+        kept.published.insert("80/TCP".parse().unwrap(), 30080);
+        kept.marks.insert("80/TCP".parse().unwrap(), Mark(0x100));
+        state.allocations.retired_marks.insert(Mark(0x101));
+        assert!(files.save(&state).unwrap());
+        assert!(!files.save(&state).unwrap());
+        let drain = Drain {
+            family: Family::V4,
+            mark: Mark(0x100),
+            address: "10.0.0.1".parse().unwrap(),
+            port: 80,
+            deadline_unix_ms: 1,
+        };
+        assert!(files.save_drains(std::slice::from_ref(&drain)).unwrap());
+
+        let mut again = StateDir::open(dir.path().join("sub")).unwrap();
+        assert_eq!(again.load().unwrap(), (state.clone(), None));
+        assert_eq!(again.load_drains().unwrap(), (vec![drain], None));
+        assert_eq!(State::peek(&dir.path().join("sub")), Some(state.clone()));
+        assert_eq!(State::peek(dir.path()), None);
+        assert!(!again.save(&state).unwrap());
+        state.renderer = "nftables".into();
+        assert!(again.save(&state).unwrap());
+        again.clear().unwrap();
+        assert_eq!(fs::read_dir(dir.path().join("sub")).unwrap().count(), 0, "a file is left over");
+    }
+
+    #[test]
+    fn what_it_does_not_understand_is_set_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(STATE);
+        for (n, text) in
+            ["{\"version\": 1, \"node\"", "{\"version\": 99}", "", "[1]", "{\"version\": 1, \"node\": 3}"]
+                .iter()
+                .enumerate()
+        {
+            fs::write(&path, text).unwrap();
+            let (state, note) = StateDir::open(dir.path()).unwrap().load().unwrap();
+            assert_eq!(state, State::default());
+            let aside = format!("state.json.corrupt-{}", n + 1);
+            assert!(note.unwrap().contains(&aside));
+            assert_eq!(&fs::read_to_string(dir.path().join(aside)).unwrap(), text);
+            assert!(!path.exists());
+        }
+    }
+}

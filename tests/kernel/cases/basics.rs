@@ -1,0 +1,112 @@
+//! One service, from everywhere: what must work on any node program.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+
+use crate::check;
+use crate::client::Probe;
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::topology::{Host, Topology};
+
+const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
+
+pub fn register(suite: &mut Suite) {
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]).families();
+        let protos = one.clone().protos(&Proto::ALL);
+        let two = one.clone().protos(&[Proto::Tcp, Proto::Udp]);
+        suite.add("vip::from_a_pod", &protos, from_pod);
+        suite.add("vip::from_a_node", &protos, from_node);
+        suite.add("vip::unallocated_is_refused", &one, unallocated);
+        suite.add("routing_mesh::published_port_on_every_node", &protos, published);
+        suite.add("routing_mesh::from_inside", &two, published_inside);
+        suite.add("vip::hairpin", &two, hairpin);
+    }
+}
+
+fn vip(cx: &Cx, port: u16) -> Result<SocketAddr> {
+    let [v4, v6] = VIPS;
+    Ok(SocketAddr::new(cx.family().pick(v4, v6).parse()?, port))
+}
+
+/// Three nodes, two pods each, all of them endpoints of one service.
+fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
+    cx.shared(&Topology::builder(), |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))
+}
+
+/// From everywhere: even, and the servers see whom they should.
+fn from_pod(cx: &mut Cx) -> Result<()> {
+    let (t, proto) = (set_up(cx)?, cx.proto()?);
+    for pod in ["p11", "p32"] {
+        let pod = t.pod(pod);
+        let tally = pod.connect(proto, vip(cx, 80)?, 12)?;
+        check::even(&tally, &t.pod_names())?;
+        // Itself it sees under its node's address (hairpin), everybody else sees the pod.
+        for other in t.pods.iter().filter(|p| p.name != pod.name) {
+            check::server_saw(&tally, &other.name, pod.ip(cx.family()))?;
+        }
+    }
+    Ok(())
+}
+
+fn from_node(cx: &mut Cx) -> Result<()> {
+    let (t, proto) = (set_up(cx)?, cx.proto()?);
+    let n = t.node(1);
+    let tally = n.connect(proto, vip(cx, 80)?, 12)?;
+    check::even(&tally, &t.pod_names())?;
+    check::seen_as(&tally, &[n.ip(cx.family())])
+}
+
+fn hairpin(cx: &mut Cx) -> Result<()> {
+    let (t, proto) = (cx.topology(&Topology::builder())?, cx.proto()?);
+    let mut m = cx.manifests()?;
+    m.service("self").vips(&VIPS)?.port(proto, 80, 8080, None);
+    m.endpoints("self", &[t.pod("p11")]);
+    cx.apply(&t, &mut m)?;
+    check::only(&t.pod("p11").connect(proto, vip(cx, 80)?, 3)?, "p11")
+}
+
+fn unallocated(cx: &mut Cx) -> Result<()> {
+    let t = set_up(cx)?;
+    let spare: SocketAddr = SocketAddr::new(cx.family().pick("10.200.9.9", "fd00:200::909").parse()?, 22);
+    let hosts: [&Host; 2] = [t.pod("p11"), t.node(1)];
+    for host in hosts {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            for dst in [spare, vip(cx, 22)?, vip(cx, 8080)?] {
+                check::refused(&host.connect(proto, dst, 1)?)?;
+            }
+        }
+    }
+    ensure!(t.pod("p11").ping(vip(cx, 0)?.ip())?.is_ok(), "the address does not answer a ping");
+    Ok(())
+}
+
+fn published(cx: &mut Cx) -> Result<()> {
+    let (t, proto, family) = (set_up(cx)?, cx.proto()?, cx.family());
+    for node in &t.nodes {
+        let tally = t.ext.connect(proto, node.at(family, 30080), 6)?;
+        check::even(&tally, &t.pod_names())?;
+        // The client's address is kept where the endpoint is on the node that was asked.
+        for pod in &t.pods {
+            let seen = if pod.node == node.index { t.ext.ip(family) } else { node.ip(family) };
+            check::server_saw(&tally, &pod.name, seen)?;
+        }
+    }
+    Ok(())
+}
+
+fn published_inside(cx: &mut Cx) -> Result<()> {
+    let (t, proto, family) = (set_up(cx)?, cx.proto()?, cx.family());
+    let n1 = t.node(1).at(family, 30080);
+    let own: [&Host; 4] = [t.pod("p11"), t.pod("p21"), t.node(2), t.node(1)];
+    for from in own {
+        check::even(&from.connect(proto, n1, 6)?, &t.pod_names())?;
+    }
+    let local = SocketAddr::new(family.localhost(), 30080);
+    check::even(&t.node(1).connect(proto, local, 6)?, &t.pod_names())?;
+    // A client whose own port happens to be the published one.
+    let odd = Probe::new(proto, t.node(2).at(family, 30080)).bound_port(30080);
+    check::answered(&t.ext.probe(&odd)?)
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Runs the kernel tests, or those whose name contains one of the FILTERs.
+#
+#   tests/kernel/run.sh [--vm|--host] [--nocapture] [--list] [FILTER…]
+#
+# Where the kernel has IPVS and you are root they run here, in network namespaces of their own; elsewhere in one VM, which
+# is booted for the run, or left as it is if it was up already (make vm-up), which makes one case a matter of seconds.
+# What it needs it installs, saying what and why (tests/vm/setup.sh).
+#
+# MESHLB_KERNEL_PROGRAM=reference  programs the nodes by tests/kernel/reference.rs instead of meshlb
+# MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
+# MESHLB_KERNEL_SECONDS            the limit for the whole run (1500)
+# Details of failed cases end up in target/kernel-test/.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+repo=$(cd "$here/../.." && pwd)
+vm_dir=$repo/tests/vm
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+where= args=()
+for a in "$@"; do case $a in --vm) where=vm ;; --host) where=host ;; *) args+=("$a") ;; esac; done
+has_ipvs() { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }
+if [ -z "$where" ]; then
+  if [ "$(id -u)" = 0 ] && has_ipvs; then where=host
+  else
+    where=vm
+    if [ "$(id -u)" != 0 ]; then reason="you are not root"; else reason="this kernel ($(uname -r)) has no IPVS"; fi
+    echo "kernel tests: in a VM, since $reason"
+  fi
+fi
+
+if [ $where = host ]; then "$vm_dir/setup.sh" --host; else "$vm_dir/setup.sh"; fi
+
+cd "$repo"
+built=$(mktemp)
+cargo test -q --no-run --test kernel --message-format=json >"$built" || { rm -f "$built"; echo "kernel tests: 0 passed, 1 failed (they do not build)"; exit 1; }
+executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
+test_bin=$(executable test kernel) meshlb_bin=${MESHLB_BIN:-$(executable bin meshlb)}
+rm -f "$built"
+out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
+for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
+rm -rf "$out"; mkdir -p "$out"
+
+if [ $where = host ]; then
+  MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
+fi
+
+. "$vm_dir/lib.sh"
+if ! vm_up; then
+  trap '"$vm_dir/down.sh"' EXIT
+  "$vm_dir/up.sh"
+fi
+# Fresh names each time: the VM may have read the old files. Without debug information they load faster.
+run=$vm/run-$$-$(date +%s)
+rm -rf "$vm"/run-*; mkdir -p "$run/out"
+for f in "$test_bin" "$meshlb_bin"; do strip -g -o "$run/${f##*/}" "$f" 2>/dev/null || cp "$f" "$run/"; done
+set +e
+MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM" \
+  "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-1500}" <<EOF
+rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
+cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
+mkdir -p /tmp/root/kernel-test/out
+/tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
+  /kernel-test/${test_bin##*/} $(printf '%q ' ${args[@]+"${args[@]}"})
+rc=\$?
+cp -r /tmp/root/kernel-test/out $run/
+exit \$rc
+EOF
+rc=$?
+cp -r "$run/out/." "$out/" 2>/dev/null; rm -rf "$run"
+exit $rc

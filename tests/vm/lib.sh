@@ -1,0 +1,38 @@
+# shellcheck shell=bash
+# Shared by the scripts of this folder. Everything they keep is under $MESHLB_CACHE:
+#   kernel/RELEASE/   Debian's stock kernel, unpacked, not installed
+#   venv/             virtme-ng, where the machine has none
+#   vm-NAME/          one VM: console.log, pid, queue/ (jobs in, output and status out)
+set -euo pipefail
+cache=${MESHLB_CACHE:-$HOME/.cache/meshlb}
+vm=$cache/vm-${MESHLB_VM:-default}
+queue=$vm/queue
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+
+say() { echo "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else die "this needs root (or sudo): $*"; fi; }
+
+# The VM's process, if it is there and is ours.
+vm_pid() {
+  local pid
+  pid=$(cat "$vm/pid" 2>/dev/null) || return 1
+  grep -qs vng "/proc/$pid/cmdline" && echo "$pid"
+}
+vm_up() { vm_pid >/dev/null && [ -e "$queue/ready" ]; }
+
+# What the console says when the kernel has given up, or nothing.
+vm_panic() { grep -m1 -aE 'Kernel panic|BUG: |Oops: |general protection fault|Out of memory: Killed' "$vm/console.log" 2>/dev/null; }
+vm_fatal() { grep -qaE 'Kernel panic|end Kernel panic' "$vm/console.log" 2>/dev/null; }
+vm_trace() { grep -naE -m1 'Kernel panic|BUG: |Oops: |general protection fault' "$vm/console.log" | cut -d: -f1 | { read -r n || n=1; tail -n +$((n > 5 ? n - 5 : 1)) "$vm/console.log" | head -60; }; }
+
+# The virtme-ng to use.
+vng_bin() { command -v vng || { [ -x "$cache/venv/bin/vng" ] && echo "$cache/venv/bin/vng"; }; }
+
+# The unpacked kernel with IPVS, newest first, or nothing.
+kernel_image() {
+  local f
+  for f in $(ls -1 "$cache"/kernel/*/boot/vmlinuz-* 2>/dev/null | sort -rV); do
+    [ -e "${f%/boot/*}/lib/modules/${f##*/vmlinuz-}/modules.dep.bin" ] && { echo "$f"; return; }
+  done
+}

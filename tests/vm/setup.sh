@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Makes this machine ready for the kernel tests, says what it installs and why, and does nothing the second time.
+# usage: setup.sh [--host]     --host: only what the tests need on a kernel that has IPVS itself (no VM)
+. "$(dirname "$0")/lib.sh"
+host_only=; [ "${1:-}" = --host ] && host_only=1
+
+want=() why=()
+need() { # need COMMAND PACKAGE WHY
+  command -v "$1" >/dev/null || { want+=("$2"); why+=("$2: $3"); }
+}
+need cc gcc "links Rust programs (with libc6-dev)"
+[ -e /usr/include/stdio.h ] || { want+=(libc6-dev); why+=("libc6-dev: the C library's start files, for linking"); }
+need ip iproute2 "makes the network namespaces, links and routes of the test nodes"
+need iptables iptables "one of the two renderers programs the kernel with it; both its flavours are tested"
+need ipset ipset "holds the (address, port) to mark map for that renderer"
+need nft nftables "the other renderer, and the guard table"
+need ipvsadm ipvsadm "shows the IPVS table when a case fails"
+need conntrack conntrack "shows and empties the connection table between cases"
+need modprobe kmod "loads ip_vs and friends"
+need wg wireguard-tools "makes the keys of the WireGuard overlay"
+if [ -z "$host_only" ]; then
+  need qemu-system-x86_64 qemu-system-x86 "the emulator that runs a kernel with IPVS (KVM is not used)"
+  need busybox busybox-static "the first program in the VM, until this machine's files are mounted"
+  vng_bin >/dev/null || {
+    python3 -c 'import venv, ensurepip' 2>/dev/null || { want+=(python3-venv); why+=("python3-venv: a place for virtme-ng, which Debian 12 does not package"); }
+  }
+fi
+if [ ${#want[@]} -gt 0 ]; then
+  say "setup: installing from Debian:"; printf '  - %s\n' "${why[@]}" >&2
+  as_root apt-get -qq update >&2
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${want[@]}" >/dev/null
+fi
+[ -n "$host_only" ] && exit 0
+
+if ! vng_bin >/dev/null; then
+  say "setup: installing virtme-ng (PyPI) into $cache/venv: it boots a kernel with this machine's files as a read-only root"
+  mkdir -p "$cache"; python3 -m venv "$cache/venv"; "$cache/venv/bin/pip" -q install 'virtme-ng==1.42'
+fi
+
+if [ -z "$(kernel_image)" ]; then
+  package=${MESHLB_KERNEL_PACKAGE:-}
+  if [ -z "$package" ]; then
+    apt-cache show linux-image-amd64 >/dev/null 2>&1 || as_root apt-get -qq update >&2
+    package=$(apt-cache depends linux-image-amd64 | awk '/Depends:/{print $2; exit}')
+  fi
+  [ -n "$package" ] || die "apt knows no linux-image-amd64"
+  release=${package#linux-image-} dir=$cache/kernel/${package#linux-image-}
+  say "setup: unpacking Debian's kernel $release into $dir: it has IPVS; nothing is installed or booted on this machine"
+  rm -rf "$dir.new"; mkdir -p "$dir.new"
+  (cd "$dir.new" && apt-get -qq download "$package" >&2 && dpkg-deb -x ./"$package"_*.deb . && rm -f ./"$package"_*.deb)
+  depmod -b "$dir.new" "$release"
+  rm -rf "$dir"; mv "$dir.new" "$dir"
+fi

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Boots the VM and leaves it up (at most MESHLB_VM_HOURS, 3). Emulation only: KVM is never used.
+# Its root is this machine's file system, read-only to it (writes stay in the VM's memory).
+# MESHLB_VM=NAME for a second one, MESHLB_VM_MEMORY (2G), MESHLB_VM_CPUS (2), MESHLB_VM_QEMU_OPTS for more of qemu's.
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/lib.sh"
+vm_up && { say "vm: already up"; exit 0; }
+"$here/setup.sh"
+kernel=$(kernel_image) vng=$(vng_bin)
+! vm_pid >/dev/null || "$here/down.sh"
+rm -rf "$queue"; mkdir -p "$queue"; : >"$vm/console.log"
+# The loop that runs in the VM is copied: what the VM has read once must not change under it.
+cp "$here/guest.sh" "$vm/guest.sh"
+rm -rf "$vm/root" "$vm/root.tar"
+say "vm: booting ${kernel##*/} (console: $vm/console.log)"
+qemu=(); [ -z "${MESHLB_VM_QEMU_OPTS:-}" ] || qemu=("--qemu-opts=$MESHLB_VM_QEMU_OPTS")
+cd "$vm"
+# udev is absent in containers and virtme-ng then loses the output and status: both go through the shared folder.
+setsid timeout $((3600 * ${MESHLB_VM_HOURS:-3})) "$vng" -v --disable-kvm --force-9p --run "$kernel" \
+  --cpus "${MESHLB_VM_CPUS:-2}" --memory "${MESHLB_VM_MEMORY:-2G}" --user root "${qemu[@]}" \
+  --append panic=-1 --rwdir="$vm" -- "bash $vm/guest.sh $queue" >"$vm/console.log" 2>&1 </dev/null &
+pid=$!; echo "$pid" >"$vm/pid"
+start=$SECONDS
+"$here/tools.sh" "$vm/root"; tar -C "$vm/root" -cf "$vm/root.tar.new" .; rm -rf "$vm/root"; mv "$vm/root.tar.new" "$vm/root.tar"
+while [ ! -e "$queue/ready" ]; do
+  if vm_fatal || ! kill -0 "$pid" 2>/dev/null || [ $((SECONDS - start)) -gt "${MESHLB_VM_BOOT_SECONDS:-180}" ]; then
+    tail -30 "$vm/console.log" >&2; kill "$pid" 2>/dev/null || true
+    die "the VM did not come up in $((SECONDS - start)) s; the end of its console is above, all of it in $vm/console.log"
+  fi
+  sleep 0.2
+done
+say "vm: up after $((SECONDS - start)) s"
