@@ -29,6 +29,8 @@ const ENDPOINTS: [(&str, &str); 5] =
     [("vote-a", "p11"), ("vote-b", "p21"), ("vote-c", "p31"), ("vote-d", "p12"), ("vote-e", "p22")];
 /// The pods listen on both.
 const TARGETS: [u16; 2] = [8080, 8081];
+/// On an emulated machine that has other things to do as well, an agent's first turn has taken 18 s.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs it.
 pub fn main() -> ExitCode {
@@ -121,17 +123,18 @@ impl Vote {
         self.share(1).values().sum()
     }
 
-    /// The IPVS destinations of IPv4, as `/proc/net/ip_vs` writes them.
+    /// The IPVS destinations of IPv4, as ipvsadm writes them.
     fn destinations(&self, t: &Topology) -> BTreeMap<String, u32> {
-        let written = |pod: &str| format!("{:08X}:{:04X}", u32::from(t.pod(pod).v4), self.target);
+        let written = |pod: &str| format!("{}:{}", t.pod(pod).v4, self.target);
         self.named().map(|(name, pod)| (written(pod), self.weight(name))).collect()
     }
 }
 
-/// The IPVS destinations of IPv4 that get new connections.
+/// The IPVS destinations of IPv4 that get new connections. (Read by netlink: `/proc/net/ip_vs` leaves services out when it
+/// is read in parts and other namespaces have some too.)
 fn destinations(node: &Node) -> Result<BTreeMap<String, u32>> {
     let mut out = BTreeMap::new();
-    for line in node.ns.proc_net("ip_vs")?.lines().skip(3) {
+    for line in node.run(&["ipvsadm", "-Ln"])?.ok()?.stdout.lines().skip(3) {
         let words: Vec<_> = line.split_whitespace().collect();
         if let ["->", address, _, weight, ..] = words.as_slice()
             && !address.starts_with('[')
@@ -241,7 +244,7 @@ impl Story {
         self.wait(t, now)?;
         if before.published != now.published {
             for node in &t.nodes {
-                until(Duration::from_secs(10), || {
+                until(PATIENCE, || {
                     let probe = http(SocketAddr::new(node.v4.into(), now.published));
                     Ok(probe.run(&t.ext.ns)?.answered() == 1)
                 })?;
@@ -255,7 +258,7 @@ impl Story {
         let want = vote.destinations(t);
         for node in &t.nodes {
             let mut last = BTreeMap::new();
-            until(Duration::from_secs(20), || {
+            until(PATIENCE, || {
                 last = destinations(node)?;
                 Ok(last == want)
             })
@@ -268,7 +271,7 @@ impl Story {
         let line = format!("exec meshlb agent --source {}", self.services().display());
         println!("{}$ {} &", node.name, line.trim_start_matches("exec "));
         let config = self.config(&node.name).to_string_lossy().into_owned();
-        let env = [("PATH", self.path.as_str()), ("MESHLB_CONFIG", config.as_str())];
+        let env = [("PATH", self.path.as_str()), ("MESHLB_CONFIG", config.as_str()), ("NO_COLOR", "1")];
         Agent::spawn(&node.ns, &["sh", "-c", &line], &env, self.dir.join(format!("{}.log", node.name)))
     }
 
@@ -352,10 +355,8 @@ impl Story {
             true,
             &format!("in force on all nodes {:.1} s after the agents' start", began.elapsed().as_secs_f32()),
         );
-        until(Duration::from_secs(10), || {
-            Ok(n1.run(&["curl", "-sf", "http://127.0.0.1:9477/readyz"])?.status == 0)
-        })
-        .context("/readyz")?;
+        until(PATIENCE, || Ok(n1.run(&["curl", "-sf", "http://127.0.0.1:9477/readyz"])?.status == 0))
+            .context("/readyz")?;
         let ready = self.run(n1, "curl -sS -w ' (%{http_code})\\n' http://127.0.0.1:9477/readyz")?;
         self.expect(ready.stdout.contains("200"), "the agent says it is ready");
         Ok(agents)
@@ -445,10 +446,8 @@ impl Story {
             "show: ok",
         );
         let out = self.run(n4, "meshlb show vote")?;
-        self.expect(
-            out.stdout.contains("draining"),
-            "vote-b is draining: its open connections may end by themselves",
-        );
+        let (a, b) = (out.stdout.contains("vote-a"), out.stdout.contains("vote-b"));
+        self.expect(a && !b, "vote-b, without a connection that it would still be needed for, is not there");
         let out = self.run(n4, "meshlb explain vote")?;
         self.expect(out.status == 0, "explain: every hop is as it should be");
         let out = self.run(n4, "ipvsadm -Ln")?;
@@ -456,10 +455,7 @@ impl Story {
         self.expect(out.status == 0 && vote.named().all(|(_, pod)| here(pod)), "IPVS has the endpoints");
         let out = self.run(n4, "iptables-save | grep -i meshlb")?;
         self.expect(out.status == 0, "our chains, and the jumps to them");
-        let out = self.run(
-            n4,
-            "ipset list -t | grep -E '^(Name|Type|Number)' | paste - - - 2>/dev/null || ipset list -n",
-        )?;
+        let out = self.run(n4, "ipset list -n")?;
         self.expect(out.stdout.to_ascii_lowercase().contains("meshlb"), "our sets");
         Ok(())
     }
@@ -471,17 +467,15 @@ impl Story {
         thread::sleep(Duration::from_secs(1));
         let mut agent = agents.pop().context("no agent")?;
         self.run(n4, &format!("kill -9 {}", agent.pid()))?;
-        until(Duration::from_secs(5), || Ok(!agent.alive())).context("the agent goes on")?;
+        until(PATIENCE, || Ok(!agent.alive())).context("the agent goes on")?;
         self.expect(true, "the agent of n4, which the load goes through, is gone");
         thread::sleep(Duration::from_secs(2));
         let out = self.run(&t.ext, &format!("curl -sS http://{}:{}/", n4.v4, vote.published))?;
         self.expect(out.status == 0, "n4 balances without it");
         let agent = self.agent(n4)?;
         agents.push(agent);
-        until(Duration::from_secs(20), || {
-            Ok(n4.run(&["curl", "-sf", "http://127.0.0.1:9477/readyz"])?.status == 0)
-        })
-        .context("/readyz")?;
+        until(PATIENCE, || Ok(n4.run(&["curl", "-sf", "http://127.0.0.1:9477/readyz"])?.status == 0))
+            .context("/readyz")?;
         let out = self.run(n4, "meshlb plan")?;
         self.expect(out.status == 0, "a new agent finds everything as it should be");
         thread::sleep(Duration::from_millis(500));
@@ -543,7 +537,7 @@ impl Story {
     fn logs(&self) {
         for k in 1..=4 {
             let log = fs::read_to_string(self.dir.join(format!("n{k}.log"))).unwrap_or_default();
-            let skip = log.lines().count().saturating_sub(15);
+            let skip = log.lines().count().saturating_sub(30);
             for line in log.lines().skip(skip) {
                 println!("  n{k}: {line}");
             }
