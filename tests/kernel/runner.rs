@@ -621,7 +621,8 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     Ok(failed.is_empty())
 }
 
-fn load_modules() -> Result<()> {
+/// Loads what the kernel has of what the tests use.
+pub fn load_modules() -> Result<()> {
     let modules = [
         "ip_vs",
         "ip_vs_rr",
