@@ -31,6 +31,9 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
             conflicts += 1;
         }
     }
+    if let Some(advice) = super::lock::advice(session.engine.allocator(), &session.keeper.source) {
+        eprintln!("meshlb: {advice}");
+    }
     for failure in &failures {
         eprintln!("meshlb: {}: {}", failure.op, failure.error);
     }

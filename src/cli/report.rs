@@ -170,7 +170,7 @@ pub fn report(
 
 fn node_problems(engine: &Engine, observed: &Observed) -> Vec<String> {
     let want = engine.merged().state();
-    let mut out = Vec::new();
+    let mut out = engine.dataplane.netfilter.warnings();
     match &observed.program {
         ProgramState::Installed => {}
         ProgramState::Absent => out.push("rules: not installed".into()),

@@ -154,6 +154,18 @@ fn look_first(options: &Options, engine: &Engine) {
     }
 }
 
+/// Tells what only the owner of this host's firewall can do.
+fn advise(engine: &Engine) {
+    for warning in engine.dataplane.netfilter.warnings() {
+        warn!("{warning}");
+    }
+    let Some(program) = &engine.merged().state().program else { return };
+    match netfilter::advice(program) {
+        Ok(lines) => lines.iter().for_each(|line| warn!("{line}")),
+        Err(e) => debug!("other nft tables can't be looked at: {e}"),
+    }
+}
+
 impl Session {
     /// Opens the kernel, reads the state and, unless it is watched later, the folder. Without a `dir`
     /// the folder is the one that the state remembers.
@@ -189,6 +201,12 @@ impl Session {
             look_first(options, &engine);
         }
         engine.refresh_node().context("addresses of this node")?;
+        if purpose != Purpose::Look {
+            advise(&engine);
+        }
+        if !state.ranges.is_empty() {
+            engine.set_earlier_ranges(state.ranges);
+        }
         let mut problems = Vec::new();
         if purpose != Purpose::Agent {
             let loaded = source::load(&source, Some(&engine.settings().node))

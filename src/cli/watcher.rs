@@ -35,6 +35,9 @@ pub struct Watcher {
     /// Writes that were reported so far, by backend.
     written: [u64; 3],
     turns: u64,
+    /// Advice about allocations that depend on history, and the generation it is about.
+    advice: Option<String>,
+    advised: Option<u64>,
 }
 
 impl Watcher {
@@ -50,6 +53,8 @@ impl Watcher {
             reason: "the source has not been read yet".into(),
             written: [0; 3],
             turns: 0,
+            advice: None,
+            advised: None,
         }
     }
 
@@ -90,6 +95,14 @@ impl Observer for Watcher {
         for key in &turn.services {
             self.tell(engine, key);
             self.traffic.set(key, engine.merged().services().get(key));
+        }
+        if self.advised != Some(engine.generation()) {
+            self.advised = Some(engine.generation());
+            let advice = super::lock::advice(engine.allocator(), &self.keeper.source);
+            if let Some(advice) = advice.as_ref().filter(|a| self.advice.as_ref() != Some(a)) {
+                warn!("{advice}");
+            }
+            self.advice = advice;
         }
         let outcome = if turn.failures.is_empty() { Outcome::Success } else { Outcome::Failure };
         let kind = if turn.full { RoundKind::Full } else { RoundKind::Incremental };

@@ -186,6 +186,10 @@ pub trait Netfilter {
     /// A cheap look: equal values mean that nothing of ours has changed since the last
     /// [`Netfilter::install`], [`Netfilter::apply`] or [`Netfilter::observe`].
     fn probe(&mut self) -> Result<Probe, Error>;
+    /// What this renderer can't do on this host, one line each for people.
+    fn warnings(&self) -> Vec<String> {
+        Vec::new()
+    }
     /// What tells an unchanged program from a changed one across restarts; kept in the state file.
     fn fingerprint(&self) -> Option<serde_json::Value>;
     /// Gives back what an earlier run's [`Netfilter::fingerprint`] said.

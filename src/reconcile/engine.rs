@@ -23,7 +23,7 @@ use crate::{
         host::{REQUIRED, Required, When},
     },
     model::{
-        ids::{Family, Mark, PortId, Protocol, ServiceKey},
+        ids::{Family, Mark, PerFamily, PortId, Protocol, ServiceKey},
         kernel::{
             BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer,
         },
@@ -88,6 +88,7 @@ pub struct Engine {
     /// Values that required sysctls had before the first change, by path.
     originals: BTreeMap<String, String>,
     timeouts_before: Option<Timeouts>,
+    earlier_ranges: PerFamily<IpNet>,
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
 }
@@ -130,6 +131,7 @@ impl Engine {
             settled: BTreeSet::new(),
             originals: BTreeMap::new(),
             timeouts_before: None,
+            earlier_ranges: PerFamily::default(),
             ours,
         }
     }
@@ -198,6 +200,26 @@ impl Engine {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
+    pub fn set_earlier_ranges(&mut self, ranges: PerFamily<IpNet>) {
+        self.earlier_ranges = ranges;
+    }
+
+    /// Routes of earlier ranges that are still there.
+    fn earlier_routes(&mut self) -> Result<Vec<Op>, Error> {
+        let mut stale = self.earlier_ranges;
+        for family in Family::ALL {
+            if stale.get(family) == self.settings.node.ranges.get(family) {
+                stale.set(family, None);
+            }
+        }
+        if stale.is_empty() {
+            return Ok(Vec::new());
+        }
+        let found = self.dataplane.host.vip_routes(&stale)?;
+        Ok(found.iter().map(|(family, route)| Op::DelRoute(family, route.range)).collect())
     }
 
     /// Forgets what we know of the kernel: the next turn reads it.
@@ -486,7 +508,8 @@ impl Engine {
         }
         self.know(&observed);
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
-        let ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
+        let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
+        ops.extend(self.earlier_routes()?);
         Ok((ops, observed))
     }
 
@@ -644,7 +667,11 @@ impl Engine {
                 self.known.elements.clone_from(&self.merged.state().elements);
             }
             Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
-            Op::DelRoute(family, _) => self.known.routes.set(*family, None),
+            Op::DelRoute(family, range) => {
+                if self.known.routes.get(*family).is_some_and(|route| route.range == *range) {
+                    self.known.routes.set(*family, None);
+                }
+            }
             Op::Sysctl { path, value, was } => {
                 if let Some(was) = was {
                     self.originals.entry(path.clone()).or_insert_with(|| was.clone());

@@ -38,6 +38,8 @@ pub struct Probe {
     pub pause: Duration,
     /// How often a datagram is sent before it is given up (1).
     pub tries: u32,
+    /// TCP: what is sent to a server that speaks HTTP (those of the demo).
+    pub request: Option<&'static str>,
 }
 
 impl Probe {
@@ -54,6 +56,7 @@ impl Probe {
             payload: 0,
             pause: Duration::ZERO,
             tries: 1,
+            request: None,
         }
     }
 
@@ -136,7 +139,10 @@ impl Probe {
         let hello = match self.proto {
             Proto::Tcp => {
                 socket.connect_timeout(&to, self.timeout).map_err(|e| label(&e))?;
-                read_hello(&socket)?
+                match self.request {
+                    Some(request) => ask_http(&socket, request)?,
+                    None => read_hello(&socket)?,
+                }
             }
             Proto::Sctp => {
                 socket.connect_timeout(&to, self.timeout).map_err(|e| label(&e))?;
@@ -201,6 +207,21 @@ fn read_hello(socket: &Socket) -> Result<Answer, String> {
         }
     }
     Answer::parse(&line)
+}
+
+/// A request and the whole answer, whose text is `NAME … PEER`.
+fn ask_http(socket: &Socket, request: &str) -> Result<Answer, String> {
+    let mut text = String::new();
+    (&mut &*socket).write_all(request.as_bytes()).map_err(|e| label(&e))?;
+    (&mut &*socket).read_to_string(&mut text).map_err(|e| label(&e))?;
+    let parse = || -> Option<Answer> {
+        let (head, body) = text.split_once("\r\n\r\n")?;
+        let mut words = head.starts_with("HTTP/1.0 200 ").then(|| body.split_whitespace())?;
+        let server = words.next()?.to_owned();
+        let peer = SocketAddr::new(words.last()?.parse().ok()?, 0);
+        Some(Answer { server, peer, local: SocketAddr::from(([0; 4], 0)) })
+    };
+    parse().ok_or_else(|| format!("not a server of ours: {text:?}"))
 }
 
 /// The errno by its name, `timeout` for none in time.

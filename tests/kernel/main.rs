@@ -17,6 +17,7 @@
 mod cases;
 mod check;
 mod client;
+mod demo;
 mod manifests;
 mod ns;
 mod program;
@@ -27,6 +28,9 @@ mod snapshot;
 mod topology;
 
 fn main() -> std::process::ExitCode {
+    if std::env::args().nth(1).is_some_and(|a| a == "--demo") {
+        return demo::main();
+    }
     let mut suite = runner::Suite::default();
     cases::register(&mut suite);
     runner::main(suite)

@@ -139,10 +139,15 @@ impl Netns {
         })
     }
 
-    /// Reads a file of `/proc/net` of this namespace.
+    /// Reads a file of `/proc/net` of this namespace. In large pieces: `ip_vs`, when it is read on, leaves out as many
+    /// services as other namespaces have.
     pub fn proc_net(&self, file: &str) -> Result<String> {
         self.enter(|| {
-            fs::read_to_string(format!("/proc/thread-self/net/{file}")).with_context(|| file.to_owned())
+            let mut text = String::new();
+            let open =
+                File::open(format!("/proc/thread-self/net/{file}")).with_context(|| file.to_owned())?;
+            std::io::BufReader::with_capacity(1 << 20, open).read_to_string(&mut text)?;
+            Ok(text)
         })
     }
 }

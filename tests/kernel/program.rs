@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::manifests::Manifests;
-use crate::ns::{self, Output};
+use crate::ns::{self, Netns, Output};
 use crate::runner::Renderer;
 use crate::topology::{Node, VIP_CIDRS};
 
@@ -114,8 +114,7 @@ impl Meshlb {
         let command = self.command(node, &["agent", "--source", &source]);
         let command: Vec<&str> = command.iter().map(String::as_str).collect();
         let log = node.dir.join("agent.log");
-        let child = node.ns.spawn(&command, &[("PATH", &self.path)], &log)?;
-        Ok(Agent { child, log })
+        Agent::spawn(&node.ns, &command, &[("PATH", &self.path)], log)
     }
 }
 
@@ -137,6 +136,16 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Starts it by a command of the caller's.
+    pub fn spawn(ns: &Netns, command: &[&str], env: &[(&str, &str)], log: PathBuf) -> Result<Agent> {
+        Ok(Agent { child: ns.spawn(command, env, &log)?, log })
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// `SIGTERM`, and its exit status within so long.
     pub fn terminate(mut self, within: Duration) -> Result<i32> {
         let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id())?);

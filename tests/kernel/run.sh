@@ -2,6 +2,7 @@
 # Runs the kernel tests, or those whose name contains one of the FILTERs.
 #
 #   tests/kernel/run.sh [--vm|--host] [--nocapture] [--list] [FILTER…]
+#   tests/kernel/run.sh [--vm|--host] --demo      the demo instead (tests/demo.sh)
 #
 # Where the kernel has IPVS and you are root they run here, in network namespaces of their own; elsewhere in one VM, which
 # is booted for the run, or left as it is if it was up already (make vm-up), which makes one case a matter of seconds.
@@ -17,23 +18,31 @@ repo=$(cd "$here/../.." && pwd)
 vm_dir=$repo/tests/vm
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
-where= args=()
-for a in "$@"; do case $a in --vm) where=vm ;; --host) where=host ;; *) args+=("$a") ;; esac; done
+where= what="kernel tests" args=()
+for a in "$@"; do
+  case $a in
+    --vm) where=vm ;;
+    --host) where=host ;;
+    --demo) what=demo args=("$a" ${args[@]+"${args[@]}"}) ;;
+    *) args+=("$a") ;;
+  esac
+done
 has_ipvs() { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }
 if [ -z "$where" ]; then
   if [ "$(id -u)" = 0 ] && has_ipvs; then where=host
   else
     where=vm
     if [ "$(id -u)" != 0 ]; then reason="you are not root"; else reason="this kernel ($(uname -r)) has no IPVS"; fi
-    echo "kernel tests: in a VM, since $reason"
+    echo "$what: in a VM, since $reason"
   fi
 fi
 
 if [ $where = host ]; then "$vm_dir/setup.sh" --host; else "$vm_dir/setup.sh"; fi
 
 cd "$repo"
+[ "$what" != demo ] || echo "demo: building meshlb (the first time takes minutes)"
 built=$(mktemp)
-cargo test -q --no-run --test kernel --message-format=json >"$built" || { rm -f "$built"; echo "kernel tests: 0 passed, 1 failed (they do not build)"; exit 1; }
+cargo test -q --no-run --test kernel --message-format=json >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
 executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 test_bin=$(executable test kernel) meshlb_bin=${MESHLB_BIN:-$(executable bin meshlb)}
 rm -f "$built"

@@ -18,6 +18,7 @@ need ipvsadm ipvsadm "shows the IPVS table when a case fails"
 need conntrack conntrack "shows and empties the connection table between cases"
 need modprobe kmod "loads ip_vs and friends"
 need wg wireguard-tools "makes the keys of the WireGuard overlay"
+need curl curl "the client of the demo (make demo)"
 if [ -z "$host_only" ]; then
   need qemu-system-x86_64 qemu-system-x86 "the emulator that runs a kernel with IPVS (KVM is not used)"
   need busybox busybox-static "the first program in the VM, until this machine's files are mounted"

@@ -27,10 +27,12 @@ pub(crate) fn rules(program: &Program, family: Family) -> Vec<Rule> {
         rule("MESHLB-INPUT", "replies to this node", to(&f.node.to_string())),
         rule("MESHLB-INPUT", "replies to this node", to(&loopback(family).to_string())),
         rule("MESHLB-FORWARD", "replies from VIPs", to(&range)),
+        // Both directions: after the first packet, conntrack itself sends what was published on to the
+        // endpoint, so it is forwarded and no longer comes by IPVS.
         rule(
             "MESHLB-FORWARD",
-            "replies of published ports",
-            format!("{replies} -m conntrack --ctstate DNAT -j ACCEPT"),
+            "published ports",
+            "-m conntrack --ctstate RELATED,ESTABLISHED -m conntrack --ctstate DNAT -j ACCEPT".to_owned(),
         ),
     ]
 }

@@ -574,6 +574,10 @@ impl Netfilter for Iptables {
         Ok(Probe::Unchanged)
     }
 
+    fn warnings(&self) -> Vec<String> {
+        Self::warnings(self)
+    }
+
     fn fingerprint(&self) -> Option<serde_json::Value> {
         Self::fingerprint(self).and_then(|f| serde_json::to_value(f).ok())
     }

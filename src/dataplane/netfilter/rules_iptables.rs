@@ -133,6 +133,10 @@ fn filter_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram
         input("no service here", format!("-d {range} -j REJECT"));
     }
     push("filter", "MESHLB-FORWARD", "replies of endpoints", from);
+    // After the first packet, conntrack itself sends what was published on to the endpoint, so it is
+    // forwarded and no longer comes by IPVS.
+    let to = format!("{replies} -m conntrack --ctstate DNAT -m set --match-set {endpoints} dst -j ACCEPT");
+    push("filter", "MESHLB-FORWARD", "published ports", to);
 }
 
 fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, options: Options) {

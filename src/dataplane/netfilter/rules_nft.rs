@@ -17,11 +17,15 @@ pub(crate) const TABLE: &str = "inet meshlb";
 /// The chains of the table; without a program, those of both families.
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
     let base: &[&str] = match layout {
-        Layout::Small { hairpin: false } => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in"],
-        Layout::Small { hairpin: true } => {
-            &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "post"]
+        Layout::Small { hairpin: false } => {
+            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in"]
         }
-        Layout::Whole => &["lo-out", "vip-first", "out", "in", "guard", "refuse", "lo-in", "post", "unmark"],
+        Layout::Small { hairpin: true } => {
+            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in", "post"]
+        }
+        Layout::Whole => {
+            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in", "post", "unmark"]
+        }
     };
     let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
     for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
@@ -68,6 +72,7 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
     chain("lo-out", "filter hook output priority -350", each(&Names::loopback_out));
     chain("vip-first", "nat hook prerouting priority -101", each(&|n| n.dnat(whole)));
     chain("out", "filter hook output priority -99", each(&|n| n.mark_out(whole)));
+    chain("lo-guard", "filter hook output priority -97", each(&Names::guard_loopback));
     chain("in", "filter hook input priority 90", each(&|n| n.mark_in(whole)));
     chain("guard", "filter hook input priority 101", each(&Names::guard));
     for n in &families {
@@ -222,18 +227,24 @@ impl Names {
 
     /// After IPVS: what is still here was not taken, so it must not reach a socket of the host.
     fn guard(&self) -> Vec<String> {
-        let Self { ip, range, digit, lo, node, .. } = self;
+        let Self { ip, range, digit, .. } = self;
         let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
-        let map = self.set(Kind::Loopback);
         vec![
             format!("{ip} daddr {range} jump guard-{digit}"),
             // Only new ones: a client may have got a published number as its own port.
             format!("{target} {published} {target} != {own} ct state new jump refuse"),
-            // The mark is the map's way of telling a hit; the packet ends here.
-            format!(
-                "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} jump refuse"
-            ),
         ]
+    }
+
+    /// The same for 127.0.0.1, already on the way out: the error for a packet whose source was rewritten would
+    /// not find its socket, but a refusal here is the sender's own error.
+    fn guard_loopback(&self) -> Vec<String> {
+        let Self { ip, lo, node, .. } = self;
+        let map = self.set(Kind::Loopback);
+        // The mark is the map's way of telling a hit; the packet ends here.
+        vec![format!(
+            "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} jump refuse"
+        )]
     }
 
     fn guard_vip(&self) -> Vec<String> {
@@ -299,7 +310,9 @@ fn refuse() -> Vec<String> {
 }
 
 fn masquerade(families: &[Names], program: &Program) -> Vec<String> {
-    let mut rules = vec![format!("meta mark & {:#x} == 0 return", program.mask)];
+    // What goes to this node itself is an endpoint here, or was not taken by IPVS and will be refused.
+    let mut rules =
+        vec!["oifname \"lo\" return".to_owned(), format!("meta mark & {:#x} == 0 return", program.mask)];
     for n in families {
         rules.extend(n.originals().map(|original| format!("{original} jump post-{}", n.digit)));
     }
