@@ -64,7 +64,7 @@ run=$vm/run-$$-$(date +%s)
 rm -rf "$vm"/run-*; mkdir -p "$run/out"
 for f in "$test_bin" "$meshlb_bin"; do strip -g -o "$run/${f##*/}" "$f" 2>/dev/null || cp "$f" "$run/"; done
 set +e
-MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM" \
+MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_KERNEL_UNPROVEN=${MESHLB_KERNEL_UNPROVEN:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_UNPROVEN" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-1500}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
