@@ -2,6 +2,7 @@
 
 mod basics;
 mod harness;
+mod lifecycle;
 
 use crate::runner::Suite;
 
@@ -9,4 +10,5 @@ use crate::runner::Suite;
 pub fn register(suite: &mut Suite) {
     harness::register(suite);
     basics::register(suite);
+    lifecycle::register(suite);
 }
