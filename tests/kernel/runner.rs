@@ -294,6 +294,10 @@ impl Kept {
         let (Some(shared), Some(topology)) = (self.shared.take(), &self.topology) else { return Ok(()) };
         let cleaned = all(topology.nodes.iter().map(|n| || shared.program.cleanup(n)));
         let clean = cleaned.and_then(|_| check::nothing_left(topology));
+        // The next case's program is another one, with nothing to remember.
+        for node in &topology.nodes {
+            let _ = fs::remove_dir_all(&node.dir);
+        }
         if clean.is_err() {
             self.topology = None;
         }
@@ -664,7 +668,10 @@ impl Session {
     fn context(&self, case: &Case) -> Result<Cx> {
         let dir = self.work.join("case");
         let _ = fs::remove_dir_all(&dir);
-        let _ = fs::remove_dir_all(self.work.join("nodes"));
+        // What cases share has its state there, and cleanup needs it.
+        if lock(&self.pool).shared.is_none() {
+            let _ = fs::remove_dir_all(self.work.join("nodes"));
+        }
         fs::create_dir_all(&dir)?;
         let renderer = case.params.renderer;
         let meshlb = if self.with_meshlb { Some(Meshlb::new(&self.work, renderer)?) } else { None };
