@@ -11,7 +11,8 @@ use crate::check;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
-    suite.add("lifecycle::addresses_and_ports_are_kept", &Matrix::once(), kept);
+    let slow = Duration::from_secs(150);
+    suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::once(), slow, kept);
     suite.add("lifecycle::published_port_conflict", &Matrix::once(), conflict);
     suite.add("lifecycle::published_port_changes", &Matrix::renderers(), port_changes);
     suite.add("lifecycle::host_mode", &Matrix::renderers(), host_mode);
@@ -39,7 +40,10 @@ fn kept(cx: &mut Cx) -> Result<()> {
     let same = |c: &Cluster, when: &str, servers: &[&str]| -> Result<()> {
         for node in [1, 2] {
             let now = given(&c.service(node, "auto")?)?;
-            ensure!(now.0 == first.0 && now.1.starts_with(&first.1), "n{node}, {when}: {first:?}, now {now:?}");
+            ensure!(
+                now.0 == first.0 && now.1.starts_with(&first.1),
+                "n{node}, {when}: {first:?}, now {now:?}"
+            );
         }
         let port = u16::try_from(*first.1.first().context("no port")?)?;
         for address in &first.0 {
@@ -67,6 +71,8 @@ fn kept(cx: &mut Cx) -> Result<()> {
     c.terminate()?;
     c.start_agents()?;
     same(&c, "after a restart", &["p12", "p22"])?;
+    // What sysctls were before is lost too, so that cleanup can't put them back.
+    cx.taint();
     // A lost state directory: names give the same addresses, the kernel the same marks.
     c.kill();
     for node in &c.t.nodes {

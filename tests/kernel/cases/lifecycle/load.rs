@@ -82,7 +82,11 @@ fn edits(cx: &mut Cx) -> Result<()> {
     })?;
     note("target port");
     ensure!(
-        c.t.pod("p12").connect(Proto::Tcp, vip(Family::V4, 80)?, 2)?.answers.iter().all(|a| a.local.port() == 8081),
+        c.t.pod("p12")
+            .connect(Proto::Tcp, vip(Family::V4, 80)?, 2)?
+            .answers
+            .iter()
+            .all(|a| a.local.port() == 8081),
         "the new target port is not used"
     );
     c.change(|t, m| {
@@ -123,7 +127,11 @@ fn restarts(cx: &mut Cx) -> Result<()> {
     let loads = Loads::start(&c)?;
     std::thread::sleep(Duration::from_secs(1));
     for way in ["SIGTERM", "SIGKILL"] {
-        if way == "SIGTERM" { c.terminate()? } else { c.kill() }
+        if way == "SIGTERM" {
+            c.terminate()?
+        } else {
+            c.kill()
+        }
         std::thread::sleep(Duration::from_secs(1));
         c.start_agents()?;
         for node in &c.t.nodes {
