@@ -83,42 +83,47 @@ fn kept(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// Who comes second is told who was first, and is served when that one goes.
+/// Of two that ask for the same number the first by name has it, wherever they meet; the other is told who has it, and is
+/// served when that one goes.
 fn conflict(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
-        m.service("first").port(Proto::Tcp, 80, 8080, Some(30080));
-        serve_from(t, m, "first", &["p11"]);
+        m.service("second").port(Proto::Tcp, 80, 8080, Some(30080));
+        serve_from(t, m, "second", &["p11"]);
         // The same number over UDP is somebody else's.
         m.service("other").port(Proto::Udp, 80, 8080, Some(30080));
         serve_from(t, m, "other", &["p12"]);
         Ok(())
     })?;
+    let served_by = |c: &Cluster, tcp: &str| -> Result<()> {
+        for family in Family::ALL {
+            let at = c.t.node(2).at(family, 30080);
+            check::only(&c.t.ext.connect(Proto::Tcp, at, 3)?, tcp)?;
+            check::only(&c.t.ext.connect(Proto::Udp, at, 3)?, "p12")?;
+        }
+        Ok(())
+    };
+    served_by(&c, "p11")?;
     c.change(|t, m| {
-        m.service("aaa").port(Proto::Tcp, 80, 8080, Some(30080));
-        serve_from(t, m, "aaa", &["p22"]);
+        m.service("first").port(Proto::Tcp, 80, 8080, Some(30080));
+        serve_from(t, m, "first", &["p22"]);
         Ok(())
     })?;
-    let at = |family| c.t.node(2).at(family, 30080);
-    for family in Family::ALL {
-        check::only(&c.t.ext.connect(Proto::Tcp, at(family), 3)?, "p11")?;
-        check::only(&c.t.ext.connect(Proto::Udp, at(family), 3)?, "p12")?;
-    }
-    let problems = c.service(1, "aaa")?["problems"].to_string();
+    served_by(&c, "p22")?;
+    let second = c.service(1, "second")?;
+    let problems = second["problems"].to_string();
     ensure!(
         ["default/first", "30080/TCP"].iter().all(|text| problems.contains(text)),
         "the conflict does not name the owner: {problems}"
     );
-    ensure!(c.agents[0].log_text().contains("of default/first"), "nor does the log");
-    let address = c.service(1, "aaa")?["vips"][0].as_str().unwrap_or_default().parse()?;
-    check::only(&c.t.pod("p11").connect(Proto::Tcp, SocketAddr::new(address, 80), 2)?, "p22")?;
+    ensure!(c.agents.iter().all(|a| a.log_text().contains("of default/first")), "nor does the log");
+    let address = second["vips"][0].as_str().unwrap_or_default().parse()?;
+    check::only(&c.t.pod("p21").connect(Proto::Tcp, SocketAddr::new(address, 80), 2)?, "p11")?;
     c.change(|_, m| {
         m.remove("first");
         Ok(())
     })?;
-    for family in Family::ALL {
-        check::only(&c.t.ext.connect(Proto::Tcp, c.t.node(2).at(family, 30080), 3)?, "p22")?;
-    }
-    let problems = c.service(1, "aaa")?["problems"].clone();
+    served_by(&c, "p11")?;
+    let problems = c.service(1, "second")?["problems"].clone();
     ensure!(problems == json!([]), "the conflict does not heal: {problems}");
     c.in_sync()
 }
