@@ -53,13 +53,22 @@ impl Merged {
     /// Replaces what one service contributes; `None` removes it. Returns which keys it had or has.
     pub fn replace(&mut self, key: &ServiceKey, new: Option<Arc<CompiledService>>, touched: &mut Touched) {
         if let Some(old) = self.services.remove(key) {
+            // What another service has taken over in the same turn is that one's.
             for vs in old.virtual_servers.keys() {
-                self.state.virtual_servers.remove(vs);
-                self.owners.remove(&vs.mark);
+                if self.owners.get(&vs.mark).is_none_or(|owner| owner == key) {
+                    self.state.virtual_servers.remove(vs);
+                }
                 touched.virtual_servers.insert(*vs);
             }
-            for element in old.elements.keys() {
-                self.state.elements.remove(element);
+            for vs in old.virtual_servers.keys() {
+                if self.owners.get(&vs.mark) == Some(key) {
+                    self.owners.remove(&vs.mark);
+                }
+            }
+            for (element, mark) in &old.elements {
+                if self.state.elements.get(element) == Some(mark) {
+                    self.state.elements.remove(element);
+                }
                 touched.elements.insert(*element);
             }
             for element in &old.shared {
