@@ -46,7 +46,7 @@ pub struct Port {
     pub target: u16,
     /// The published port; `Some(0)` lets the program choose.
     pub publish: Option<u16>,
-    /// More fields.
+    /// More fields; `null` takes one away.
     pub more: Map<String, Value>,
 }
 
@@ -156,6 +156,7 @@ impl Service {
                         map.insert("publish".to_owned(), publish);
                     }
                     map.extend(p.more.clone());
+                    map.retain(|_, value| !value.is_null());
                 }
                 port
             })

@@ -4,6 +4,7 @@ mod basics;
 mod guard;
 mod harness;
 mod healing;
+mod lifecycle;
 mod neighbours;
 mod underlays;
 
@@ -23,6 +24,7 @@ pub fn register(suite: &mut Suite) {
     neighbours::register(suite);
     if unproven() {
         healing::register(suite);
+        lifecycle::register(suite);
         underlays::register(suite);
     }
 }

@@ -1,0 +1,225 @@
+//! Endpoints that are not ready, go away and come back.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use serde_json::json;
+
+use super::{Cluster, PROTOS, serve_from, two_nodes, vip, wait_until, web};
+use crate::check;
+use crate::client::{FlowReport, Flows, Probe};
+use crate::manifests::Endpoint;
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::topology::Host;
+
+pub fn register(suite: &mut Suite) {
+    suite.add("lifecycle::not_ready_gets_nothing", &Matrix::once(), not_ready);
+    suite.add("lifecycle::drain_to_the_deadline", &Matrix::once().families(), drain_to_the_deadline);
+    suite.add("lifecycle::drain_ends_early", &Matrix::once(), drain_ends_early);
+    suite.add("lifecycle::drain_over_a_restart", &Matrix::once(), drain_over_restart);
+    suite.add("lifecycle::udp_client_moves", &Matrix::renderers(), udp_moves);
+}
+
+/// What these pods answer from both sides.
+fn served_by(c: &Cluster, servers: &[&str]) -> Result<()> {
+    for family in Family::ALL {
+        for proto in PROTOS {
+            check::even(&c.t.pod("p11").connect(proto, vip(family, 80)?, 8)?, servers)?;
+            check::even(&c.t.ext.connect(proto, c.t.node(1).at(family, 30080), 8)?, servers)?;
+        }
+    }
+    Ok(())
+}
+
+fn not_ready(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
+    served_by(&c, &["p11", "p12", "p21", "p22"])?;
+    let set = |c: &mut Cluster, change: fn(Endpoint, &Host) -> Endpoint| {
+        c.change(|t, m| {
+            for family in Family::ALL {
+                let endpoints = t.pods.iter().map(|p| change(Endpoint::of(p, family), p)).collect();
+                m.slice("web", family, endpoints);
+            }
+            Ok(())
+        })
+    };
+    // Not ready, and terminating while others are ready: nothing.
+    set(&mut c, |e, pod| match pod.name.as_str() {
+        "p12" => e.not_ready(),
+        "p22" => e.terminating(true),
+        _ => e,
+    })?;
+    served_by(&c, &["p11", "p21"])?;
+    // None is ready, but some still serve while they terminate.
+    set(&mut c, |e, pod| e.terminating(pod.node == 2))?;
+    served_by(&c, &["p21", "p22"])?;
+    set(&mut c, |e, _| e)?;
+    served_by(&c, &["p11", "p12", "p21", "p22"])
+}
+
+fn slow(c: &Cluster, on: &Host, proto: Proto, family: Family, published: bool, n: usize) -> Result<Flows> {
+    let to = if published { c.t.node(1).at(family, 30080) } else { vip(family, 80)? };
+    let probe = Probe::new(proto, to).within(Duration::from_millis(700));
+    Flows::start(&on.ns, &probe, n, Duration::from_millis(50))
+}
+
+fn of<'a>(flows: &'a [FlowReport], server: &'a str) -> impl Iterator<Item = &'a FlowReport> {
+    flows.iter().filter(move |f| f.servers.first().is_some_and(|s| s == server))
+}
+
+/// Established flows of removed endpoints go on until the deadline, by VIP and by published port; nothing new gets there.
+/// One of the endpoints comes back meanwhile and keeps its flows.
+fn drain_to_the_deadline(cx: &mut Cx) -> Result<()> {
+    let family = cx.family();
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        web(t, m, &["p11", "p12", "p21", "p22"])?;
+        m.service("web").set("drain", json!({"timeoutSeconds": 15}));
+        Ok(())
+    })?;
+    let inside = slow(&c, c.t.pod("p11"), Proto::Tcp, family, false, 4)?;
+    let outside = slow(&c, &c.t.ext, Proto::Tcp, family, true, 4)?;
+    let begun = Instant::now();
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11", "p12"]);
+        Ok(())
+    })?;
+    let removed = begun.elapsed();
+    for (from, to) in [(c.t.pod("p11"), vip(family, 80)?), (&c.t.ext, c.t.node(1).at(family, 30080))] {
+        check::even(&from.connect(Proto::Tcp, to, 8)?, &["p11", "p12"])?;
+    }
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11", "p12", "p22"]);
+        Ok(())
+    })?;
+    check::even(&c.t.pod("p11").connect(Proto::Tcp, vip(family, 80)?, 6)?, &["p11", "p12", "p22"])?;
+    for flow in inside.now().iter().chain(&outside.now()) {
+        ensure!(flow.errors.is_empty() && flow.exchanges > 5, "a flow ended before the deadline: {flow:?}");
+    }
+    wait_until("the drained endpoint is out of IPVS", Duration::from_secs(20), || {
+        Ok(!c.has_real(1, c.t.pod("p21").ip(family))?)
+    })?;
+    let over = begun.elapsed();
+    cx.note(format!("removed after {removed:?}, out of IPVS after {over:?}"));
+    ensure!(over > Duration::from_secs(14), "the drain ended early: {over:?}");
+    std::thread::sleep(Duration::from_secs(2));
+    for (what, flows) in [("inside", inside.stop()?), ("outside", outside.stop()?)] {
+        for server in ["p11", "p12", "p22"] {
+            ensure!(of(&flows, server).count() == 1, "{what}: {flows:?}");
+            for flow in of(&flows, server) {
+                ensure!(flow.errors.is_empty() && flow.servers.len() == 1, "{what}: {flow:?}");
+            }
+        }
+        for flow in of(&flows, "p21") {
+            cx.note(format!("{what}: the drained flow: {:?}", flow.errors));
+            let first = flow.errors.first().map(|(at, _)| *at);
+            ensure!(flow.servers == ["p21"], "{what}: the flow moved: {flow:?}");
+            ensure!(
+                first.is_some_and(|at| at > Duration::from_secs(14)),
+                "{what}: must go on to the deadline and then end: {flow:?}"
+            );
+        }
+    }
+    c.in_sync()
+}
+
+/// When the last connection is gone, so is the endpoint, long before the deadline.
+fn drain_ends_early(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        web(t, m, &["p11", "p21"])?;
+        m.service("web").set("drain", json!({"timeoutSeconds": 600}));
+        Ok(())
+    })?;
+    let flows = slow(&c, c.t.pod("p11"), Proto::Tcp, Family::V4, false, 2)?;
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11"]);
+        Ok(())
+    })?;
+    std::thread::sleep(Duration::from_millis(2500));
+    let (v4, v6) = (c.t.pod("p21").ip(Family::V4), c.t.pod("p21").ip(Family::V6));
+    ensure!(c.has_real(1, v4)?, "the endpoint went while it had a connection");
+    let states = c.service(1, "web")?;
+    ensure!(states.to_string().contains("\"draining\""), "show has no draining endpoint: {states:#}");
+    ensure!(!c.has_real(2, v4)? && !c.has_real(1, v6)?, "kept where it had no connection");
+    let flows = flows.stop()?;
+    ensure!(flows.iter().all(|f| f.errors.is_empty()), "{flows:?}");
+    let took =
+        wait_until("the endpoint is let go after its last connection", Duration::from_secs(6), || {
+            Ok(!c.has_real(1, v4)?)
+        })?;
+    cx.note(format!("let go {took:?} after its last connection"));
+    c.in_sync()
+}
+
+/// The deadline survives the agent, and `timeoutSeconds: 0` cuts at once.
+fn drain_over_restart(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        web(t, m, &["p11", "p12", "p21"])?;
+        m.service("web").set("drain", json!({"timeoutSeconds": 15}));
+        Ok(())
+    })?;
+    let flows = slow(&c, c.t.pod("p11"), Proto::Tcp, Family::V4, false, 3)?;
+    let begun = Instant::now();
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11", "p12"]);
+        Ok(())
+    })?;
+    c.kill();
+    c.start_agents()?;
+    let p21 = c.t.pod("p21").ip(Family::V4);
+    check::even(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 6)?, &["p11", "p12"])?;
+    ensure!(begun.elapsed() > Duration::from_secs(14) || c.has_real(1, p21)?, "the restart ended the drain");
+    wait_until("the deadline of before the restart", Duration::from_secs(20), || Ok(!c.has_real(1, p21)?))?;
+    let over = begun.elapsed();
+    cx.note(format!("out of IPVS after {over:?}"));
+    ensure!(over > Duration::from_secs(14) && over < Duration::from_secs(22), "the deadline moved: {over:?}");
+    let flows = flows.stop()?;
+    ensure!(of(&flows, "p12").all(|f| f.errors.is_empty()), "{flows:?}");
+    c.change(|t, m| {
+        m.service("web").set("drain", json!({"timeoutSeconds": 0}));
+        serve_from(t, m, "web", &["p11"]);
+        Ok(())
+    })?;
+    ensure!(!c.has_real(1, c.t.pod("p12").ip(Family::V4))?, "timeoutSeconds 0 does not cut");
+    c.in_sync()
+}
+
+/// Clients that send from one port all the time leave a removed endpoint within two seconds, and only those do.
+fn udp_moves(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
+    let mut kinds = Vec::new();
+    for family in Family::ALL {
+        for (host, published) in [(c.t.pod("p11"), false), (&c.t.ext, true)] {
+            let what = format!("{family} {}", if published { "published" } else { "vip" });
+            kinds.push((what, slow(&c, host, Proto::Udp, family, published, 4)?, Instant::now()));
+        }
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    let wrote = Instant::now();
+    // p11 is an endpoint on this node, p21 is on the other and, by the published port, masqueraded.
+    c.write(|t, m| {
+        serve_from(t, m, "web", &["p12", "p22"]);
+        Ok(())
+    })?;
+    std::thread::sleep(Duration::from_millis(2000));
+    let in_time: Vec<Vec<FlowReport>> = kinds.iter().map(|(_, flows, _)| flows.now()).collect();
+    cx.note(format!("looked at {:?} after the change", wrote.elapsed()));
+    std::thread::sleep(Duration::from_millis(1500));
+    for ((what, flows, started), early) in kinds.into_iter().zip(in_time) {
+        let flows = flows.stop()?;
+        let limit = wrote.duration_since(started) + Duration::from_secs(2);
+        for (flow, early) in flows.iter().zip(&early) {
+            let first = flow.servers.first().map(String::as_str).unwrap_or_default();
+            if ["p12", "p22"].contains(&first) {
+                ensure!(flow.servers.len() == 1 && flow.errors.is_empty(), "{what}: disturbed: {flow:?}");
+                continue;
+            }
+            let last = early.servers.last().map(String::as_str).unwrap_or_default();
+            ensure!(["p12", "p22"].contains(&last), "{what}: still not moved after two seconds: {early:?}");
+            ensure!(flow.errors.iter().all(|(at, _)| *at < limit), "{what}: errors after that: {flow:?}");
+        }
+        for server in ["p11", "p12", "p21", "p22"] {
+            ensure!(of(&flows, server).count() == 1, "{what}: not spread: {flows:?}");
+        }
+    }
+    c.in_sync()
+}
