@@ -11,7 +11,8 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Builder, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
-    let kinds: [(&str, fn(&mut Cx) -> Result<()>); 5] = [
+    type Case = fn(&mut Cx) -> Result<()>;
+    let kinds: [(&str, Case); 5] = [
         ("underlays::vxlan_bridge", |cx| carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1))),
         ("underlays::vxlan_bridge_without_br_netfilter", |cx| {
             carries(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1))
