@@ -4,7 +4,7 @@
 //! the marks are then rebuilt from the kernel.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Write},
     net::IpAddr,
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::{
     allocate::Allocations,
     model::{
-        ids::{Family, Mark, PerFamily},
+        ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
         kernel::Timeouts,
     },
 };
@@ -48,8 +48,44 @@ pub struct State {
     /// IPVS timeouts that we set, and those before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ipvs_timeouts: Option<(Timeouts, Timeouts)>,
+    /// Published ports that this node serves, by service: a socket that comes later does not get them, even
+    /// when somebody has emptied our sets.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub served: BTreeMap<ServiceKey, Vec<PublishedPorts>>,
     /// What the netfilter renderer wrote last; only it knows what that means.
     pub netfilter: serde_json::Value,
+}
+
+/// Published ports with consecutive numbers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PublishedPorts {
+    /// Protocol.
+    pub protocol: Protocol,
+    /// First number.
+    pub first: u16,
+    /// Last number.
+    pub last: u16,
+}
+
+impl PublishedPorts {
+    /// Sorted ports as runs of consecutive numbers.
+    pub fn runs(ports: &BTreeSet<(Protocol, u16)>) -> Vec<Self> {
+        let mut out: Vec<Self> = Vec::new();
+        for &(protocol, port) in ports {
+            match out.last_mut() {
+                Some(run) if run.protocol == protocol && run.last.checked_add(1) == Some(port) => {
+                    run.last = port
+                }
+                _ => out.push(Self { protocol, first: port, last: port }),
+            }
+        }
+        out
+    }
+
+    /// Each of them.
+    pub fn ports(self) -> impl Iterator<Item = (Protocol, u16)> {
+        (self.first..=self.last).map(move |port| (self.protocol, port))
+    }
 }
 
 /// A destination whose connections may go on until a deadline.
@@ -288,6 +324,15 @@ mod tests {
         assert!(again.save(&state).unwrap());
         again.clear().unwrap();
         assert_eq!(fs::read_dir(dir.path().join("sub")).unwrap().count(), 0, "a file is left over");
+    }
+
+    #[test]
+    fn published_ports_are_kept_as_runs() {
+        let ports = [(Protocol::Udp, 65_535), (Protocol::Tcp, 80), (Protocol::Tcp, 82), (Protocol::Tcp, 81)];
+        let ports: BTreeSet<_> = ports.into_iter().chain([(Protocol::Udp, 65_534)]).collect();
+        let runs = PublishedPorts::runs(&ports);
+        assert_eq!(runs.iter().map(|r| (r.first, r.last)).collect::<Vec<_>>(), [(80, 82), (65_534, 65_535)]);
+        assert_eq!(runs.into_iter().flat_map(PublishedPorts::ports).collect::<BTreeSet<_>>(), ports);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::{
     plan::{Observed, Op},
     reconcile::Engine,
     source::{self, Problem, problem::Severity},
-    state::{Drain, State, StateDir},
+    state::{Drain, PublishedPorts, State, StateDir},
 };
 
 /// An engine with where its state is kept.
@@ -56,6 +56,8 @@ impl Keeper {
         let state = &mut self.state;
         if self.generation != Some(engine.generation()) {
             state.allocations = engine.allocator().allocations();
+            let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
+            state.served = runs.collect();
         }
         state.source = Some(self.source.clone());
         state.node = settings.node.name.to_string();
@@ -206,6 +208,8 @@ impl Session {
         }
         if !state.ranges.is_empty() {
             engine.set_earlier_ranges(state.ranges);
+            let ports = |runs: &Vec<PublishedPorts>| runs.iter().flat_map(|run| run.ports()).collect();
+            engine.set_served(state.served.iter().map(|(key, runs)| (key.clone(), ports(runs))).collect());
         }
         let mut problems = Vec::new();
         if purpose != Purpose::Agent {

@@ -155,13 +155,20 @@ pub fn compile_service(
                 );
                 for p in ports_from(port.port, port.span()) {
                     let target = Target { addr: *vip, protocol: port.protocol, port: p };
-                    out.elements.insert(Element::Vip(target), Some(mark));
+                    lead_to(&mut out, target, mark);
                 }
             }
         }
         publish(&mut out, &mut compiled, service, slices, assigned, &families, inputs);
         out.ports.push(compiled);
     }
+    // One without destinations that nothing leads to would only be a thing to lose track of.
+    let led_to: BTreeSet<VirtualServerKey> = out
+        .elements
+        .iter()
+        .filter_map(|(element, mark)| Some(VirtualServerKey { family: element.family(), mark: (*mark)? }))
+        .collect();
+    out.virtual_servers.retain(|key, server| !server.reals.is_empty() || led_to.contains(key));
     out
 }
 
@@ -222,7 +229,7 @@ fn publish(
         };
         for &n in &numbers {
             let target = |addr| Target { addr, protocol: port.protocol, port: n };
-            out.elements.insert(Element::Vip(target(ingress)), Some(mark));
+            lead_to(out, target(ingress), mark);
             for addr in &inputs.facts.published_addresses {
                 if Family::of(addr) == family && wanted(addr) {
                     out.elements.insert(Element::Published(target(*addr)), Some(mark));
@@ -232,6 +239,16 @@ fn publish(
                 out.elements.insert(Element::Loopback(family, port.protocol, n), Some(mark));
             }
         }
+    }
+}
+
+/// Leads packets to IPVS, where something takes new connections. IPVS refuses the others with an ICMP error,
+/// which a TCP socket that is just sending its SYN drops (`tcp_v6_err`: the socket is locked), so that the
+/// client tries for a second; the guard refuses with a reset, at once.
+fn lead_to(out: &mut CompiledService, target: Target, mark: Mark) {
+    let key = VirtualServerKey { family: Family::of(&target.addr), mark };
+    if out.virtual_servers.get(&key).is_some_and(|s| s.reals.values().any(|real| real.weight > 0)) {
+        out.elements.insert(Element::Vip(target), Some(mark));
     }
 }
 

@@ -205,7 +205,7 @@ fn target_ports_by_name_by_the_only_port_and_by_number() {
     let mut p = port(80, 0);
     p.target = TargetPort::Name("web".into());
     let mut case = Case::new(vote(p), three());
-    assert!(case.compile().virtual_servers[&v4(MARK)].reals.is_empty());
+    assert!(case.compile().virtual_servers.is_empty());
     let mut named = (*case.slices[0]).clone();
     named.ports[0].name = Some("web".into());
     named.ports[0].port = Some(9000);
@@ -213,6 +213,29 @@ fn target_ports_by_name_by_the_only_port_and_by_number() {
     assert!(reals(&case.compile(), v4(MARK)).contains_key("10.244.1.11:9000"));
     case.service.ports[0].target = TargetPort::Inferred;
     assert!(reals(&case.compile(), v4(MARK)).contains_key("10.244.1.11:9000"), "the slice's only TCP port");
+}
+
+#[test]
+fn nothing_leads_to_ipvs_while_nobody_takes_connections() {
+    let vips = |out: &CompiledService| out.elements.keys().filter(|e| matches!(e, Element::Vip(_))).count();
+    let mut case = Case::new(vote(published(80, 8080, None)), three());
+    assert_eq!(vips(&case.compile()), 2, "VIP and ingress address");
+    // All that is left drains: what it has goes on, what is new is refused by the guard.
+    case.slices.clear();
+    with_present(&mut case, "10.244.1.11");
+    let out = case.compile();
+    assert_eq!(vips(&out), 0);
+    assert_eq!(out.virtual_servers[&v4(MARK)].reals.len(), 1);
+    // Published ports are still ours, so that no socket of the host answers on them.
+    case.present.clear();
+    let out = case.compile();
+    assert_eq!(vips(&out), 0);
+    assert!(out.elements.keys().any(|e| matches!(e, Element::Published(_))));
+    assert!(out.virtual_servers[&v4(MARK)].reals.is_empty());
+    // And a service that is not published leaves nothing.
+    let mut case = Case::new(vote(port(80, 8080)), Vec::new());
+    case.slices.clear();
+    assert!(case.compile().virtual_servers.is_empty() && case.compile().elements.is_empty());
 }
 
 #[test]

@@ -81,6 +81,8 @@ pub struct Engine {
     trusted: bool,
     drains: Drains,
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
+    /// Published ports that are served here, by service: a socket that comes later does not get them.
+    served: Served,
     dirty: BTreeSet<ServiceKey>,
     held: BTreeSet<ServiceKey>,
     /// Services that were compiled since the caller asked last.
@@ -92,6 +94,9 @@ pub struct Engine {
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
 }
+
+/// Published ports by service.
+pub type Served = BTreeMap<ServiceKey, BTreeSet<(Protocol, u16)>>;
 
 /// Bridges with local endpoints, and how their replies are brought back to us.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
@@ -126,6 +131,7 @@ impl Engine {
             trusted: false,
             drains,
             blocked: BTreeMap::new(),
+            served: Served::new(),
             dirty: BTreeSet::new(),
             held: BTreeSet::new(),
             settled: BTreeSet::new(),
@@ -200,6 +206,16 @@ impl Engine {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Published ports that earlier runs served.
+    pub fn set_served(&mut self, served: Served) {
+        self.served = served;
+    }
+
+    /// Published ports that are served here, by service.
+    pub fn served(&self) -> &Served {
+        &self.served
     }
 
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
@@ -370,8 +386,10 @@ impl Engine {
     /// holds them, are not taken from it.
     fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
         let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
-        let gone: BTreeSet<ServiceKey> = dirty.clone();
-        self.blocked.retain(|_, owner| !gone.contains(owner));
+        let mut ports: Vec<(&ServiceKey, BTreeSet<(Protocol, u16)>)> = Vec::new();
+        // A port that changes hands is ours all along.
+        let before: BTreeSet<_> =
+            dirty.iter().filter_map(|key| self.served.get(key)).flatten().copied().collect();
         for key in dirty {
             let (Some(service), Some(allocation)) =
                 (self.snapshot.services().get(key), self.allocator.get(key))
@@ -380,21 +398,40 @@ impl Engine {
             };
             for port in &service.ports {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
-                for number in first..=first.saturating_add(port.span().saturating_sub(1)) {
-                    if !self.is_live(port.protocol, number) {
-                        wanted.insert((port.protocol, number), key.clone());
+                let last = first.saturating_add(port.span().saturating_sub(1));
+                let numbers: BTreeSet<_> = (first..=last).map(|number| (port.protocol, number)).collect();
+                for number in &numbers {
+                    if !before.contains(number) && !self.is_live(*number) {
+                        wanted.insert(*number, key.clone());
                     }
                 }
+                ports.push((key, numbers));
             }
         }
-        if wanted.is_empty() {
-            return Ok(());
+        let mut found = BTreeSet::new();
+        if !wanted.is_empty() {
+            let listeners = self.dataplane.host.listeners()?;
+            let asked: BTreeSet<_> = wanted.keys().copied().collect();
+            found = held(&asked, &listeners, &self.facts, |protocol, port| {
+                wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+            });
         }
-        let listeners = self.dataplane.host.listeners()?;
-        let ports: BTreeSet<_> = wanted.keys().copied().collect();
-        let found = held(&ports, &listeners, &self.facts, |protocol, port| {
-            wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
-        });
+        self.blocked.retain(|_, owner| !dirty.contains(owner));
+        let mut served = Served::new();
+        // A range is served whole or not at all.
+        for (key, numbers) in ports.into_iter().filter(|(_, numbers)| numbers.is_disjoint(&found)) {
+            served.entry(key.clone()).or_default().extend(numbers);
+        }
+        for key in dirty {
+            let new = served.remove(key);
+            if self.served.get(key) != new.as_ref() {
+                self.generation += 1;
+            }
+            match new {
+                Some(new) => self.served.insert(key.clone(), new),
+                None => self.served.remove(key),
+            };
+        }
         for port in found {
             if let Some(owner) = wanted.remove(&port) {
                 self.blocked.insert(port, owner);
@@ -403,8 +440,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether the kernel leads packets for a published port to us already.
-    fn is_live(&self, protocol: Protocol, port: u16) -> bool {
+    /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
+    fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
         self.facts.published_addresses.iter().any(|&addr| {
             self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
         })
@@ -540,6 +577,7 @@ impl Engine {
         if complete {
             self.held.clear();
             self.allocator.forget(&unseen);
+            self.served.retain(|key, _| !unseen.contains(key));
             self.generation += u64::from(!unseen.is_empty());
             self.trusted &= unseen.is_empty();
         } else {
@@ -687,7 +725,7 @@ impl Engine {
     }
 
     /// Compares IPVS with what we know we wrote, cheaply: destinations of the next `count` services in
-    /// rotation, all services where `services` says so, and the routes. Says what differs.
+    /// rotation, all services and the sysctls where `services` says so, and the routes. Says what differs.
     ///
     /// # Errors
     /// When the kernel can't be read.
@@ -709,6 +747,13 @@ impl Engine {
                 self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
             {
                 return Ok(Some(format!("IPVS service {key} is missing or different")));
+            }
+            for (path, value) in &self.known.sysctls {
+                if self.merged.state().sysctls.contains_key(path)
+                    && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
+                {
+                    return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
+                }
             }
             if found.len() != self.known.virtual_servers.len() {
                 return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));

@@ -172,6 +172,11 @@ impl Iptables {
         Ok(parts)
     }
 
+    fn put_table(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
+        self.runs += 1;
+        nftwrite::install(program, elements, self.stores.layout())
+    }
+
     /// Elements in the ipsets, and what is wrong with them.
     fn elements(&mut self, program: &Program) -> Result<(Elements, Vec<String>), Error> {
         let (mut elements, mut wrong) = (Elements::new(), Vec::new());
@@ -431,15 +436,19 @@ impl Netfilter for Iptables {
         self.counts = None;
         self.generation = None;
         self.fill_sets(program, elements)?;
-        // The guard first: it only refuses what IPVS did not take.
-        if self.stores.nft {
-            self.runs += 1;
-            nftwrite::install(program, elements, self.stores.layout())?;
+        // The guard first: it only refuses what IPVS did not take. But where a table stands, it may be the
+        // other renderer's, which does all the work until our rules do it too.
+        let guarded = self.stores.nft && self.reader.has_table()?;
+        if self.stores.nft && !guarded {
+            self.put_table(program, elements)?;
         }
         for family in Family::ALL {
             let rules = rules(program, family, self.options);
             let saved = self.variant.saved(family)?;
             self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
+        }
+        if guarded {
+            self.put_table(program, elements)?;
         }
         for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
             let wanted =

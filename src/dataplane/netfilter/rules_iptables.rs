@@ -23,11 +23,12 @@ const fn chain(table: &'static str, name: &'static str, builtin: &'static str) -
 
 /// Every chain that the program can have, by table in the order in which we write them: what accepts
 /// and refuses first, what leads packets to IPVS last.
-pub(crate) const CHAINS: [Chain; 9] = [
+pub(crate) const CHAINS: [Chain; 10] = [
     chain("security", "MESHLB-INPUT", "INPUT"),
     chain("filter", "MESHLB-INPUT", "INPUT"),
     chain("filter", "MESHLB-FORWARD", "FORWARD"),
     chain("nat", "MESHLB-PREROUTING", "PREROUTING"),
+    chain("nat", "MESHLB-OUTPUT", "OUTPUT"),
     Chain { table: "nat", name: "MESHLB-INGRESS", builtin: None },
     chain("nat", "MESHLB-POSTROUTING", "POSTROUTING"),
     chain("mangle", "MESHLB-POSTROUTING", "POSTROUTING"),
@@ -88,7 +89,7 @@ pub(crate) fn rules(program: &Program, family: Family, options: Options) -> Vec<
         let text = format!("-d {} -j MARK --set-xmark 0x0/{:#x}", f.range, !program.mask);
         rule("security", "MESHLB-INPUT", "IPVS compares the whole mark", text);
     }
-    filter_rules(&mut rule, program, family, f, options);
+    filter_rules(&mut rule, family, f, options);
     nat_rules(&mut rule, program, family, f, options);
     mangle_rules(&mut rule, program, family, f, options);
     out
@@ -96,13 +97,14 @@ pub(crate) fn rules(program: &Program, family: Family, options: Options) -> Vec<
 
 type Push<'a> = &'a mut dyn FnMut(&'static str, &'static str, &str, String);
 
-fn filter_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, options: Options) {
-    let (mask, range) = (program.mask, f.range);
+fn filter_rules(push: Push, family: Family, f: &FamilyProgram, options: Options) {
+    let range = f.range;
     let own = set_name(Kind::Own, family);
     let endpoints = set_name(Kind::Endpoints, family);
     let mut input = |comment: &str, text: String| push("filter", "MESHLB-INPUT", comment, text);
     match options.guard {
-        Guard::Nft => input("to a service", format!("-d {range} -m mark ! --mark 0x0/{mask:#x} -j ACCEPT")),
+        // All of it: what has no service is refused after IPVS, and a connection that drains has no mark.
+        Guard::Nft => input("to a service or refused by the guard", format!("-d {range} -j ACCEPT")),
         Guard::Filter { .. } => {
             let vips = set_name(Kind::Vips, family);
             input("to a service", format!("-d {range} -m set --match-set {vips} dst,dst -j ACCEPT"));
@@ -145,7 +147,9 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     let local = set_name(Kind::Local, family);
     let hairpin = set_name(Kind::Hairpin, family);
     let text = format!("-d {} -j ACCEPT", f.range);
-    push("nat", "MESHLB-PREROUTING", "ahead of other node ports", text);
+    for chain in ["MESHLB-PREROUTING", "MESHLB-OUTPUT"] {
+        push("nat", chain, "ahead of other node ports", text.clone());
+    }
     let text = format!("-m set --match-set {published} dst,dst -j MESHLB-INGRESS");
     push("nat", "MESHLB-PREROUTING", "published ports", text);
     let text = format!("-j DNAT --to-destination {}", f.ingress);

@@ -18,14 +18,33 @@ pub(crate) const TABLE: &str = "inet meshlb";
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
     let base: &[&str] = match layout {
         Layout::Small { hairpin: false } => {
-            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in"]
+            &["lo-out", "vip-first", "vip-first-out", "out", "lo-guard", "in", "guard", "refuse", "lo-in"]
         }
-        Layout::Small { hairpin: true } => {
-            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in", "post"]
-        }
-        Layout::Whole => {
-            &["lo-out", "vip-first", "out", "lo-guard", "in", "guard", "refuse", "lo-in", "post", "unmark"]
-        }
+        Layout::Small { hairpin: true } => &[
+            "lo-out",
+            "vip-first",
+            "vip-first-out",
+            "out",
+            "lo-guard",
+            "in",
+            "guard",
+            "refuse",
+            "lo-in",
+            "post",
+        ],
+        Layout::Whole => &[
+            "lo-out",
+            "vip-first",
+            "vip-first-out",
+            "out",
+            "lo-guard",
+            "in",
+            "guard",
+            "refuse",
+            "lo-in",
+            "post",
+            "unmark",
+        ],
     };
     let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
     for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
@@ -71,6 +90,7 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
 
     chain("lo-out", "filter hook output priority -350", each(&Names::loopback_out));
     chain("vip-first", "nat hook prerouting priority -101", each(&|n| n.dnat(whole)));
+    chain("vip-first-out", "nat hook output priority -101", each(&Names::not_dnat));
     chain("out", "filter hook output priority -99", each(&|n| n.mark_out(whole)));
     chain("lo-guard", "filter hook output priority -97", each(&Names::guard_loopback));
     chain("in", "filter hook input priority 90", each(&|n| n.mark_in(whole)));
@@ -184,12 +204,17 @@ impl Names {
     /// Before everybody else's DNAT. A DNAT to the address that it has already is final for conntrack, which
     /// no `accept` is: so no node port of another program, in nft or iptables, takes a packet for a VIP.
     fn dnat(&self, whole: bool) -> Vec<String> {
-        let Self { ip, range, ingress, .. } = self;
-        let mut rules = vec![format!("{ip} daddr {range} dnat {ip} to {ip} daddr")];
+        let Self { ip, ingress, .. } = self;
+        let mut rules = self.not_dnat();
         if whole {
             rules.push(format!("{} {} dnat {ip} to {ingress}", self.target(), self.set(Kind::Published)));
         }
         rules
+    }
+
+    fn not_dnat(&self) -> Vec<String> {
+        let Self { ip, range, .. } = self;
+        vec![format!("{ip} daddr {range} dnat {ip} to {ip} daddr")]
     }
 
     /// IPVS compares all 32 bits, so the mark is only ours when it gets there.
@@ -241,9 +266,10 @@ impl Names {
     fn guard_loopback(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
         let map = self.set(Kind::Loopback);
-        // The mark is the map's way of telling a hit; the packet ends here.
+        // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
+        // that the error finds its socket.
         vec![format!(
-            "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} jump refuse"
+            "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} {ip} saddr set {lo} jump refuse"
         )]
     }
 

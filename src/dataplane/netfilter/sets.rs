@@ -299,9 +299,12 @@ pub(crate) fn nft_elements(
             whole.then_some((Kind::PublishedMarks, NftKey::Target(t), mark)),
         ],
         Element::Own(t) => [Some((Kind::Own, NftKey::Target(t), None)), None, None],
-        Element::Loopback(_, protocol, port) => {
-            [Some((Kind::Loopback, NftKey::Port(protocol, port), mark)), None, None]
-        }
+        Element::Loopback(family, protocol, port) => [
+            Some((Kind::Loopback, NftKey::Port(protocol, port), mark)),
+            // The guard's own knowledge of it, should the map be emptied.
+            Some((Kind::Published, NftKey::Target(Target { addr: loopback(family), protocol, port }), None)),
+            None,
+        ],
         Element::Local(a) => [whole.then_some((Kind::Local, NftKey::Addr(a), None)), None, None],
         Element::Endpoint(a) => {
             let hairpin = layout.kinds().contains(&Kind::Hairpin);
