@@ -164,7 +164,7 @@ fn healed(ops: &[Op]) -> BTreeMap<&'static str, u64> {
             Op::Element(ElementChange::Put(..) | ElementChange::Del(_)) => "set_element",
             Op::Install { .. } => "rules",
             Op::PutRoute(_) | Op::DelRoute(..) => "route",
-            Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => continue,
+            Op::ForgetUdp(_) | Op::CutFlows(_) | Op::RemoveLeftovers(_) => continue,
         };
         *out.entry(kind).or_default() += 1;
     }

@@ -148,6 +148,7 @@ impl Dataplane {
             },
             Op::DelRoute(family, range) => self.host.del_vip_route(*family, range),
             Op::ForgetUdp(reals) => self.host.forget_udp(reals).map(drop),
+            Op::CutFlows(flows) => self.host.cut_flows(flows).map(drop),
             Op::RemoveLeftovers(_) => self.netfilter.remove_leftovers(),
             Op::Ipvs(_) | Op::Element(_) => Ok(()),
         }

@@ -14,8 +14,8 @@ use super::{
 use crate::model::{
     ids::{Family, Mark, PerFamily},
     kernel::{
-        BridgeSubnet, Elements, KernelState, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute,
-        VirtualServer, VirtualServerConfig, VirtualServerKey,
+        BridgeSubnet, Elements, KernelState, Program, PublishedFlows, RealServerConfig, RealServerKey,
+        Timeouts, VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
     node::NodeFacts,
 };
@@ -37,6 +37,8 @@ pub struct Inner {
     pub writes: u64,
     /// Reals whose UDP flows were forgotten, in order.
     pub forgotten: Vec<RealServerKey>,
+    /// Open connections by published ports.
+    pub flows: BTreeSet<PublishedFlows>,
     /// The next changes whose text contains one of these fail once.
     pub faults: Vec<String>,
 }
@@ -253,6 +255,14 @@ impl Host for FakeKernel {
     fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
         self.write("conntrack")?.forgotten.extend(reals.iter().copied());
         Ok(0)
+    }
+
+    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
+        Ok(self.lock().flows.contains(flows))
+    }
+
+    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {
+        Ok(usize::from(self.write("conntrack")?.flows.remove(flows)))
     }
 
     fn writes(&self) -> u64 {

@@ -22,8 +22,8 @@ use crate::model::{
     ids::Mark,
     ids::{Family, PerFamily, Protocol},
     kernel::{
-        Element, Elements, Program, RealServerConfig, RealServerKey, Timeouts, VipRoute, VirtualServer,
-        VirtualServerConfig, VirtualServerKey,
+        Element, Elements, Program, PublishedFlows, RealServerConfig, RealServerKey, Timeouts, VipRoute,
+        VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
 };
 
@@ -244,6 +244,10 @@ pub trait Host {
     fn listeners(&mut self) -> Result<Vec<Listener>, Error>;
     /// Deletes conntrack entries of UDP flows that were sent to one of these real servers. Returns how many.
     fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error>;
+    /// Whether one of these connections is open.
+    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error>;
+    /// Ends these connections: their next packet is refused. Says how many there were.
+    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error>;
     /// Writing commands since the start.
     fn writes(&self) -> u64;
 }

@@ -222,7 +222,7 @@ mod tests {
         dataplane::Listener,
         model::{
             ids::PerFamily,
-            kernel::{BridgeSubnet, RealServerKey, VipRoute},
+            kernel::{BridgeSubnet, PublishedFlows, RealServerKey, VipRoute},
         },
     };
 
@@ -262,6 +262,12 @@ mod tests {
             unreachable!()
         }
         fn forget_udp(&mut self, _: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
+            unreachable!()
+        }
+        fn has_flows(&mut self, _: &PublishedFlows) -> Result<bool, Error> {
+            unreachable!()
+        }
+        fn cut_flows(&mut self, _: &PublishedFlows) -> Result<usize, Error> {
             unreachable!()
         }
         fn writes(&self) -> u64 {

@@ -4,7 +4,7 @@
 //! a set element by itself. `plan` compares two such states key by key.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fmt,
     net::IpAddr,
     sync::Arc,
@@ -52,6 +52,18 @@ impl fmt::Display for RealServerKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         std::net::SocketAddr::new(self.addr, self.port).fmt(f)
     }
+}
+
+/// Connections by published ports to one real server. Once established, conntrack translates them by itself:
+/// IPVS neither sees them nor can it end them.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct PublishedFlows {
+    /// Transport protocol.
+    pub protocol: Protocol,
+    /// Who answers them.
+    pub real: RealServerKey,
+    /// The addresses and published ports that clients connected to.
+    pub to: BTreeSet<(IpAddr, u16)>,
 }
 
 /// What we set on a destination. Forwarding is masquerading.

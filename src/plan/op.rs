@@ -6,7 +6,7 @@ use crate::{
     dataplane::{ElementChange, IpvsChange},
     model::{
         ids::{Family, Mark},
-        kernel::{Program, RealServerKey, Timeouts, VipRoute},
+        kernel::{Program, PublishedFlows, RealServerKey, Timeouts, VipRoute},
     },
 };
 
@@ -46,6 +46,8 @@ pub enum Op {
     DelRoute(Family, ipnet::IpNet),
     /// Forgets UDP flows to these real servers.
     ForgetUdp(BTreeSet<RealServerKey>),
+    /// Ends connections by published ports to a real server whose drain is over.
+    CutFlows(PublishedFlows),
     /// Removes what another renderer left.
     RemoveLeftovers(Vec<String>),
 }
@@ -117,6 +119,12 @@ impl fmt::Display for Op {
             Self::ForgetUdp(reals) => {
                 let names: Vec<_> = reals.iter().map(ToString::to_string).collect();
                 write!(f, "- conntrack UDP flows to {}", names.join(", "))
+            }
+            Self::CutFlows(flows) => {
+                let to: Vec<_> =
+                    flows.to.iter().map(|(addr, port)| std::net::SocketAddr::new(*addr, *port)).collect();
+                let to: Vec<_> = to.iter().map(ToString::to_string).collect();
+                write!(f, "- conntrack {} connections by {} to {}", flows.protocol, to.join(", "), flows.real)
             }
             Self::RemoveLeftovers(what) => write!(f, "- leftovers: {}", what.join(", ")),
         }

@@ -136,7 +136,7 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
         Op::Sysctl { path, value, .. } => {
             state.sysctls.insert(path.clone(), value.clone());
         }
-        Op::Timeouts { .. } | Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
+        Op::Timeouts { .. } | Op::ForgetUdp(_) | Op::CutFlows(_) | Op::RemoveLeftovers(_) => {}
     }
 }
 

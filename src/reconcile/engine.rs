@@ -25,7 +25,8 @@ use crate::{
     model::{
         ids::{Family, Mark, PerFamily, PortId, Protocol, ServiceKey},
         kernel::{
-            BridgeSubnet, Element, Elements, KernelState, RealServerKey, Target, Timeouts, VirtualServer,
+            BridgeSubnet, Element, Elements, KernelState, PublishedFlows, RealServerKey, Target, Timeouts,
+            VirtualServer, VirtualServerKey,
         },
         node::{NodeConfig, NodeFacts},
         service::Service,
@@ -80,6 +81,8 @@ pub struct Engine {
     known: KernelState,
     trusted: bool,
     drains: Drains,
+    /// Connections whose drain is over and that conntrack would go on with.
+    overdue: BTreeSet<PublishedFlows>,
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
     /// Published ports that are served here, by service: a socket that comes later does not get them.
     served: Served,
@@ -130,6 +133,7 @@ impl Engine {
             known: KernelState::default(),
             trusted: false,
             drains,
+            overdue: BTreeSet::new(),
             blocked: BTreeMap::new(),
             served: Served::new(),
             dirty: BTreeSet::new(),
@@ -332,6 +336,11 @@ impl Engine {
         if self.dirty.is_empty() {
             return Ok(touched);
         }
+        let due: Vec<_> =
+            self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
+        let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
+        let flows: Vec<_> = flows.collect();
+        self.overdue.extend(flows);
         let mut dirty = std::mem::take(&mut self.dirty);
         let changed = self.allocator.update(&dirty, self.snapshot.services());
         self.generation += u64::from(!changed.is_empty());
@@ -495,6 +504,12 @@ impl Engine {
                 };
                 over = active.get(&real).copied().unwrap_or(0) == 0;
             }
+            if over
+                && until > now
+                && let Some(flows) = self.published_flows(vs, real)
+            {
+                over = !self.dataplane.host.has_flows(&flows)?;
+            }
             if over {
                 self.drains.insert((vs, real), now);
                 if let Some(owner) = self.merged.owner(vs.mark) {
@@ -503,6 +518,30 @@ impl Engine {
             }
         }
         Ok(())
+    }
+
+    /// Connections to a real server by the published ports that lead to it.
+    fn published_flows(&self, vs: VirtualServerKey, real: RealServerKey) -> Option<PublishedFlows> {
+        let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
+        let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
+        let family = Family::of(&real.addr);
+        for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
+            let (addr, protocol, port) = match element {
+                Element::Published(t) => (t.addr, t.protocol, t.port),
+                Element::Loopback(Family::V4, protocol, port) => {
+                    (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
+                }
+                Element::Loopback(Family::V6, protocol, port) => {
+                    (Ipv6Addr::LOCALHOST.into(), *protocol, *port)
+                }
+                _ => continue,
+            };
+            if *mark == Some(vs.mark) {
+                flows.protocol = protocol;
+                flows.to.insert((addr, port));
+            }
+        }
+        (!flows.to.is_empty()).then_some(flows)
     }
 
     /// When the next drain ends at the latest.
@@ -525,7 +564,9 @@ impl Engine {
         if !self.trusted {
             return self.prepare_full(now).map(|(ops, _)| ops);
         }
-        Ok(plan(self.merged.state(), &self.known, &touched))
+        let mut ops = plan(self.merged.state(), &self.known, &touched);
+        ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
+        Ok(ops)
     }
 
     /// Reads the kernel, compares all of it, and gives what it found besides.
@@ -547,6 +588,7 @@ impl Engine {
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
         ops.extend(self.earlier_routes()?);
+        ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         Ok((ops, observed))
     }
 
@@ -719,6 +761,9 @@ impl Engine {
             Op::Timeouts { timeouts, was } => {
                 self.timeouts_before.get_or_insert(*was);
                 self.known.timeouts = Some(*timeouts);
+            }
+            Op::CutFlows(flows) => {
+                self.overdue.remove(flows);
             }
             Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
         }

@@ -1,6 +1,6 @@
 //! The engine on a kernel in memory.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -12,10 +12,13 @@ use crate::{
     model::{
         fixtures::{config, endpoint, facts, port, published, service, slice},
         ids::{Family, Mark, Protocol},
-        kernel::{Element, RealServerKey, VirtualServer, VirtualServerConfig, VirtualServerKey},
+        kernel::{
+            Element, PublishedFlows, RealServerKey, VirtualServer, VirtualServerConfig, VirtualServerKey,
+        },
         service::{Service, ServicePort},
         snapshot::Event,
     },
+    plan::Op,
 };
 
 fn now() -> Timestamp {
@@ -129,6 +132,38 @@ fn a_removed_endpoint_drains_until_its_connections_are_gone() {
 }
 
 #[test]
+fn connections_by_a_published_port_drain_too_and_are_cut_at_the_deadline() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let real = RealServerKey { addr: "10.244.1.12".parse().unwrap(), port: 8080 };
+    let mut to = BTreeSet::new();
+    for element in engine.merged().state().elements.keys() {
+        match element {
+            Element::Published(t) => to.insert((t.addr, t.port)),
+            Element::Loopback(Family::V4, _, port) => to.insert(("127.0.0.1".parse().unwrap(), *port)),
+            _ => false,
+        };
+    }
+    assert!(!to.is_empty(), "the service is published");
+    let flows = PublishedFlows { protocol: Protocol::Tcp, real, to };
+    kernel.lock().flows.insert(flows.clone());
+    engine.feed([endpoints("vote", &["10.244.1.11"])]);
+    turn(&mut engine, false);
+    // IPVS knows of no connection, conntrack does.
+    engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
+    assert!(!engine.is_dirty(), "a connection is left");
+    let deadline = now() + SignedDuration::from_secs(31);
+    engine.expire_drains(deadline).unwrap();
+    let done = engine.turn(false, deadline).unwrap();
+    let gone = done.ops.iter().position(|op| op.to_string() == "- ipvs FWM 256 IPv4 -> 10.244.1.12:8080");
+    let cut = done.ops.iter().position(|op| *op == Op::CutFlows(flows.clone()));
+    assert!(gone.is_some() && gone < cut, "{:?}", done.ops);
+    assert!(kernel.lock().flows.is_empty());
+    assert_eq!(turn(&mut engine, false), Vec::<String>::new());
+}
+
+#[test]
 fn an_endpoint_that_went_while_no_agent_ran_drains_too() {
     let kernel = FakeKernel::default();
     let mut first = vote(&kernel, Allocations::default());
@@ -239,4 +274,15 @@ fn a_published_port_that_a_host_socket_holds_waits_until_it_is_free() {
     engine.feed([endpoints("vote", &["10.244.1.11"])]);
     let ops = turn(&mut engine, false);
     assert!(!ops.iter().any(|op| op.starts_with("- set published")), "{ops:?}");
+
+    // Not even when somebody has emptied our sets, nor after a restart.
+    kernel.lock().state.elements.clear();
+    let ops = turn(&mut engine, true);
+    assert!(ops.iter().any(|op| op.starts_with("+ set published")), "{ops:?}");
+    kernel.lock().state.elements.clear();
+    let mut again = vote(&kernel, engine.allocator().allocations());
+    again.set_served(engine.served().clone());
+    let ops = turn(&mut again, true);
+    assert!(ops.iter().any(|op| op.starts_with("+ set published")), "{ops:?}");
+    assert!(again.blocked().is_empty());
 }

@@ -1,7 +1,10 @@
-//! Deleting conntrack entries of UDP flows whose server is gone.
+//! Conntrack entries of flows whose server is gone or has to go.
 //!
 //! A UDP flow has no end that conntrack could see: a client that keeps its source port keeps its entry,
 //! and with it the translation to the old server. Entries are deleted when the server is.
+//!
+//! A connection by a published port is translated by conntrack alone after its first packet, since its destination
+//! was changed before IPVS. Whether such connections are open, and ending them at the end of a drain, is asked here.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -15,7 +18,10 @@ use nix::errno::Errno;
 use super::netlink::{Conn, Failure, attrs, bytes_of, put_attr};
 use crate::{
     dataplane::Error,
-    model::{ids::Family, kernel::RealServerKey},
+    model::{
+        ids::Family,
+        kernel::{PublishedFlows, RealServerKey},
+    },
 };
 
 /// `NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_*` (linux/netfilter/nfnetlink_conntrack.h).
@@ -25,13 +31,21 @@ const CT_DELETE: u16 = 0x102;
 /// Attributes of an entry.
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_PROTOINFO: u16 = 4;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 /// Filter of a dump (Linux 5.8; older kernels skip it): which parts of the given original tuple count.
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
-/// `CTA_FILTER_F_CTA_PROTO_NUM` (net/netfilter/nf_conntrack_netlink.c).
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+/// `CTA_FILTER_F_CTA_IP_SRC`, `…_PROTO_NUM` and `…_PROTO_SRC_PORT` (net/netfilter/nf_conntrack_netlink.c).
+const FILTER_IP_SRC: u32 = 1;
 const FILTER_PROTO_NUM: u32 = 1 << 3;
+const FILTER_SRC_PORT: u32 = 1 << 4;
+/// `TCP_CONNTRACK_TIME_WAIT` and `TCP_CONNTRACK_CLOSE` (linux/netfilter/nf_conntrack_tcp.h): closed on both sides.
+const TCP_ENDED: [u8; 2] = [7, 8];
+/// `SCTP_CONNTRACK_CLOSED` and `SCTP_CONNTRACK_SHUTDOWN_ACK_SENT` (linux/netfilter/nf_conntrack_sctp.h).
+const SCTP_ENDED: [u8; 2] = [1, 7];
 /// Attributes of a tuple.
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
@@ -113,8 +127,7 @@ pub(super) fn dump_request(family: Family, filter: bool) -> Vec<u8> {
     request
 }
 
-/// The request that deletes this entry, if it is one of a UDP flow to one of `reals`: its original
-/// tuple, id and zone, verbatim. The id makes sure that no newer flow with the same tuple is hit.
+/// The request that deletes this entry, if it is one of a UDP flow to one of `reals`.
 fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Option<Vec<u8>> {
     if kind != CT_NEW {
         return None;
@@ -131,6 +144,12 @@ fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Op
     if end_of(tuple(CTA_TUPLE_ORIG)?, DESTINATION)? == replying {
         return None;
     }
+    Some(deletion(head, entry))
+}
+
+/// The request that deletes an entry: its original tuple, id and zone, verbatim. The id makes sure that no newer
+/// flow with the same tuple is hit.
+fn deletion(head: &[u8], entry: &[u8]) -> Vec<u8> {
     let mut request = head.to_vec();
     for (kind, value) in attrs(entry) {
         match kind {
@@ -139,7 +158,105 @@ fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Op
             _ => {}
         }
     }
-    Some(request)
+    request
+}
+
+/// Whether one of these connections is open.
+pub(crate) fn has_flows(conn: &mut Conn, flows: &PublishedFlows) -> Result<bool, Error> {
+    let mut open = false;
+    dump_flows(conn, flows, &mut |entry, _| open |= !has_ended(entry))?;
+    Ok(open)
+}
+
+/// Deletes the entries of these connections and counts them. Their next packet is one of an unknown connection.
+pub(crate) fn cut_flows(conn: &mut Conn, flows: &PublishedFlows, writes: &mut u64) -> Result<usize, Error> {
+    let mut requests = Vec::new();
+    dump_flows(conn, flows, &mut |entry, head| requests.push(deletion(head, entry)))?;
+    let mut deleted = 0;
+    for request in requests {
+        *writes += 1;
+        match conn.tell(CT_DELETE, 0, &request) {
+            Ok(()) => deleted += 1,
+            Err(f) if f.errno() == Some(Errno::ENOENT) => {}
+            Err(f) => return Err(explain(f, "delete conntrack entries")),
+        }
+    }
+    Ok(deleted)
+}
+
+/// Goes through the entries of these connections: attributes, and the message's header.
+fn dump_flows(conn: &mut Conn, flows: &PublishedFlows, f: &mut dyn FnMut(&[u8], &[u8])) -> Result<(), Error> {
+    let mut each = |kind: u16, body: &[u8]| {
+        if kind == CT_NEW
+            && let Some((head, entry)) = body.split_at_checked(HEADER_LEN)
+            && is_flow(entry, flows)
+        {
+            f(entry, head);
+        }
+    };
+    let family = Family::of(&flows.real.addr);
+    match conn.ask(CT_GET, NLM_F_DUMP, &flows_request(flows), &mut each) {
+        // A kernel that knows the attribute, but not this filter. Nothing was told before the error.
+        Err(f) if matches!(f.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => {
+            conn.ask(CT_GET, NLM_F_DUMP, &dump_request(family, false), &mut each)
+        }
+        other => other,
+    }
+    .or_else(|failure| match failure {
+        // What was missed is new, and so not of a server that takes no new ones.
+        Failure::Interrupted => Ok(()),
+        failure => Err(explain(failure, "read conntrack entries")),
+    })
+}
+
+/// A dump of the entries that this server answers, where the kernel can filter.
+fn flows_request(flows: &PublishedFlows) -> Vec<u8> {
+    let real = flows.real;
+    let (mut ip, mut proto, mut tuple) = (Vec::new(), Vec::new(), Vec::new());
+    match real.addr {
+        IpAddr::V4(addr) => put_attr(&mut ip, SOURCE[0], &addr.octets()),
+        IpAddr::V6(addr) => put_attr(&mut ip, SOURCE[1], &addr.octets()),
+    }
+    put_attr(&mut proto, CTA_PROTO_NUM, &[flows.protocol.number()]);
+    let mut parts = FILTER_IP_SRC | FILTER_PROTO_NUM;
+    if real.port != 0 {
+        put_attr(&mut proto, SOURCE[2], &real.port.to_be_bytes());
+        parts |= FILTER_SRC_PORT;
+    }
+    let nested = netlink_packet_core::NLA_F_NESTED;
+    put_attr(&mut tuple, CTA_TUPLE_IP | nested, &ip);
+    put_attr(&mut tuple, CTA_TUPLE_PROTO | nested, &proto);
+    let mut request = bytes_of(&header(Family::of(&real.addr)));
+    put_attr(&mut request, CTA_TUPLE_REPLY | nested, &tuple);
+    let mut flags = Vec::new();
+    put_attr(&mut flags, CTA_FILTER_REPLY_FLAGS, &parts.to_ne_bytes());
+    put_attr(&mut request, CTA_FILTER | nested, &flags);
+    request
+}
+
+fn is_flow(entry: &[u8], flows: &PublishedFlows) -> bool {
+    let tuple = |which| attrs(entry).find(|(kind, _)| *kind == which).map(|(_, value)| value);
+    let end = |which, end| end_of(tuple(which)?, end);
+    let (Some((protocol, addr, port)), Some((_, to, to_port))) =
+        (end(CTA_TUPLE_REPLY, SOURCE), end(CTA_TUPLE_ORIG, DESTINATION))
+    else {
+        return false;
+    };
+    protocol == flows.protocol.number()
+        && addr == flows.real.addr
+        && (port == flows.real.port || flows.real.port == 0)
+        && flows.to.contains(&(to, to_port))
+}
+
+/// Whether a TCP or SCTP connection is over, as far as conntrack knows: its entry stays for a while.
+fn has_ended(entry: &[u8]) -> bool {
+    let info = attrs(entry).find(|(kind, _)| *kind == CTA_PROTOINFO).map(|(_, value)| value);
+    // `CTA_PROTOINFO_TCP` and `CTA_PROTOINFO_SCTP`; the state is the first attribute of either.
+    let state = |of: u16| {
+        let (_, value) = attrs(info?).find(|(kind, _)| *kind == of)?;
+        attrs(value).find(|(kind, _)| *kind == 1)?.1.first().copied()
+    };
+    state(1).is_some_and(|s| TCP_ENDED.contains(&s)) || state(3).is_some_and(|s| SCTP_ENDED.contains(&s))
 }
 
 /// Protocol, address and port of one end of a tuple.

@@ -31,7 +31,7 @@ use self::{address::Link, netlink::Conn, sysctl::Sysctls};
 use super::{AddressRules, Error, Host, Listener};
 use crate::model::{
     ids::{Family, PerFamily},
-    kernel::{BridgeSubnet, RealServerKey, VipRoute},
+    kernel::{BridgeSubnet, PublishedFlows, RealServerKey, VipRoute},
     node::NodeFacts,
 };
 
@@ -190,6 +190,14 @@ impl Host for LinuxHost {
 
     fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
         conntrack::forget_udp(&mut self.netfilter, reals, &mut self.writes)
+    }
+
+    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
+        conntrack::has_flows(&mut self.netfilter, flows)
+    }
+
+    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {
+        conntrack::cut_flows(&mut self.netfilter, flows, &mut self.writes)
     }
 
     fn writes(&self) -> u64 {

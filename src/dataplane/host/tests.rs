@@ -335,6 +335,42 @@ fn udp_flows_to_a_server_that_is_gone_are_forgotten() {
     });
 }
 
+#[test]
+fn connections_by_a_published_port_are_found_and_cut() {
+    in_netns(|| {
+        let add = |dst: &str, dport: u16, sport: u16, real: &str, state: &str| {
+            let command = format!(
+                "-I -p tcp -s 192.168.50.100 -d {dst} --sport {sport} --dport {dport} --reply-src {real} --reply-dst \
+                 192.168.50.100 --reply-port-src 8080 --reply-port-dst {sport} --state {state} -t 600 -u SEEN_REPLY"
+            );
+            let out =
+                std::process::Command::new("conntrack").args(command.split_whitespace()).output().unwrap();
+            assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
+        };
+        let to = [("192.168.50.1".parse().unwrap(), 30080), ("127.0.0.1".parse().unwrap(), 30080)];
+        let flows = |addr: &str, port| PublishedFlows {
+            protocol: Protocol::Tcp,
+            real: RealServerKey { addr: addr.parse().unwrap(), port },
+            to: to.into_iter().collect(),
+        };
+        let mut host = LinuxHost::default();
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(false));
+        add("192.168.50.1", 30080, 40000, "10.244.2.12", "TIME_WAIT");
+        // By another port, and another service's.
+        add("192.168.50.1", 30081, 40001, "10.244.2.12", "ESTABLISHED");
+        add("192.168.50.1", 30080, 40002, "10.244.2.13", "ESTABLISHED");
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(false));
+        add("192.168.50.1", 30080, 40003, "10.244.2.12", "ESTABLISHED");
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(true));
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 8081)), Ok(false));
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 0)), Ok(true));
+        assert_eq!(host.cut_flows(&flows("10.244.2.12", 8080)), Ok(2));
+        assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(false));
+        assert_eq!(host.has_flows(&flows("10.244.2.13", 8080)), Ok(true));
+        assert_eq!(host.writes(), 2);
+    });
+}
+
 /// `cargo test --release -- --ignored --nocapture many_udp`
 #[test]
 #[ignore = "takes a while; prints times"]

@@ -7,12 +7,13 @@ use serde_json::json;
 
 use super::{Cluster, serve_from, two_nodes, vip, web, writes};
 use crate::check;
-use crate::client::{Load, Probe};
+use crate::client::{Flows, Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
     let slow = Duration::from_secs(120);
     suite.add_slow("lifecycle::edits_under_load", &Matrix::renderers(), slow, edits);
+    suite.add_slow("lifecycle::schedulers", &Matrix::once(), slow, schedulers);
     suite.add_slow("lifecycle::restarts_under_load", &Matrix::renderers(), slow, restarts);
 }
 
@@ -40,7 +41,10 @@ impl Loads {
         for (what, load) in self.0 {
             let report = load.stop()?;
             cx.note(format!("{what}: {} connections, slowest {:?}", report.answered(), report.slowest));
-            if !report.errors.is_empty() || report.answered() < 50 {
+            // A datagram on its way to an endpoint that is taken away is lost, as on any network.
+            let lost =
+                report.errors.iter().filter(|(_, e)| what.starts_with("UDP") && e == "timeout").count();
+            if report.errors.len() > lost || lost > 2 || report.answered() < 50 {
                 failed.push(format!("{what}: {} answered, errors {:?}", report.answered(), report.errors));
             }
         }
@@ -53,6 +57,8 @@ fn edits(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
         web(t, m, &["p11", "p12", "p21"])?;
         m.service("web").port(Proto::Tcp, 81, 8081, Some(30090));
+        // Changing it is another case: the kernel has no scheduler at all for a moment.
+        m.service("web").set("scheduler", json!("wrr"));
         serve_from(t, m, "web", &["p11", "p12", "p21"]);
         Ok(())
     })?;
@@ -60,20 +66,20 @@ fn edits(cx: &mut Cx) -> Result<()> {
     let begun = Instant::now();
     let note = |what: &str| cx.note(format!("{:.1} s: {what}", begun.elapsed().as_secs_f32()));
     c.change(|_, m| {
-        m.service("web").set("scheduler", json!("wrr")).set("weights", json!({"p11": 3, "p21": 2}));
+        m.service("web").set("weights", json!({"p11": 3, "p21": 2}));
         Ok(())
     })?;
-    note("scheduler and weights");
+    note("weights");
     let tally = c.t.pod("p12").connect(Proto::Tcp, vip(Family::V4, 81)?, 6)?;
     check::answered(&tally)?;
     let shares: Vec<_> = ["p11", "p12", "p21"].iter().map(|s| tally.servers.get(*s).copied()).collect();
     ensure!(shares == [Some(3), Some(1), Some(2)], "weights 3, 1, 2: {tally}");
     c.change(|t, m| {
         serve_from(t, m, "web", &["p11", "p12", "p21", "p22"]);
-        m.service("web").set("scheduler", json!("lc")).set("weights", json!({}));
+        m.service("web").set("weights", json!({}));
         Ok(())
     })?;
-    note("scaled up, lc");
+    note("scaled up");
     // Everybody listens on both.
     c.change(|_, m| {
         m.service("web").ports.iter_mut().filter(|p| p.port == 80).for_each(|p| p.target = 8081);
@@ -96,7 +102,6 @@ fn edits(cx: &mut Cx) -> Result<()> {
     })?;
     note("scaled down");
     c.change(|_, m| {
-        m.service("web").set("scheduler", json!("rr"));
         m.service("web").ports.iter_mut().filter(|p| p.port == 81).for_each(|p| p.publish = Some(30091));
         Ok(())
     })?;
@@ -117,6 +122,32 @@ fn edits(cx: &mut Cx) -> Result<()> {
     })?;
     note("200 services removed");
     loads.stop(cx)?;
+    c.in_sync()
+}
+
+/// Every scheduler of this kernel that needs no more than a name, live. Open connections go on.
+fn schedulers(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21"]))?;
+    let probe = Probe::new(Proto::Tcp, vip(Family::V4, 80)?).within(Duration::from_secs(4));
+    let flows = Flows::start(&c.t.pod("p12").ns, &probe, 3, Duration::from_millis(50))?;
+    for name in ["wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "mh", "fo", "ovf", "rr"] {
+        c.change(|_, m| {
+            m.service("web").set("scheduler", json!(name));
+            Ok(())
+        })?;
+        let table = c.t.node(1).run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+        let named =
+            table.lines().filter(|l| l.starts_with("-A -f ") && l.contains(&format!("-s {name}"))).count();
+        ensure!(named >= 2, "no service has the scheduler {name}:\n{table}");
+        let tally = c.t.pod("p12").connect(Proto::Tcp, vip(Family::V4, 80)?, 6)?;
+        check::among(&tally, &["p11", "p12", "p21"])?;
+        if matches!(name, "dh" | "sh" | "mh") {
+            ensure!(tally.servers.len() == 1, "{name} does not stick: {tally}");
+        }
+    }
+    for flow in flows.stop()? {
+        ensure!(flow.errors.is_empty() && flow.servers.len() == 1, "an open connection: {flow:?}");
+    }
     c.in_sync()
 }
 
