@@ -103,7 +103,7 @@ fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
                 "rules and ipsets destroyed",
                 "for t in security filter nat mangle; do for i in iptables ip6tables; do
                    $i -t $t -F; $i -t $t -S | sed -n 's/^-N \\(MESHLB-.*\\)/\\1/p' | while read c; do $i -t $t -X $c; done
-                 done; done; ipset destroy"
+                 done; done 2>/dev/null || true; ipset destroy 2>/dev/null || true"
                     .to_owned(),
             ),
         ]);
