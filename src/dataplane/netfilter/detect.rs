@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{
     dataplane::Error,
-    model::{ids::Family, kernel::Program},
+    model::{
+        ids::Family,
+        kernel::{FamilyProgram, Program},
+    },
 };
 
 /// A renderer.
@@ -131,6 +134,9 @@ pub fn advice(program: &Program) -> Result<Vec<String>, Error> {
 
 fn chain_advice(chain: &ForeignChain, program: &Program) -> Vec<String> {
     let ForeignChain { family, table, name, hook } = chain;
+    if table == "firewalld" {
+        return firewalld_advice(hook, program);
+    }
     let place = format!("{family} {table} {name}");
     let mut out = Vec::new();
     for (f, p) in program.families.iter() {
@@ -153,6 +159,24 @@ fn chain_advice(chain: &ForeignChain, program: &Program) -> Vec<String> {
         ));
     }
     out
+}
+
+/// firewalld writes its table anew at each reload, so the rule has to be in its configuration. Answers and what was
+/// translated pass its FORWARD chain anyway.
+fn firewalld_advice(hook: &str, program: &Program) -> Vec<String> {
+    if hook != "input" {
+        return Vec::new();
+    }
+    let rule = |(family, p): (Family, &FamilyProgram)| {
+        let family = if family == Family::V4 { "ipv4" } else { "ipv6" };
+        format!(
+            "firewalld rejects what its zones don't allow; let packets for services pass, in each zone that clients and \
+             pods are in: firewall-cmd --permanent --add-rich-rule='rule family={family} destination address={} accept' \
+             && firewall-cmd --reload",
+            p.range
+        )
+    };
+    program.families.iter().map(rule).collect()
 }
 
 #[cfg(test)]

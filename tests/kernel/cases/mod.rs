@@ -1,6 +1,7 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod firewalld;
 mod guard;
 mod harness;
 mod healing;
@@ -23,6 +24,7 @@ pub fn register(suite: &mut Suite) {
     guard::register(suite);
     neighbours::register(suite);
     if unproven() {
+        firewalld::register(suite);
         healing::register(suite);
         lifecycle::register(suite);
         underlays::register(suite);

@@ -1,0 +1,137 @@
+//! Beside a real firewalld: what it needs is told, and its reloads are survived.
+
+use std::fs;
+use std::process::Child;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::guard::{BOTH, VIPS, refused, to_nothing, to_service, works};
+use crate::check;
+use crate::ns::Output;
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::topology::{Node, Topology};
+
+pub fn register(suite: &mut Suite) {
+    for renderer in [Renderer::IptablesNft, Renderer::Nftables] {
+        let one = Matrix::once().with_renderers(&[renderer]);
+        suite.add_slow("firewalld::reloads", &one, Duration::from_secs(180), reloads);
+    }
+}
+
+/// firewalld and a bus for it, in a node's namespace and with a configuration of its own.
+struct Firewalld<'a> {
+    node: &'a Node,
+    bus: String,
+    children: Vec<Child>,
+}
+
+impl<'a> Firewalld<'a> {
+    fn start(cx: &Cx, node: &'a Node) -> Result<Firewalld<'a>> {
+        let dir = cx.dir.join("firewalld");
+        fs::create_dir_all(&dir)?;
+        let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
+        let bus = format!("unix:path={}", path("bus"));
+        let env = [("DBUS_SYSTEM_BUS_ADDRESS", bus.as_str())];
+        let address = format!("--address={bus}");
+        let daemon = ["dbus-daemon", "--session", &address, "--nofork", "--nopidfile", "--nosyslog"];
+        let mut children = vec![node.ns.spawn(&daemon, &[], &dir.join("dbus.log"))?];
+        let end = Instant::now() + Duration::from_secs(20);
+        while !dir.join("bus").exists() {
+            ensure!(Instant::now() < end, "no bus: {}", fs::read_to_string(dir.join("dbus.log"))?);
+            sleep(Duration::from_millis(50));
+        }
+        let config = path("etc");
+        let copied = node.run(&["cp", "-r", "/etc/firewalld", &config])?.ok()?;
+        ensure!(copied.status == 0, "no configuration: {copied}");
+        let daemon = ["firewalld", "--nofork", "--nopid", "--system-config", &config];
+        children.push(node.ns.spawn(&daemon, &env, &dir.join("firewalld.log"))?);
+        let firewalld = Firewalld { node, bus, children };
+        let end = Instant::now() + Duration::from_secs(60);
+        while firewalld.sh("firewall-cmd --state")?.status != 0 {
+            if Instant::now() > end {
+                bail!("firewalld does not run: {}", fs::read_to_string(dir.join("firewalld.log"))?);
+            }
+            sleep(Duration::from_millis(200));
+        }
+        Ok(firewalld)
+    }
+
+    /// A command that speaks to it.
+    fn sh(&self, command: &str) -> Result<Output> {
+        self.node.ns.run_env(&["sh", "-c", command], &[("DBUS_SYSTEM_BUS_ADDRESS", &self.bus)], "")
+    }
+}
+
+impl Drop for Firewalld<'_> {
+    fn drop(&mut self) {
+        for child in self.children.iter_mut().rev() {
+            // Terminated, it takes its table with it.
+            let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).ok();
+            let end = Instant::now() + Duration::from_secs(10);
+            while child.try_wait().is_ok_and(|status| status.is_none()) && Instant::now() < end {
+                sleep(Duration::from_millis(50));
+            }
+            child.kill().ok();
+            child.wait().ok();
+        }
+    }
+}
+
+fn reloads(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    works(&t, &BOTH).context("before firewalld")?;
+    let firewalld = Firewalld::start(cx, n1)?;
+    // It does reject what no zone allows.
+    let (from, probe) = &to_service(&t, &[Proto::Tcp])?[0];
+    let closed = from.probe(&probe.clone().within(Duration::from_secs(1)))?;
+    ensure!(closed.answered() == 0, "firewalld lets packets for a VIP pass by itself: {closed}");
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    agent.wait_for_log("source synced", Duration::from_secs(20))?;
+    let log = agent.log_text();
+    let told: Vec<String> = log
+        .lines()
+        .filter_map(|l| {
+            Some(format!("firewall-cmd --permanent{}", l.split_once(": firewall-cmd --permanent")?.1))
+        })
+        .collect();
+    ensure!(told.len() == 2, "one command for each family is expected in its log:\n{log}");
+    for command in &told {
+        cx.note(command);
+        firewalld.sh(command)?.ok()?;
+    }
+    works(&t, &BOTH).context("with the rules that the log asks for")?;
+    for how in ["--reload", "--complete-reload"] {
+        firewalld.sh(&format!("firewall-cmd {how}"))?.ok()?;
+        let start = Instant::now();
+        loop {
+            let result = works(&t, &BOTH);
+            let took = start.elapsed();
+            match result {
+                Ok(()) => {
+                    cx.note(format!("{how}: everything works {:.1} s later", took.as_secs_f32()));
+                    break;
+                }
+                Err(e) if took > Duration::from_secs(5) => {
+                    return Err(e.context(format!("{how}, after {took:?}")));
+                }
+                Err(_) => sleep(Duration::from_millis(50)),
+            }
+        }
+        refused(&to_nothing(&t)?).context(how)?;
+        let plan = meshlb.run(n1, &["plan"])?;
+        ensure!(plan.status == 0, "{how}: {plan}");
+    }
+    drop(firewalld);
+    works(&t, &BOTH).context("firewalld has ended")?;
+    ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
+    let tally = t.ext.connect(Proto::Tcp, n1.at(cx.family(), 30080), 6)?;
+    check::even(&tally, &t.pod_names())
+}
