@@ -31,7 +31,11 @@ impl Netns {
     /// Makes `mlb-NAME`, visible to `ip netns`, without IPv6 duplicate address detection, and without a limit on ICMP errors
     /// (with it, one in many refused datagrams goes unanswered).
     pub fn create(short: &str) -> Result<Netns> {
-        let name = format!("{PREFIX}{short}");
+        Netns::create_as(format!("{PREFIX}{short}"))
+    }
+
+    /// Makes one of any name. [`remove_leftovers`] does not touch it.
+    pub fn create_as(name: String) -> Result<Netns> {
         let made = thread::scope(|s| s.spawn(create_here).join());
         let (net, mnt) = made.map_err(|_| anyhow!("the thread that makes {name} panicked"))??;
         let ns = Netns { name, net, mnt };

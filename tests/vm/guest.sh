@@ -9,6 +9,10 @@ while [ ! -e ../root.tar ]; do sleep 0.1; done
 mkdir -p /tmp/root && mount -t tmpfs -o size=60% tmpfs /tmp/root && tar -C /tmp/root -xf ../root.tar
 mount --make-shared /run
 for d in proc sys dev run; do mount --rbind /$d /tmp/root/$d; done
+# The machine's own files, for programs that are too much for a copy in memory: chroot /host firewalld.
+mkdir -p /tmp/root/host && mount --bind / /tmp/root/host
+for d in proc sys dev run; do mount --rbind /$d /tmp/root/host/$d; done
+mount -t tmpfs tmpfs /tmp/root/host/tmp
 modules=/lib/modules/$(uname -r); mkdir -p "/tmp/root$modules"; mount --bind "$(readlink -f "$modules")" "/tmp/root$modules"
 cat >/tmp/in-tools <<'X'
 #!/bin/bash

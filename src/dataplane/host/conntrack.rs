@@ -218,7 +218,11 @@ fn flows_request(flows: &PublishedFlows) -> Vec<u8> {
         IpAddr::V6(addr) => put_attr(&mut ip, SOURCE[1], &addr.octets()),
     }
     put_attr(&mut proto, CTA_PROTO_NUM, &[flows.protocol.number()]);
-    let mut parts = FILTER_IP_SRC | FILTER_PROTO_NUM;
+    let mut parts = FILTER_PROTO_NUM;
+    // `ctnetlink_filter_match_tuple` of Linux 6.1 leaves out the IPv6 addresses that match, and gives the others.
+    if real.addr.is_ipv4() {
+        parts |= FILTER_IP_SRC;
+    }
     if real.port != 0 {
         put_attr(&mut proto, SOURCE[2], &real.port.to_be_bytes());
         parts |= FILTER_SRC_PORT;

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// How often the old tables are looked at in [`Netfilter::probe`]: that costs a process.
-const LEGACY_INTERVAL: Duration = Duration::from_secs(10);
+const LEGACY_INTERVAL: Duration = Duration::from_secs(3);
 
 /// The iptables renderer.
 #[derive(Debug)]
@@ -342,7 +342,7 @@ impl Iptables {
 
     /// Whether the old tables are worth a look now; on a host with many rules a look costs more, so it is rarer.
     fn legacy_due(&self) -> bool {
-        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(500));
+        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(50));
         self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
     }
 }

@@ -250,7 +250,12 @@ pub(crate) fn target(line: &str) -> Option<&str> {
 /// missing, and never moved; others of ours are taken away.
 pub(crate) fn restore_text(rules: &[Rule], saved: &Saved) -> String {
     let mut out = String::new();
-    for table in TABLES {
+    let mut tables = TABLES;
+    // What leads packets to IPVS goes first, and the masquerading of what it led there after it.
+    if !rules.iter().any(|rule| rule.table == "mangle") {
+        tables.reverse();
+    }
+    for table in tables {
         let wanted: Vec<_> =
             CHAINS.iter().filter(|c| c.table == table && rules.iter().any(|r| is_of(r, c))).collect();
         let mut lines = Vec::new();

@@ -1,6 +1,7 @@
 //! Beside a real firewalld: what it needs is told, and its reloads are survived.
 
 use std::fs;
+use std::path::Path;
 use std::process::Child;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::guard::{BOTH, VIPS, refused, to_nothing, to_service, works};
 use crate::check;
 use crate::ns::Output;
-use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::runner::{Cx, Matrix, Proto, Renderer, Skip, Suite};
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
@@ -27,25 +28,34 @@ struct Firewalld<'a> {
     children: Vec<Child>,
 }
 
+/// The root that firewalld is installed in: in the VM, the programs of the tests are in another.
+fn root() -> Result<&'static str> {
+    let found = ["/host", "/"].into_iter().find(|root| Path::new(root).join("usr/sbin/firewalld").exists());
+    found.ok_or_else(|| Skip("firewalld is not installed".to_owned()).into())
+}
+
 impl<'a> Firewalld<'a> {
-    fn start(cx: &Cx, node: &'a Node) -> Result<Firewalld<'a>> {
-        let dir = cx.dir.join("firewalld");
+    fn start(node: &'a Node) -> Result<Firewalld<'a>> {
+        let root = root()?;
+        // Both roots have the same /run.
+        let dir = Path::new("/run").join(format!("meshlb-kernel-firewalld-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
         let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
-        let bus = format!("unix:path={}", path("bus"));
+        let (socket, config) = (path("bus"), path("etc"));
+        let bus = format!("unix:path={socket}");
         let env = [("DBUS_SYSTEM_BUS_ADDRESS", bus.as_str())];
         let address = format!("--address={bus}");
-        let daemon = ["dbus-daemon", "--session", &address, "--nofork", "--nopidfile", "--nosyslog"];
+        let daemon =
+            ["chroot", root, "dbus-daemon", "--session", &address, "--nofork", "--nopidfile", "--nosyslog"];
         let mut children = vec![node.ns.spawn(&daemon, &[], &dir.join("dbus.log"))?];
         let end = Instant::now() + Duration::from_secs(20);
-        while !dir.join("bus").exists() {
+        while !Path::new(&socket).exists() {
             ensure!(Instant::now() < end, "no bus: {}", fs::read_to_string(dir.join("dbus.log"))?);
             sleep(Duration::from_millis(50));
         }
-        let config = path("etc");
-        let copied = node.run(&["cp", "-r", "/etc/firewalld", &config])?.ok()?;
-        ensure!(copied.status == 0, "no configuration: {copied}");
-        let daemon = ["firewalld", "--nofork", "--nopid", "--system-config", &config];
+        node.run(&["chroot", root, "cp", "-r", "/etc/firewalld", &config])?.ok()?;
+        let daemon = ["chroot", root, "firewalld", "--nofork", "--nopid", "--system-config", &config];
         children.push(node.ns.spawn(&daemon, &env, &dir.join("firewalld.log"))?);
         let firewalld = Firewalld { node, bus, children };
         let end = Instant::now() + Duration::from_secs(60);
@@ -60,7 +70,11 @@ impl<'a> Firewalld<'a> {
 
     /// A command that speaks to it.
     fn sh(&self, command: &str) -> Result<Output> {
-        self.node.ns.run_env(&["sh", "-c", command], &[("DBUS_SYSTEM_BUS_ADDRESS", &self.bus)], "")
+        self.node.ns.run_env(
+            &["chroot", root()?, "sh", "-c", command],
+            &[("DBUS_SYSTEM_BUS_ADDRESS", &self.bus)],
+            "",
+        )
     }
 }
 
@@ -88,7 +102,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     m.standard(&t, "vote", &VIPS)?;
     cx.apply(&t, &mut m)?;
     works(&t, &BOTH).context("before firewalld")?;
-    let firewalld = Firewalld::start(cx, n1)?;
+    let firewalld = Firewalld::start(n1)?;
     // It does reject what no zone allows.
     let (from, probe) = &to_service(&t, &[Proto::Tcp])?[0];
     let closed = from.probe(&probe.clone().within(Duration::from_secs(1)))?;

@@ -5,6 +5,7 @@ mod firewalld;
 mod guard;
 mod harness;
 mod healing;
+mod idle;
 mod lifecycle;
 mod neighbours;
 mod underlays;
@@ -20,6 +21,7 @@ fn unproven() -> bool {
 /// Registers them all. Cases with the same topology stand together.
 pub fn register(suite: &mut Suite) {
     harness::register(suite);
+    idle::begin(suite);
     basics::register(suite);
     guard::register(suite);
     neighbours::register(suite);
@@ -29,4 +31,5 @@ pub fn register(suite: &mut Suite) {
         lifecycle::register(suite);
         underlays::register(suite);
     }
+    idle::end(suite);
 }

@@ -59,7 +59,9 @@ fn not_ready(cx: &mut Cx) -> Result<()> {
 
 fn slow(c: &Cluster, on: &Host, proto: Proto, family: Family, published: bool, n: usize) -> Result<Flows> {
     let to = if published { c.t.node(1).at(family, 30080) } else { vip(family, 80)? };
-    let probe = Probe::new(proto, to).within(Duration::from_secs(3));
+    // A client of UDP gives up soon and sends again; TCP waits for machines that stall.
+    let patience = if proto == Proto::Udp { 700 } else { 3000 };
+    let probe = Probe::new(proto, to).within(Duration::from_millis(patience));
     Flows::start(&on.ns, &probe, n, Duration::from_millis(50))
 }
 
