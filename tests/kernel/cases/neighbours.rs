@@ -320,6 +320,14 @@ fn two_agents(cx: &mut Cx) -> Result<()> {
         let text = format!("{}{}", out.stdout, out.stderr);
         ensure!(text.contains("`meshlb agent`, pid ") && text.contains(&dir), "unclear: {out}");
     }
+    // Nor with ranges and folders of its own: the kernel's tables and our names in them are the same.
+    let binary = meshlb.binary.to_string_lossy().into_owned();
+    let own = |name: &str| cx.dir.join(name).to_string_lossy().into_owned();
+    let (state, run) = (format!("--state-dir={}", own("state")), format!("--run-dir={}", own("run")));
+    let other = [&binary, "agent", "--source", &dir, "--node=n1", "--vip-cidr=10.201.0.0/16", &state, &run];
+    let out = n1.ns.run_env(&other, &[("PATH", &meshlb.path)], "")?;
+    cx.note(&out);
+    ensure!(out.status != 0 && out.stderr.contains("`meshlb agent`, pid "), "with another range: {out}");
     ensure!(first.alive(), "the first agent has ended:\n{}", first.log_text());
     check::same(&before, &n1.snapshot()?, "the second one changed something")?;
     works(&t, &[Proto::Tcp])?;
