@@ -44,6 +44,9 @@ impl Watched {
     fn next(&mut self, wait: Duration) -> Option<Vec<String>> {
         match self.messages.recv_timeout(wait).ok()? {
             SourceMessage::Synced => Some(vec!["synced".into()]),
+            SourceMessage::Lock(lock) => Some(
+                std::iter::once("lock".into()).chain(lock.services.keys().map(ToString::to_string)).collect(),
+            ),
             SourceMessage::Problems(now) => {
                 let dir = format!("{}", self.dir.display());
                 self.problems = now.iter().map(|p| p.to_string().replace(&dir, "DIR")).collect();
@@ -240,4 +243,30 @@ fn a_rescan_finds_what_nobody_told() {
     std::os::unix::fs::symlink(&other, base.path().join("new")).unwrap();
     fs::rename(base.path().join("new"), &link).unwrap();
     watched.expect(&[&["x:2"]]);
+}
+
+#[test]
+fn the_lock_file_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = dir.path().join("meshlb.lock");
+    let text =
+        |name: &str| format!("version: 1\nservices:\n  default/{name}:\n    vips: {{v4: 10.200.0.9}}\n");
+    fs::write(dir.path().join("a.yaml"), service("a", 80)).unwrap();
+    fs::write(&lock, text("a")).unwrap();
+    let mut watched = Watched::new(dir.path(), TIMING);
+    watched.expect(&[&["lock", "default/a"], &["a:80"], &["synced"]]);
+    let draft = dir.path().join(".meshlb.lock.new");
+    fs::write(&draft, text("b")).unwrap();
+    fs::rename(&draft, &lock).unwrap();
+    watched.expect(&[&["lock", "default/b"]]);
+    // A damaged one changes nothing but is told; so does one that says the same.
+    fs::write(&lock, "version: 7\n").unwrap();
+    watched.expect(&[&["problems"]]);
+    assert!(watched.problems[0].contains("version 7") && watched.problems[0].contains("stays in force"));
+    fs::write(&lock, text("b")).unwrap();
+    watched.expect(&[&["problems"]]);
+    assert_eq!(watched.problems, [] as [&str; 0]);
+    fs::remove_file(&lock).unwrap();
+    watched.expect(&[&["lock"]]);
+    watched.expect_nothing();
 }
