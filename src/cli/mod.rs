@@ -8,6 +8,7 @@ pub mod explain;
 pub mod lock;
 pub mod options;
 pub mod plan;
+pub mod record;
 pub mod report;
 pub mod session;
 pub mod show;

@@ -234,7 +234,8 @@ impl<O: Observer> Agent<O> {
             self.logged.clear();
         } else {
             self.in_sync = false;
-            let lines: Vec<String> = turn.failures.iter().map(|f| format!("{}: {}", f.op, f.error)).collect();
+            let causes = turn.failures.iter().filter(|f| !f.follows);
+            let lines: Vec<String> = causes.map(|f| format!("{}: {}", f.op, f.error)).collect();
             for line in lines.iter().take(10) {
                 self.complain(line);
             }

@@ -1,11 +1,16 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod errors;
 mod guard;
 mod harness;
 mod healing;
 mod lifecycle;
 mod neighbours;
+mod renderer;
+mod restart;
+mod scrape;
+mod support;
 mod underlays;
 
 use crate::runner::Suite;
@@ -22,6 +27,10 @@ pub fn register(suite: &mut Suite) {
     basics::register(suite);
     guard::register(suite);
     neighbours::register(suite);
+    errors::register(suite);
+    renderer::register(suite);
+    restart::register(suite);
+    scrape::register(suite);
     if unproven() {
         healing::register(suite);
         lifecycle::register(suite);
