@@ -19,7 +19,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
-    let limit = Duration::from_secs(120);
+    let limit = Duration::from_secs(240);
     suite.add_slow("restart::writes_nothing", &Matrix::renderers(), limit, writes_nothing);
     suite.add("restart::unread_folder_deletes_nothing", &Matrix::renderers(), unread);
     suite.add("restart::orphan_is_collected", &Matrix::renderers(), orphan);
@@ -30,7 +30,7 @@ pub fn register(suite: &mut Suite) {
 fn traced(cx: &Cx) -> Result<(Meshlb, PathBuf)> {
     let log = cx.dir.join("strace.log");
     let script = format!(
-        "exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,openat,sendto,sendmsg,sendmmsg,write MESHLB \"$@\"",
+        "exec strace -D -f --seccomp-bpf -qq -x -s 96 -o {} -e trace=execve,openat,sendto,sendmsg,sendmmsg MESHLB \"$@\"",
         log.display()
     );
     Ok((wrapped(cx, "traced", &script)?, log))

@@ -143,9 +143,9 @@ pub fn container(cx: &Cx, name: &str, programs: &[&str]) -> Result<Meshlb> {
     Ok(meshlb)
 }
 
-/// The lines that a command has said on standard error.
+/// The lines that a command has said on standard error; not those of an agent's log that are no complaint.
 pub fn said(out: &Output) -> Vec<&str> {
-    out.stderr.lines().filter(|l| !l.trim().is_empty()).collect()
+    out.stderr.lines().filter(|l| !l.trim().is_empty() && !l.contains(" INFO ")).collect()
 }
 
 /// It failed with 1 and said one line, in which all of this stands.
