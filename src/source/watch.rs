@@ -374,19 +374,30 @@ impl Follower {
     fn tell(&mut self, since: Instant) -> Result<(), Gone> {
         let folder = self.trouble.iter().chain(&self.unwatched).chain(&self.bad_lock).cloned();
         let problems: Vec<Problem> = folder.chain(self.store.problems(&self.dir)).collect();
-        if problems != self.told {
-            self.told.clone_from(&problems);
-            self.send(SourceMessage::Problems(problems))?;
+        // That all can be read again is told after what was read: until then, what is missing may be in it.
+        let incomplete = |problems: &[Problem]| problems.iter().any(|p| p.severity >= Severity::Error);
+        let mended = incomplete(&self.told) && !incomplete(&problems);
+        if !mended {
+            self.tell_problems(&problems)?;
         }
         let events = self.store.take_events();
         if !events.is_empty() {
             self.send(SourceMessage::Events(events, since))?;
         }
+        self.tell_problems(&problems)?;
         if !self.synced && self.trouble.is_none() {
             self.synced = true;
             self.send(SourceMessage::Synced)?;
         }
         Ok(())
+    }
+
+    fn tell_problems(&mut self, problems: &[Problem]) -> Result<(), Gone> {
+        if problems == self.told {
+            return Ok(());
+        }
+        self.told = problems.to_vec();
+        self.send(SourceMessage::Problems(problems.to_vec()))
     }
 
     fn send(&self, message: SourceMessage) -> Result<(), Gone> {

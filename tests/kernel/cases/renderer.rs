@@ -12,7 +12,14 @@ use crate::topology::Node;
 pub fn register(suite: &mut Suite) {
     let plain = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
     suite.add("renderer::auto_follows_rules", &plain, rules);
-    suite.add("renderer::auto_follows_programs", &Matrix::once(), programs);
+    if super::unproven() {
+        suite.add_slow(
+            "renderer::auto_follows_programs",
+            &Matrix::once(),
+            std::time::Duration::from_secs(120),
+            programs,
+        );
+    }
 }
 
 /// `plan`: the renderer and what is said besides.
