@@ -84,6 +84,7 @@ fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<
         for message in messages {
             let input = match message {
                 SourceMessage::Events(events, seen) => Some(Input::Events(events, seen)),
+                SourceMessage::Lock(lock) => Some(Input::Lock(lock)),
                 SourceMessage::Synced => {
                     synced = true;
                     Some(Input::Synced { complete })

@@ -34,7 +34,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     if let Some(advice) = super::lock::advice(session.engine.allocator(), &session.keeper.source) {
         eprintln!("meshlb: {advice}");
     }
-    for failure in &failures {
+    for failure in failures.iter().filter(|f| !f.follows) {
         eprintln!("meshlb: {}: {}", failure.op, failure.error);
     }
     println!(

@@ -23,6 +23,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         bail!("stop the agent first, or it puts everything back: {other}");
     }
     let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
+    session::need_rights()?;
     let settings = options.settings()?;
     let (mut dir, state) = session::open_state(options)?;
     let mut dataplane = session::dataplane(options, &state)?;
@@ -61,6 +62,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     restore(&mut dataplane, &state, !foreign.is_empty(), &mut errors);
     if errors.is_empty() {
         dir.clear()?;
+        super::record::Record::new(&options.run_dir).clear()?;
         println!("nothing of meshlb is left in this network namespace");
         return Ok(ExitCode::SUCCESS);
     }

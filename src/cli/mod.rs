@@ -8,12 +8,13 @@ pub mod explain;
 pub mod lock;
 pub mod options;
 pub mod plan;
+pub mod record;
 pub mod report;
 pub mod session;
 pub mod show;
 pub mod watcher;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use options::Options;
@@ -185,8 +186,12 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_new(level)
         .map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))?;
-    let builder =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        // Colours are for people: a file or a pipe gets plain text.
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     // Only the first call of a process counts.
     let _ = match options.log_format {
         options::LogFormat::Text => builder.try_init(),

@@ -5,9 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info, warn};
 
-use super::options::{Options, RendererChoice};
+use super::{
+    options::{Options, RendererChoice},
+    record::Record,
+};
 use crate::{
     compile::CompiledService,
     dataplane::{
@@ -38,6 +41,7 @@ pub struct Session {
 /// Writes down what has to outlive the process.
 pub struct Keeper {
     dir: StateDir,
+    record: Record,
     state: State,
     /// The folder.
     pub source: PathBuf,
@@ -75,6 +79,9 @@ impl Keeper {
         };
         if self.written.as_ref() != Some(&written) {
             self.dir.save(state).context("state.json can't be written")?;
+            if !self.written.as_ref().is_some_and(|before| before.same_kernel(&written)) {
+                self.record.save(state);
+            }
             self.generation = Some(engine.generation());
             self.written = Some(written);
         }
@@ -91,6 +98,13 @@ struct Written {
     netfilter: serde_json::Value,
     sysctls: std::collections::BTreeMap<String, String>,
     timeouts: Option<(Timeouts, Timeouts)>,
+}
+
+impl Written {
+    /// Whether it says the same about the kernel.
+    fn same_kernel(&self, other: &Self) -> bool {
+        self.netfilter == other.netfilter && self.sysctls == other.sysctls && self.timeouts == other.timeouts
+    }
 }
 
 fn kept(((server, real), until): (&(VirtualServerKey, RealServerKey), &Timestamp)) -> Drain {
@@ -118,11 +132,23 @@ fn running(drain: &Drain) -> ((VirtualServerKey, RealServerKey), Timestamp) {
 pub fn open_state(options: &Options) -> Result<(StateDir, State)> {
     let about = || format!("--state-dir {}", options.state_dir.display());
     let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
-    let (state, note) = dir.load().with_context(about)?;
+    let (mut state, note) = dir.load().with_context(about)?;
     if let Some(note) = note {
         warn!("{note}");
     }
+    Record::new(&options.run_dir).complete(&mut state);
     Ok((dir, state))
+}
+
+/// Without CAP_NET_ADMIN nothing can be written: that is said first, and once.
+///
+/// # Errors
+/// One line that says what to do about it.
+pub fn need_rights() -> Result<()> {
+    match preflight::no_net_admin(&preflight::own_status()) {
+        Some(message) => bail!(message),
+        None => Ok(()),
+    }
 }
 
 /// What a session is opened for.
@@ -176,6 +202,9 @@ impl Session {
     /// One line that says what is missing and what to do about it.
     pub fn open(options: &Options, dir: Option<&Path>, purpose: Purpose) -> Result<Self> {
         let settings = options.settings()?;
+        if purpose != Purpose::Look {
+            need_rights()?;
+        }
         let (state_dir, state) = open_state(options)?;
         let source = match (dir, &state.source) {
             (Some(dir), _) => std::path::absolute(dir)?,
@@ -222,7 +251,14 @@ impl Session {
         Ok(Self {
             engine,
             problems,
-            keeper: Keeper { dir: state_dir, state, source, generation: None, written: None },
+            keeper: Keeper {
+                dir: state_dir,
+                record: Record::new(&options.run_dir),
+                state,
+                source,
+                generation: None,
+                written: None,
+            },
         })
     }
 
@@ -292,7 +328,7 @@ fn renderer(options: &Options, state: &State) -> Result<Box<dyn Netfilter + Send
         RendererChoice::Auto | RendererChoice::Iptables => {
             let found = netfilter::detect();
             for reason in &found.reasons {
-                debug!("renderer: {reason}");
+                info!("renderer {}: {reason}", found.choice.name());
             }
             for warning in &found.warnings {
                 warn!("{warning}");

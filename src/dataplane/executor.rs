@@ -28,6 +28,8 @@ pub struct Failure {
     pub op: Op,
     /// Why.
     pub error: Error,
+    /// It only follows from another failure, which says what to do.
+    pub follows: bool,
 }
 
 impl Dataplane {
@@ -90,7 +92,8 @@ impl Dataplane {
             rest = tail;
             for (op, result) in run.iter().zip(self.apply_run(run, desired, &mut unguarded)) {
                 if let Err(error) = result {
-                    failures.push(Failure { op: op.clone(), error });
+                    let follows = matches!(op, Op::PutRoute(_)) && unguarded.is_some();
+                    failures.push(Failure { op: op.clone(), error, follows });
                 }
             }
         }

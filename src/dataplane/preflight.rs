@@ -92,12 +92,35 @@ impl Report {
     }
 }
 
+fn effective(status: &str) -> Option<u64> {
+    let hex = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+    u64::from_str_radix(hex.trim(), 16).ok()
+}
+
+/// One line for people where /proc/self/status tells that CAP_NET_ADMIN, without which nothing can be programmed, is
+/// missing.
+pub fn no_net_admin(status: &str) -> Option<String> {
+    let missing = effective(status)? & (1 << CAPABILITIES[0].0) == 0;
+    missing.then(|| advice(status, CAPABILITIES[0].1))
+}
+
+/// What to do about capabilities that are missing.
+fn advice(status: &str, missing: &str) -> String {
+    let container = "in a container add securityContext.capabilities.add: [NET_ADMIN, NET_RAW]";
+    let effective_uid =
+        |l: &str| l.strip_prefix("Uid:").and_then(|ids| ids.split_whitespace().nth(1).map(|u| u == "0"));
+    if status.lines().find_map(effective_uid) == Some(true) {
+        format!(
+            "no {missing}, though this is root: it was taken away from this process; {container}, in a systemd unit \
+             see CapabilityBoundingSet="
+        )
+    } else {
+        format!("no {missing}: run as root; {container}")
+    }
+}
+
 fn rights(status: &str, report: &mut Report) {
-    let effective = status
-        .lines()
-        .find_map(|l| l.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
-    let Some(effective) = effective else {
+    let Some(effective) = effective(status) else {
         return report.add(
             Severity::Info,
             "can't read this process's capabilities; CAP_NET_ADMIN and CAP_NET_RAW are needed".into(),
@@ -106,14 +129,7 @@ fn rights(status: &str, report: &mut Report) {
     let missing: Vec<_> =
         CAPABILITIES.iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| *name).collect();
     if !missing.is_empty() {
-        report.add(
-            Severity::Error,
-            format!(
-                "no {}: run as root, or in a container with securityContext.capabilities.add: [NET_ADMIN, \
-                 NET_RAW]",
-                missing.join(" and no ")
-            ),
-        );
+        report.add(Severity::Error, advice(status, &missing.join(" and no ")));
     }
 }
 
@@ -314,6 +330,10 @@ mod tests {
         assert_eq!(findings.len(), 1);
         assert!(findings[0].1.starts_with("no CAP_NET_ADMIN: run as root"), "{findings:?}");
         let rules = rules();
+        assert_eq!(no_net_admin(ROOT), None);
+        let bounded = "Uid:\t0\t0\t0\t0\nCapEff:\t000001ffffffefff\n";
+        assert!(no_net_admin(bounded).unwrap().starts_with("no CAP_NET_ADMIN, though this is root"));
+        assert!(no_net_admin(NOBODY).unwrap().starts_with("no CAP_NET_ADMIN: run as root"));
         let subject = Subject { rules: &rules, ipvs: Ok(()), status: NOBODY, ra_links: &[], writes: false };
         assert_eq!(check(&mut good(), &subject), []);
     }

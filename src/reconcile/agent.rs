@@ -10,13 +10,15 @@ use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::engine::{Engine, Turn};
-use crate::{dataplane::Probe, model::snapshot::Event};
+use crate::{allocate::Lock, dataplane::Probe, model::snapshot::Event};
 
 /// What wakes the agent.
 #[derive(Debug)]
 pub enum Input {
     /// Objects changed; the time is when the change was seen.
     Events(Vec<Event>, Instant),
+    /// The folder's lock file says something else now.
+    Lock(Lock),
     /// The source has told everything it has; whether all of it could be used. Sent again when that changes.
     Synced {
         /// Nothing in the source was unusable.
@@ -131,6 +133,11 @@ impl<O: Observer> Agent<O> {
                 self.engine.feed(events);
                 self.oldest = Some(self.oldest.map_or(seen, |old| old.min(seen)));
             }
+            Input::Lock(lock) => {
+                if self.engine.set_lock(lock) {
+                    info!("meshlb.lock has changed");
+                }
+            }
             Input::Synced { complete } => {
                 if !self.synced {
                     info!(services = self.engine.snapshot().services().len(), "source synced");
@@ -227,7 +234,8 @@ impl<O: Observer> Agent<O> {
             self.logged.clear();
         } else {
             self.in_sync = false;
-            let lines: Vec<String> = turn.failures.iter().map(|f| format!("{}: {}", f.op, f.error)).collect();
+            let causes = turn.failures.iter().filter(|f| !f.follows);
+            let lines: Vec<String> = causes.map(|f| format!("{}: {}", f.op, f.error)).collect();
             for line in lines.iter().take(10) {
                 self.complain(line);
             }

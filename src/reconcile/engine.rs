@@ -153,6 +153,20 @@ impl Engine {
         }
     }
 
+    /// Takes a new lock file in; nothing happens before the next turn. Whether it says something else about a
+    /// service that is there.
+    pub fn set_lock(&mut self, lock: Lock) -> bool {
+        if let Some(recover) = &mut self.recover {
+            recover.clone_from(&lock);
+        }
+        // A service that has not been told of is not gone for it.
+        let mut changed = self.allocator.set_lock(lock);
+        changed.retain(|key| self.snapshot.services().contains_key(key));
+        let any = !changed.is_empty();
+        self.dirty.extend(changed);
+        any
+    }
+
     /// Whether a turn has something to do.
     pub fn is_dirty(&self) -> bool {
         !self.dirty.is_empty()

@@ -56,6 +56,36 @@ fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
     engine
 }
 
+#[test]
+fn a_new_lock_file_moves_only_what_it_names_and_what_is_there() {
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    engine.feed([service_with("vote", published(80, 8080, None)), service_with("other", port(80, 8080))]);
+    engine.synced(true);
+    turn(&mut engine, true);
+    let vip = |engine: &Engine, name: &str| {
+        let key = crate::model::ids::ServiceKey::new("default", name);
+        engine.allocator().get(&key).and_then(|a| a.vips.v4)
+    };
+    let other = vip(&engine, "other");
+    let lock = |name: &str| {
+        let text = format!("version: 1\nservices:\n  default/{name}:\n    vips: {{v4: 10.200.7.7}}\n");
+        Lock::parse(&text).unwrap()
+    };
+    // Not one of ours, as far as we know.
+    assert!(!engine.set_lock(lock("unknown")));
+    assert!(!engine.is_dirty());
+    assert!(engine.set_lock(lock("vote")));
+    turn(&mut engine, false);
+    assert_eq!(vip(&engine, "vote"), "10.200.7.7".parse().ok());
+    assert_eq!(vip(&engine, "other"), other);
+    assert!(!engine.set_lock(lock("vote")));
+    // Without the file the address stays.
+    engine.set_lock(Lock::default());
+    turn(&mut engine, false);
+    assert_eq!(vip(&engine, "vote"), "10.200.7.7".parse().ok());
+}
+
 fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
     let turn = engine.turn(full, now()).unwrap();
     assert_eq!(turn.failures, vec![]);

@@ -12,7 +12,7 @@ pub use files::{Loaded, load};
 pub use problem::Problem;
 pub use watch::watch;
 
-use crate::model::snapshot::Event;
+use crate::{allocate::Lock, model::snapshot::Event};
 
 /// What a source tells its reader.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub enum SourceMessage {
     Events(Vec<Event>, Instant),
     /// The first complete read is over: what has not been mentioned does not exist.
     Synced,
+    /// What `meshlb.lock` says now, when that is something else than before.
+    Lock(Lock),
     /// All that is wrong now; replaces the list before.
     Problems(Vec<Problem>),
 }

@@ -28,7 +28,10 @@ use super::{
     problem::{Problem, Severity},
     store::Store,
 };
-use crate::model::node::NodeConfig;
+use crate::{
+    allocate::{Lock, lock::FILE_NAME},
+    model::node::NodeConfig,
+};
 
 /// How patient the watcher is.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +93,8 @@ pub fn watch_with(
         told: Vec::new(),
         trouble: None,
         unwatched: None,
+        lock: Lock::default(),
+        bad_lock: None,
         watcher: None,
     };
     std::thread::Builder::new().name("files".into()).spawn(move || follower.run())
@@ -132,6 +137,8 @@ struct Todo {
     names: BTreeSet<OsString>,
     /// The whole folder.
     everything: bool,
+    /// `meshlb.lock`.
+    lock: bool,
     /// The folder itself has changed: the watch on it may be worth nothing.
     folder: bool,
 }
@@ -154,6 +161,10 @@ struct Follower {
     trouble: Option<Problem>,
     /// Why inotify does not help.
     unwatched: Option<Problem>,
+    /// What `meshlb.lock` said when it could last be used.
+    lock: Lock,
+    /// Why it can't be used now.
+    bad_lock: Option<Problem>,
     watcher: Option<((u64, u64), RecommendedWatcher)>,
 }
 
@@ -218,6 +229,7 @@ impl Follower {
         for path in &event.paths {
             match path.file_name() {
                 _ if *path == self.dir => (todo.everything, todo.folder) = (true, true),
+                Some(name) if name == FILE_NAME => todo.lock = true,
                 Some(name) if is_manifest(name) => drop(todo.names.insert(name.to_owned())),
                 // `..data` of a ConfigMap: every file may have changed.
                 Some(name) if name.as_encoded_bytes().starts_with(b"..") => todo.everything = true,
@@ -269,6 +281,7 @@ impl Follower {
     /// Looks at what there is to look at and tells what came of it.
     fn turn(&mut self, todo: Todo, since: Instant) -> Result<(), Gone> {
         let whole = todo.everything || self.trouble.is_some() || !self.synced;
+        let lock = whole || todo.lock;
         let names = if whole { self.survey(todo.names) } else { self.forget_missing(todo.names) };
         for name in &names {
             match Stamp::of(&self.dir.join(name)).filter(|stamp| !stamp.is_fresh()) {
@@ -280,10 +293,32 @@ impl Follower {
         for (name, parsed) in read_all(&self.dir, &names, Some(&self.config)) {
             self.store.replace(name, parsed);
         }
+        // Before the services that it is about. A folder that can't be used now says nothing about its lock either.
+        if lock && self.trouble.is_none() {
+            self.read_lock()?;
+        }
         self.tell(since)
     }
 
-    /// The whole folder: which files are new or changed. Files that are gone are forgotten.
+    fn read_lock(&mut self) -> Result<(), Gone> {
+        match Lock::read(&self.dir) {
+            Ok(lock) => {
+                self.bad_lock = None;
+                let lock = lock.unwrap_or_default();
+                if lock != self.lock {
+                    self.lock = lock;
+                    self.send(SourceMessage::Lock(self.lock.clone()))?;
+                }
+            }
+            // What it is about is served as before: no reason to leave anything else as it is.
+            Err(e) => {
+                let message = format!("{e}; what it said before stays in force");
+                self.bad_lock = Some(self.about_folder(message, Severity::Warning));
+            }
+        }
+        Ok(())
+    }
+
     fn survey(&mut self, forced: BTreeSet<OsString>) -> Vec<OsString> {
         self.trouble = None;
         let found = identity(&self.dir).and_then(|identity| Ok((identity, list(&self.dir)?)));
@@ -337,21 +372,32 @@ impl Follower {
     }
 
     fn tell(&mut self, since: Instant) -> Result<(), Gone> {
-        let folder = self.trouble.iter().chain(&self.unwatched).cloned();
+        let folder = self.trouble.iter().chain(&self.unwatched).chain(&self.bad_lock).cloned();
         let problems: Vec<Problem> = folder.chain(self.store.problems(&self.dir)).collect();
-        if problems != self.told {
-            self.told.clone_from(&problems);
-            self.send(SourceMessage::Problems(problems))?;
+        // That all can be read again is told after what was read: until then, what is missing may be in it.
+        let incomplete = |problems: &[Problem]| problems.iter().any(|p| p.severity >= Severity::Error);
+        let mended = incomplete(&self.told) && !incomplete(&problems);
+        if !mended {
+            self.tell_problems(&problems)?;
         }
         let events = self.store.take_events();
         if !events.is_empty() {
             self.send(SourceMessage::Events(events, since))?;
         }
+        self.tell_problems(&problems)?;
         if !self.synced && self.trouble.is_none() {
             self.synced = true;
             self.send(SourceMessage::Synced)?;
         }
         Ok(())
+    }
+
+    fn tell_problems(&mut self, problems: &[Problem]) -> Result<(), Gone> {
+        if problems == self.told {
+            return Ok(());
+        }
+        self.told = problems.to_vec();
+        self.send(SourceMessage::Problems(problems.to_vec()))
     }
 
     fn send(&self, message: SourceMessage) -> Result<(), Gone> {

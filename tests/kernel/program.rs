@@ -66,13 +66,15 @@ pub struct Meshlb {
     pub path: String,
     /// More flags for every command.
     pub flags: Vec<String>,
+    /// Another value of `--renderer`.
+    pub choice: Option<&'static str>,
 }
 
 impl Meshlb {
     /// The one to test, with a renderer.
     pub fn new(work: &Path, renderer: Renderer) -> Result<Meshlb> {
         let path = flavoured_path(work, renderer)?;
-        Ok(Meshlb { renderer, binary: binary(), path, flags: Vec::new() })
+        Ok(Meshlb { renderer, binary: binary(), path, flags: Vec::new(), choice: None })
     }
 
     /// With one more flag.
@@ -88,7 +90,7 @@ impl Meshlb {
             ("--node", node.name.clone()),
             ("--node-ip", format!("{},{}", node.v4, node.v6)),
             ("--vip-cidr", VIP_CIDRS.join(",")),
-            ("--renderer", self.renderer.flag().to_owned()),
+            ("--renderer", self.choice.unwrap_or(self.renderer.flag()).to_owned()),
             ("--state-dir", node.state_dir().to_string_lossy().into_owned()),
             ("--run-dir", node.run_dir().to_string_lossy().into_owned()),
         ] {

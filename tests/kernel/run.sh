@@ -50,11 +50,11 @@ out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
 for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
 rm -rf "$out"; mkdir -p "$out"
 
+. "$vm_dir/lib.sh"
 if [ $where = host ]; then
-  MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
+  PATH=$PATH:$(prometheus_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
 fi
 
-. "$vm_dir/lib.sh"
 if ! vm_up; then
   trap '"$vm_dir/down.sh"' EXIT
   "$vm_dir/up.sh"
@@ -63,12 +63,18 @@ fi
 run=$vm/run-$$-$(date +%s)
 rm -rf "$vm"/run-*; mkdir -p "$run/out"
 for f in "$test_bin" "$meshlb_bin"; do strip -g -o "$run/${f##*/}" "$f" 2>/dev/null || cp "$f" "$run/"; done
+# 100 MB, so only for those who ask for it.
+prometheus=
+if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
+  cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"; prometheus=1
+fi
 set +e
 MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_KERNEL_UNPROVEN=${MESHLB_KERNEL_UNPROVEN:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_UNPROVEN" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-1500}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
+[ -z "$prometheus" ] || cp $run/prom{etheus,tool} /tmp/root/usr/bin/
 /tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
   /kernel-test/${test_bin##*/} $(printf '%q ' ${args[@]+"${args[@]}"})
 rc=\$?

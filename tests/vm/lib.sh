@@ -29,6 +29,13 @@ vm_trace() { grep -naE -m1 'Kernel panic|BUG: |Oops: |general protection fault' 
 # The virtme-ng to use.
 vng_bin() { command -v vng || { [ -x "$cache/venv/bin/vng" ] && echo "$cache/venv/bin/vng"; }; }
 
+# The folder with prometheus and promtool, or nothing.
+prometheus_dir() {
+  local p
+  p=$(command -v prometheus) && command -v promtool >/dev/null && { dirname "$p"; return; }
+  [ -x "$cache/prometheus/usr/bin/promtool" ] && echo "$cache/prometheus/usr/bin"
+}
+
 # The unpacked kernel with IPVS, newest first, or nothing.
 kernel_image() {
   local f

@@ -36,6 +36,12 @@ if [ ${#want[@]} -gt 0 ]; then
   as_root apt-get -qq update >&2
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${want[@]}" >/dev/null
 fi
+if ! prometheus_dir >/dev/null; then
+  say "setup: unpacking Debian's prometheus into $cache/prometheus: it scrapes an agent in one case; nothing is installed or started"
+  apt-cache show prometheus >/dev/null 2>&1 || as_root apt-get -qq update >&2
+  rm -rf "$cache/prometheus"; mkdir -p "$cache/prometheus"
+  (cd "$cache/prometheus" && apt-get -qq download prometheus >&2 && dpkg-deb -x ./prometheus_*.deb . && rm -f ./prometheus_*.deb)
+fi
 [ -n "$host_only" ] && exit 0
 
 if ! vng_bin >/dev/null; then

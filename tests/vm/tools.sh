@@ -6,7 +6,7 @@
 root=$1
 commands="bash sh cat cp mv ln ls mkdir rm rmdir touch chmod chroot env id uname date sleep timeout true false kill ps
  grep sed awk cut head tail sort uniq tr wc tee find xargs stat seq readlink basename dirname mount umount nsenter unshare
- setsid flock dmesg lsmod modprobe sysctl ip bridge tc ss ping nft ipset ipvsadm conntrack wg tcpdump strace getent dig
+ setsid setpriv flock dmesg lsmod modprobe rmmod sysctl ip bridge tc ss ping nft ipset ipvsadm conntrack wg tcpdump strace getent dig
  nc iperf3 curl"
 xtables=$(printf '%s ' {iptables,ip6tables}{,-nft,-legacy}{,-save,-restore} xtables-monitor)
 

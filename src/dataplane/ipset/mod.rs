@@ -271,8 +271,8 @@ fn error(object: &str, cause: NlError) -> Error {
         }
         IPSET_ERR_SKBINFO => failed(format!("was made without skbinfo; destroy it: `ipset destroy {set}`")),
         IPSET_ERR_HASH_FULL => failed(format!(
-            "the set is full; `ipset list -t {set}` shows maxelem (we create it with {MAX_ELEMENTS}): \
-             destroy it while the agent is stopped, or publish fewer ports"
+            "the set is full: `ipset list -t {set}` shows its maxelem; one that is below {MAX_ELEMENTS} is not as we \
+             made it and is replaced, otherwise serve fewer ports"
         )),
         _ => match Errno::from_raw(number) {
             Errno::EPERM | Errno::EACCES => Error::Permission { object: named },

@@ -1,7 +1,7 @@
 //! What `--renderer auto` means on this host, and what a person should know about its firewall.
 
 use super::{
-    Variant, exec,
+    Variant,
     nftread::{ForeignChain, NftReader},
     xtables::plain_variant,
 };
@@ -69,7 +69,7 @@ pub fn detect() -> Detection {
         usage
     };
     let (nft, legacy) = (look(Variant::Nft), look(Variant::Legacy));
-    let mut detection = decide(nft, legacy, plain_variant(), exec::find("nft").is_some());
+    let mut detection = decide(nft, legacy, plain_variant());
     detection.warnings.extend(notes);
     detection
 }
@@ -80,7 +80,7 @@ fn count(text: &str, usage: &mut Usage) {
     usage.kubelet |= text.contains(":KUBE-IPTABLES-HINT ") || text.contains(":KUBE-KUBELET-CANARY ");
 }
 
-fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>, nft_program: bool) -> Detection {
+fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>) -> Detection {
     let (mut reasons, mut warnings) = (Vec::new(), Vec::new());
     if nft.rules > 0 && legacy.rules > 0 {
         warnings.push(format!(
@@ -91,9 +91,6 @@ fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>, nft_program: bool) 
     let choice = match (nft.installed, legacy.installed) {
         (false, false) => {
             reasons.push("no iptables program is installed".to_owned());
-            if !nft_program {
-                warnings.push(exec::missing("nft").to_string());
-            }
             RendererChoice::Nftables
         }
         (true, false) => {
@@ -202,7 +199,7 @@ mod tests {
             (usage(0, false), none, None, nft),
             (none, none, None, RendererChoice::Nftables),
         ] {
-            let detection = decide(a, b, plain, true);
+            let detection = decide(a, b, plain);
             assert_eq!(detection.choice, want, "{detection:?}");
             assert_eq!(detection.reasons.len(), 1);
         }
@@ -210,7 +207,7 @@ mod tests {
 
     #[test]
     fn a_mixed_host_is_told_about() {
-        let detection = decide(usage(3, false), usage(9, false), None, true);
+        let detection = decide(usage(3, false), usage(9, false), None);
         assert!(detection.warnings[0].contains("3 rules in iptables-nft and 9 in iptables-legacy"));
     }
 

@@ -157,8 +157,9 @@ fn lock_holder() -> Option<String> {
         let fields: Vec<_> = line.split_whitespace().collect();
         (fields.get(1) == Some(&"FLOCK") && fields.get(5)?.ends_with(&inode)).then(|| fields[4].to_owned())
     })?;
-    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Some(format!("process {pid} {}", name.trim()).trim().to_owned())
+    // The one that took it may have ended and left the open file to its children.
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+    Some(format!("process {pid} {}", name.trim()))
 }
 
 #[cfg(test)]

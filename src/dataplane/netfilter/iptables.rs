@@ -21,7 +21,7 @@ use super::{
 use crate::{
     dataplane::{
         ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState,
-        ipset::{Change, Ipset, SetSpec, SetType, Verb},
+        ipset::{Change, Ipset, MAX_ELEMENTS, SetSpec, SetType, Verb},
     },
     model::{
         ids::Family,
@@ -165,7 +165,9 @@ impl Iptables {
         }
         for header in self.ipset.headers()? {
             if header.name.starts_with(PREFIX) && header.name != SCRATCH {
-                let kind = format!("{} {} {}", header.type_name, header.family, header.marks);
+                // One that holds less than ours was put in its place, and is made anew.
+                let small = if header.max_elements < MAX_ELEMENTS { " small" } else { "" };
+                let kind = format!("{} {} {}{small}", header.type_name, header.family, header.marks);
                 parts.insert(format!("ipset {}", header.name), hash::texts([kind.as_str()]));
             }
         }

@@ -44,6 +44,9 @@ impl Watched {
     fn next(&mut self, wait: Duration) -> Option<Vec<String>> {
         match self.messages.recv_timeout(wait).ok()? {
             SourceMessage::Synced => Some(vec!["synced".into()]),
+            SourceMessage::Lock(lock) => Some(
+                std::iter::once("lock".into()).chain(lock.services.keys().map(ToString::to_string)).collect(),
+            ),
             SourceMessage::Problems(now) => {
                 let dir = format!("{}", self.dir.display());
                 self.problems = now.iter().map(|p| p.to_string().replace(&dir, "DIR")).collect();
@@ -130,7 +133,7 @@ fn half_a_file_takes_nothing_away() {
     assert_eq!(watched.problems, ["DIR/a.yaml:1: is not valid YAML: unclosed bracket '['"]);
     watched.expect_nothing();
     fs::write(&path, service("x", 2)).unwrap();
-    watched.expect(&[&["problems"], &["-z"]]);
+    watched.expect(&[&["-z"], &["problems"]]);
     assert!(watched.problems.is_empty());
 }
 
@@ -162,7 +165,7 @@ fn follows_a_config_map() {
     watched.expect(&[&["problems"], &["x:3"]]);
     assert_eq!(watched.problems, ["DIR/z.yaml: does not exist"]);
     fs::remove_file(at("z.yaml")).unwrap();
-    watched.expect(&[&["problems"], &["-z"]]);
+    watched.expect(&[&["-z"], &["problems"]]);
 }
 
 #[test]
@@ -177,7 +180,7 @@ fn a_folder_that_vanishes_takes_nothing_away() {
     fs::create_dir(&away).unwrap();
     fs::write(away.join("a.yaml"), service("x", 1)).unwrap();
     fs::rename(&away, &dir).unwrap();
-    watched.expect(&[&["problems"], &["x:1"], &["synced"]]);
+    watched.expect(&[&["x:1"], &["problems"], &["synced"]]);
     fs::rename(&dir, &away).unwrap();
     watched.expect(&[&["problems"]]);
     assert_eq!(watched.problems, ["DIR: does not exist; what was in it stays in force"]);
@@ -222,7 +225,7 @@ fn an_unreadable_file_keeps_what_it_had() {
     watched.expect(&[&["problems"]]);
     assert_eq!(watched.problems, ["DIR/a.yaml: is not UTF-8 text"]);
     fs::remove_file(at("a.yaml")).unwrap();
-    watched.expect(&[&["problems"], &["-x"]]);
+    watched.expect(&[&["-x"], &["problems"]]);
 }
 
 #[test]
@@ -241,4 +244,45 @@ fn a_rescan_finds_what_nobody_told() {
     std::os::unix::fs::symlink(&other, base.path().join("new")).unwrap();
     fs::rename(base.path().join("new"), &link).unwrap();
     watched.expect(&[&["x:2"]]);
+}
+
+#[test]
+fn the_lock_file_is_followed() {
+    let dir = tempfile::tempdir().unwrap();
+    let lock = dir.path().join("meshlb.lock");
+    let text =
+        |name: &str| format!("version: 1\nservices:\n  default/{name}:\n    vips: {{v4: 10.200.0.9}}\n");
+    fs::write(dir.path().join("a.yaml"), service("a", 80)).unwrap();
+    fs::write(&lock, text("a")).unwrap();
+    let mut watched = Watched::new(dir.path(), TIMING);
+    watched.expect(&[&["lock", "default/a"], &["a:80"], &["synced"]]);
+    let draft = dir.path().join(".meshlb.lock.new");
+    fs::write(&draft, text("b")).unwrap();
+    fs::rename(&draft, &lock).unwrap();
+    watched.expect(&[&["lock", "default/b"]]);
+    // A damaged one changes nothing but is told; so does one that says the same.
+    fs::write(&lock, "version: 7\n").unwrap();
+    watched.expect(&[&["problems"]]);
+    assert!(watched.problems[0].contains("version 7") && watched.problems[0].contains("stays in force"));
+    fs::write(&lock, text("b")).unwrap();
+    watched.expect(&[&["problems"]]);
+    assert_eq!(watched.problems, [] as [&str; 0]);
+    fs::remove_file(&lock).unwrap();
+    watched.expect(&[&["lock"]]);
+    watched.expect_nothing();
+}
+
+/// Whoever is told that all can be read now must know what was read, or it takes the service for gone.
+#[test]
+fn a_service_that_can_be_read_again_comes_before_the_news_that_all_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.yaml");
+    std::os::unix::fs::symlink("/nonexistent/a.yaml", &file).unwrap();
+    let mut watched = Watched::new(dir.path(), TIMING);
+    watched.expect(&[&["problems"], &["synced"]]);
+    let draft = dir.path().join(".draft");
+    fs::write(&draft, service("a", 80)).unwrap();
+    fs::rename(&draft, &file).unwrap();
+    watched.expect(&[&["a:80"], &["problems"]]);
+    assert!(watched.problems.is_empty());
 }

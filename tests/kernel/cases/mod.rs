@@ -1,6 +1,7 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod errors;
 mod firewalld;
 mod guard;
 mod harness;
@@ -8,6 +9,10 @@ mod healing;
 mod idle;
 mod lifecycle;
 mod neighbours;
+mod renderer;
+mod restart;
+mod scrape;
+mod support;
 mod underlays;
 
 use crate::runner::Suite;
@@ -21,10 +26,15 @@ fn unproven() -> bool {
 /// Registers them all. Cases with the same topology stand together.
 pub fn register(suite: &mut Suite) {
     harness::register(suite);
+    // One of these takes the module ip_vs out, which needs a kernel where nothing uses it.
+    errors::register(suite);
     idle::begin(suite);
     basics::register(suite);
     guard::register(suite);
     neighbours::register(suite);
+    renderer::register(suite);
+    restart::register(suite);
+    scrape::register(suite);
     if unproven() {
         firewalld::register(suite);
         healing::register(suite);

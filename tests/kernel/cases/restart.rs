@@ -1,0 +1,350 @@
+//! An agent that comes to a kernel which is as it should be writes nothing; one that can't read its folder deletes
+//! nothing; one that can deletes what the folder no longer has.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::support::{
+    ADMIN, http, metric, one_node, ready, served, start, unanswered, vip, wait_until, web, wrapped,
+};
+use crate::check;
+use crate::client::{Load, Probe};
+use crate::manifests::Manifests;
+use crate::program::{Agent, Meshlb};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::topology::{Node, Topology};
+
+pub fn register(suite: &mut Suite) {
+    let limit = Duration::from_secs(240);
+    suite.add_slow("restart::writes_nothing", &Matrix::once(), limit, writes_nothing);
+    if super::unproven() {
+        let others = Matrix::once().with_renderers(&[Renderer::IptablesLegacy, Renderer::Nftables]);
+        suite.add_slow("restart::writes_nothing", &others, limit, writes_nothing);
+        suite.add_slow("restart::unread_folder_deletes_nothing", &Matrix::renderers(), limit, unread);
+    }
+    suite.add("restart::orphan_is_collected", &Matrix::renderers(), orphan);
+    suite.add("restart::lock_file_is_followed", &Matrix::once(), lock_file);
+}
+
+/// `meshlb` with every message to the kernel and every program that it starts written down by strace.
+fn traced(cx: &Cx) -> Result<(Meshlb, PathBuf)> {
+    let log = cx.dir.join("strace.log");
+    let script = format!(
+        "exec strace -D -f --seccomp-bpf -qq -x -s 96 -o {} -e trace=execve,openat,sendto,sendmsg,sendmmsg MESHLB \"$@\"",
+        log.display()
+    );
+    Ok((wrapped(cx, "traced", &script)?, log))
+}
+
+/// What of it changes the kernel, and how many messages there are in all.
+fn changes(log: &Path) -> Result<(Vec<String>, usize)> {
+    let text = fs::read_to_string(log)?;
+    let mut messages = 0;
+    let mut out = Vec::new();
+    for line in text.lines() {
+        messages += usize::from(line.contains("nlmsg_type="));
+        if is_change(line) {
+            out.push(line.to_owned());
+        }
+    }
+    Ok((out, messages))
+}
+
+fn is_change(line: &str) -> bool {
+    if line.contains("execve(") {
+        // Readers.
+        let reads = ["-save\"", "\"--version\"", "/meshlb"].iter().any(|r| line.contains(r));
+        return !reads;
+    }
+    if line.contains("openat(") {
+        return line.contains("/proc/sys/") && (line.contains("O_WRONLY") || line.contains("O_RDWR"));
+    }
+    // ip_vs: strace shows the family's number or name, then the body, whose first byte is the command
+    // (linux/ip_vs.h).
+    let mut types = line.split("nlmsg_type=").skip(1);
+    types.any(|message| {
+        let kind: String = message.chars().take_while(|c| !", ".contains(*c)).collect();
+        let names = [
+            "RTM_NEW",
+            "RTM_DEL",
+            "RTM_SET",
+            "IPSET_CMD_CREATE",
+            "IPSET_CMD_DESTROY",
+            "IPSET_CMD_FLUSH",
+            "IPSET_CMD_RENAME",
+            "IPSET_CMD_SWAP",
+            "IPSET_CMD_ADD",
+            "IPSET_CMD_DEL",
+            "NFT_MSG_NEW",
+            "NFT_MSG_DEL",
+            "IPCTNL_MSG_CT_DELETE",
+            "IPCTNL_MSG_CT_NEW",
+        ];
+        if names.iter().any(|n| kind.contains(n)) {
+            return true;
+        }
+        if kind.contains("NFNL")
+            || kind.contains("RTM_")
+            || kind.contains("nlctrl")
+            || kind.contains("NLMSG_")
+        {
+            return false;
+        }
+        let body = message.split_once("\"\\x").map(|(_, b)| b.chars().take(2).collect::<String>());
+        let command = body.and_then(|b| u8::from_str_radix(&b, 16).ok());
+        command.is_some_and(|c| [1, 2, 3, 5, 6, 7, 9, 10, 12, 14, 16, 17].contains(&c))
+    })
+}
+
+/// What the kernel tells others about changes of rules, addresses and routes.
+struct Monitors(Vec<(std::process::Child, PathBuf)>);
+
+impl Monitors {
+    fn start(node: &Node, dir: &Path) -> Result<Monitors> {
+        let mut out = Vec::new();
+        for (name, command) in
+            [("nft", &["nft", "monitor"][..]), ("ip", &["ip", "monitor", "route", "address", "rule"])]
+        {
+            let log = dir.join(format!("{name}.monitor"));
+            let _ = fs::remove_file(&log);
+            out.push((node.ns.spawn(command, &[], &log)?, log));
+        }
+        sleep(Duration::from_millis(700));
+        Ok(Monitors(out))
+    }
+
+    /// What they have said.
+    fn stop(mut self) -> String {
+        sleep(Duration::from_millis(300));
+        self.0
+            .drain(..)
+            .map(|(mut child, log)| {
+                let _ = child.kill();
+                let _ = child.wait();
+                let text = fs::read_to_string(log).unwrap_or_default();
+                // `ip` on links to other namespaces, when it starts.
+                text.lines()
+                    .filter(|l| !l.contains("Peer netns"))
+                    .map(|l| format!("{l}\n"))
+                    .collect::<String>()
+            })
+            .collect()
+    }
+}
+
+impl Drop for Monitors {
+    fn drop(&mut self) {
+        for (child, _) in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// Starts a traced agent, and demands that it writes nothing; it goes on for some probes.
+fn idle(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Agent> {
+    let n1 = t.node(1);
+    let (meshlb, log) = traced(cx)?;
+    let before = n1.snapshot()?;
+    let _ = fs::remove_file(&log);
+    let monitors = Monitors::start(n1, &cx.dir)?;
+    let mut agent = start(cx, &meshlb, t, m)?;
+    sleep(Duration::from_secs(3));
+    let said = monitors.stop();
+    let (written, messages) = changes(&log)?;
+    cx.note(format!("{messages} messages to the kernel"));
+    ensure!(written.is_empty(), "it wrote:\n{}\n{}", written.join("\n"), agent.log_text());
+    ensure!(messages > 10, "strace has seen only {messages} messages");
+    ensure!(said.trim().is_empty(), "the kernel tells of changes:\n{said}");
+    let counted = metric(n1, "meshlb_kernel_writes_total")?;
+    ensure!(counted == 0.0, "it says that it has written {counted} times\n{}", agent.log_text());
+    check::same(&before, &n1.snapshot()?, "something has changed")?;
+    ensure!(agent.alive(), "{}", agent.log_text());
+    Ok(agent)
+}
+
+fn writes_nothing(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    m.write()?;
+    let agent = start(cx, &meshlb, &t, &m)?;
+    served(&t, &["p11", "p12"])?;
+    agent.kill();
+    let load = Load::start(
+        &t.pod("p12").ns,
+        &Probe { pause: Duration::from_millis(20), ..Probe::new(Proto::Tcp, vip(Family::V4, 80)?) },
+        1,
+    );
+    let mut agent = idle(cx, &t, &m).context("after SIGKILL")?;
+    // That this would be seen: a change is in every count.
+    let (log, before) = (cx.dir.join("strace.log"), changes(&cx.dir.join("strace.log"))?.0.len());
+    m.endpoints("web", &[t.pod("p11")]);
+    m.service("more").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("more", &[t.pod("p11")]);
+    m.write()?;
+    wait_until("the change is in the kernel", Duration::from_secs(30), || {
+        Ok(metric(n1, "meshlb_kernel_writes_total")? > 0.0 && metric(n1, "meshlb_services")? > 1.0)
+    })?;
+    let (seen, _) = changes(&log)?;
+    cx.note(seen.join("\n"));
+    let of = |text: &str| seen.iter().filter(|l| l.contains(text)).count();
+    ensure!(seen.len() > before, "strace sees no change");
+    // IPVS in any case, and the set: by ipset, or by nft.
+    ensure!(of("IPSET_CMD_ADD") + of("/nft\"") > 0, "strace sees no change of a set:\n{}", seen.join("\n"));
+    let other = seen.iter().any(|l| !l.contains("IPSET") && !l.contains("execve") && !l.contains("NFNL"));
+    ensure!(other, "strace sees no change of IPVS:\n{}", seen.join("\n"));
+    m.remove("more");
+    m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+    m.write()?;
+    wait_until("and back", Duration::from_secs(30), || Ok(metric(n1, "meshlb_services")? < 1.5))?;
+    ready(n1, &mut agent)?;
+    agent.terminate(Duration::from_secs(5))?;
+    // SIGTERM, and what was remembered in the state directory is lost: it is found in the kernel.
+    fs::remove_dir_all(n1.state_dir())?;
+    let agent = idle(cx, &t, &m).context("without the state directory")?;
+    agent.kill();
+    let report = load.stop()?;
+    cx.note(format!("{} connections meanwhile", report.answered()));
+    ensure!(report.errors.is_empty() && report.answered() > 50, "{report:?}");
+    served(&t, &["p11", "p12"])
+}
+
+/// A folder that is not there, and a file that can't be read.
+fn unread(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    cx.apply(&t, &mut m)?;
+    let before = n1.snapshot()?;
+    let away = cx.dir.join("away");
+    fs::rename(&m.dir, &away)?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let out = meshlb.run(n1, &["apply", &dir])?;
+    super::support::one_line(&out, &[&dir, "does not exist"])?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    agent.wait_for_log("does not exist", Duration::from_secs(10))?;
+    sleep(Duration::from_secs(2));
+    let (status, body) = http(n1, ADMIN, "/readyz")?;
+    ensure!(status == 503 && body.contains("not all read"), "/readyz: {status} {body}");
+    check::same(&before, &n1.snapshot()?, "without a folder")?;
+    served(&t, &["p11", "p12"])?;
+    agent.kill();
+    // The folder is there, but a file in it leads nowhere: it may be the service.
+    fs::create_dir(&m.dir)?;
+    std::os::unix::fs::symlink("/nonexistent/web.yaml", m.dir.join("web.yaml"))?;
+    let out = meshlb.run(n1, &["apply", &dir])?;
+    ensure!(out.status == 1 && out.stderr.contains("web.yaml: does not exist"), "{out}");
+    check::same(&before, &n1.snapshot()?, "apply with a file that can't be read")?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    agent.wait_for_log("left as they are", Duration::from_secs(10))?;
+    sleep(Duration::from_secs(2));
+    let log = agent.log_text();
+    ensure!(
+        log.lines().filter(|l| l.contains("default/web")).count() == 1,
+        "the service is not named once:\n{log}"
+    );
+    check::same(&before, &n1.snapshot()?, "with a file that can't be read")?;
+    served(&t, &["p11", "p12"])?;
+    // All of it is back, the service last and in one step: nothing to do.
+    for file in fs::read_dir(&away)? {
+        let file = file?;
+        let draft = m.dir.join(".draft");
+        fs::copy(file.path(), &draft)?;
+        if file.file_name() != "web.yaml" {
+            fs::rename(&draft, m.dir.join(file.file_name()))?;
+        }
+    }
+    fs::rename(away.join("web.yaml"), m.dir.join("web.yaml"))?;
+    ready(n1, &mut agent)?;
+    sleep(Duration::from_secs(1));
+    check::same(&before, &n1.snapshot()?, "the folder is back")?;
+    served(&t, &["p11", "p12"])
+}
+
+/// A service is taken out of the folder while no agent runs.
+fn orphan(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    cx.apply(&t, &mut m)?;
+    let alone = n1.snapshot()?;
+    m.service("orphan").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("orphan", &[t.pod("p11")]);
+    m.write()?;
+    let agent = start(cx, &meshlb, &t, &m)?;
+    let dst: std::net::SocketAddr = "10.200.0.7:81".parse()?;
+    check::only(&t.pod("p12").connect(Proto::Tcp, dst, 2)?, "p11")?;
+    agent.kill();
+    ensure!(alone.diff(&n1.snapshot()?).iter().any(|l| l.contains("10.200.0.7")), "the orphan is not there");
+    m.remove("orphan");
+    m.write()?;
+    let mut agent = start(cx, &meshlb, &t, &m)?;
+    unanswered(&t, dst)?;
+    check::same(&alone, &n1.snapshot()?, "left of the orphan")?;
+    served(&t, &["p11", "p12"])?;
+    ensure!(agent.alive(), "{}", agent.log_text());
+    agent.kill();
+    // The same without any memory: what our sets lead to is ours.
+    m.service("orphan").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("orphan", &[t.pod("p11")]);
+    cx.apply(&t, &mut m)?;
+    fs::remove_dir_all(n1.state_dir())?;
+    m.remove("orphan");
+    m.write()?;
+    let agent = start(cx, &meshlb, &t, &m)?;
+    unanswered(&t, dst)?;
+    check::same(&alone, &n1.snapshot()?, "left of the orphan, without the state directory")?;
+    served(&t, &["p11", "p12"])?;
+    agent.kill();
+    Ok(())
+}
+
+/// `meshlb.lock` is written, changed and damaged while the agent runs.
+fn lock_file(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    m.service("web").port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("web", &[t.pod("p11")]);
+    m.write()?;
+    let mut agent = start(cx, &meshlb, &t, &m)?;
+    let lock = m.dir.join("meshlb.lock");
+    let answered = |addr: &str| -> Result<bool> {
+        let dst: std::net::SocketAddr = addr.parse()?;
+        let probe = Probe::new(Proto::Tcp, dst).within(Duration::from_millis(500));
+        Ok(t.pod("p12").probe(&probe)?.answered() == 1)
+    };
+    for n in [33, 34] {
+        ensure!(!answered(&format!("10.200.7.{n}:80"))?, "it has that address already");
+        let text = format!(
+            "version: 1\nservices:\n  default/web:\n    vips: {{v4: 10.200.7.{n}, v6: 'fd00:200::7{n}'}}\n"
+        );
+        let draft = m.dir.join(".meshlb.lock.tmp");
+        fs::write(&draft, text)?;
+        fs::rename(&draft, &lock)?;
+        for addr in [format!("10.200.7.{n}:80"), format!("[fd00:200::7{n}]:80")] {
+            wait_until(&addr, Duration::from_secs(5), || answered(&addr))?;
+        }
+    }
+    ensure!(!answered("10.200.7.33:80")?, "it has its old address too");
+    fs::write(&lock, "version: 1\nservices: [\n")?;
+    agent.wait_for_log("meshlb.lock is damaged", Duration::from_secs(5))?;
+    ensure!(answered("10.200.7.34:80")?, "a damaged lock file has taken the address away");
+    // Without it the address stays.
+    fs::remove_file(&lock)?;
+    agent.wait_for_log("no longer: ", Duration::from_secs(5))?;
+    sleep(Duration::from_secs(1));
+    ensure!(answered("10.200.7.34:80")?, "the address went with the lock file");
+    Ok(())
+}

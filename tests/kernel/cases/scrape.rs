@@ -1,0 +1,215 @@
+//! A real Prometheus scrapes an agent.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::guard::sh;
+use super::support::{ADMIN, http, metric, one_node, ready, served, vip, wait_until, web};
+use crate::check;
+use crate::ns;
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::topology::Node;
+
+pub fn register(suite: &mut Suite) {
+    suite.add_slow("scrape::prometheus", &Matrix::once(), Duration::from_secs(120), prometheus);
+    suite.add("scrape::readiness", &Matrix::renderers(), readiness);
+}
+
+const SERVER: &str = "127.0.0.1:9090";
+
+/// Prometheus, until it is dropped.
+struct Prometheus(Child);
+
+impl Prometheus {
+    fn start(node: &Node, dir: &Path) -> Result<Prometheus> {
+        let config = dir.join("prometheus.yml");
+        let text = format!(
+            "global: {{scrape_interval: 1s, scrape_timeout: 1s}}\nscrape_configs:\n- job_name: meshlb\n  static_configs: [{{targets: ['{ADMIN}']}}]\n"
+        );
+        fs::write(&config, text)?;
+        let flags = [
+            format!("--config.file={}", config.display()),
+            format!("--storage.tsdb.path={}", dir.join("data").display()),
+            format!("--web.listen-address={SERVER}"),
+            // Its pages are not in the folder that it was built for.
+            format!("--web.console.templates={}", dir.display()),
+            format!("--web.console.libraries={}", dir.display()),
+        ];
+        let command: Vec<&str> =
+            std::iter::once("prometheus").chain(flags.iter().map(String::as_str)).collect();
+        Ok(Prometheus(node.ns.spawn(&command, &[], &dir.join("prometheus.log"))?))
+    }
+}
+
+impl Drop for Prometheus {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// An instant query: its values, by the label `by`.
+fn query(node: &Node, expression: &str, by: &str) -> Result<BTreeMap<String, f64>> {
+    let encoded: String = expression.bytes().map(|b| format!("%{b:02X}")).collect();
+    let (status, body) = http(node, SERVER, &format!("/api/v1/query?query={encoded}"))?;
+    ensure!(status == 200, "{expression}: {status} {body}");
+    let value: Value = serde_json::from_str(&body).with_context(|| body.clone())?;
+    let results = value["data"]["result"].as_array().with_context(|| format!("{value:#}"))?;
+    Ok(results
+        .iter()
+        .filter_map(|r| {
+            let number = r["value"][1].as_str()?.parse().ok()?;
+            Some((r["metric"][by].as_str().unwrap_or_default().to_owned(), number))
+        })
+        .collect())
+}
+
+/// The one value of a query; `None` where there is none yet.
+fn one(node: &Node, expression: &str) -> Result<Option<f64>> {
+    Ok(query(node, expression, "job")?.into_values().next())
+}
+
+/// Waits until a query has this value.
+fn becomes(node: &Node, expression: &str, want: f64) -> Result<()> {
+    let mut last = None;
+    wait_until(expression, Duration::from_secs(15), || {
+        last = one(node, expression)?;
+        Ok(last.is_some_and(|v| (v - want).abs() < 0.001))
+    })
+    .with_context(|| format!("{expression} is {last:?}, not {want}"))
+    .map(drop)
+}
+
+/// Connections by destination, as `ipvsadm` counts them in services of one family.
+fn ipvsadm(node: &Node) -> Result<BTreeMap<String, f64>> {
+    let text = node.run(&["ipvsadm", "-Ln", "--stats", "--exact"])?.ok()?.stdout;
+    let mut out = BTreeMap::new();
+    for line in text.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        if let ["->", address, connections, ..] = words[..]
+            && let Ok(n) = connections.parse::<f64>()
+        {
+            *out.entry(address.to_owned()).or_default() += n;
+        }
+    }
+    Ok(out)
+}
+
+fn prometheus(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    m.write()?;
+    cx.will_clean(n1);
+    let _prometheus = Prometheus::start(n1, &cx.dir)?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    ready(n1, &mut agent)?;
+    wait_until("Prometheus answers", Duration::from_secs(40), || {
+        Ok(http(n1, SERVER, "/-/ready").is_ok_and(|(status, _)| status == 200))
+    })
+    .with_context(|| fs::read_to_string(cx.dir.join("prometheus.log")).unwrap_or_default())?;
+    becomes(n1, "up{job=\"meshlb\"}", 1.0)?;
+    becomes(n1, "meshlb_services", 1.0)?;
+    becomes(n1, "meshlb_in_sync", 1.0)?;
+    becomes(n1, "sum(meshlb_service_connections_total)", 0.0)?;
+    // Real traffic: 7 to the address and 5 to the published port over TCP, 4 over UDP, all IPv4; 3 over IPv6.
+    let pod = t.pod("p12");
+    check::answered(&pod.connect(Proto::Tcp, vip(Family::V4, 80)?, 7)?)?;
+    check::answered(&t.ext.connect(Proto::Tcp, n1.at(Family::V4, 30080), 5)?)?;
+    check::answered(&pod.connect(Proto::Udp, vip(Family::V4, 80)?, 4)?)?;
+    check::answered(&pod.connect(Proto::Tcp, vip(Family::V6, 80)?, 3)?)?;
+    let sum = |labels: &str| {
+        format!("sum(meshlb_service_connections_total{{namespace=\"default\",service=\"web\",{labels}}})")
+    };
+    becomes(n1, &sum("protocol=\"TCP\",family=\"IPv4\""), 12.0)?;
+    becomes(n1, &sum("protocol=\"UDP\",family=\"IPv4\""), 4.0)?;
+    becomes(n1, &sum("protocol=\"TCP\",family=\"IPv6\""), 3.0)?;
+    let told = query(n1, "sum by (endpoint) (meshlb_endpoint_connections_total)", "endpoint")?;
+    let counted = ipvsadm(n1)?;
+    let total: f64 = counted.values().sum();
+    ensure!(told == counted && (total - 19.0).abs() < 0.1, "Prometheus has {told:?}, ipvsadm {counted:?}");
+    // Bytes went both ways.
+    for series in ["incoming", "outgoing"] {
+        let n = one(n1, &format!("sum(meshlb_service_{series}_bytes_total)"))?;
+        ensure!(n.is_some_and(|n| n > 500.0), "{series} bytes: {n:?}");
+    }
+    // A change of endpoints is timed.
+    let count = "meshlb_source_to_kernel_seconds_count";
+    let before = metric(n1, count)?;
+    m.endpoints("web", &[t.pod("p11")]);
+    m.write()?;
+    becomes(n1, count, before + 1.0)?;
+    let spent = one(n1, "meshlb_source_to_kernel_seconds_sum")?.unwrap_or_default();
+    ensure!(spent > 0.0 && spent < 60.0, "{spent} s");
+    becomes(n1, "sum(meshlb_service_endpoints{protocol=\"TCP\",family=\"IPv4\",state=\"ready\"})", 1.0)?;
+    // What others take away is put back and counted, by kind.
+    let take = [
+        (
+            "ipvs_service",
+            "ipvsadm -D -f $(ipvsadm -Sn | sed -n 's/^-A -f \\([0-9]*\\) .*/\\1/p' | sort -n | head -1)",
+        ),
+        ("set_element", "ipset flush meshlb-vips-4"),
+        (
+            "rules",
+            "iptables -t nat -D PREROUTING -j MESHLB-PREROUTING || iptables -t nat -F MESHLB-PREROUTING",
+        ),
+        ("route", "ip route del local 10.200.0.0/16 dev lo table local"),
+    ];
+    for (kind, script) in take {
+        let series = format!("meshlb_drift_total{{kind=\"{kind}\"");
+        let before = metric(n1, &series).unwrap_or(0.0);
+        sh(cx, n1, script).with_context(|| kind.to_owned())?;
+        wait_until(kind, Duration::from_secs(15), || Ok(metric(n1, &series).is_ok_and(|n| n > before)))
+            .with_context(|| agent.log_text())?;
+    }
+    wait_until("drift at Prometheus", Duration::from_secs(15), || {
+        let kinds = query(n1, "meshlb_drift_total > 0", "kind")?;
+        Ok(take.iter().all(|(kind, _)| kinds.contains_key(*kind)))
+    })?;
+    becomes(n1, "meshlb_in_sync", 1.0)?;
+    served(&t, &["p11"])?;
+    // And the format itself.
+    let (_, text) = http(n1, ADMIN, "/metrics")?;
+    let out =
+        n1.ns.enter(|| ns::run_here(&["promtool", "check", "metrics"], &[], &text, ns::COMMAND_LIMIT))?;
+    ensure!(out.status == 0 && out.stdout.is_empty() && out.stderr.is_empty(), "{out}\n{text}");
+    agent.terminate(Duration::from_secs(5))?;
+    becomes(n1, "up{job=\"meshlb\"}", 0.0)
+}
+
+/// Alive from the start; ready from when the folder was read and the kernel is as it says.
+fn readiness(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    cx.will_clean(n1);
+    // The folder is not there yet.
+    let away = cx.dir.join("away");
+    m.write()?;
+    fs::rename(&m.dir, &away)?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    wait_until("the agent answers", Duration::from_secs(10), || Ok(http(n1, ADMIN, "/livez").is_ok()))?;
+    for _ in 0..4 {
+        let (status, body) = http(n1, ADMIN, "/livez")?;
+        ensure!(status == 200, "/livez: {status} {body}");
+        let (status, body) = http(n1, ADMIN, "/readyz")?;
+        ensure!(status == 503 && body.contains("[-] sources: not all read yet"), "/readyz: {status} {body}");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let log = agent.log_text();
+    ensure!(log.lines().filter(|l| l.contains("does not exist")).count() == 1, "not one line:\n{log}");
+    ensure!(n1.snapshot()?.ours().is_empty(), "programmed before the folder was read");
+    fs::rename(&away, &m.dir)?;
+    ready(n1, &mut agent)?;
+    served(&t, &["p11", "p12"])
+}
