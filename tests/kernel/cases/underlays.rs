@@ -13,13 +13,17 @@ use crate::topology::{Builder, PodNetwork, Topology, Underlay};
 pub fn register(suite: &mut Suite) {
     type Case = fn(&mut Cx) -> Result<()>;
     let kinds: [(&str, Case); 5] = [
-        ("underlays::vxlan_bridge", |cx| carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1))),
-        ("underlays::vxlan_bridge_without_br_netfilter", |cx| {
-            carries(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1))
+        ("underlays::vxlan_bridge", |cx| {
+            carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1), &[Family::V4])
         }),
-        ("underlays::ipip", |cx| carries(cx, &Topology::builder().underlay(Underlay::Ipip).rp_filter(1))),
+        ("underlays::vxlan_bridge_without_br_netfilter", |cx| {
+            carries(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1), &Family::ALL)
+        }),
+        ("underlays::ipip", |cx| {
+            carries(cx, &Topology::builder().underlay(Underlay::Ipip).rp_filter(1), &Family::ALL)
+        }),
         ("underlays::wireguard", |cx| {
-            carries(cx, &Topology::builder().underlay(Underlay::Wireguard).rp_filter(1))
+            carries(cx, &Topology::builder().underlay(Underlay::Wireguard).rp_filter(1), &Family::ALL)
         }),
         ("underlays::narrow_link", narrow),
     ];
@@ -32,8 +36,10 @@ fn bridge(br_netfilter: bool) -> Builder {
     Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter }).cni_masquerade()
 }
 
-/// From a pod, a node and the outside, to local and remote endpoints.
-fn carries(cx: &mut Cx, spec: &Builder) -> Result<()> {
+/// From a pod, a node and the outside, to local and remote endpoints. Datagrams that are more than one packet only in the
+/// families of `big`: where IPv6 fragments from a bridge pass netfilter, the kernel puts them together and forgets that they
+/// were fragments, so that IPVS finds them too big (`__mtu_check_toobig_v6`).
+fn carries(cx: &mut Cx, spec: &Builder, big: &[Family]) -> Result<()> {
     let t = cx.topology(spec)?;
     let mut m = cx.manifests()?;
     m.standard(&t, "vote", &VIPS)?;
@@ -49,8 +55,10 @@ fn carries(cx: &mut Cx, spec: &Builder) -> Result<()> {
                 check::server_saw(&tally, &pod.name, t.ext.ip(family))?;
             }
         }
-        let big = Probe::new(Proto::Udp, vip(family, 80)?).bytes(4000).times(6);
-        check::answered(&t.pod("p11").probe(&big)?)?;
+        if big.contains(&family) {
+            let probe = Probe::new(Proto::Udp, vip(family, 80)?).bytes(4000).times(6);
+            check::answered(&t.pod("p11").probe(&probe)?)?;
+        }
         let much = Probe::new(Proto::Tcp, t.node(1).at(family, 30080)).bytes(100_000).times(6);
         check::even(&t.ext.probe(&much)?, &t.pod_names())?;
     }
