@@ -20,10 +20,18 @@ pub fn register(suite: &mut Suite) {
             carries(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1), &Family::ALL)
         }),
         ("underlays::ipip", |cx| {
-            carries(cx, &Topology::builder().underlay(Underlay::Ipip).rp_filter(1), &Family::ALL)
+            carries(
+                cx,
+                &Topology::builder().underlay(Underlay::Ipip).cni_masquerade().rp_filter(1),
+                &Family::ALL,
+            )
         }),
         ("underlays::wireguard", |cx| {
-            carries(cx, &Topology::builder().underlay(Underlay::Wireguard).rp_filter(1), &Family::ALL)
+            carries(
+                cx,
+                &Topology::builder().underlay(Underlay::Wireguard).cni_masquerade().rp_filter(1),
+                &Family::ALL,
+            )
         }),
         ("underlays::narrow_link", narrow),
     ];
