@@ -10,7 +10,7 @@
 #
 # MESHLB_KERNEL_PROGRAM=reference  programs the nodes by tests/kernel/reference.rs instead of meshlb
 # MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
-# MESHLB_KERNEL_SECONDS            the limit for the whole run (1500)
+# MESHLB_KERNEL_SECONDS            the limit for the whole run (3600)
 # Details of failed cases end up in target/kernel-test/.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -70,7 +70,7 @@ if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
 fi
 set +e
 MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_KERNEL_UNPROVEN=${MESHLB_KERNEL_UNPROVEN:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_UNPROVEN" \
-  "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-1500}" <<EOF
+  "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-3600}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
