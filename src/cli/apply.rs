@@ -1,6 +1,6 @@
 //! `meshlb apply`: one turn, then the end.
 
-use std::{path::Path, process::ExitCode};
+use std::{path::Path, process::ExitCode, time::Instant};
 
 use anyhow::Result;
 use jiff::Timestamp;
@@ -20,10 +20,12 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     let _instance = Instance::take(format!("`meshlb apply`, pid {}", std::process::id()))?;
     let mut session = Session::open(options, Some(dir), Purpose::Apply)?;
     let wrong = session.report_problems();
+    let start = Instant::now();
     let ops = session.engine.prepare(true, Timestamp::now())?;
     session.save()?;
     let failures = session.engine.apply(&ops);
     session.save()?;
+    let took = start.elapsed();
     let mut conflicts = 0;
     for service in session.engine.merged().services().values() {
         for problem in session.problems_of(service) {
@@ -38,10 +40,11 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
         eprintln!("meshlb: {}: {}", failure.op, failure.error);
     }
     println!(
-        "{} services, {} changes, {} failed",
+        "{} services, {} changes, {} failed in {:.1} ms",
         session.engine.merged().services().len(),
         ops.len(),
-        failures.len()
+        failures.len(),
+        took.as_secs_f64() * 1e3
     );
     Ok(if failures.is_empty() && !wrong && conflicts == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -133,9 +133,12 @@ fn diff_servers(
             }
         }
     }
+    let led_to = std::cell::OnceCell::new();
     let protocol = |key: &VirtualServerKey| {
         let told = |servers: &HashMap<VirtualServerKey, VirtualServer>| servers.get(key)?.protocol;
-        told(&desired.virtual_servers).or_else(|| told(observed)).or_else(|| protocol_of(key.mark, elements))
+        told(&desired.virtual_servers)
+            .or_else(|| told(observed))
+            .or_else(|| led_to.get_or_init(|| protocols(elements)).get(&key.mark).copied())
     };
     let flows: BTreeSet<RealServerKey> = flows
         .into_iter()
@@ -147,12 +150,15 @@ fn diff_servers(
     }
 }
 
-/// Protocol of an IPVS service that only the kernel knows, by an entry that leads to it.
-fn protocol_of(mark: Mark, elements: &Elements) -> Option<Protocol> {
-    elements.iter().find_map(|(element, value)| match element {
-        Element::Vip(t) | Element::Published(t) if *value == Some(mark) => Some(t.protocol),
-        _ => None,
-    })
+/// Protocols of IPVS services that only the kernel knows, by the entries that lead to them.
+fn protocols(elements: &Elements) -> HashMap<Mark, Protocol> {
+    let mut out = HashMap::new();
+    for (element, mark) in elements {
+        if let (Element::Vip(t) | Element::Published(t), Some(mark)) = (element, mark) {
+            out.entry(*mark).or_insert(t.protocol);
+        }
+    }
+    out
 }
 
 fn diff_server(ops: &mut Ordered, key: VirtualServerKey, want: &VirtualServer, have: &VirtualServer) {

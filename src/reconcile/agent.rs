@@ -9,7 +9,10 @@ use std::{
 use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
-use super::engine::{Engine, Turn};
+use super::{
+    engine::{Engine, Turn},
+    rotation::Rotation,
+};
 use crate::{allocate::Lock, dataplane::Probe, model::snapshot::Event};
 
 /// What wakes the agent.
@@ -59,8 +62,13 @@ pub struct Pace {
 /// A service dump every this many probes: with the default of one second, a missing IPVS service is
 /// found within four.
 const SERVICES_EVERY: u32 = 3;
-/// Destinations of this many services are looked at with each probe, in rotation.
-const REALS_PER_PROBE: usize = 32;
+/// What a service dump may cost: after one that took a time, there is none for this many times as long. So
+/// it never takes more than half a percent of a core, and where there are thousands of services it is rarer.
+const SERVICES_REST: u32 = 200;
+/// Destinations of this many services are looked at with each probe, in rotation: fewer where that takes
+/// longer than the time here, but always some, so that an emptied table is seen at once.
+const REALS_PER_PROBE: (usize, usize) = (2, 32);
+const REALS_TIME: Duration = Duration::from_millis(1);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -78,7 +86,9 @@ pub struct Agent<O> {
     next_resync: Instant,
     next_probe: Instant,
     probes: u32,
-    rotation: usize,
+    rotation: Rotation,
+    /// No service dump before.
+    services_rest: Instant,
     logged: HashMap<String, Instant>,
 }
 
@@ -99,7 +109,8 @@ impl<O: Observer> Agent<O> {
             next_resync: now + pace.resync,
             next_probe: now + pace.probe,
             probes: 0,
-            rotation: 0,
+            rotation: Rotation::new(REALS_PER_PROBE.0, REALS_PER_PROBE.1, REALS_TIME),
+            services_rest: now,
             logged: HashMap::new(),
         }
     }
@@ -315,7 +326,12 @@ impl<O: Observer> Agent<O> {
         if let Probe::Changed(what) = self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())? {
             return Ok(Some(what));
         }
-        let services = self.probes.is_multiple_of(SERVICES_EVERY);
-        self.engine.look_at_servers(services, &mut self.rotation, REALS_PER_PROBE).map_err(|e| e.to_string())
+        let start = Instant::now();
+        let services = self.probes.is_multiple_of(SERVICES_EVERY) && start >= self.services_rest;
+        let found = self.engine.look_at_servers(services, &mut self.rotation).map_err(|e| e.to_string());
+        if services {
+            self.services_rest = start + start.elapsed() * SERVICES_REST;
+        }
+        found
     }
 }

@@ -10,7 +10,7 @@ use std::{
 use ipnet::IpNet;
 use jiff::Timestamp;
 
-use super::listeners::held;
+use super::{listeners::held, rotation::Rotation};
 use crate::{
     allocate::{Allocations, Allocator, Lock, allocate},
     compile::{
@@ -783,16 +783,15 @@ impl Engine {
         }
     }
 
-    /// Compares IPVS with what we know we wrote, cheaply: destinations of the next `count` services in
-    /// rotation, all services and the sysctls where `services` says so, and the routes. Says what differs.
+    /// Compares IPVS with what we know we wrote, cheaply: destinations of some services in rotation, all
+    /// services and the sysctls where `services` says so, and the routes. Says what differs.
     ///
     /// # Errors
     /// When the kernel can't be read.
     pub fn look_at_servers(
         &mut self,
         services: bool,
-        rotation: &mut usize,
-        count: usize,
+        rotation: &mut Rotation,
     ) -> Result<Option<String>, Error> {
         let ranges = self.settings.node.ranges;
         let routes = self.dataplane.host.vip_routes(&ranges)?;
@@ -818,19 +817,17 @@ impl Engine {
                 return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
             }
         }
-        let total = self.known.virtual_servers.len();
-        if total == 0 {
-            return Ok(None);
-        }
-        let start = *rotation % total;
-        let keys: Vec<_> =
-            self.known.virtual_servers.keys().skip(start).take(count.min(total)).copied().collect();
-        *rotation = start + keys.len();
-        for key in keys {
+        let start = Instant::now();
+        for done in 0..self.known.virtual_servers.len().min(rotation.most) {
+            if done >= rotation.least && start.elapsed() > rotation.budget {
+                break;
+            }
+            let Some(key) = rotation.next(&self.known) else { break };
+            // Taken out since the round began.
+            let Some(server) = self.known.virtual_servers.get(&key) else { continue };
             let found = self.dataplane.ipvs.reals(key)?;
-            let known = &self.known.virtual_servers[&key].reals;
-            let same = found.len() == known.len()
-                && found.iter().all(|(real, (config, _))| known.get(real) == Some(config));
+            let same = found.len() == server.reals.len()
+                && found.iter().all(|(real, (config, _))| server.reals.get(real) == Some(config));
             if !same {
                 return Ok(Some(format!("destinations of IPVS service {key} are not as they should be")));
             }

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod engine;
 pub mod listeners;
+pub mod rotation;
 #[cfg(test)]
 mod tests;
 

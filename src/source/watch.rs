@@ -60,6 +60,12 @@ impl Default for Timing {
     }
 }
 
+/// A comparison of all files is not repeated before this many times as long as it took: half a percent of a
+/// core. inotify has told of almost everything meanwhile.
+const RESCAN_REST: u32 = 200;
+/// But at least this often.
+const RESCAN_AT_LEAST: Duration = Duration::from_secs(60);
+
 /// Follows a folder in a thread of its own, until the receiver of the messages is gone.
 ///
 /// The first messages are the problems and events of the whole folder, then [`SourceMessage::Synced`]. A folder
@@ -96,6 +102,7 @@ pub fn watch_with(
         lock: Lock::default(),
         bad_lock: None,
         watcher: None,
+        survey_cost: Duration::ZERO,
     };
     std::thread::Builder::new().name("files".into()).spawn(move || follower.run())
 }
@@ -166,6 +173,8 @@ struct Follower {
     /// Why it can't be used now.
     bad_lock: Option<Problem>,
     watcher: Option<((u64, u64), RecommendedWatcher)>,
+    /// How long the last comparison of all files took.
+    survey_cost: Duration,
 }
 
 impl Follower {
@@ -184,8 +193,7 @@ impl Follower {
 
     /// Waits for something to do, and until the folder is quiet.
     fn wait(&self, hints: &Receiver<notify::Result<notify::Event>>) -> (Todo, Instant) {
-        let pause = if self.trouble.is_some() { self.timing.retry } else { self.timing.rescan };
-        let rescan = Instant::now() + pause;
+        let rescan = Instant::now() + self.pause();
         let mut todo = Todo::default();
         let mut since = None;
         let mut due = rescan;
@@ -204,6 +212,19 @@ impl Follower {
                 }
                 // We hold a sender ourselves.
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(left),
+            }
+        }
+    }
+
+    /// How long nothing has to be compared.
+    fn pause(&self) -> Duration {
+        match (&self.trouble, &self.watcher) {
+            (Some(_), _) => self.timing.retry,
+            // Nobody else tells of changes.
+            (None, None) => self.timing.rescan,
+            (None, Some(_)) => {
+                let rest = (self.survey_cost * RESCAN_REST).min(RESCAN_AT_LEAST);
+                self.timing.rescan.max(rest)
             }
         }
     }
@@ -282,7 +303,11 @@ impl Follower {
     fn turn(&mut self, todo: Todo, since: Instant) -> Result<(), Gone> {
         let whole = todo.everything || self.trouble.is_some() || !self.synced;
         let lock = whole || todo.lock;
+        let start = Instant::now();
         let names = if whole { self.survey(todo.names) } else { self.forget_missing(todo.names) };
+        if whole {
+            self.survey_cost = start.elapsed();
+        }
         for name in &names {
             match Stamp::of(&self.dir.join(name)).filter(|stamp| !stamp.is_fresh()) {
                 Some(stamp) => drop(self.stamps.insert(name.clone(), stamp)),

@@ -307,6 +307,27 @@ impl Iptables {
         Ok(())
     }
 
+    /// Keeps what we know of our sets, and how many entries they hold, in step with changes.
+    fn note(&mut self, changes: &[ElementChange], results: &[Result<(), Error>]) {
+        let Some(known) = self.known.as_mut() else { return };
+        if let Some(counts) = self.counts.as_mut() {
+            let mut there = BTreeMap::new();
+            for (change, _) in changes.iter().zip(results).filter(|(_, result)| result.is_ok()) {
+                let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
+                let put = matches!(change, ElementChange::Put(..));
+                let before = there.insert(*element, put).unwrap_or_else(|| known.contains_key(element));
+                if before == put {
+                    continue;
+                }
+                for (kind, _) in ipset_entries(element, None, 0, self.stores) {
+                    let count = counts.entry(set_name(kind, element.family())).or_default();
+                    *count = if put { *count + 1 } else { count.saturating_sub(1) };
+                }
+            }
+        }
+        super::note(known, changes, results);
+    }
+
     fn expected_counts(&mut self) -> &BTreeMap<String, u32> {
         let known = self.known.as_ref();
         let stores = self.stores;
@@ -501,10 +522,7 @@ impl Netfilter for Iptables {
                 *result = Err(e.clone());
             }
         }
-        if let Some(known) = self.known.as_mut() {
-            super::note(known, changes, &results);
-        }
-        self.counts = None;
+        self.note(changes, &results);
         results
     }
 
