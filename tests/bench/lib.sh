@@ -26,13 +26,13 @@ ms() { awk -v ns="$1" 'BEGIN { printf (ns < 1e8 ? "%.2f" : "%.0f"), ns / 1e6 }';
 
 # row NAME WHAT MEASURED SPREAD GOAL VERDICT: a line of the final table.
 row() { printf '%s\t%s\t%s\t%s\t%s\t%s\n' "$@" >>"$OUT/table"; echo "       $1 $2: $3 ($4) goal $5 $6"; }
-# ratio_row NAME WHAT "<="|">=" GOAL FILE [NOTE]: FILE has one "A B" a repetition; the ratio of each, their median and spread.
+# ratio_row NAME WHAT "<="|">="|- GOAL FILE: FILE has one "A B" a repetition; the ratio of each, their median and spread.
 ratio_row() {
-  local name=$1 what=$2 sign=$3 goal=$4 file=$5 note=${6:-}
+  local name=$1 what=$2 sign=$3 goal=$4 file=$5
   local median least most verdict
   read -r median least most < <(awk '$2 > 0 { printf "%.6f\n", $1 / $2 }' "$file" | summary) || { missed "$name $what"; return; }
-  verdict=$(awk -v m="$median" -v g="$goal" -v s="$sign" 'BEGIN { print ((s == "<=" ? m <= g : m >= g) ? "met" : "NOT MET") }')
-  row "$name" "$what$note" "$(printf %.3f "$median")" "$(printf '%.3f–%.3f, n=%d' "$least" "$most" "$(wc -l <"$file")")" "$sign $goal" "$verdict"
+  verdict=$(awk -v m="$median" -v g="$goal" -v s="$sign" 'BEGIN { if (s == "-") print ""; else print ((s == "<=" ? m <= g : m >= g) ? "met" : "NOT MET") }')
+  row "$name" "$what" "$(printf %.3f "$median")" "$(printf '%.3f–%.3f, n=%d' "$least" "$most" "$(wc -l <"$file")")" "$([ "$sign" = - ] || echo "$sign $goal")" "$verdict"
 }
 
 # A node that is programmed, alone in its namespace, with a link so that it has an address: node_up [NAME], and on_node and the

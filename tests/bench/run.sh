@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures meshlb and prints a table: docs/performance.md says what each row means and what came out.
 #
-#   tests/bench/run.sh [--vm|--host] [ROW…]        rows: traffic services cold change restart memory idle plan
+#   tests/bench/run.sh [--vm|--host] [ROW…]        rows: traffic services cold restart agent plan
 #
 # Where the kernel has IPVS and you are root it measures here, in network namespaces of its own; elsewhere in one VM, which is
 # booted for it (or left as it is if it was up). Almost everything is a ratio of two things done in turn in one kernel, so
@@ -24,11 +24,11 @@ for a in "$@"; do
   case $a in
     --vm) where=vm ;;
     --host) where=host ;;
-    traffic | services | cold | change | restart | memory | idle | plan) rows+=("$a") ;;
-    *) echo "bench: no row is called $a (traffic services cold change restart memory idle plan)" >&2; exit 2 ;;
+    traffic | services | cold | restart | agent | plan) rows+=("$a") ;;
+    *) echo "bench: no row is called $a (traffic services cold restart agent plan)" >&2; exit 2 ;;
   esac
 done
-[ ${#rows[@]} -gt 0 ] || rows=(traffic services cold change restart memory idle plan)
+[ ${#rows[@]} -gt 0 ] || rows=(traffic services cold restart agent plan)
 has_ipvs() { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }
 if [ -z "$where" ]; then
   if [ "$(id -u)" = 0 ] && has_ipvs; then where=host
