@@ -59,7 +59,7 @@ meshlb() {
 }
 agent_start() { # agent_start RENDERER DIR: sets AGENT to its process
   on_node env -i PATH="$PATH" "$MESHLB_BIN" agent --source "$2" --node n1 --node-ip $NODE_IP --vip-cidr "$VIP_CIDR" --renderer "$1" \
-    --state-dir "$WORK/state-$NODE" --run-dir "$WORK/run-$NODE" --resync 1h --log-format json >"$WORK/agent-$NODE.log" 2>&1 &
+    --state-dir "$WORK/state-$NODE" --run-dir "$WORK/run-$NODE" --resync 3600 --log-format json >"$WORK/agent-$NODE.log" 2>&1 &
   AGENT=$!
 }
 # Waits until the agent says that the kernel is as it should be.
