@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use crate::manifests;
+use crate::folder;
 
 /// A process that has used no CPU for this long, and waits for no program that it has started, is done.
 const QUIET: Duration = Duration::from_millis(120);
@@ -86,7 +86,7 @@ impl Watched {
         let before = wait_quiet(self.pid)?;
         // Another service each time; every second round puts back what the one before it took.
         let service = (round / 2).wrapping_mul(7919) % self.services;
-        manifests::write(&self.dir, service, if round.is_multiple_of(2) { 5 } else { 4 })?;
+        folder::write(&self.dir, service, if round.is_multiple_of(2) { 5 } else { 4 })?;
         let begin = Instant::now();
         while cpu(self.pid)? == before {
             sleep(Duration::from_millis(2));

@@ -13,6 +13,7 @@
 mod changes;
 mod connect;
 mod dumps;
+mod folder;
 mod manifests;
 
 use anyhow::{Result, bail};
@@ -21,7 +22,7 @@ fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words[..] {
-        ["manifests", dir, count] => manifests::write_all(dir.as_ref(), count.parse()?),
+        ["manifests", dir, count] => folder::write_all(dir.as_ref(), count.parse()?),
         ["changes", a, dir_a, count_a, b, dir_b, count_b, times] => {
             let one = changes::Watched::new(a.parse()?, dir_a, count_a.parse()?);
             let other = changes::Watched::new(b.parse()?, dir_b, count_b.parse()?);

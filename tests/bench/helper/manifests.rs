@@ -1,8 +1,6 @@
-//! The folder that is served.
+//! The services that are served.
 
-use std::{fmt::Write as _, fs, net::Ipv4Addr, path::Path};
-
-use anyhow::Result;
+use std::{fmt::Write as _, net::Ipv4Addr};
 
 /// Address of an endpoint; the sixth of a service stands in for its fifth now and then.
 fn address(service: u32, endpoint: u32) -> Ipv4Addr {
@@ -36,21 +34,4 @@ pub fn text(service: u32, last: u32) -> String {
         );
     }
     out
-}
-
-/// Writes the file of one service in one step, as editors and the kubelet do; `last` is its fifth endpoint (4 or 5).
-pub fn write(dir: &Path, service: u32, last: u32) -> Result<()> {
-    let hidden = dir.join(format!(".s{service:05}.new"));
-    fs::write(&hidden, text(service, last))?;
-    fs::rename(hidden, dir.join(format!("s{service:05}.yaml")))?;
-    Ok(())
-}
-
-/// Writes a folder anew.
-pub fn write_all(dir: &Path, count: u32) -> Result<()> {
-    if dir.exists() {
-        fs::remove_dir_all(dir)?;
-    }
-    fs::create_dir_all(dir)?;
-    (0..count).try_for_each(|service| write(dir, service, 4))
 }
