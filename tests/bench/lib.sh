@@ -57,20 +57,22 @@ meshlb() {
   on_node "$MESHLB_BIN" "$@" --node n1 --node-ip $NODE_IP --vip-cidr "$VIP_CIDR" --renderer "$renderer" \
     --state-dir "$WORK/state-$NODE" --run-dir "$WORK/run-$NODE"
 }
-agent_start() { # agent_start RENDERER DIR: sets AGENT to its process
-  on_node env -i PATH="$PATH" "$MESHLB_BIN" agent --source "$2" --node n1 --node-ip $NODE_IP --vip-cidr "$VIP_CIDR" --renderer "$1" \
+# agent_start RENDERER DIR: sets AGENT to its process. (A function in the background would be a shell of its own.)
+agent_start() {
+  ip netns exec "mlbb-$NODE" env -i PATH="$PATH" "$MESHLB_BIN" agent --source "$2" --node n1 --node-ip $NODE_IP --vip-cidr "$VIP_CIDR" --renderer "$1" \
     --state-dir "$WORK/state-$NODE" --run-dir "$WORK/run-$NODE" --resync 3600 --log-format json >"$WORK/agent-$NODE.log" 2>&1 &
   AGENT=$!
 }
-# Waits until the agent says that the kernel is as it should be.
+# Waits until the agent says that the kernel is as it should be. Rarely asked, and by bash itself: where programs start slowly
+# the asking would take the time that the agent needs.
 agent_ready() {
   local i
-  for ((i = 0; i < 1200; i++)); do
+  for ((i = 0; i < 400; i++)); do
     kill -0 "$AGENT" 2>/dev/null || { say "the agent ended:"; tail -5 "$WORK/agent-$NODE.log"; return 1; }
-    on_node curl -sf "http://$METRICS/readyz" >/dev/null 2>&1 && return 0
-    sleep 0.5
+    on_node bash -c 'exec 3<>"/dev/tcp/${1/://}" && printf "GET /readyz HTTP/1.0\r\n\r\n" >&3 && read -r -t 5 line <&3 && [[ $line == *" 200 "* ]]' ready $METRICS 2>/dev/null && return 0
+    sleep 3
   done
-  say "the agent is not ready after 10 minutes:"; tail -5 "$WORK/agent-$NODE.log"; return 1
+  say "the agent is not ready after 20 minutes:"; tail -5 "$WORK/agent-$NODE.log"; return 1
 }
 agent_stop() {
   [ -n "$AGENT" ] || return 0
