@@ -784,7 +784,7 @@ impl Engine {
     }
 
     /// Compares IPVS with what we know we wrote, cheaply: destinations of some services in rotation, all
-    /// services and the sysctls where `services` says so, and the routes. Says what differs.
+    /// services where `services` says so, sysctls and routes. Says what differs.
     ///
     /// # Errors
     /// When the kernel can't be read.
@@ -798,6 +798,13 @@ impl Engine {
         if routes != self.known.routes {
             return Ok(Some("the route of a VIP range is not as it should be".into()));
         }
+        for (path, value) in &self.known.sysctls {
+            if self.merged.state().sysctls.contains_key(path)
+                && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
+            {
+                return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
+            }
+        }
         if services {
             let (ours, settings) = (&self.ours, &self.settings);
             let found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
@@ -805,13 +812,6 @@ impl Engine {
                 self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
             {
                 return Ok(Some(format!("IPVS service {key} is missing or different")));
-            }
-            for (path, value) in &self.known.sysctls {
-                if self.merged.state().sysctls.contains_key(path)
-                    && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
-                {
-                    return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
-                }
             }
             if found.len() != self.known.virtual_servers.len() {
                 return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
