@@ -54,7 +54,7 @@ fn world(count: u32) -> World {
         let parsed = parse_text("bench.yaml".as_ref(), &manifests::text(service, 4), Some(&config));
         assert!(parsed.problems.is_empty(), "{:?}", parsed.problems);
         for entry in parsed.entries {
-            if let meshlb::source::files::Verdict::Good(object) = entry.verdict {
+            if let meshlb::source::object::Verdict::Good(object) = entry.verdict {
                 snapshot.apply(object.event(), &mut dirty);
             }
         }

@@ -22,3 +22,4 @@ pub mod plan;
 pub mod reconcile;
 pub mod source;
 pub mod state;
+pub mod whole_file;

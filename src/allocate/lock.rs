@@ -10,7 +10,7 @@ use crate::{
         ids::{PerFamily, PortId, ServiceKey},
         service::{Mode, Service},
     },
-    state::write_atomically,
+    whole_file::write_atomically,
 };
 
 /// Name of the file in the folder.

@@ -11,7 +11,8 @@ use anyhow::{Context, Result};
 use crate::{
     allocate::Lock,
     source::{
-        files::{self, ParsedFile, Verdict},
+        files,
+        object::{ParsedFile, Verdict},
         problem::Severity,
         store::Store,
     },

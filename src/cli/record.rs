@@ -9,7 +9,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
-use crate::state::{State, write_atomically};
+use crate::{state::State, whole_file::write_atomically};
 
 const FILE: &str = "kernel.json";
 

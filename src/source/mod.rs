@@ -2,6 +2,7 @@
 
 pub mod document;
 pub mod files;
+pub mod object;
 pub mod problem;
 pub mod store;
 pub mod watch;

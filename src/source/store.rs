@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    files::{Kind, Object, ObjectId, ParsedFile, Verdict},
+    object::{Kind, Object, ObjectId, ParsedFile, Verdict},
     problem::{Problem, Severity},
 };
 use crate::model::snapshot::Event;

@@ -9,8 +9,10 @@ use std::{
 use super::{
     Fingerprint, Parts, exec, hash,
     nftread::NftReader,
-    nftwrite, remove,
-    rules_iptables::{CHAINS, Guard, Options, Saved, rules},
+    nftwrite,
+    parts::{nft_chains, save_parts, set_differences},
+    remove,
+    rules_iptables::{Guard, Options, rules},
     rules_nft::{chain_names, table_text},
     sets::{
         Kind, NftContents, PREFIX, SCRATCH, Stores, ipset_element, ipset_entries, ipset_spec, nft_contents,
@@ -234,7 +236,7 @@ impl Iptables {
             .collect();
         let (have, strange) = self.reader.contents(sets.iter().copied())?;
         let want = nft_contents(elements, self.stores.layout());
-        Ok(super::nftables::set_differences(&sets, &want, &have, strange))
+        Ok(set_differences(&sets, &want, &have, strange))
     }
 
     fn fill_sets(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
@@ -368,41 +370,6 @@ impl Iptables {
         let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(50));
         self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
     }
-}
-
-/// Chains and jumps that iptables-nft made, over netlink.
-pub(super) fn nft_chains(reader: &mut NftReader, family: Family) -> Result<Parts, Error> {
-    let mut parts = Parts::new();
-    for c in CHAINS {
-        if let Some(hash) = reader.iptables_chain(family, c.table, c.name)? {
-            parts.insert(part_name(family, c.table, c.name), hash);
-        }
-        let Some(builtin) = c.builtin else { continue };
-        if let Some(hash) = reader.iptables_jump(family, c.table, builtin, c.name)? {
-            parts.insert(part_name(family, c.table, &format!("{builtin} jump to {}", c.name)), hash);
-        }
-    }
-    Ok(parts)
-}
-
-/// The same from the output of iptables-save.
-pub(super) fn save_parts(family: Family, saved: &Saved) -> Parts {
-    let mut parts = Parts::new();
-    for (table, chain) in &saved.chains {
-        let lines = saved.rules.iter().filter(|(t, l)| t == table && l.split(' ').nth(1) == Some(chain));
-        parts.insert(part_name(family, table, chain), hash::texts(lines.map(|(_, l)| l.as_str())));
-    }
-    for (table, line) in &saved.jumps {
-        let (from, to) = (line.split(' ').nth(1), super::rules_iptables::target(line));
-        let name = format!("{} jump to {}", from.unwrap_or_default(), to.unwrap_or_default());
-        let part = parts.entry(part_name(family, table, &name)).or_insert(hash::START);
-        *part = hash::bytes(*part, line.as_bytes());
-    }
-    parts
-}
-
-fn part_name(family: Family, table: &str, what: &str) -> String {
-    format!("{} {table} {what}", if family == Family::V4 { "iptables" } else { "ip6tables" })
 }
 
 /// Whether a change concerns the nft table beside iptables.
@@ -594,7 +561,7 @@ impl Netfilter for Iptables {
                 .flat_map(|f| self.stores.layout().kinds().iter().map(move |k| (*k, *f)))
                 .collect();
             let (have, strange) = self.reader.contents(sets.iter().copied())?;
-            let wrong = super::nftables::set_differences(&sets, &want, &have, strange);
+            let wrong = set_differences(&sets, &want, &have, strange);
             if let Some(what) = wrong.into_iter().next() {
                 return Ok(Probe::Changed(what));
             }

@@ -16,6 +16,7 @@ mod iptables;
 mod nftables;
 mod nftread;
 mod nftwrite;
+mod parts;
 mod remove;
 mod rules_iptables;
 mod rules_nft;

@@ -4,11 +4,12 @@ use std::time::{Duration, Instant};
 
 use super::{
     Fingerprint, Parts, accept, exec, hash,
-    iptables::{nft_chains, save_parts},
     nftread::NftReader,
-    nftwrite, remove,
+    nftwrite,
+    parts::{nft_chains, save_parts, set_differences},
+    remove,
     rules_nft::{chain_names, table_text},
-    sets::{Kind, Layout, NftContents, PREFIX, nft_contents, nft_name, nft_to_elements},
+    sets::{Kind, Layout, NftContents, PREFIX, nft_contents, nft_to_elements},
     xtables::Variant,
 };
 use crate::{
@@ -147,37 +148,6 @@ impl Nftables {
         }
         Ok(())
     }
-}
-
-/// Sets whose contents differ, as texts that name them.
-pub(super) fn set_differences(
-    sets: &[(Kind, Family)],
-    want: &NftContents,
-    have: &NftContents,
-    strange: usize,
-) -> Vec<String> {
-    let mut out = Vec::new();
-    if strange > 0 {
-        out.push(format!("{strange} elements in sets of table inet meshlb are not ours"));
-    }
-    for place @ (kind, family) in sets {
-        let (want, have) = (want.get(place), have.get(place));
-        let empty = std::collections::BTreeMap::new();
-        let (want, have) = (want.unwrap_or(&empty), have.unwrap_or(&empty));
-        if want == have {
-            continue;
-        }
-        let missing = want.iter().find(|(k, v)| have.get(k) != Some(v)).map(|(k, _)| format!("lacks {k}"));
-        // An address that nothing is published on any more does no harm.
-        let extra = have
-            .keys()
-            .find(|k| !want.contains_key(k) && *kind != Kind::Addresses)
-            .map(|k| format!("has {k}, which is not ours"));
-        if let Some(what) = missing.or(extra) {
-            out.push(format!("set {} of table inet meshlb {what}", nft_name(*kind, *family)));
-        }
-    }
-    out
 }
 
 impl Netfilter for Nftables {
