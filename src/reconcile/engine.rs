@@ -1,5 +1,10 @@
 //! One turn: take events in, allocate, compile, plan, apply, remember.
 
+mod drains;
+mod known;
+mod ports;
+mod recover;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
@@ -10,26 +15,21 @@ use std::{
 use ipnet::IpNet;
 use jiff::Timestamp;
 
-use super::{listeners::held, rotation::Rotation};
 use crate::{
-    allocate::{Allocations, Allocator, Lock, allocate},
+    allocate::{Allocations, Allocator, Lock},
     compile::{
         Assigned, CompiledService, Inputs, Merged, base::compile_base, compile_service, merge::Touched,
         service::Drains,
     },
     dataplane::{
-        AddressRules, Error, IpvsChange, Listener, ProgramState,
+        AddressRules, Error,
         executor::{Dataplane, Failure},
         host::{REQUIRED, Required, When},
     },
     model::{
-        ids::{Family, Mark, PerFamily, PortId, Protocol, ServiceKey},
-        kernel::{
-            BridgeSubnet, Element, Elements, KernelState, PublishedFlows, RealServerKey, Target, Timeouts,
-            VirtualServer, VirtualServerKey,
-        },
+        ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
+        kernel::{BridgeSubnet, Element, KernelState, PublishedFlows, Timeouts},
         node::{NodeConfig, NodeFacts},
-        service::Service,
         snapshot::{Event, Snapshot},
     },
     plan::{Observed, Op, plan, plan_all},
@@ -206,16 +206,6 @@ impl Engine {
         Some((ours, before))
     }
 
-    /// Drains that run.
-    pub fn drains(&self) -> &Drains {
-        &self.drains
-    }
-
-    /// Published ports that a host socket keeps us from serving here, with their services.
-    pub fn blocked(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
-        &self.blocked
-    }
-
     /// The node as it was last seen.
     pub fn facts(&self) -> &NodeFacts {
         &self.facts
@@ -224,16 +214,6 @@ impl Engine {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
-    }
-
-    /// Published ports that earlier runs served.
-    pub fn set_served(&mut self, served: Served) {
-        self.served = served;
-    }
-
-    /// Published ports that are served here, by service.
-    pub fn served(&self) -> &Served {
-        &self.served
     }
 
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
@@ -391,178 +371,6 @@ impl Engine {
         Some(Arc::new(compile_service(service, &self.snapshot.slices_for(service), &assigned, &inputs)))
     }
 
-    fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
-        if let Some(old) = self.merged.services().get(key) {
-            for (drain, _) in old.drains() {
-                self.drains.remove(&drain);
-            }
-        }
-        let Some(new) = new else { return };
-        // Drains from the state file have no compiled service yet: those of this service's marks that
-        // the new result does not have are over.
-        let marks: BTreeSet<Mark> = new.virtual_servers.keys().map(|k| k.mark).collect();
-        self.drains.retain(|(vs, _), _| !marks.contains(&vs.mark));
-        self.drains.extend(new.drains());
-    }
-
-    /// Published ports that are about to be programmed for the first time, while a socket of the host
-    /// holds them, are not taken from it.
-    fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
-        let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
-        let mut ports: Vec<(&ServiceKey, BTreeSet<(Protocol, u16)>)> = Vec::new();
-        // A port that changes hands is ours all along.
-        let before: BTreeSet<_> =
-            dirty.iter().filter_map(|key| self.served.get(key)).flatten().copied().collect();
-        for key in dirty {
-            let (Some(service), Some(allocation)) =
-                (self.snapshot.services().get(key), self.allocator.get(key))
-            else {
-                continue;
-            };
-            for port in &service.ports {
-                let Some(&first) = allocation.published.get(&port.id()) else { continue };
-                let last = first.saturating_add(port.span().saturating_sub(1));
-                let numbers: BTreeSet<_> = (first..=last).map(|number| (port.protocol, number)).collect();
-                for number in &numbers {
-                    if !before.contains(number) && !self.is_live(*number) {
-                        wanted.insert(*number, key.clone());
-                    }
-                }
-                ports.push((key, numbers));
-            }
-        }
-        let mut found = BTreeSet::new();
-        if !wanted.is_empty() {
-            let listeners = self.dataplane.host.listeners()?;
-            let asked: BTreeSet<_> = wanted.keys().copied().collect();
-            found = held(&asked, &listeners, &self.facts, |protocol, port| {
-                wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
-            });
-        }
-        self.blocked.retain(|_, owner| !dirty.contains(owner));
-        let mut served = Served::new();
-        // A range is served whole or not at all.
-        for (key, numbers) in ports.into_iter().filter(|(_, numbers)| numbers.is_disjoint(&found)) {
-            served.entry(key.clone()).or_default().extend(numbers);
-        }
-        for key in dirty {
-            let new = served.remove(key);
-            if self.served.get(key) != new.as_ref() {
-                self.generation += 1;
-            }
-            match new {
-                Some(new) => self.served.insert(key.clone(), new),
-                None => self.served.remove(key),
-            };
-        }
-        for port in found {
-            if let Some(owner) = wanted.remove(&port) {
-                self.blocked.insert(port, owner);
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
-    fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
-        self.facts.published_addresses.iter().any(|&addr| {
-            self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
-        })
-    }
-
-    /// Whether a service has an endpoint on the host network of this node that listens on that port.
-    fn has_own_endpoint(&self, key: &ServiceKey, protocol: Protocol, port: u16) -> bool {
-        let Some(service) = self.snapshot.services().get(key) else { return false };
-        self.snapshot.slices_for(service).iter().any(|slice| {
-            let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
-            listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
-        })
-    }
-
-    /// Looks again at ports that were blocked, and reports sockets that came later.
-    ///
-    /// # Errors
-    /// When the sockets can't be listed.
-    pub fn recheck_listeners(&mut self) -> Result<(), Error> {
-        if self.blocked.is_empty() {
-            return Ok(());
-        }
-        let listeners: Vec<Listener> = self.dataplane.host.listeners()?;
-        let ports: BTreeSet<_> = self.blocked.keys().copied().collect();
-        let still = held(&ports, &listeners, &self.facts, |_, _| false);
-        for (port, owner) in &self.blocked {
-            if !still.contains(port) {
-                self.dirty.insert(owner.clone());
-            }
-        }
-        Ok(())
-    }
-
-    /// Drained real servers whose last connection is gone, or whose time is up, are let go.
-    ///
-    /// # Errors
-    /// When the connection counts can't be read.
-    pub fn expire_drains(&mut self, now: Timestamp) -> Result<(), Error> {
-        let mut looked: BTreeMap<_, BTreeMap<RealServerKey, u32>> = BTreeMap::new();
-        let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
-        for ((vs, real), until) in keys {
-            let mut over = until <= now;
-            if !over {
-                let active = match looked.get(&vs) {
-                    Some(known) => known,
-                    None => {
-                        let reals = self.dataplane.ipvs.reals(vs)?;
-                        let counts = reals.into_iter().map(|(real, (_, c))| (real, c.active)).collect();
-                        looked.entry(vs).or_insert(counts)
-                    }
-                };
-                over = active.get(&real).copied().unwrap_or(0) == 0;
-            }
-            if over
-                && until > now
-                && let Some(flows) = self.published_flows(vs, real)
-            {
-                over = !self.dataplane.host.has_flows(&flows)?;
-            }
-            if over {
-                self.drains.insert((vs, real), now);
-                if let Some(owner) = self.merged.owner(vs.mark) {
-                    self.dirty.insert(owner.clone());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Connections to a real server by the published ports that lead to it.
-    fn published_flows(&self, vs: VirtualServerKey, real: RealServerKey) -> Option<PublishedFlows> {
-        let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
-        let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
-        let family = Family::of(&real.addr);
-        for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
-            let (addr, protocol, port) = match element {
-                Element::Published(t) => (t.addr, t.protocol, t.port),
-                Element::Loopback(Family::V4, protocol, port) => {
-                    (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
-                }
-                Element::Loopback(Family::V6, protocol, port) => {
-                    (Ipv6Addr::LOCALHOST.into(), *protocol, *port)
-                }
-                _ => continue,
-            };
-            if *mark == Some(vs.mark) {
-                flows.protocol = protocol;
-                flows.to.insert((addr, port));
-            }
-        }
-        (!flows.to.is_empty()).then_some(flows)
-    }
-
-    /// When the next drain ends at the latest.
-    pub fn next_drain(&self) -> Option<Timestamp> {
-        self.drains.values().min().copied()
-    }
-
     /// What is to be done now, without doing it; `full` reads the kernel first.
     ///
     /// # Errors
@@ -666,7 +474,7 @@ impl Engine {
         self.know(observed);
         self.ours.extend(observed.elements.values().flatten().copied());
         if let Some(lock) = self.recover.take() {
-            let found = recover_allocations(
+            let found = recover::recover_allocations(
                 &observed.elements,
                 &self.settings.node,
                 self.snapshot.services(),
@@ -686,17 +494,6 @@ impl Engine {
                 self.dirty.insert(owner.clone());
             }
         }
-    }
-
-    fn know(&mut self, observed: &Observed) {
-        self.known.virtual_servers.clone_from(&observed.virtual_servers);
-        self.known.elements.clone_from(&observed.elements);
-        self.known.routes = observed.routes;
-        self.known.sysctls.clone_from(&observed.sysctls);
-        self.known.program = match &observed.program {
-            ProgramState::Installed => self.merged.state().program.clone(),
-            _ => None,
-        };
     }
 
     /// One turn: prepares, applies and remembers.
@@ -724,162 +521,4 @@ impl Engine {
         }
         failures
     }
-
-    /// Updates what we know by one operation. After a failure the knowledge is not used.
-    fn remember(&mut self, op: &Op) {
-        let servers = &mut self.known.virtual_servers;
-        match op {
-            Op::Ipvs(change) => match change {
-                IpvsChange::AddService(key, config) | IpvsChange::SetService(key, config) => {
-                    let protocol = self.merged.state().virtual_servers.get(key).and_then(|s| s.protocol);
-                    servers.entry(*key).and_modify(|server| server.config = config.clone()).or_insert_with(
-                        || VirtualServer { config: config.clone(), protocol, reals: BTreeMap::new() },
-                    );
-                }
-                IpvsChange::DelService(key) => {
-                    servers.remove(key);
-                }
-                IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
-                    if let Some(server) = servers.get_mut(key) {
-                        server.reals.insert(*real, *config);
-                    }
-                }
-                IpvsChange::DelReal(key, real) => {
-                    if let Some(server) = servers.get_mut(key) {
-                        server.reals.remove(real);
-                    }
-                }
-            },
-            Op::Element(crate::dataplane::ElementChange::Put(element, mark)) => {
-                self.known.elements.insert(*element, *mark);
-            }
-            Op::Element(crate::dataplane::ElementChange::Del(element)) => {
-                self.known.elements.remove(element);
-            }
-            Op::Install { program, .. } => {
-                self.known.program = Some((**program).clone());
-                self.known.elements.clone_from(&self.merged.state().elements);
-            }
-            Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
-            Op::DelRoute(family, range) => {
-                if self.known.routes.get(*family).is_some_and(|route| route.range == *range) {
-                    self.known.routes.set(*family, None);
-                }
-            }
-            Op::Sysctl { path, value, was } => {
-                if let Some(was) = was {
-                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
-                }
-                self.known.sysctls.insert(path.clone(), value.clone());
-            }
-            Op::Timeouts { timeouts, was } => {
-                self.timeouts_before.get_or_insert(*was);
-                self.known.timeouts = Some(*timeouts);
-            }
-            Op::CutFlows(flows) => {
-                self.overdue.remove(flows);
-            }
-            Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
-        }
-    }
-
-    /// Compares IPVS with what we know we wrote, cheaply: destinations of some services in rotation, all
-    /// services where `services` says so, sysctls and routes. Says what differs.
-    ///
-    /// # Errors
-    /// When the kernel can't be read.
-    pub fn look_at_servers(
-        &mut self,
-        services: bool,
-        rotation: &mut Rotation,
-    ) -> Result<Option<String>, Error> {
-        let ranges = self.settings.node.ranges;
-        let routes = self.dataplane.host.vip_routes(&ranges)?;
-        if routes != self.known.routes {
-            return Ok(Some("the route of a VIP range is not as it should be".into()));
-        }
-        for (path, value) in &self.known.sysctls {
-            if self.merged.state().sysctls.contains_key(path)
-                && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
-            {
-                return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
-            }
-        }
-        if services {
-            let (ours, settings) = (&self.ours, &self.settings);
-            let found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
-            if let Some((key, _)) =
-                self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
-            {
-                return Ok(Some(format!("IPVS service {key} is missing or different")));
-            }
-            if found.len() != self.known.virtual_servers.len() {
-                return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
-            }
-        }
-        let start = Instant::now();
-        for done in 0..self.known.virtual_servers.len().min(rotation.most) {
-            if done >= rotation.least && start.elapsed() > rotation.budget {
-                break;
-            }
-            let Some(key) = rotation.next(&self.known) else { break };
-            // Taken out since the round began.
-            let Some(server) = self.known.virtual_servers.get(&key) else { continue };
-            let found = self.dataplane.ipvs.reals(key)?;
-            let same = found.len() == server.reals.len()
-                && found.iter().all(|(real, (config, _))| server.reals.get(real) == Some(config));
-            if !same {
-                return Ok(Some(format!("destinations of IPVS service {key} are not as they should be")));
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// Allocations after a lost state file: VIPs and published ports as their names give them, marks as the
-/// kernel has them for the same addresses and ports, so that connections go on.
-fn recover_allocations(
-    elements: &Elements,
-    node: &NodeConfig,
-    services: &BTreeMap<ServiceKey, Arc<Service>>,
-    lock: &Lock,
-    foreign: &BTreeSet<Mark>,
-) -> Allocations {
-    let fresh = allocate(services, node, Allocations::default(), lock.clone(), foreign.clone());
-    let mut out = fresh.allocations();
-    let mark_at = |addr, port: &PortId, number| {
-        let target = Target { addr, protocol: port.protocol, port: number };
-        elements.get(&Element::Vip(target)).copied().flatten()
-    };
-    for kept in out.services.values_mut() {
-        let vips: Vec<_> = kept.vips.iter().map(|(_, vip)| *vip).collect();
-        let ingress: Vec<_> = Family::ALL.into_iter().filter_map(|f| node.ingress(f)).collect();
-        kept.marks = kept
-            .marks
-            .keys()
-            .filter_map(|port| {
-                let by_vip = vips.iter().find_map(|vip| mark_at(*vip, port, port.port));
-                let published = kept.published.get(port);
-                let by_port = || published.and_then(|n| ingress.iter().find_map(|a| mark_at(*a, port, *n)));
-                Some((*port, by_vip.or_else(by_port)?))
-            })
-            .collect();
-        kept.ingress_marks = kept
-            .ingress_marks
-            .keys()
-            .filter_map(|port| {
-                let number = kept.published.get(port)?;
-                Some((*port, ingress.iter().find_map(|a| mark_at(*a, port, *number))?))
-            })
-            .collect();
-    }
-    // Everything else that our sets lead to is not given out until it is gone from the kernel.
-    let used: BTreeSet<Mark> = out
-        .services
-        .values()
-        .flat_map(|k| k.marks.values().chain(k.ingress_marks.values()))
-        .copied()
-        .collect();
-    out.retired_marks = elements.values().flatten().filter(|mark| !used.contains(mark)).copied().collect();
-    out
 }

@@ -1,0 +1,108 @@
+//! Endpoints that are gone finish their connections.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use jiff::Timestamp;
+
+use super::Engine;
+use crate::{
+    compile::{CompiledService, service::Drains},
+    dataplane::Error,
+    model::{
+        ids::{Family, Mark, Protocol, ServiceKey},
+        kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
+    },
+};
+
+impl Engine {
+    /// Drains that run.
+    pub fn drains(&self) -> &Drains {
+        &self.drains
+    }
+
+    pub(super) fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
+        if let Some(old) = self.merged.services().get(key) {
+            for (drain, _) in old.drains() {
+                self.drains.remove(&drain);
+            }
+        }
+        let Some(new) = new else { return };
+        // Drains from the state file have no compiled service yet: those of this service's marks that
+        // the new result does not have are over.
+        let marks: BTreeSet<Mark> = new.virtual_servers.keys().map(|k| k.mark).collect();
+        self.drains.retain(|(vs, _), _| !marks.contains(&vs.mark));
+        self.drains.extend(new.drains());
+    }
+
+    /// Drained real servers whose last connection is gone, or whose time is up, are let go.
+    ///
+    /// # Errors
+    /// When the connection counts can't be read.
+    pub fn expire_drains(&mut self, now: Timestamp) -> Result<(), Error> {
+        let mut looked: BTreeMap<_, BTreeMap<RealServerKey, u32>> = BTreeMap::new();
+        let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
+        for ((vs, real), until) in keys {
+            let mut over = until <= now;
+            if !over {
+                let active = match looked.get(&vs) {
+                    Some(known) => known,
+                    None => {
+                        let reals = self.dataplane.ipvs.reals(vs)?;
+                        let counts = reals.into_iter().map(|(real, (_, c))| (real, c.active)).collect();
+                        looked.entry(vs).or_insert(counts)
+                    }
+                };
+                over = active.get(&real).copied().unwrap_or(0) == 0;
+            }
+            if over
+                && until > now
+                && let Some(flows) = self.published_flows(vs, real)
+            {
+                over = !self.dataplane.host.has_flows(&flows)?;
+            }
+            if over {
+                self.drains.insert((vs, real), now);
+                if let Some(owner) = self.merged.owner(vs.mark) {
+                    self.dirty.insert(owner.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Connections to a real server by the published ports that lead to it.
+    pub(super) fn published_flows(
+        &self,
+        vs: VirtualServerKey,
+        real: RealServerKey,
+    ) -> Option<PublishedFlows> {
+        let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
+        let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
+        let family = Family::of(&real.addr);
+        for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
+            let (addr, protocol, port) = match element {
+                Element::Published(t) => (t.addr, t.protocol, t.port),
+                Element::Loopback(Family::V4, protocol, port) => {
+                    (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
+                }
+                Element::Loopback(Family::V6, protocol, port) => {
+                    (Ipv6Addr::LOCALHOST.into(), *protocol, *port)
+                }
+                _ => continue,
+            };
+            if *mark == Some(vs.mark) {
+                flows.protocol = protocol;
+                flows.to.insert((addr, port));
+            }
+        }
+        (!flows.to.is_empty()).then_some(flows)
+    }
+
+    /// When the next drain ends at the latest.
+    pub fn next_drain(&self) -> Option<Timestamp> {
+        self.drains.values().min().copied()
+    }
+}

@@ -1,0 +1,134 @@
+//! What we know of the kernel: what was read last, and what was written since.
+
+use std::{collections::BTreeMap, time::Instant};
+
+use super::Engine;
+use crate::{
+    dataplane::{ElementChange, Error, IpvsChange, ProgramState},
+    model::{ids::Family, kernel::VirtualServer},
+    plan::{Observed, Op},
+    reconcile::rotation::Rotation,
+};
+
+impl Engine {
+    pub(super) fn know(&mut self, observed: &Observed) {
+        self.known.virtual_servers.clone_from(&observed.virtual_servers);
+        self.known.elements.clone_from(&observed.elements);
+        self.known.routes = observed.routes;
+        self.known.sysctls.clone_from(&observed.sysctls);
+        self.known.program = match &observed.program {
+            ProgramState::Installed => self.merged.state().program.clone(),
+            _ => None,
+        };
+    }
+
+    /// Updates what we know by one operation. After a failure the knowledge is not used.
+    pub(super) fn remember(&mut self, op: &Op) {
+        let servers = &mut self.known.virtual_servers;
+        match op {
+            Op::Ipvs(change) => match change {
+                IpvsChange::AddService(key, config) | IpvsChange::SetService(key, config) => {
+                    let protocol = self.merged.state().virtual_servers.get(key).and_then(|s| s.protocol);
+                    servers.entry(*key).and_modify(|server| server.config = config.clone()).or_insert_with(
+                        || VirtualServer { config: config.clone(), protocol, reals: BTreeMap::new() },
+                    );
+                }
+                IpvsChange::DelService(key) => {
+                    servers.remove(key);
+                }
+                IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
+                    if let Some(server) = servers.get_mut(key) {
+                        server.reals.insert(*real, *config);
+                    }
+                }
+                IpvsChange::DelReal(key, real) => {
+                    if let Some(server) = servers.get_mut(key) {
+                        server.reals.remove(real);
+                    }
+                }
+            },
+            Op::Element(ElementChange::Put(element, mark)) => {
+                self.known.elements.insert(*element, *mark);
+            }
+            Op::Element(ElementChange::Del(element)) => {
+                self.known.elements.remove(element);
+            }
+            Op::Install { program, .. } => {
+                self.known.program = Some((**program).clone());
+                self.known.elements.clone_from(&self.merged.state().elements);
+            }
+            Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
+            Op::DelRoute(family, range) => {
+                if self.known.routes.get(*family).is_some_and(|route| route.range == *range) {
+                    self.known.routes.set(*family, None);
+                }
+            }
+            Op::Sysctl { path, value, was } => {
+                if let Some(was) = was {
+                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
+                }
+                self.known.sysctls.insert(path.clone(), value.clone());
+            }
+            Op::Timeouts { timeouts, was } => {
+                self.timeouts_before.get_or_insert(*was);
+                self.known.timeouts = Some(*timeouts);
+            }
+            Op::CutFlows(flows) => {
+                self.overdue.remove(flows);
+            }
+            Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
+        }
+    }
+
+    /// Compares IPVS with what we know we wrote, cheaply: destinations of some services in rotation, all
+    /// services where `services` says so, sysctls and routes. Says what differs.
+    ///
+    /// # Errors
+    /// When the kernel can't be read.
+    pub fn look_at_servers(
+        &mut self,
+        services: bool,
+        rotation: &mut Rotation,
+    ) -> Result<Option<String>, Error> {
+        let ranges = self.settings.node.ranges;
+        let routes = self.dataplane.host.vip_routes(&ranges)?;
+        if routes != self.known.routes {
+            return Ok(Some("the route of a VIP range is not as it should be".into()));
+        }
+        for (path, value) in &self.known.sysctls {
+            if self.merged.state().sysctls.contains_key(path)
+                && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
+            {
+                return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
+            }
+        }
+        if services {
+            let (ours, settings) = (&self.ours, &self.settings);
+            let found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
+            if let Some((key, _)) =
+                self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
+            {
+                return Ok(Some(format!("IPVS service {key} is missing or different")));
+            }
+            if found.len() != self.known.virtual_servers.len() {
+                return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
+            }
+        }
+        let start = Instant::now();
+        for done in 0..self.known.virtual_servers.len().min(rotation.most) {
+            if done >= rotation.least && start.elapsed() > rotation.budget {
+                break;
+            }
+            let Some(key) = rotation.next(&self.known) else { break };
+            // Taken out since the round began.
+            let Some(server) = self.known.virtual_servers.get(&key) else { continue };
+            let found = self.dataplane.ipvs.reals(key)?;
+            let same = found.len() == server.reals.len()
+                && found.iter().all(|(real, (config, _))| server.reals.get(real) == Some(config));
+            if !same {
+                return Ok(Some(format!("destinations of IPVS service {key} are not as they should be")));
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,123 @@
+//! Published ports and sockets of the host: who was there first keeps the port.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Engine, Served};
+use crate::{
+    dataplane::{Error, Listener},
+    model::{
+        ids::{Protocol, ServiceKey},
+        kernel::{Element, Target},
+    },
+    reconcile::listeners::held,
+};
+
+impl Engine {
+    /// Published ports that earlier runs served.
+    pub fn set_served(&mut self, served: Served) {
+        self.served = served;
+    }
+
+    /// Published ports that are served here, by service.
+    pub fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// Published ports that a host socket keeps us from serving here, with their services.
+    pub fn blocked(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
+        &self.blocked
+    }
+
+    /// Published ports that are about to be programmed for the first time, while a socket of the host
+    /// holds them, are not taken from it.
+    pub(super) fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
+        let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
+        let mut ports: Vec<(&ServiceKey, BTreeSet<(Protocol, u16)>)> = Vec::new();
+        // A port that changes hands is ours all along.
+        let before: BTreeSet<_> =
+            dirty.iter().filter_map(|key| self.served.get(key)).flatten().copied().collect();
+        for key in dirty {
+            let (Some(service), Some(allocation)) =
+                (self.snapshot.services().get(key), self.allocator.get(key))
+            else {
+                continue;
+            };
+            for port in &service.ports {
+                let Some(&first) = allocation.published.get(&port.id()) else { continue };
+                let last = first.saturating_add(port.span().saturating_sub(1));
+                let numbers: BTreeSet<_> = (first..=last).map(|number| (port.protocol, number)).collect();
+                for number in &numbers {
+                    if !before.contains(number) && !self.is_live(*number) {
+                        wanted.insert(*number, key.clone());
+                    }
+                }
+                ports.push((key, numbers));
+            }
+        }
+        let mut found = BTreeSet::new();
+        if !wanted.is_empty() {
+            let listeners = self.dataplane.host.listeners()?;
+            let asked: BTreeSet<_> = wanted.keys().copied().collect();
+            found = held(&asked, &listeners, &self.facts, |protocol, port| {
+                wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+            });
+        }
+        self.blocked.retain(|_, owner| !dirty.contains(owner));
+        let mut served = Served::new();
+        // A range is served whole or not at all.
+        for (key, numbers) in ports.into_iter().filter(|(_, numbers)| numbers.is_disjoint(&found)) {
+            served.entry(key.clone()).or_default().extend(numbers);
+        }
+        for key in dirty {
+            let new = served.remove(key);
+            if self.served.get(key) != new.as_ref() {
+                self.generation += 1;
+            }
+            match new {
+                Some(new) => self.served.insert(key.clone(), new),
+                None => self.served.remove(key),
+            };
+        }
+        for port in found {
+            if let Some(owner) = wanted.remove(&port) {
+                self.blocked.insert(port, owner);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
+    pub(super) fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
+        self.facts.published_addresses.iter().any(|&addr| {
+            self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
+        })
+    }
+
+    /// Whether a service has an endpoint on the host network of this node that listens on that port.
+    pub(super) fn has_own_endpoint(&self, key: &ServiceKey, protocol: Protocol, port: u16) -> bool {
+        let Some(service) = self.snapshot.services().get(key) else { return false };
+        self.snapshot.slices_for(service).iter().any(|slice| {
+            let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
+            listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
+        })
+    }
+
+    /// Looks again at ports that were blocked, and reports sockets that came later.
+    ///
+    /// # Errors
+    /// When the sockets can't be listed.
+    pub fn recheck_listeners(&mut self) -> Result<(), Error> {
+        if self.blocked.is_empty() {
+            return Ok(());
+        }
+        let listeners: Vec<Listener> = self.dataplane.host.listeners()?;
+        let ports: BTreeSet<_> = self.blocked.keys().copied().collect();
+        let still = held(&ports, &listeners, &self.facts, |_, _| false);
+        for (port, owner) in &self.blocked {
+            if !still.contains(port) {
+                self.dirty.insert(owner.clone());
+            }
+        }
+        Ok(())
+    }
+}
