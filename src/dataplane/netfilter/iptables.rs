@@ -365,11 +365,23 @@ impl Iptables {
         Ok(None)
     }
 
-    /// Whether the old tables are worth a look now; on a host with many rules a look costs more, so it is rarer.
+    /// Whether the old tables are worth a look now. On a host with many rules a look costs more, so it is rarer: never
+    /// more than a fiftieth of a core.
     fn legacy_due(&self) -> bool {
         let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(50));
         self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
     }
+}
+
+/// CPU time of the programs that we have run so far.
+fn children_cpu() -> Duration {
+    use nix::sys::{resource, time::TimeVal};
+    let Ok(usage) = resource::getrusage(resource::UsageWho::RUSAGE_CHILDREN) else { return Duration::ZERO };
+    let time = |t: TimeVal| {
+        Duration::new(u64::try_from(t.tv_sec()).unwrap_or(0), 0)
+            + Duration::from_micros(u64::try_from(t.tv_usec()).unwrap_or(0))
+    };
+    time(usage.user_time()) + time(usage.system_time())
 }
 
 /// Whether a change concerns the nft table beside iptables.
@@ -529,7 +541,7 @@ impl Netfilter for Iptables {
         let is_nft_part = |name: &str| name.starts_with("inet ");
         let rules = if self.variant == Variant::Nft { moved } else { legacy };
         if rules {
-            let start = Instant::now();
+            let before = children_cpu();
             for family in Family::ALL {
                 match self.variant {
                     Variant::Nft => parts.extend(nft_chains(&mut self.reader, family)?),
@@ -537,7 +549,7 @@ impl Netfilter for Iptables {
                 }
             }
             if self.variant == Variant::Legacy {
-                self.legacy_cost = start.elapsed();
+                self.legacy_cost = children_cpu().saturating_sub(before);
                 self.legacy_look = Some(Instant::now());
             }
         }
