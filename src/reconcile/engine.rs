@@ -438,14 +438,15 @@ impl Engine {
             .filter(|key| !self.snapshot.services().contains_key(*key))
             .cloned()
             .collect::<BTreeSet<_>>();
+        let held = if complete { BTreeSet::new() } else { unseen.clone() };
+        // What of theirs has no mark was overlooked so far, and is to be compared now.
+        self.trusted &= self.held.is_subset(&held);
+        self.held = held;
         if complete {
-            self.held.clear();
             self.allocator.forget(&unseen);
             self.served.retain(|key, _| !unseen.contains(key));
             self.generation += u64::from(!unseen.is_empty());
             self.trusted &= unseen.is_empty();
-        } else {
-            self.held = unseen;
         }
     }
 

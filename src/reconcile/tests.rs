@@ -284,6 +284,25 @@ fn a_source_that_cannot_be_read_completely_takes_nothing_away() {
 }
 
 #[test]
+fn a_service_that_was_left_alone_leaves_nothing_behind_when_it_is_back() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let mut second = engine(&kernel, first.allocator().allocations());
+    second.synced(false);
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    // Its manifest is whole again, with an endpoint less. No full look is asked for.
+    second
+        .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
+    second.synced(true);
+    turn(&mut second, false);
+    let local =
+        |addr: &str| kernel.lock().state.elements.contains_key(&Element::Local(addr.parse().unwrap()));
+    assert!(local("10.244.1.11") && !local("10.244.1.12"));
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+}
+
+#[test]
 fn a_published_port_that_a_host_socket_holds_waits_until_it_is_free() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());
