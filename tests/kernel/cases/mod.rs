@@ -35,11 +35,11 @@ pub fn register(suite: &mut Suite) {
     renderer::register(suite);
     restart::register(suite);
     scrape::register(suite);
+    healing::register(suite);
+    lifecycle::register(suite);
+    underlays::register(suite);
     if unproven() {
         firewalld::register(suite);
-        healing::register(suite);
-        lifecycle::register(suite);
-        underlays::register(suite);
     }
     idle::end(suite);
 }

@@ -22,11 +22,9 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("neighbours::policy_drop", &one, limit, policy_drop);
         suite.add_slow("neighbours::host_socket_was_first", &one, limit, socket_first);
         suite.add_slow("neighbours::two_agents", &one, limit, two_agents);
-        if super::unproven() {
-            suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
-            suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
-        }
-        if super::unproven() && renderer != Renderer::Nftables {
+        suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
+        suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
+        if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
         }
     }

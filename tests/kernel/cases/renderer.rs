@@ -12,14 +12,8 @@ use crate::topology::Node;
 pub fn register(suite: &mut Suite) {
     let plain = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
     suite.add("renderer::auto_follows_rules", &plain, rules);
-    if super::unproven() {
-        suite.add_slow(
-            "renderer::auto_follows_programs",
-            &Matrix::once(),
-            std::time::Duration::from_secs(120),
-            programs,
-        );
-    }
+    let limit = std::time::Duration::from_secs(120);
+    suite.add_slow("renderer::auto_follows_programs", &Matrix::once(), limit, programs);
 }
 
 /// `plan`: the renderer and what is said besides.
