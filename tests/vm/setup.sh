@@ -18,6 +18,8 @@ need ipvsadm ipvsadm "shows the IPVS table when a case fails"
 need conntrack conntrack "shows and empties the connection table between cases"
 need modprobe kmod "loads ip_vs and friends"
 need wg wireguard-tools "makes the keys of the WireGuard overlay"
+need strace strace "counts what an agent that starts again writes"
+need tcpdump tcpdump "shows packets when a case is looked into by hand"
 need curl curl "the client of the demo (make demo)"
 # Where systemd runs it would start firewalld at once, or at the next boot: there its cases are skipped if it is absent.
 if [ ! -d /run/systemd/system ]; then

@@ -15,7 +15,7 @@ use crate::check;
 use crate::client::{Load, Probe};
 use crate::manifests::Manifests;
 use crate::program::{Agent, Meshlb};
-use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
