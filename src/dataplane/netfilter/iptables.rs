@@ -366,9 +366,9 @@ impl Iptables {
     }
 
     /// Whether the old tables are worth a look now. On a host with many rules a look costs more, so it is rarer: never
-    /// more than a fiftieth of a core.
+    /// more than a twentieth of a core.
     fn legacy_due(&self) -> bool {
-        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(50));
+        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(20));
         self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
     }
 }
