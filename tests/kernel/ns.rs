@@ -15,6 +15,8 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 /// Every namespace of ours is called this and something more; nothing else is ever deleted.
 pub const PREFIX: &str = "mlb-";
+/// Those of the connection that is idle while the cases run; they outlive cases that go wrong.
+pub const IDLE_PREFIX: &str = "mlbidle-";
 const RUN_NETNS: &str = "/run/netns";
 
 /// The longest that a program started in a namespace may take, unless the caller says otherwise.
@@ -188,17 +190,22 @@ fn create_here() -> Result<(File, File)> {
     Ok((File::open("/proc/thread-self/ns/net")?, File::open("/proc/thread-self/ns/mnt")?))
 }
 
-/// The names of the namespaces with our prefix.
-fn ours() -> Vec<String> {
+/// The names of the namespaces with a prefix.
+fn with_prefix(prefix: &str) -> Vec<String> {
     let Ok(dir) = fs::read_dir(RUN_NETNS) else { return Vec::new() };
-    dir.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(PREFIX)).collect()
+    dir.flatten().filter_map(|e| e.file_name().into_string().ok()).filter(|n| n.starts_with(prefix)).collect()
 }
 
 /// Removes what an earlier run that crashed, or a case that overran its time, has left: namespaces with our prefix and
 /// the programs in them.
 pub fn remove_leftovers() {
+    remove(PREFIX);
+}
+
+/// Removes namespaces with a prefix, and the programs in them.
+pub fn remove(prefix: &str) {
     use std::os::unix::fs::MetadataExt;
-    let names = ours();
+    let names = with_prefix(prefix);
     let inodes: Vec<u64> = names
         .iter()
         .filter_map(|n| fs::metadata(Path::new(RUN_NETNS).join(n)).ok())

@@ -549,6 +549,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         bail!("MESHLB_KERNEL=1 needs root");
     }
     load_modules()?;
+    ns::remove(ns::IDLE_PREFIX);
     let work = std::env::temp_dir().join(format!("meshlb-kernel-{}", std::process::id()));
     let out = std::env::var_os("MESHLB_KERNEL_OUT")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("target/kernel-test"), PathBuf::from);
@@ -601,6 +602,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     }
     *lock(&session.pool) = Kept::default();
     ns::remove_leftovers();
+    ns::remove(ns::IDLE_PREFIX);
     let _ = fs::remove_dir_all(&session.work);
     times.sort_by(|a, b| b.0.total_cmp(&a.0));
     println!("\nslowest:");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 
-use crate::ns::Netns;
+use crate::ns::{IDLE_PREFIX, Netns};
 use crate::runner::{Cx, Matrix, Skip, Suite};
 
 /// Longer than the kernel's own timeout.
@@ -58,7 +58,8 @@ endpoints: [{addresses: [10.210.1.2], conditions: {ready: true}, nodeName: idle}
 
 fn start(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let [node, client, pod] = ["node", "client", "pod"].map(|n| Netns::create_as(format!("mlbidle-{n}")));
+    let [node, client, pod] =
+        ["node", "client", "pod"].map(|n| Netns::create_as(format!("{IDLE_PREFIX}{n}")));
     let (node, client, pod) = (node?, client?, pod?);
     for (peer, link, ours, theirs) in
         [(&client, "c", NODE, "10.210.0.2"), (&pod, "p", "10.210.1.1", "10.210.1.2")]
