@@ -182,7 +182,7 @@ fn create_here() -> Result<(File, File)> {
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context("making / private")?;
     // A copy of the bind mount of another namespace would keep that one alive.
-    for name in ours() {
+    for name in with_prefix(PREFIX).into_iter().chain(with_prefix(IDLE_PREFIX)) {
         let _ = umount2(&Path::new(RUN_NETNS).join(name), MntFlags::MNT_DETACH);
     }
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
