@@ -1,0 +1,315 @@
+//! The order of changes never lets a packet reach a wrong place: `meshlb apply` is stopped after each single message by
+//! which it, or a program that it starts, changes the kernel. What is sent then is answered by an endpoint that the old or
+//! the new state gives that address, or refused. There it is killed, and the next `apply` ends in the new state.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use super::guard::ask;
+use super::restart::is_change;
+use super::support::wrapped;
+use crate::client::Probe;
+use crate::manifests::Manifests;
+use crate::program::{Agent, Meshlb};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::server::everywhere;
+use crate::topology::{Host, Topology};
+
+const LATE: &str = "HOST-late";
+
+pub fn register(suite: &mut Suite) {
+    let limit = Duration::from_secs(240);
+    let two = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
+    suite.add_slow("step::scale", &two, limit, scale);
+    suite.add_slow("step::port_edit", &two, limit, port_edit);
+    suite.add_slow("step::handover", &two, limit, |cx| handover(cx, false));
+    suite.add_slow("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
+    suite.add_slow("step::external_policy", &two, limit, external_policy);
+}
+
+/// A service with one port, over TCP and UDP.
+#[derive(Clone, Copy)]
+struct Service {
+    name: &'static str,
+    /// The last part of its addresses.
+    last: u8,
+    port: u16,
+    target: u16,
+    published: u16,
+    pods: &'static [&'static str],
+    /// `externalTrafficPolicy: Local`.
+    local: bool,
+}
+
+const WEB: Service = Service {
+    name: "web",
+    last: 5,
+    port: 80,
+    target: 8080,
+    published: 30080,
+    pods: &["p11", "p21"],
+    local: false,
+};
+
+fn scale(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { pods: &["p12", "p22"], ..WEB }], false)
+}
+
+fn port_edit(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { port: 81, target: 8081, published: 30081, ..WEB }], false)
+}
+
+/// One service goes, and another gets its address, its port and its published number. With `marks` nobody remembers which
+/// marks were whose, so that the new ones get those of the old ones, which lead elsewhere.
+fn handover(cx: &mut Cx, marks: bool) -> Result<()> {
+    let one = Service { name: "one", pods: &["p11"], ..WEB };
+    let three = Service { name: "three", last: 6, published: 30081, pods: &["p12"], ..WEB };
+    let two = Service { name: "two", pods: &["p21"], ..WEB };
+    let four = Service { name: "four", last: 7, published: 30082, pods: &["p22"], ..WEB };
+    walk(cx, &[one, three], &[two, four], marks)
+}
+
+fn external_policy(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { local: true, ..WEB }], false)
+}
+
+/// A virtual address's port or a published one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Place {
+    Vip(u8, u16),
+    Published(u16),
+}
+
+/// Who may answer where: servers with the port that they were reached on.
+type Answers = BTreeMap<Place, BTreeSet<(&'static str, u16)>>;
+
+fn answers(services: &[Service]) -> Answers {
+    let mut out = Answers::new();
+    for s in services {
+        for pod in s.pods {
+            out.entry(Place::Vip(s.last, s.port)).or_default().insert((pod, s.target));
+            if !s.local || pod.starts_with("p1") {
+                out.entry(Place::Published(s.published)).or_default().insert((pod, s.target));
+            }
+        }
+    }
+    out
+}
+
+fn describe(t: &Topology, m: &mut Manifests, services: &[Service]) -> Result<()> {
+    m.services.clear();
+    m.slices.clear();
+    for s in services {
+        let vips = [format!("10.200.0.{}", s.last), format!("fd00:200::{}", s.last)];
+        let service = m.service(s.name).vips(&vips.each_ref().map(String::as_str))?;
+        for proto in [Proto::Tcp, Proto::Udp] {
+            service.port(proto, s.port, s.target, Some(s.published));
+        }
+        if s.local {
+            service.set("externalTrafficPolicy", json!("Local"));
+        }
+        let pods: Vec<_> = s.pods.iter().map(|p| t.pod(p)).collect();
+        m.endpoints(s.name, &pods);
+    }
+    m.write()
+}
+
+/// Goes from one state to the other again and again, each time one change further.
+fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<()> {
+    cx.meshlb()?;
+    let spec = Topology::builder()
+        .nodes(2)
+        .pods_per_node(3)
+        .ports(&[8080, 8081])
+        .host_ports(&[22, 80, 81, 8080, 8081]);
+    let t = cx.topology(&spec)?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    let (old, new) = (answers(from), answers(to));
+    let mut either = old.clone();
+    new.iter().for_each(|(place, who)| either.entry(*place).or_default().extend(who));
+    let late: Vec<u16> = from.iter().map(|s| s.published).collect();
+    let (mut stops, begun) = (Vec::new(), Instant::now());
+    loop {
+        describe(&t, &mut m, from)?;
+        cx.apply_on(n1, &m)?;
+        if stops.is_empty() {
+            among(&t, &old, &either, true).context("the old state")?;
+        }
+        n1.serve_as(LATE, &everywhere(&late, false))?;
+        describe(&t, &mut m, to)?;
+        if forget {
+            fs::remove_dir_all(n1.state_dir())?;
+        }
+        let mut stepped = Stepped::start(cx, &t, &m)?;
+        let Some(line) = stepped.next_change(stops.len() + 1)? else { break };
+        let what = format!("after {} changes, the last of them {line}", stops.len() + 1);
+        among(&t, &either, &either, false).with_context(|| what.clone())?;
+        stepped.kill();
+        n1.stop_serving(LATE);
+        stops.push(line);
+        if forget {
+            fs::remove_dir_all(n1.state_dir())?;
+        }
+        cx.apply_on(n1, &m).with_context(|| what.clone())?;
+        let plan = cx.meshlb()?.run(n1, &["plan", &m.dir.to_string_lossy()])?;
+        ensure!(plan.status == 0, "killed {what}, then applied: not in sync: {plan}");
+        among(&t, &new, &either, true).with_context(|| format!("killed {what}, then applied"))?;
+    }
+    n1.stop_serving(LATE);
+    cx.note(format!("{} stops in {:?}:\n{}", stops.len(), begun.elapsed(), stops.join("\n")));
+    ensure!(stops.len() >= 3, "only {} changes: {stops:#?}", stops.len());
+    among(&t, &new, &either, true).context("not killed at all")
+}
+
+/// Everything is answered by those who may; with `all`, places that somebody has are, and by nobody but them.
+fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()> {
+    let n1 = t.node(1);
+    let mut jobs: Vec<(&Host, Probe)> = Vec::new();
+    let mut asked = Vec::new();
+    for place in places.keys() {
+        for family in Family::ALL {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                let (dst, hosts): (SocketAddr, [&Host; 2]) = match *place {
+                    Place::Vip(last, port) => {
+                        let ip = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last}"));
+                        (SocketAddr::new(ip.parse()?, port), [t.pod("p13"), n1])
+                    }
+                    Place::Published(port) => (n1.at(family, port), [&t.ext, n1]),
+                };
+                for host in hosts {
+                    jobs.push((host, Probe::new(proto, dst).within(Duration::from_millis(1500))));
+                    asked.push(*place);
+                }
+            }
+        }
+    }
+    for (place, tally) in asked.iter().zip(ask(&jobs)?) {
+        let may = may.get(place);
+        for answer in &tally.answers {
+            let who = (answer.server.as_str(), answer.local.port());
+            let fine = may.is_some_and(|may| may.iter().any(|m| *m == who));
+            ensure!(fine, "{place:?} is answered by {who:?}, not by one of {may:?}: {tally}");
+        }
+        let known = ["ECONNREFUSED", "EPERM"];
+        ensure!(
+            tally.errors.keys().all(|e| known.contains(&e.as_str())),
+            "{place:?} is not refused: {tally}"
+        );
+        ensure!(!all || may.is_none() || tally.answered() > 0, "{place:?} is not answered: {tally}");
+    }
+    Ok(())
+}
+
+/// `meshlb apply` that stops after every message that it, or a program that it has started, sends.
+struct Stepped {
+    apply: Agent,
+    log: PathBuf,
+    /// Bytes of the log that have been read.
+    read: usize,
+    /// The processes seen, and of each what it has sent and not been let go on after.
+    processes: BTreeMap<i32, Option<String>>,
+    /// Beginnings of lines that strace has split.
+    split: BTreeMap<i32, String>,
+    changes: usize,
+}
+
+impl Stepped {
+    fn start(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Stepped> {
+        let log = cx.dir.join("step.log");
+        let _ = fs::remove_file(&log);
+        let script = format!(
+            "exec strace -D -f --seccomp-bpf -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
+             -e inject=sendto,sendmsg,sendmmsg:signal=SIGSTOP MESHLB \"$@\"",
+            log.display()
+        );
+        let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
+        let apply = meshlb.start(t.node(1), &["apply", &m.dir.to_string_lossy()], "step-out.log")?;
+        let (processes, split) = Default::default();
+        Ok(Stepped { apply, log, read: 0, processes, split, changes: 0 })
+    }
+
+    /// Lets it go on until it has made that many changes; `None` if it ends before.
+    fn next_change(&mut self, n: usize) -> Result<Option<String>> {
+        let end = Instant::now() + Duration::from_secs(40);
+        loop {
+            let text = fs::read_to_string(&self.log).unwrap_or_default();
+            let fresh = text.get(self.read..).unwrap_or_default();
+            let whole = fresh.rfind('\n').map_or(0, |i| i + 1);
+            let lines: Vec<String> = fresh[..whole].lines().map(str::to_owned).collect();
+            self.read += whole;
+            for line in lines {
+                if let Some(change) = self.take(&line)? {
+                    self.changes += 1;
+                    if self.changes == n {
+                        return Ok(Some(change));
+                    }
+                    self.go_on(&line)?;
+                }
+            }
+            if !self.apply.alive() {
+                return Ok(None);
+            }
+            ensure!(Instant::now() < end, "it neither stops nor ends; strace's end:\n{}", tail(&text));
+            sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// A line of strace. If by it a process is stopped that has sent a change, that change; one that has sent something
+    /// else is let go on.
+    fn take(&mut self, line: &str) -> Result<Option<String>> {
+        let Some((pid, rest)) = line.split_once(' ') else { bail!("strace says {line:?}") };
+        let pid: i32 = pid.parse().with_context(|| format!("strace says {line:?}"))?;
+        let rest = rest.trim_start();
+        let sent = self.processes.entry(pid).or_default();
+        if rest.ends_with("<unfinished ...>") {
+            self.split.insert(pid, rest.to_owned());
+        } else if rest.starts_with("<... ") {
+            if let Some(begun) = self.split.remove(&pid).filter(|b| b.starts_with("send")) {
+                *sent = Some(begun + rest);
+            }
+        } else if rest.starts_with("send") {
+            *sent = Some(rest.to_owned());
+        } else if rest.starts_with("--- stopped by SIGSTOP")
+            && let Some(sent) = sent.take()
+        {
+            if is_change(&sent) {
+                return Ok(Some(sent.chars().take(300).collect()));
+            }
+            self.go_on(line)?;
+        }
+        Ok(None)
+    }
+
+    /// Has the process of that line go on.
+    fn go_on(&self, line: &str) -> Result<()> {
+        let pid = line.split(' ').next().and_then(|p| p.parse().ok()).context("no process")?;
+        // It may have been killed, or have ended with its group.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        Ok(())
+    }
+
+    /// Kills it with all that it has started.
+    fn kill(self) {
+        for pid in self.processes.keys() {
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        self.apply.kill();
+        // A child of it that has been killed is gone when it has let go of its lock.
+        sleep(Duration::from_millis(20));
+    }
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
