@@ -19,16 +19,19 @@ use crate::topology::{Builder, Host, Node, Topology};
 const TARGET: u16 = 9090;
 /// A number that is published and that its endpoints listen on themselves.
 const SAME: u16 = 30083;
+/// The same, with endpoints on both nodes.
+const SAME_ON_BOTH: u16 = 30087;
 
 /// A service: name, last part of its addresses, published port, target port, endpoints.
 type Case = (&'static str, u8, u16, u16, &'static [&'static str]);
 
-const SERVICES: [Case; 5] = [
+const SERVICES: [Case; 6] = [
     ("mixed", 5, 30080, TARGET, &["n1", "n2", "p11", "p21"]),
     ("own", 6, 30081, TARGET, &["n1"]),
     ("other", 7, 30082, TARGET, &["n2"]),
     ("same-mixed", 8, SAME, SAME, &["n1", "p21"]),
     ("both-nodes", 9, 30085, TARGET, &["n1", "n2"]),
+    ("same-both", 10, SAME_ON_BOTH, SAME_ON_BOTH, &["n1", "n2"]),
 ];
 
 pub fn register(suite: &mut Suite) {
@@ -46,7 +49,7 @@ fn spec() -> Builder {
 }
 
 fn vip(family: Family, last: u8, port: u16) -> Result<SocketAddr> {
-    let text = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last}"));
+    let text = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last:x}"));
     Ok(SocketAddr::new(text.parse()?, port))
 }
 
@@ -65,14 +68,17 @@ fn host<'a>(t: &'a Topology, name: &str) -> &'a Host {
 
 fn serve(t: &Topology) -> Result<()> {
     for node in &t.nodes {
-        node.serve_as(&server_name(&node.name), &everywhere(&[TARGET, SAME], false))?;
+        // Only `n1` has an endpoint on that number: on `n2` its listener would be a stranger's.
+        let ports: &[u16] =
+            if node.index == 1 { &[TARGET, SAME_ON_BOTH, SAME] } else { &[TARGET, SAME_ON_BOTH] };
+        node.serve_as(&server_name(&node.name), &everywhere(ports, false))?;
     }
     Ok(())
 }
 
 fn describe(t: &Topology, m: &mut Manifests) -> Result<()> {
     for (name, last, published, target, endpoints) in SERVICES {
-        let vips = [format!("10.200.0.{last}"), format!("fd00:200::{last}")];
+        let vips = [format!("10.200.0.{last}"), format!("fd00:200::{last:x}")];
         let service = m.service(name).vips(&vips.each_ref().map(String::as_str))?;
         for proto in [Proto::Tcp, Proto::Udp] {
             service.port(proto, 80, target, Some(published));
@@ -93,7 +99,7 @@ fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
         describe(t, m)
     })?;
     for node in &t.nodes {
-        let late: Vec<u16> = SERVICES.iter().map(|s| s.2).filter(|p| *p != SAME).collect();
+        let late: Vec<u16> = SERVICES.iter().filter(|s| s.2 != s.3).map(|s| s.2).collect();
         node.serve_as(&late_name(node), &everywhere(&late, false))?;
     }
     Ok(t)
@@ -103,18 +109,28 @@ fn from_everywhere(cx: &mut Cx) -> Result<()> {
     let (proto, family) = (cx.proto()?, cx.family());
     let t = set_up(cx)?;
     let (n1, n2) = (t.node(1), t.node(2));
-    for (name, last, published, _, endpoints) in SERVICES {
+    for (name, last, published, target, endpoints) in SERVICES {
         let servers: Vec<String> = endpoints.iter().map(|e| server_name(e)).collect();
         let address = vip(family, last, 80)?;
         let local = SocketAddr::new(family.localhost(), published);
         let (by_n1, by_n2) = (n1.at(family, published), n2.at(family, published));
-        let mut jobs: Vec<(&Host, SocketAddr)> = vec![(n1, local), (n2, local), (&t.ext, address)];
+        let mut jobs: Vec<(&Host, SocketAddr)> = vec![(n1, local), (n2, local)];
         for from in [t.pod("p11"), t.pod("p12"), t.pod("p22"), n1, n2] {
             jobs.extend([(from, address), (from, by_n1), (from, by_n2)]);
         }
         jobs.extend([(&t.ext, by_n1), (&t.ext, by_n2)]);
+        // Who comes to a virtual address from outside is told the endpoint's own address by those that are elsewhere.
+        if endpoints.iter().all(|e| host(&t, e).node == 1) {
+            jobs.push((&t.ext, address));
+        }
         for (from, dst) in jobs {
             let tally = from.connect(proto, dst, 2 * servers.len())?;
+            if published == target {
+                // What a node sends to such an endpoint on another node is for that node's published port: it is
+                // spread once more there.
+                check::among(&tally, &servers).with_context(|| name.to_owned())?;
+                continue;
+            }
             check::even(&tally, &servers).with_context(|| name.to_owned())?;
             // Whom the endpoints of `n1` and `n2` see: the client where they are on the node that was asked.
             let asked = if dst == by_n2 || (from.name == "n2" && dst == local) { 2 } else { 1 };
@@ -156,10 +172,15 @@ fn held(cx: &mut Cx) -> Result<()> {
     let mut m = cx.manifests()?;
     describe(&t, &mut m)?;
     // Its endpoint is on this node, but it is not what holds the published number.
-    m.service("held").vips(&["10.200.0.10", "fd00:200::a"])?.port(Proto::Tcp, 80, TARGET, Some(30084));
+    m.service("held").vips(&["10.200.0.20", "fd00:200::14"])?.port(Proto::Tcp, 80, TARGET, Some(30084));
     m.endpoints("held", &[n1, t.pod("p21")]);
     // A socket of the right number, and nobody's endpoint on this node.
-    m.service("foreign-same").vips(&["10.200.0.11", "fd00:200::b"])?.port(Proto::Tcp, 80, 30086, Some(30086));
+    m.service("foreign-same").vips(&["10.200.0.21", "fd00:200::15"])?.port(
+        Proto::Tcp,
+        80,
+        30086,
+        Some(30086),
+    );
     m.endpoints("foreign-same", &[t.node(2)]);
     n1.serve_as("HOST-first-too", &everywhere(&[30086], false))?;
     m.write()?;
@@ -173,14 +194,15 @@ fn held(cx: &mut Cx) -> Result<()> {
             let told = text.lines().any(|l| l.contains(port) && l.contains("held by a socket of this host"));
             ensure!(told, "{what} does not tell that {port} is held: {text}");
         }
-        let wrong = text.lines().find(|l| l.contains("held") && l.contains(&SAME.to_string()));
+        let own = [SAME, SAME_ON_BOTH].map(|port| port.to_string());
+        let wrong = text.lines().find(|l| l.contains("held") && own.iter().any(|port| l.contains(port)));
         ensure!(wrong.is_none(), "{what} takes the service's own endpoint for somebody else: {wrong:?}");
     }
     for family in Family::ALL {
         check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30084), 2)?, "HOST-first")?;
         check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30086), 2)?, "HOST-first-too")?;
         check::even(&t.ext.connect(Proto::Tcp, n1.at(family, SAME), 4)?, &["NET-n1", "p21"])?;
-        check::even(&t.pod("p12").connect(Proto::Tcp, vip(family, 10, 80)?, 4)?, &["NET-n1", "p21"])?;
+        check::even(&t.pod("p12").connect(Proto::Tcp, vip(family, 20, 80)?, 4)?, &["NET-n1", "p21"])?;
     }
     // The endpoint leaves the service: its socket stays, and is nobody's who asks for the service.
     m.endpoints("same-mixed", &[t.pod("p21")]);

@@ -109,7 +109,7 @@ fn describe(t: &Topology, m: &mut Manifests, services: &[Service]) -> Result<()>
     m.services.clear();
     m.slices.clear();
     for s in services {
-        let vips = [format!("10.200.0.{}", s.last), format!("fd00:200::{}", s.last)];
+        let vips = [format!("10.200.0.{}", s.last), format!("fd00:200::{:x}", s.last)];
         let service = m.service(s.name).vips(&vips.each_ref().map(String::as_str))?;
         for proto in [Proto::Tcp, Proto::Udp] {
             service.port(proto, s.port, s.target, Some(s.published));
@@ -123,7 +123,7 @@ fn describe(t: &Topology, m: &mut Manifests, services: &[Service]) -> Result<()>
     m.write()
 }
 
-/// Goes from one state to the other again and again, each time one change further.
+/// Goes from one state to the other: once stopping after every change and looking, then killed after some of them.
 fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<()> {
     cx.meshlb()?;
     let spec = Topology::builder()
@@ -138,37 +138,53 @@ fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<(
     let mut either = old.clone();
     new.iter().for_each(|(place, who)| either.entry(*place).or_default().extend(who));
     let late: Vec<u16> = from.iter().map(|s| s.published).collect();
-    let (mut stops, begun) = (Vec::new(), Instant::now());
-    loop {
-        describe(&t, &mut m, from)?;
-        cx.apply_on(n1, &m)?;
-        if stops.is_empty() {
-            among(&t, &old, &either, true).context("the old state")?;
-        }
+    // In the old state, and on its published numbers there are sockets of the node; off to the new one.
+    let set_out = |m: &mut Manifests| -> Result<Stepped> {
+        describe(&t, m, from)?;
+        cx.apply_on(n1, m)?;
+        among(&t, &old, &either, true).context("the old state")?;
         n1.serve_as(LATE, &everywhere(&late, false))?;
-        describe(&t, &mut m, to)?;
+        describe(&t, m, to)?;
         if forget {
             fs::remove_dir_all(n1.state_dir())?;
         }
-        let mut stepped = Stepped::start(cx, &t, &m)?;
-        let Some(line) = stepped.next_change(stops.len() + 1)? else { break };
-        let what = format!("after {} changes, the last of them {line}", stops.len() + 1);
-        among(&t, &either, &either, false).with_context(|| what.clone())?;
-        stepped.kill();
-        n1.stop_serving(LATE);
-        stops.push(line);
-        if forget {
-            fs::remove_dir_all(n1.state_dir())?;
-        }
-        cx.apply_on(n1, &m).with_context(|| what.clone())?;
-        let plan = cx.meshlb()?.run(n1, &["plan", &m.dir.to_string_lossy()])?;
-        ensure!(plan.status == 0, "killed {what}, then applied: not in sync: {plan}");
-        among(&t, &new, &either, true).with_context(|| format!("killed {what}, then applied"))?;
+        Stepped::start(cx, &t, m)
+    };
+    let begun = Instant::now();
+    let mut changes = Vec::new();
+    let mut stepped = set_out(&mut m)?;
+    while let Some(line) = stepped.next_change()? {
+        changes.push(line);
+        among(&t, &either, &either, false)
+            .with_context(|| format!("after {} changes:\n{}", changes.len(), changes.join("\n")))?;
     }
     n1.stop_serving(LATE);
-    cx.note(format!("{} stops in {:?}:\n{}", stops.len(), begun.elapsed(), stops.join("\n")));
-    ensure!(stops.len() >= 3, "only {} changes: {stops:#?}", stops.len());
-    among(&t, &new, &either, true).context("not killed at all")
+    cx.note(format!("{} changes in {:?}:\n{}", changes.len(), begun.elapsed(), changes.join("\n")));
+    ensure!(changes.len() >= 3, "only {} changes: {changes:#?}", changes.len());
+    among(&t, &new, &either, true).context("not killed at all")?;
+    // Killed after every one takes too long for each run: four of them, the first and the last in any case.
+    let kills: BTreeSet<usize> = (0..4).map(|i| 1 + i * (changes.len() - 1) / 3).collect();
+    for kill_after in kills {
+        let mut stepped = set_out(&mut m)?;
+        let mut last = String::new();
+        for _ in 0..kill_after {
+            // There may be fewer than before: it forgets as many UDP flows as there are.
+            let Some(change) = stepped.next_change()? else { break };
+            last = change;
+        }
+        stepped.kill();
+        n1.stop_serving(LATE);
+        if forget {
+            fs::remove_dir_all(n1.state_dir())?;
+        }
+        let what = format!("killed after {kill_after} changes, the last of them {last}");
+        cx.apply_on(n1, &m).with_context(|| what.clone())?;
+        let plan = cx.meshlb()?.run(n1, &["plan", &m.dir.to_string_lossy()])?;
+        ensure!(plan.status == 0, "{what}, then applied: not in sync: {plan}");
+        among(&t, &new, &either, true).with_context(|| format!("{what}, then applied"))?;
+    }
+    cx.note(format!("with kills in {:?}", begun.elapsed()));
+    Ok(())
 }
 
 /// Everything is answered by those who may; with `all`, places that somebody has are, and by nobody but them.
@@ -181,7 +197,7 @@ fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()>
             for proto in [Proto::Tcp, Proto::Udp] {
                 let (dst, hosts): (SocketAddr, [&Host; 2]) = match *place {
                     Place::Vip(last, port) => {
-                        let ip = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last}"));
+                        let ip = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last:x}"));
                         (SocketAddr::new(ip.parse()?, port), [t.pod("p13"), n1])
                     }
                     Place::Published(port) => (n1.at(family, port), [&t.ext, n1]),
@@ -220,40 +236,38 @@ struct Stepped {
     processes: BTreeMap<i32, Option<String>>,
     /// Beginnings of lines that strace has split.
     split: BTreeMap<i32, String>,
-    changes: usize,
+    /// The one that is stopped after a change.
+    stopped: Option<i32>,
 }
 
 impl Stepped {
     fn start(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Stepped> {
         let log = cx.dir.join("step.log");
         let _ = fs::remove_file(&log);
+        // No --seccomp-bpf: with it strace 6.1 sends no signals.
         let script = format!(
-            "exec strace -D -f --seccomp-bpf -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
+            "exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
              -e inject=sendto,sendmsg,sendmmsg:signal=SIGSTOP MESHLB \"$@\"",
             log.display()
         );
         let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
         let apply = meshlb.start(t.node(1), &["apply", &m.dir.to_string_lossy()], "step-out.log")?;
         let (processes, split) = Default::default();
-        Ok(Stepped { apply, log, read: 0, processes, split, changes: 0 })
+        Ok(Stepped { apply, log, read: 0, processes, split, stopped: None })
     }
 
-    /// Lets it go on until it has made that many changes; `None` if it ends before.
-    fn next_change(&mut self, n: usize) -> Result<Option<String>> {
+    /// Lets it go on until it has made one more change; `None` if it ends before.
+    fn next_change(&mut self) -> Result<Option<String>> {
+        if let Some(pid) = self.stopped.take() {
+            go_on(pid);
+        }
         let end = Instant::now() + Duration::from_secs(40);
         loop {
             let text = fs::read_to_string(&self.log).unwrap_or_default();
-            let fresh = text.get(self.read..).unwrap_or_default();
-            let whole = fresh.rfind('\n').map_or(0, |i| i + 1);
-            let lines: Vec<String> = fresh[..whole].lines().map(str::to_owned).collect();
-            self.read += whole;
-            for line in lines {
-                if let Some(change) = self.take(&line)? {
-                    self.changes += 1;
-                    if self.changes == n {
-                        return Ok(Some(change));
-                    }
-                    self.go_on(&line)?;
+            while let Some((line, _)) = text.get(self.read..).unwrap_or_default().split_once('\n') {
+                self.read += line.len() + 1;
+                if let Some(change) = self.take(line)? {
+                    return Ok(Some(change));
                 }
             }
             if !self.apply.alive() {
@@ -283,19 +297,12 @@ impl Stepped {
             && let Some(sent) = sent.take()
         {
             if is_change(&sent) {
+                self.stopped = Some(pid);
                 return Ok(Some(sent.chars().take(300).collect()));
             }
-            self.go_on(line)?;
+            go_on(pid);
         }
         Ok(None)
-    }
-
-    /// Has the process of that line go on.
-    fn go_on(&self, line: &str) -> Result<()> {
-        let pid = line.split(' ').next().and_then(|p| p.parse().ok()).context("no process")?;
-        // It may have been killed, or have ended with its group.
-        let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
-        Ok(())
     }
 
     /// Kills it with all that it has started.
@@ -307,6 +314,11 @@ impl Stepped {
         // A child of it that has been killed is gone when it has let go of its lock.
         sleep(Duration::from_millis(20));
     }
+}
+
+/// Has a process go on. It may have ended with its group.
+fn go_on(pid: i32) {
+    let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
 }
 
 fn tail(text: &str) -> String {
