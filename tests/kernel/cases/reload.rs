@@ -74,8 +74,10 @@ fn ways(renderer: Renderer) -> Vec<Reload> {
                 rules(*f).lines().filter(|l| l.starts_with("-A")).map(str::to_owned).collect::<Vec<_>>()
             })
             .collect();
-        out.push(Reload { what: "iptables-restore", script: script.clone(), lines: lines.clone() });
-        out.push(Reload { what: "iptables-restore again", script, lines });
+        // Some of them hit us while we put ours back.
+        let often = format!("for i in 1 2 3 4 5 6; do\n{script}sleep 0.3\ndone\n");
+        out.push(Reload { what: "iptables-restore", script, lines: lines.clone() });
+        out.push(Reload { what: "iptables-restore six times", script: often, lines });
     }
     let lines = ["tcp dport 23 drop", "ct state established,related accept"].map(str::to_owned).to_vec();
     out.push(Reload {
