@@ -23,13 +23,21 @@ use crate::topology::{Host, Node, Topology};
 const MANY: usize = 500;
 
 pub fn register(suite: &mut Suite) {
-    for renderer in Renderer::ALL {
-        let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add("many::rules_do_not_grow", &one, rules_do_not_grow);
-        suite.add_slow("many::added_under_load", &one, Duration::from_secs(240), added_under_load);
-        suite.add("many::ranges_exhausted", &one, exhausted);
+    let (brief, slow) = (Duration::from_secs(90), Duration::from_secs(240));
+    let only = |renderer| Matrix::once().with_renderers(&[renderer]);
+    suite.add("many::rules_do_not_grow", &only(Renderer::Nftables), rules_do_not_grow);
+    suite.add_slow("many::port_range", &only(Renderer::IptablesNft), brief, port_range);
+    suite.add_slow("many::ranges_exhausted", &only(Renderer::IptablesNft), brief, exhausted);
+    if super::unproven() {
+        for renderer in [Renderer::IptablesNft, Renderer::IptablesLegacy] {
+            suite.add("many::rules_do_not_grow", &only(renderer), rules_do_not_grow);
+        }
+        for renderer in [Renderer::IptablesLegacy, Renderer::Nftables] {
+            suite.add_slow("many::port_range", &only(renderer), brief, port_range);
+            suite.add_slow("many::ranges_exhausted", &only(renderer), brief, exhausted);
+        }
+        suite.add_slow("many::added_under_load", &Matrix::renderers(), slow, added_under_load);
     }
-    suite.add_slow("many::port_range", &Matrix::renderers(), Duration::from_secs(90), port_range);
 }
 
 /// `meshlb show -o json`.

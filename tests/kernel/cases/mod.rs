@@ -39,13 +39,13 @@ pub fn register(suite: &mut Suite) {
     renderer::register(suite);
     restart::register(suite);
     scrape::register(suite);
+    host_network::register(suite);
+    many::register(suite);
+    reload::register(suite);
+    step::register(suite);
     if unproven() {
         firewalld::register(suite);
         healing::register(suite);
-        host_network::register(suite);
-        step::register(suite);
-        reload::register(suite);
-        many::register(suite);
         lifecycle::register(suite);
         underlays::register(suite);
     }

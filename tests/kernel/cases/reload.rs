@@ -20,10 +20,7 @@ use crate::topology::{Node, Topology};
 const WITHIN: Duration = Duration::from_secs(5);
 
 pub fn register(suite: &mut Suite) {
-    for renderer in Renderer::ALL {
-        let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add_slow("reload::firewall", &one, Duration::from_secs(150), reloads);
-    }
+    suite.add_slow("reload::firewall", &Matrix::renderers(), Duration::from_secs(240), reloads);
 }
 
 /// What a machine's own firewall has in its file: everything closed but SSH and ping.
