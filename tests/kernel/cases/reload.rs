@@ -20,7 +20,13 @@ use crate::topology::{Node, Topology};
 const WITHIN: Duration = Duration::from_secs(5);
 
 pub fn register(suite: &mut Suite) {
-    suite.add_slow("reload::firewall", &Matrix::renderers(), Duration::from_secs(240), reloads);
+    let limit = Duration::from_secs(240);
+    let nft = Matrix::once().with_renderers(&[Renderer::Nftables]);
+    suite.add_slow("reload::firewall", &nft, limit, reloads);
+    if super::unproven() {
+        let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
+        suite.add_slow("reload::firewall", &iptables, limit, reloads);
+    }
 }
 
 /// What a machine's own firewall has in its file: everything closed but SSH and ping.
