@@ -77,7 +77,7 @@ impl Meshlb {
         Ok(Meshlb { renderer, binary: binary(), path, flags: Vec::new(), choice: None })
     }
 
-    /// With one more flag.
+    /// With one more flag; `--NAME=VALUE` takes the place of one that tests give otherwise.
     pub fn flag(mut self, flag: &str) -> Self {
         self.flags.push(flag.to_owned());
         self
@@ -94,7 +94,10 @@ impl Meshlb {
             ("--state-dir", node.state_dir().to_string_lossy().into_owned()),
             ("--run-dir", node.run_dir().to_string_lossy().into_owned()),
         ] {
-            command.extend([flag.to_owned(), value]);
+            let given = format!("{flag}=");
+            if self.flags.iter().all(|f| !f.starts_with(&given)) {
+                command.extend([flag.to_owned(), value]);
+            }
         }
         command.extend(self.flags.iter().cloned());
         command
@@ -108,15 +111,18 @@ impl Meshlb {
         node.ns.run_env(&command, &[("PATH", &self.path)], "")
     }
 
+    /// Starts a `meshlb` command on a node, as [`Meshlb::run`] does, and goes on; its output goes to a file of the node's.
+    pub fn start(&self, node: &Node, args: &[&str], log: &str) -> Result<Agent> {
+        fs::create_dir_all(&node.dir)?;
+        let command = self.command(node, args);
+        let command: Vec<&str> = command.iter().map(String::as_str).collect();
+        Agent::spawn(&node.ns, &command, &[("PATH", &self.path)], node.dir.join(log))
+    }
+
     /// Starts `meshlb agent --source DIR` on a node. It is killed when the value is dropped; its log is shown when the case
     /// fails.
     pub fn agent(&self, node: &Node, dir: &Path) -> Result<Agent> {
-        fs::create_dir_all(&node.dir)?;
-        let source = dir.to_string_lossy();
-        let command = self.command(node, &["agent", "--source", &source]);
-        let command: Vec<&str> = command.iter().map(String::as_str).collect();
-        let log = node.dir.join("agent.log");
-        Agent::spawn(&node.ns, &command, &[("PATH", &self.path)], log)
+        self.start(node, &["agent", "--source", &dir.to_string_lossy()], "agent.log")
     }
 }
 

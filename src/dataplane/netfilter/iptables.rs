@@ -10,9 +10,9 @@ use super::{
     Fingerprint, Parts, exec, hash,
     nftread::NftReader,
     nftwrite,
-    parts::{nft_chains, save_parts, set_differences},
+    parts::{nft_chains, part_name, save_parts, set_differences},
     remove,
-    rules_iptables::{Guard, Options, rules},
+    rules_iptables::{CHAINS, Guard, Options, rules},
     rules_nft::{chain_names, table_text},
     sets::{
         Kind, NftContents, PREFIX, SCRATCH, Stores, ipset_element, ipset_entries, ipset_spec, nft_contents,
@@ -179,6 +179,65 @@ impl Iptables {
     fn put_table(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
         self.runs += 1;
         nftwrite::install(program, elements, self.stores.layout())
+    }
+
+    /// Writes everything; returns a part that was gone again when it was read back.
+    fn install_once(&mut self, program: &Program, elements: &Elements) -> Result<Option<String>, Error> {
+        self.fingerprint = None;
+        self.known = None;
+        self.counts = None;
+        self.generation = None;
+        self.fill_sets(program, elements)?;
+        // The guard first: it only refuses what IPVS did not take. But where a table stands, it may be the
+        // other renderer's, which does all the work until our rules do it too.
+        let guarded = self.stores.nft && self.reader.has_table()?;
+        if self.stores.nft && !guarded {
+            self.put_table(program, elements)?;
+        }
+        for family in Family::ALL {
+            let rules = rules(program, family, self.options);
+            let saved = self.variant.saved(family)?;
+            self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
+        }
+        if guarded {
+            self.put_table(program, elements)?;
+        }
+        for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
+            let wanted =
+                Self::families(program).any(|f| self.stores.ipsets().any(|k| set_name(k, f) == header.name));
+            if !wanted {
+                self.ipset.destroy(&header.name)?;
+            }
+        }
+        let generation = self.reader.generation().ok();
+        let parts = self.parts(Some(program))?;
+        if let Some(part) = super::missing(self.expected_parts(program), &parts) {
+            return Ok(Some(part));
+        }
+        self.fingerprint = Some(Fingerprint { program: self.program_hash(program), parts });
+        self.generation = generation;
+        self.known = Some(elements.clone());
+        self.legacy_look = Some(Instant::now());
+        Ok(None)
+    }
+
+    /// Names of the parts that an installed program has.
+    fn expected_parts(&self, program: &Program) -> Vec<String> {
+        let mut names = Vec::new();
+        if self.stores.nft {
+            let chains = chain_names(Some(program), self.stores.layout());
+            names.extend(chains.into_iter().map(|chain| format!("inet meshlb {chain}")));
+        }
+        for family in Self::families(program) {
+            let rules = rules(program, family, self.options);
+            for c in CHAINS.iter().filter(|c| rules.iter().any(|r| r.table == c.table && r.chain == c.name)) {
+                names.push(part_name(family, c.table, c.name));
+                let jump = c.builtin.map(|builtin| format!("{builtin} jump to {}", c.name));
+                names.extend(jump.map(|jump| part_name(family, c.table, &jump)));
+            }
+            names.extend(self.stores.ipsets().map(|kind| format!("ipset {}", set_name(kind, family))));
+        }
+        names
     }
 
     /// Elements in the ipsets, and what is wrong with them.
@@ -433,39 +492,7 @@ impl Netfilter for Iptables {
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
-        self.fingerprint = None;
-        self.known = None;
-        self.counts = None;
-        self.generation = None;
-        self.fill_sets(program, elements)?;
-        // The guard first: it only refuses what IPVS did not take. But where a table stands, it may be the
-        // other renderer's, which does all the work until our rules do it too.
-        let guarded = self.stores.nft && self.reader.has_table()?;
-        if self.stores.nft && !guarded {
-            self.put_table(program, elements)?;
-        }
-        for family in Family::ALL {
-            let rules = rules(program, family, self.options);
-            let saved = self.variant.saved(family)?;
-            self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
-        }
-        if guarded {
-            self.put_table(program, elements)?;
-        }
-        for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
-            let wanted =
-                Self::families(program).any(|f| self.stores.ipsets().any(|k| set_name(k, f) == header.name));
-            if !wanted {
-                self.ipset.destroy(&header.name)?;
-            }
-        }
-        let generation = self.reader.generation().ok();
-        let parts = self.parts(Some(program))?;
-        self.fingerprint = Some(Fingerprint { program: self.program_hash(program), parts });
-        self.generation = generation;
-        self.known = Some(elements.clone());
-        self.legacy_look = Some(Instant::now());
-        Ok(())
+        super::until_complete(|| self.install_once(program, elements))
     }
 
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {

@@ -75,6 +75,30 @@ impl Fingerprint {
     }
 }
 
+/// How often an installation is tried that others undo before it has been read back.
+const ATTEMPTS: usize = 3;
+
+/// Installs until what was written is still there when it is read back. `install` returns the first part that is
+/// not, which another program has taken away meanwhile: a fingerprint of that would call it right for good.
+pub(crate) fn until_complete(
+    mut install: impl FnMut() -> Result<Option<String>, Error>,
+) -> Result<(), Error> {
+    let mut missing = String::new();
+    for _ in 0..ATTEMPTS {
+        match install()? {
+            None => return Ok(()),
+            Some(part) => missing = part,
+        }
+    }
+    let reason = "another program has taken it away while the rules were written".to_owned();
+    Err(Error::Transient { object: missing, reason })
+}
+
+/// The first of the expected parts that is not there, or is empty.
+pub(crate) fn missing(expected: impl IntoIterator<Item = String>, parts: &Parts) -> Option<String> {
+    expected.into_iter().find(|name| parts.get(name).is_none_or(|hash| *hash == hash::START))
+}
+
 /// Writes changes that succeeded into what we know of our sets.
 pub(crate) fn note(known: &mut Elements, changes: &[ElementChange], results: &[Result<(), Error>]) {
     for (change, result) in changes.iter().zip(results) {
@@ -89,5 +113,23 @@ pub(crate) fn note(known: &mut Elements, changes: &[ElementChange], results: &[R
                 known.remove(element);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_gone_when_it_is_read_back_is_installed_again() {
+        let expected = || ["filter INPUT".to_owned(), "nat INPUT".to_owned()];
+        let whole = Parts::from([("filter INPUT".to_owned(), 1), ("nat INPUT".to_owned(), 2)]);
+        let emptied = Parts::from([("filter INPUT".to_owned(), 1), ("nat INPUT".to_owned(), hash::START)]);
+        let gone = Parts::from([("nat INPUT".to_owned(), 2)]);
+        let mut seen = vec![whole, emptied, gone.clone()];
+        until_complete(|| Ok(missing(expected(), &seen.pop().unwrap()))).unwrap();
+        assert!(seen.is_empty(), "it was content with less");
+        let error = until_complete(|| Ok(missing(expected(), &gone))).unwrap_err();
+        assert!(error.to_string().contains("filter INPUT: another program"), "{error}");
     }
 }

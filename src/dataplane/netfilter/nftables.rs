@@ -20,6 +20,8 @@ use crate::{
     },
 };
 
+/// The hash of rules that are needed and not there.
+const NONE: u64 = 0;
 /// How often the old iptables tables are looked at in [`Netfilter::probe`].
 const LEGACY_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -103,6 +105,32 @@ impl Nftables {
         }
     }
 
+    /// Writes everything; returns a part that was gone again when it was read back.
+    fn install_once(&mut self, program: &Program, elements: &Elements) -> Result<Option<String>, Error> {
+        self.fingerprint = None;
+        self.known = None;
+        self.generation = None;
+        self.runs += 1;
+        nftwrite::install(program, elements, Layout::Whole)?;
+        // Also takes away what the iptables renderer left there, which would do the same work twice.
+        self.put_accepting_rules(program)?;
+        let generation = self.reader.generation()?;
+        let mut parts = self.reader.table_parts(&chain_names(Some(program), Layout::Whole))?;
+        let accepting = self.iptables_parts(program, &Variant::ALL)?.0;
+        let chains = chain_names(Some(program), Layout::Whole).into_iter();
+        let gone = super::missing(chains.map(|chain| format!("inet meshlb {chain}")), &parts)
+            .or_else(|| accepting.iter().find(|(_, hash)| **hash == NONE).map(|(part, _)| part.clone()));
+        if gone.is_some() {
+            return Ok(gone);
+        }
+        parts.extend(accepting);
+        self.fingerprint = Some(Fingerprint { program: Self::program_hash(program), parts });
+        self.generation = Some(generation);
+        self.known = Some(elements.clone());
+        self.legacy_look = Some(Instant::now());
+        Ok(None)
+    }
+
     /// Our chains in iptables: `(needed, other)`, by what the accepting rules of `program` need.
     fn iptables_parts(
         &mut self,
@@ -130,7 +158,7 @@ impl Nftables {
                     // Not in any fingerprint, so that this counts as a difference.
                     needed.insert(
                         format!("{variant}: the accepting rules that a dropping {family} filter needs"),
-                        0,
+                        NONE,
                     );
                 }
             }
@@ -195,21 +223,7 @@ impl Netfilter for Nftables {
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
-        self.fingerprint = None;
-        self.known = None;
-        self.generation = None;
-        self.runs += 1;
-        nftwrite::install(program, elements, Layout::Whole)?;
-        // Also takes away what the iptables renderer left there, which would do the same work twice.
-        self.put_accepting_rules(program)?;
-        let generation = self.reader.generation()?;
-        let mut parts = self.reader.table_parts(&chain_names(Some(program), Layout::Whole))?;
-        parts.extend(self.iptables_parts(program, &Variant::ALL)?.0);
-        self.fingerprint = Some(Fingerprint { program: Self::program_hash(program), parts });
-        self.generation = Some(generation);
-        self.known = Some(elements.clone());
-        self.legacy_look = Some(Instant::now());
-        Ok(())
+        super::until_complete(|| self.install_once(program, elements))
     }
 
     fn apply(&mut self, _program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {

@@ -41,7 +41,7 @@ pub(super) fn save_parts(family: Family, saved: &Saved) -> Parts {
     parts
 }
 
-fn part_name(family: Family, table: &str, what: &str) -> String {
+pub(super) fn part_name(family: Family, table: &str, what: &str) -> String {
     format!("{} {table} {what}", if family == Family::V4 { "iptables" } else { "ip6tables" })
 }
 

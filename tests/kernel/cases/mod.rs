@@ -6,12 +6,16 @@ mod firewalld;
 mod guard;
 mod harness;
 mod healing;
+mod host_network;
 mod idle;
 mod lifecycle;
+mod many;
 mod neighbours;
+mod reload;
 mod renderer;
 mod restart;
 mod scrape;
+mod step;
 mod support;
 mod underlays;
 
@@ -38,6 +42,10 @@ pub fn register(suite: &mut Suite) {
     healing::register(suite);
     lifecycle::register(suite);
     underlays::register(suite);
+    host_network::register(suite);
+    many::register(suite);
+    reload::register(suite);
+    step::register(suite);
     if unproven() {
         firewalld::register(suite);
     }

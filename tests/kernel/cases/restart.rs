@@ -50,7 +50,8 @@ fn changes(log: &Path) -> Result<(Vec<String>, usize)> {
     Ok((out, messages))
 }
 
-fn is_change(line: &str) -> bool {
+/// Whether a line of strace is a change of the kernel, or the start of a program that makes one.
+pub(super) fn is_change(line: &str) -> bool {
     if line.contains("execve(") {
         // Readers.
         let reads = ["-save\"", "\"--version\"", "/meshlb"].iter().any(|r| line.contains(r));

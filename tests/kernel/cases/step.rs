@@ -1,0 +1,348 @@
+//! The order of changes never lets a packet reach a wrong place: `meshlb apply` is stopped after each single message by
+//! which it, or a program that it starts, changes the kernel. What is sent then is answered by an endpoint that the old or
+//! the new state gives that address, or refused. There it is killed, and the next `apply` ends in the new state.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::json;
+
+use super::guard::ask;
+use super::restart::is_change;
+use super::support::wrapped;
+use crate::client::Probe;
+use crate::manifests::Manifests;
+use crate::program::{Agent, Meshlb};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::server::everywhere;
+use crate::topology::{Host, Topology};
+
+const LATE: &str = "HOST-late";
+
+pub fn register(suite: &mut Suite) {
+    let limit = Duration::from_secs(240);
+    let two = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
+    suite.add_slow("step::scale", &two, limit, scale);
+    suite.add_slow("step::port_edit", &Matrix::once(), limit, port_edit);
+    if super::unproven() {
+        let nft = Matrix::once().with_renderers(&[Renderer::Nftables]);
+        suite.add_slow("step::port_edit", &nft, limit, port_edit);
+        suite.add_slow("step::handover", &two, limit, |cx| handover(cx, false));
+        suite.add_slow("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
+        suite.add_slow("step::external_policy", &two, limit, external_policy);
+    }
+}
+
+/// A service with one port, over TCP and UDP.
+#[derive(Clone, Copy)]
+struct Service {
+    name: &'static str,
+    /// The last part of its addresses.
+    last: u8,
+    port: u16,
+    target: u16,
+    published: u16,
+    pods: &'static [&'static str],
+    /// `externalTrafficPolicy: Local`.
+    local: bool,
+}
+
+const WEB: Service = Service {
+    name: "web",
+    last: 5,
+    port: 80,
+    target: 8080,
+    published: 30080,
+    pods: &["p11", "p21"],
+    local: false,
+};
+
+fn scale(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { pods: &["p12", "p22"], ..WEB }], false)
+}
+
+fn port_edit(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { port: 81, target: 8081, published: 30081, ..WEB }], false)
+}
+
+/// One service goes, and another gets its address, its port and its published number. With `marks` nobody remembers which
+/// marks were whose, so that the new ones get those of the old ones, which lead elsewhere.
+fn handover(cx: &mut Cx, marks: bool) -> Result<()> {
+    let one = Service { name: "one", pods: &["p11"], ..WEB };
+    let three = Service { name: "three", last: 6, published: 30081, pods: &["p12"], ..WEB };
+    let two = Service { name: "two", pods: &["p21"], ..WEB };
+    let four = Service { name: "four", last: 7, published: 30082, pods: &["p22"], ..WEB };
+    walk(cx, &[one, three], &[two, four], marks)
+}
+
+fn external_policy(cx: &mut Cx) -> Result<()> {
+    walk(cx, &[WEB], &[Service { local: true, ..WEB }], false)
+}
+
+/// A virtual address's port or a published one.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Place {
+    Vip(u8, u16),
+    Published(u16),
+}
+
+/// Who may answer where: servers with the port that they were reached on.
+type Answers = BTreeMap<Place, BTreeSet<(&'static str, u16)>>;
+
+fn answers(services: &[Service]) -> Answers {
+    let mut out = Answers::new();
+    for s in services {
+        for pod in s.pods {
+            out.entry(Place::Vip(s.last, s.port)).or_default().insert((pod, s.target));
+            if !s.local || pod.starts_with("p1") {
+                out.entry(Place::Published(s.published)).or_default().insert((pod, s.target));
+            }
+        }
+    }
+    out
+}
+
+fn describe(t: &Topology, m: &mut Manifests, services: &[Service]) -> Result<()> {
+    m.services.clear();
+    m.slices.clear();
+    for s in services {
+        let vips = [format!("10.200.0.{}", s.last), format!("fd00:200::{:x}", s.last)];
+        let service = m.service(s.name).vips(&vips.each_ref().map(String::as_str))?;
+        for proto in [Proto::Tcp, Proto::Udp] {
+            service.port(proto, s.port, s.target, Some(s.published));
+        }
+        if s.local {
+            service.set("externalTrafficPolicy", json!("Local"));
+        }
+        let pods: Vec<_> = s.pods.iter().map(|p| t.pod(p)).collect();
+        m.endpoints(s.name, &pods);
+    }
+    m.write()
+}
+
+/// Goes from one state to the other: once stopping after every change and looking, then killed after some of them.
+fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<()> {
+    cx.meshlb()?;
+    let spec = Topology::builder()
+        .nodes(2)
+        .pods_per_node(3)
+        .ports(&[8080, 8081])
+        .host_ports(&[22, 80, 81, 8080, 8081]);
+    let t = cx.topology(&spec)?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    let (old, new) = (answers(from), answers(to));
+    let mut either = old.clone();
+    new.iter().for_each(|(place, who)| either.entry(*place).or_default().extend(who));
+    let late: Vec<u16> = from.iter().map(|s| s.published).collect();
+    // A number that the new state does not publish is the node's own again.
+    for port in &late {
+        let place = Place::Published(*port);
+        if !new.contains_key(&place) {
+            either.entry(place).or_default().insert((LATE, *port));
+        }
+    }
+    // In the old state, and on its published numbers there are sockets of the node; off to the new one.
+    let set_out = |m: &mut Manifests| -> Result<Stepped> {
+        describe(&t, m, from)?;
+        cx.apply_on(n1, m)?;
+        among(&t, &old, &either, true).context("the old state")?;
+        n1.serve_as(LATE, &everywhere(&late, false))?;
+        describe(&t, m, to)?;
+        if forget {
+            fs::remove_dir_all(n1.state_dir())?;
+        }
+        Stepped::start(cx, &t, m)
+    };
+    let begun = Instant::now();
+    let mut changes = Vec::new();
+    let mut stepped = set_out(&mut m)?;
+    while let Some(line) = stepped.next_change()? {
+        changes.push(line);
+        among(&t, &either, &either, false)
+            .with_context(|| format!("after {} changes:\n{}", changes.len(), changes.join("\n")))?;
+    }
+    n1.stop_serving(LATE);
+    cx.note(format!("{} changes in {:?}:\n{}", changes.len(), begun.elapsed(), changes.join("\n")));
+    ensure!(changes.len() >= 3, "only {} changes: {changes:#?}", changes.len());
+    among(&t, &new, &either, true).context("not killed at all")?;
+    // Killed after every one takes too long for each run: the first, the last and one between.
+    let kills: BTreeSet<usize> = (0..3).map(|i| 1 + i * (changes.len() - 1) / 2).collect();
+    for kill_after in kills {
+        let mut stepped = set_out(&mut m)?;
+        let mut last = String::new();
+        for _ in 0..kill_after {
+            // There may be fewer than before: it forgets as many UDP flows as there are.
+            let Some(change) = stepped.next_change()? else { break };
+            last = change;
+        }
+        stepped.kill();
+        n1.stop_serving(LATE);
+        if forget {
+            fs::remove_dir_all(n1.state_dir())?;
+        }
+        let what = format!("killed after {kill_after} changes, the last of them {last}");
+        cx.apply_on(n1, &m).with_context(|| what.clone())?;
+        let plan = cx.meshlb()?.run(n1, &["plan", &m.dir.to_string_lossy()])?;
+        ensure!(plan.status == 0, "{what}, then applied: not in sync: {plan}");
+        among(&t, &new, &either, true).with_context(|| format!("{what}, then applied"))?;
+    }
+    cx.note(format!("with kills in {:?}", begun.elapsed()));
+    Ok(())
+}
+
+/// Everything is answered by those who may; with `all`, places that somebody has are, and by nobody but them.
+fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()> {
+    let n1 = t.node(1);
+    let mut jobs: Vec<(&Host, Probe)> = Vec::new();
+    let mut asked = Vec::new();
+    for place in places.keys() {
+        for family in Family::ALL {
+            for proto in [Proto::Tcp, Proto::Udp] {
+                let (dst, hosts): (SocketAddr, [&Host; 2]) = match *place {
+                    Place::Vip(last, port) => {
+                        let ip = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last:x}"));
+                        (SocketAddr::new(ip.parse()?, port), [t.pod("p13"), n1])
+                    }
+                    Place::Published(port) => (n1.at(family, port), [&t.ext, n1]),
+                };
+                for host in hosts {
+                    jobs.push((host, Probe::new(proto, dst).within(Duration::from_millis(1500))));
+                    asked.push(*place);
+                }
+            }
+        }
+    }
+    for (place, tally) in asked.iter().zip(ask(&jobs)?) {
+        let may = may.get(place);
+        for answer in &tally.answers {
+            let who = (answer.server.as_str(), answer.local.port());
+            let fine = may.is_some_and(|may| may.iter().any(|m| *m == who));
+            ensure!(fine, "{place:?} is answered by {who:?}, not by one of {may:?}: {tally}");
+        }
+        let known = ["ECONNREFUSED", "EPERM"];
+        ensure!(
+            tally.errors.keys().all(|e| known.contains(&e.as_str())),
+            "{place:?} is not refused: {tally}"
+        );
+        ensure!(!all || may.is_none() || tally.answered() > 0, "{place:?} is not answered: {tally}");
+    }
+    Ok(())
+}
+
+/// `meshlb apply` that stops after every message that it, or a program that it has started, sends.
+struct Stepped {
+    apply: Agent,
+    log: PathBuf,
+    /// Bytes of the log that have been read.
+    read: usize,
+    /// The processes seen, and of each what it has sent and not been let go on after.
+    processes: BTreeMap<i32, Option<String>>,
+    /// Beginnings of lines that strace has split.
+    split: BTreeMap<i32, String>,
+    /// The one that is stopped after a change.
+    stopped: Option<i32>,
+}
+
+impl Stepped {
+    fn start(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Stepped> {
+        let log = cx.dir.join("step.log");
+        let _ = fs::remove_file(&log);
+        // No --seccomp-bpf: with it strace 6.1 sends no signals.
+        let script = format!(
+            "exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
+             -e inject=sendto,sendmsg,sendmmsg:signal=SIGSTOP MESHLB \"$@\"",
+            log.display()
+        );
+        let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
+        let apply = meshlb.start(t.node(1), &["apply", &m.dir.to_string_lossy()], "step-out.log")?;
+        let (processes, split) = Default::default();
+        Ok(Stepped { apply, log, read: 0, processes, split, stopped: None })
+    }
+
+    /// Lets it go on until it has made one more change; `None` if it ends before.
+    fn next_change(&mut self) -> Result<Option<String>> {
+        if let Some(pid) = self.stopped.take() {
+            go_on(pid);
+        }
+        let end = Instant::now() + Duration::from_secs(40);
+        loop {
+            let text = fs::read_to_string(&self.log).unwrap_or_default();
+            while let Some((line, _)) = text.get(self.read..).unwrap_or_default().split_once('\n') {
+                self.read += line.len() + 1;
+                if let Some(change) = self.take(line)? {
+                    return Ok(Some(change));
+                }
+            }
+            if !self.apply.alive() {
+                return Ok(None);
+            }
+            ensure!(Instant::now() < end, "it neither stops nor ends; strace's end:\n{}", tail(&text));
+            sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// A line of strace. If by it a process is stopped that has sent a change, that change; one that has sent something
+    /// else is let go on.
+    fn take(&mut self, line: &str) -> Result<Option<String>> {
+        let Some((pid, rest)) = line.split_once(' ') else { bail!("strace says {line:?}") };
+        let pid: i32 = pid.parse().with_context(|| format!("strace says {line:?}"))?;
+        let rest = rest.trim_start();
+        let sent = self.processes.entry(pid).or_default();
+        if rest.ends_with("<unfinished ...>") {
+            self.split.insert(pid, rest.to_owned());
+        } else if rest.starts_with("<... ") {
+            if let Some(begun) = self.split.remove(&pid).filter(|b| b.starts_with("send")) {
+                *sent = Some(begun + rest);
+            }
+        } else if rest.starts_with("send") {
+            *sent = Some(rest.to_owned());
+        } else if rest.starts_with("--- stopped by SIGSTOP")
+            && let Some(sent) = sent.take()
+        {
+            if is_change(&sent) {
+                self.stopped = Some(pid);
+                return Ok(Some(summary(pid, &sent)));
+            }
+            go_on(pid);
+        }
+        Ok(None)
+    }
+
+    /// Kills it with all that it has started.
+    fn kill(self) {
+        for pid in self.processes.keys() {
+            let _ = kill(Pid::from_raw(*pid), Signal::SIGKILL);
+        }
+        self.apply.kill();
+        // A child of it that has been killed is gone when it has let go of its lock.
+        sleep(Duration::from_millis(20));
+    }
+}
+
+/// The kinds of the messages that were sent at once.
+fn summary(pid: i32, sent: &str) -> String {
+    let kinds: Vec<&str> = sent
+        .split("nlmsg_type=")
+        .skip(1)
+        .map(|m| m.split(',').next().unwrap_or(m).rsplit("<<8|").next().unwrap_or(m))
+        .collect();
+    format!("process {pid}: {}", kinds.join(" "))
+}
+
+/// Has a process go on. It may have ended with its group.
+fn go_on(pid: i32) {
+    let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+}
+
+fn tail(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(15)..].join("\n")
+}
