@@ -63,12 +63,12 @@ pub struct Pace {
 /// found within four.
 const SERVICES_EVERY: u32 = 3;
 /// What a service dump may cost: after one that took a time, there is none for this many times as long. So
-/// it never takes more than half a percent of a core, and where there are thousands of services it is rarer.
-const SERVICES_REST: u32 = 200;
+/// it never takes more than a percent of a core, and where there are thousands of services it is rarer.
+const SERVICES_REST: u32 = 100;
 /// Destinations of this many services are looked at with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
-const REALS_PER_PROBE: (usize, usize) = (2, 32);
-const REALS_TIME: Duration = Duration::from_millis(1);
+const REALS_PER_PROBE: (usize, usize) = (4, 32);
+const REALS_TIME: Duration = Duration::from_millis(3);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
