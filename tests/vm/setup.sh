@@ -21,11 +21,6 @@ need wg wireguard-tools "makes the keys of the WireGuard overlay"
 need strace strace "counts what an agent that starts again writes"
 need tcpdump tcpdump "shows packets when a case is looked into by hand"
 need curl curl "the client of the demo (make demo)"
-# Where systemd runs it would start firewalld at once, or at the next boot: there its cases are skipped if it is absent.
-if [ ! -d /run/systemd/system ]; then
-  need firewalld firewalld "a firewall that rewrites its rules at each reload, run in a node's namespace by one case"
-  need dbus-daemon dbus-daemon "firewalld is spoken to over it"
-fi
 if [ -z "$host_only" ]; then
   need qemu-system-x86_64 qemu-system-x86 "the emulator that runs a kernel with IPVS (KVM is not used)"
   need busybox busybox-static "the first program in the VM, until this machine's files are mounted"
