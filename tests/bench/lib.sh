@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Shared by the rows. Needs MESHLB_BIN, HELPER_BIN (examples/bench), OUT (for the table) and WORK (scratch space).
+# Shared by the rows. Needs MESHLB_BIN, HELPER_BIN (examples/bench-helper), OUT (for the table) and WORK (scratch space).
 set -euo pipefail
 export LC_ALL=C
 SERVICES=${MESHLB_BENCH_SERVICES:-10000}
