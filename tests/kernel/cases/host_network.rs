@@ -37,17 +37,11 @@ const SERVICES: [Case; 6] = [
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(90);
     let protos = [Proto::Tcp, Proto::Udp];
-    let everywhere = Matrix::once().with_renderers(&[Renderer::IptablesNft]).protos(&protos);
-    suite.add_slow("host_network::from_everywhere", &everywhere, limit, from_everywhere);
-    let nft = Matrix::once().with_renderers(&[Renderer::Nftables]);
-    suite.add_slow("host_network::held_by_a_socket", &nft, limit, held);
-    if super::unproven() {
-        for renderer in Renderer::ALL {
-            let one = Matrix::once().with_renderers(&[renderer]);
-            let all = one.clone().families().protos(&protos);
-            suite.add_slow("host_network::all::from_everywhere", &all, limit, from_everywhere);
-            suite.add_slow("host_network::all::held_by_a_socket", &one, limit, held);
-        }
+    for renderer in Renderer::ALL {
+        let one = Matrix::once().with_renderers(&[renderer]);
+        let all = one.clone().families().protos(&protos);
+        suite.add_slow("host_network::from_everywhere", &all, limit, from_everywhere);
+        suite.add_slow("host_network::held_by_a_socket", &one, limit, held);
     }
 }
 

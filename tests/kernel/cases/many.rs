@@ -24,20 +24,11 @@ const MANY: usize = 500;
 
 pub fn register(suite: &mut Suite) {
     let (brief, slow) = (Duration::from_secs(90), Duration::from_secs(240));
-    let only = |renderer| Matrix::once().with_renderers(&[renderer]);
-    suite.add("many::rules_do_not_grow", &only(Renderer::Nftables), rules_do_not_grow);
-    suite.add_slow("many::port_range", &only(Renderer::IptablesNft), brief, port_range);
-    suite.add_slow("many::ranges_exhausted", &only(Renderer::IptablesNft), brief, exhausted);
-    if super::unproven() {
-        for renderer in [Renderer::IptablesNft, Renderer::IptablesLegacy] {
-            suite.add("many::rules_do_not_grow", &only(renderer), rules_do_not_grow);
-        }
-        for renderer in [Renderer::IptablesLegacy, Renderer::Nftables] {
-            suite.add_slow("many::port_range", &only(renderer), brief, port_range);
-            suite.add_slow("many::ranges_exhausted", &only(renderer), brief, exhausted);
-        }
-        suite.add_slow("many::added_under_load", &Matrix::renderers(), slow, added_under_load);
-    }
+    let all = Matrix::renderers();
+    suite.add("many::rules_do_not_grow", &all, rules_do_not_grow);
+    suite.add_slow("many::port_range", &all, brief, port_range);
+    suite.add_slow("many::ranges_exhausted", &all, brief, exhausted);
+    suite.add_slow("many::added_under_load", &all, slow, added_under_load);
 }
 
 /// `meshlb show -o json`.

@@ -21,12 +21,7 @@ const WITHIN: Duration = Duration::from_secs(5);
 
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(240);
-    let nft = Matrix::once().with_renderers(&[Renderer::Nftables]);
-    suite.add_slow("reload::firewall", &nft, limit, reloads);
-    if super::unproven() {
-        let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
-        suite.add_slow("reload::firewall", &iptables, limit, reloads);
-    }
+    suite.add_slow("reload::firewall", &Matrix::renderers(), limit, reloads);
 }
 
 /// What a machine's own firewall has in its file: everything closed but SSH and ping.
