@@ -16,7 +16,7 @@ use crate::check;
 use crate::client::{Flows, Load, Probe};
 use crate::manifests::Manifests;
 use crate::program::Meshlb;
-use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Host, Node, Topology};
 
 /// How many services are added at once.
