@@ -32,7 +32,9 @@ pub fn register(suite: &mut Suite) {
     harness::register(suite);
     // One of these takes the module ip_vs out, which needs a kernel where nothing uses it.
     errors::register(suite);
-    idle::begin(suite);
+    if unproven() {
+        idle::begin(suite);
+    }
     basics::register(suite);
     guard::register(suite);
     neighbours::register(suite);
@@ -48,6 +50,6 @@ pub fn register(suite: &mut Suite) {
     step::register(suite);
     if unproven() {
         firewalld::register(suite);
+        idle::end(suite);
     }
-    idle::end(suite);
 }
