@@ -344,6 +344,7 @@ impl Follower {
         Ok(())
     }
 
+    /// The whole folder: which files are new or changed. Files that are gone are forgotten.
     fn survey(&mut self, forced: BTreeSet<OsString>) -> Vec<OsString> {
         self.trouble = None;
         let found = identity(&self.dir).and_then(|identity| Ok((identity, list(&self.dir)?)));

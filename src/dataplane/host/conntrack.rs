@@ -67,43 +67,49 @@ pub(crate) fn forget_udp(
 ) -> Result<usize, Error> {
     let mut deleted = 0;
     for family in Family::ALL.into_iter().filter(|f| reals.iter().any(|r| Family::of(&r.addr) == *f)) {
-        for request in matching(conn, family, reals)? {
-            *writes += 1;
-            match conn.tell(CT_DELETE, 0, &request) {
-                Ok(()) => deleted += 1,
-                // Timed out since, or the id is another flow's by now.
-                Err(f) if f.errno() == Some(Errno::ENOENT) => {}
-                Err(f) => return Err(explain(f, "delete conntrack entries")),
-            }
-        }
+        let mut requests = Vec::new();
+        dump(conn, &dump_request(family, true), family, &mut |kind, body| {
+            requests.extend(delete_request(kind, body, reals));
+        })?;
+        deleted += delete(conn, &requests, writes)?;
     }
     Ok(deleted)
 }
 
-/// The delete requests for all entries that match.
-fn matching(conn: &mut Conn, family: Family, reals: &BTreeSet<RealServerKey>) -> Result<Vec<Vec<u8>>, Error> {
-    let mut found = Vec::new();
-    let flags = NLM_F_DUMP;
-    let filtered = dump_request(family, true);
-    let result = conn.ask(CT_GET, flags, &filtered, &mut |kind, body| {
-        found.extend(delete_request(kind, body, reals));
-    });
-    let result = match result {
-        // A kernel that knows the attribute, but not this filter.
+/// Reads the entries that a kernel gives for a filtered request, or all of the family where it can't filter.
+fn dump(
+    conn: &mut Conn,
+    filtered: &[u8],
+    family: Family,
+    each: &mut dyn FnMut(u16, &[u8]),
+) -> Result<(), Error> {
+    let result = match conn.ask(CT_GET, NLM_F_DUMP, filtered, each) {
+        // A kernel that knows the attribute, but not this filter. Nothing was told before the error.
         Err(f) if matches!(f.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => {
-            found.clear();
-            conn.ask(CT_GET, flags, &dump_request(family, false), &mut |kind, body| {
-                found.extend(delete_request(kind, body, reals));
-            })
+            conn.ask(CT_GET, NLM_F_DUMP, &dump_request(family, false), each)
         }
         other => other,
     };
     match result {
-        Ok(()) => Ok(found),
         // What was missed in a table that changes this fast is new, and new flows know the new servers.
-        Err(Failure::Interrupted) => Ok(found),
+        Ok(()) | Err(Failure::Interrupted) => Ok(()),
         Err(f) => Err(explain(f, "read conntrack entries")),
     }
+}
+
+/// Sends delete requests and counts the entries that were there.
+fn delete(conn: &mut Conn, requests: &[Vec<u8>], writes: &mut u64) -> Result<usize, Error> {
+    let mut deleted = 0;
+    for request in requests {
+        *writes += 1;
+        match conn.tell(CT_DELETE, 0, request) {
+            Ok(()) => deleted += 1,
+            // Timed out since, or the id is another flow's by now.
+            Err(f) if f.errno() == Some(Errno::ENOENT) => {}
+            Err(f) => return Err(explain(f, "delete conntrack entries")),
+        }
+    }
+    Ok(deleted)
 }
 
 fn header(family: Family) -> NetfilterHeader {
@@ -172,16 +178,7 @@ pub(crate) fn has_flows(conn: &mut Conn, flows: &PublishedFlows) -> Result<bool,
 pub(crate) fn cut_flows(conn: &mut Conn, flows: &PublishedFlows, writes: &mut u64) -> Result<usize, Error> {
     let mut requests = Vec::new();
     dump_flows(conn, flows, &mut |entry, head| requests.push(deletion(head, entry)))?;
-    let mut deleted = 0;
-    for request in requests {
-        *writes += 1;
-        match conn.tell(CT_DELETE, 0, &request) {
-            Ok(()) => deleted += 1,
-            Err(f) if f.errno() == Some(Errno::ENOENT) => {}
-            Err(f) => return Err(explain(f, "delete conntrack entries")),
-        }
-    }
-    Ok(deleted)
+    delete(conn, &requests, writes)
 }
 
 /// Goes through the entries of these connections: attributes, and the message's header.
@@ -194,19 +191,7 @@ fn dump_flows(conn: &mut Conn, flows: &PublishedFlows, f: &mut dyn FnMut(&[u8], 
             f(entry, head);
         }
     };
-    let family = Family::of(&flows.real.addr);
-    match conn.ask(CT_GET, NLM_F_DUMP, &flows_request(flows), &mut each) {
-        // A kernel that knows the attribute, but not this filter. Nothing was told before the error.
-        Err(f) if matches!(f.errno(), Some(Errno::EINVAL | Errno::EOPNOTSUPP)) => {
-            conn.ask(CT_GET, NLM_F_DUMP, &dump_request(family, false), &mut each)
-        }
-        other => other,
-    }
-    .or_else(|failure| match failure {
-        // What was missed is new, and so not of a server that takes no new ones.
-        Failure::Interrupted => Ok(()),
-        failure => Err(explain(failure, "read conntrack entries")),
-    })
+    dump(conn, &flows_request(flows), Family::of(&flows.real.addr), &mut each)
 }
 
 /// A dump of the entries that this server answers, where the kernel can filter.

@@ -16,37 +16,14 @@ pub(crate) const TABLE: &str = "inet meshlb";
 
 /// The chains of the table; without a program, those of both families.
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
-    let base: &[&str] = match layout {
-        Layout::Small { hairpin: false } => {
-            &["lo-out", "vip-first", "vip-first-out", "out", "lo-guard", "in", "guard", "refuse", "lo-in"]
-        }
-        Layout::Small { hairpin: true } => &[
-            "lo-out",
-            "vip-first",
-            "vip-first-out",
-            "out",
-            "lo-guard",
-            "in",
-            "guard",
-            "refuse",
-            "lo-in",
-            "post",
-        ],
-        Layout::Whole => &[
-            "lo-out",
-            "vip-first",
-            "vip-first-out",
-            "out",
-            "lo-guard",
-            "in",
-            "guard",
-            "refuse",
-            "lo-in",
-            "post",
-            "unmark",
-        ],
-    };
+    let base = ["lo-out", "vip-first", "vip-first-out", "out", "lo-guard", "in", "guard", "refuse", "lo-in"];
     let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
+    if layout.kinds().contains(&Kind::Hairpin) {
+        names.push("post".to_owned());
+    }
+    if layout == Layout::Whole {
+        names.push("unmark".to_owned());
+    }
     for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
         names.push(format!("guard-{}", family.digit()));
         if layout == Layout::Whole {
