@@ -14,7 +14,8 @@ use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::everywhere;
 use crate::topology::{Host, Node, Topology, all};
 
-pub(super) const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
+pub(super) use super::support::{VIPS, vip};
+
 /// On `n1`, and later than us, on the published number.
 const LATE: &str = "HOST-late";
 
@@ -24,12 +25,6 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("guard::after_deletions", &one, Duration::from_secs(150), deletions);
         suite.add_slow("guard::foreign_marks", &one, Duration::from_secs(90), foreign_marks);
     }
-}
-
-/// The address of the usual service.
-pub(super) fn vip(family: Family, port: u16) -> Result<SocketAddr> {
-    let [v4, v6] = VIPS;
-    Ok(SocketAddr::new(family.pick(v4, v6).parse()?, port))
 }
 
 /// A shell script on a node; `iptables` in it is of the case's flavour.

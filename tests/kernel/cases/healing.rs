@@ -1,7 +1,5 @@
 //! A running agent puts back what others take away.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::sync::Arc;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::guard::{BOTH, VIPS, sh, works};
+use super::support::{ADMIN, http};
 use crate::check;
 use crate::manifests::Manifests;
 use crate::program::Agent;
@@ -48,15 +47,8 @@ fn set_up(cx: &Cx) -> Result<(Arc<Topology>, Manifests, Agent)> {
 
 /// The sum of the drift counters.
 pub(super) fn drifts(node: &Node) -> Result<f64> {
-    let text = node.ns.enter(|| {
-        let mut socket = TcpStream::connect("127.0.0.1:9477")?;
-        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
-        socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        socket.read_to_string(&mut text)?;
-        Ok(text)
-    })?;
-    ensure!(text.contains(" 200 "), "{text}");
+    let (status, text) = http(node, ADMIN, "/metrics")?;
+    ensure!(status == 200, "{text}");
     let counts = text.lines().filter(|l| l.starts_with("meshlb_drift_total"));
     Ok(counts.filter_map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum())
 }

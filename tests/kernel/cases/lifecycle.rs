@@ -7,17 +7,17 @@ mod policy;
 mod remove;
 mod tell;
 
-use std::io::{Read as _, Write as _};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::support::{VIPS, metric, vip, wait_until};
 use crate::manifests::Manifests;
 use crate::program::{Agent, Meshlb};
-use crate::runner::{Cx, Family, Proto, Suite};
+use crate::runner::{Cx, Proto, Suite};
 use crate::topology::{Builder, Node, Topology, all};
 
 pub fn register(suite: &mut Suite) {
@@ -29,16 +29,8 @@ pub fn register(suite: &mut Suite) {
     load::register(suite);
 }
 
-/// The usual service's addresses.
-const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
 /// The protocols that these cases try.
 const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
-const METRICS: &str = "127.0.0.1:9477";
-
-fn vip(family: Family, port: u16) -> Result<SocketAddr> {
-    Ok(SocketAddr::new(family.pick(VIPS[0], VIPS[1]).parse()?, port))
-}
-
 /// Two nodes with two pods each: `p11`, `p12`, `p21`, `p22`.
 fn two_nodes() -> Builder {
     Topology::builder().nodes(2).ports(&[8080, 8081, 9000, 9001])
@@ -178,40 +170,9 @@ impl Cluster {
     }
 }
 
-/// A number that a node's agent serves: the sum of all series that begin so.
-fn metric(node: &Node, series: &str) -> Result<f64> {
-    let text = node.ns.enter(|| {
-        let mut stream = TcpStream::connect(METRICS)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        stream.write_all(b"GET /metrics HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
-    })?;
-    let values: Vec<f64> = text
-        .lines()
-        .filter(|l| l.starts_with(series))
-        .filter_map(|l| l.rsplit_once(' ')?.1.parse().ok())
-        .collect();
-    ensure!(!values.is_empty(), "no {series} in:\n{text}");
-    Ok(values.iter().sum())
-}
-
 /// Writing commands that a node's agent has sent to the kernel since it started; none yet is 0.
 fn writes(node: &Node) -> f64 {
     metric(node, "meshlb_kernel_writes_total").unwrap_or(0.0)
-}
-
-/// Looks again and again until it is true.
-fn wait_until(what: &str, within: Duration, mut f: impl FnMut() -> Result<bool>) -> Result<Duration> {
-    let start = Instant::now();
-    while !f()? {
-        if start.elapsed() > within {
-            bail!("not within {within:?}: {what}");
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(start.elapsed())
 }
 
 /// `publish` in full, for [`crate::manifests::Port::more`].

@@ -86,7 +86,7 @@ pub fn wait_until(what: &str, within: Duration, mut f: impl FnMut() -> Result<bo
         if start.elapsed() > within {
             bail!("not within {within:?}: {what}");
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(50));
     }
     Ok(start.elapsed())
 }

@@ -6,7 +6,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Cluster, METRICS, metric, two_nodes, vip, web};
+use super::super::support::ADMIN;
+use super::{Cluster, metric, two_nodes, vip, web};
 use crate::check;
 use crate::client::{Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
@@ -67,7 +68,7 @@ fn commands(cx: &mut Cx) -> Result<()> {
         let out = c.meshlb.run(node, args)?;
         ensure!(out.status == 1 && out.stderr.contains("another meshlb"), "{args:?}: {out}");
     }
-    ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {METRICS}");
+    ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
     c.in_sync()
 }
 
