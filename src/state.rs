@@ -5,7 +5,9 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs,
+    hash::{DefaultHasher, Hasher},
+    io,
     net::IpAddr,
     path::{Path, PathBuf},
 };
@@ -131,9 +133,9 @@ impl State {
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    /// What the files hold, as far as we know.
-    state_text: Option<String>,
-    drains_text: Option<String>,
+    /// Hashes of what the files hold, as far as we know. (The text of thousands of services takes megabytes.)
+    state_hash: Option<u64>,
+    drains_hash: Option<u64>,
 }
 
 impl StateDir {
@@ -144,7 +146,7 @@ impl StateDir {
     pub fn open(path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
         fs::create_dir_all(&path)?;
-        Ok(Self { path, state_text: None, drains_text: None })
+        Ok(Self { path, state_hash: None, drains_hash: None })
     }
 
     /// The state, and a message where the file had to be set aside. Without a file the state is empty.
@@ -152,8 +154,8 @@ impl StateDir {
     /// # Errors
     /// The file is there but can't be read or set aside.
     pub fn load(&mut self) -> io::Result<(State, Option<String>)> {
-        let (state, text, note) = read::<State>(&self.path.join(STATE))?;
-        self.state_text = text;
+        let (state, hash, note) = read::<State>(&self.path.join(STATE))?;
+        self.state_hash = hash;
         Ok((state, note))
     }
 
@@ -162,8 +164,8 @@ impl StateDir {
     /// # Errors
     /// As [`Self::load`].
     pub fn load_drains(&mut self) -> io::Result<(Vec<Drain>, Option<String>)> {
-        let (drains, text, note) = read::<Drains>(&self.path.join(DRAINS))?;
-        self.drains_text = text;
+        let (drains, hash, note) = read::<Drains>(&self.path.join(DRAINS))?;
+        self.drains_hash = hash;
         Ok((drains.drains, note))
     }
 
@@ -172,7 +174,7 @@ impl StateDir {
     /// # Errors
     /// It can't be written. The file is then as it was.
     pub fn save(&mut self, state: &State) -> io::Result<bool> {
-        write(&self.path.join(STATE), state, &mut self.state_text)
+        write(&self.path.join(STATE), state, &mut self.state_hash)
     }
 
     /// Writes the draining destinations, in the same way.
@@ -180,7 +182,7 @@ impl StateDir {
     /// # Errors
     /// As [`Self::save`].
     pub fn save_drains(&mut self, drains: &[Drain]) -> io::Result<bool> {
-        write(&self.path.join(DRAINS), &Drains { drains: drains.to_vec() }, &mut self.drains_text)
+        write(&self.path.join(DRAINS), &Drains { drains: drains.to_vec() }, &mut self.drains_hash)
     }
 
     /// Removes both files: for `cleanup`.
@@ -188,7 +190,7 @@ impl StateDir {
     /// # Errors
     /// One of them is there but can't be removed.
     pub fn clear(&mut self) -> io::Result<()> {
-        (self.state_text, self.drains_text) = (None, None);
+        (self.state_hash, self.drains_hash) = (None, None);
         for name in [STATE, DRAINS] {
             match fs::remove_file(self.path.join(name)) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
@@ -199,7 +201,7 @@ impl StateDir {
     }
 }
 
-fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<String>, Option<String>)> {
+fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64>, Option<String>)> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((T::default(), None, None)),
@@ -214,7 +216,7 @@ fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<Str
             format!("is of version {version}; this meshlb knows version {VERSION}")
         }
         Ok(_) => match serde_json::from_slice::<Versioned<T>>(&bytes) {
-            Ok(file) => return Ok((file.content, String::from_utf8(bytes).ok(), None)),
+            Ok(file) => return Ok((file.content, Some(hash(&bytes)), None)),
             Err(e) => format!("is damaged ({e})"),
         },
         Err(e) => format!("is damaged ({e})"),
@@ -251,15 +253,22 @@ fn set_aside(path: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("no name is left for it"))
 }
 
-fn write<T: Serialize>(path: &Path, content: T, known: &mut Option<String>) -> io::Result<bool> {
+fn write<T: Serialize>(path: &Path, content: T, known: &mut Option<u64>) -> io::Result<bool> {
     let mut text = serde_json::to_string_pretty(&Versioned { version: VERSION, content })?;
     text.push('\n');
-    if known.as_ref() == Some(&text) {
+    let now = Some(hash(text.as_bytes()));
+    if *known == now {
         return Ok(false);
     }
     write_atomically(path, text.as_bytes())?;
-    *known = Some(text);
+    *known = now;
     Ok(true)
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 #[cfg(test)]

@@ -132,7 +132,7 @@ pub struct EndpointReport {
     pub active_connections: u32,
     /// Other connections in the table.
     pub inactive_connections: u32,
-    /// Connections since it was added.
+    /// Connections since it was added. Where it was gone for less than two minutes, the kernel goes on counting.
     pub connections: u64,
     /// Packets to it.
     pub in_packets: u64,

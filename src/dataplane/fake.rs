@@ -31,6 +31,12 @@ pub struct Inner {
     pub active: HashMap<RealServerKey, u32>,
     /// Sockets that listen.
     pub listeners: Vec<Listener>,
+    /// Subnets behind bridges.
+    pub bridges: Vec<BridgeSubnet>,
+    /// How often somebody asked for them.
+    pub bridge_looks: u64,
+    /// How often rules and sets were read.
+    pub observations: u64,
     /// IPVS timeouts.
     pub timeouts: Timeouts,
     /// Writing commands so far.
@@ -153,7 +159,8 @@ impl Netfilter for FakeKernel {
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
-        let inner = self.lock();
+        let mut inner = self.lock();
+        inner.observations += 1;
         let program = match &inner.state.program {
             None => ProgramState::Absent,
             Some(have) if have == want => ProgramState::Installed,
@@ -244,8 +251,11 @@ impl Host for FakeKernel {
         Ok(self.lock().facts.clone())
     }
 
-    fn bridges_of(&mut self, _: &BTreeSet<IpAddr>) -> Result<Vec<BridgeSubnet>, Error> {
-        Ok(vec![])
+    fn bridges_of(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<Vec<BridgeSubnet>, Error> {
+        let mut inner = self.lock();
+        inner.bridge_looks += 1;
+        let behind = |b: &&BridgeSubnet| addresses.iter().any(|a| b.subnet.contains(a));
+        Ok(inner.bridges.iter().filter(behind).cloned().collect())
     }
 
     fn listeners(&mut self) -> Result<Vec<Listener>, Error> {

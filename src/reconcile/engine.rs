@@ -290,20 +290,39 @@ impl Engine {
         self.merged.set_base(base);
     }
 
-    /// Bridges with local endpoints need `bridge-nf-call-*`, or masquerading where that can't be had.
+    /// Looks where the endpoints of this node are, once they are compiled.
     fn refresh_bridges(&mut self) -> Result<(), Error> {
         let (first, last) =
             (Element::Local(Ipv4Addr::UNSPECIFIED.into()), Element::Local(Ipv6Addr::from(u128::MAX).into()));
-        let local: BTreeSet<IpAddr> = self
+        let local = self
             .merged
             .state()
             .elements
             .range(first..=last)
             .filter_map(|(e, _)| if let Element::Local(addr) = e { Some(*addr) } else { None })
             .collect();
+        self.set_bridges(&local)
+    }
+
+    /// The same before anything is compiled, from the source alone: the rules depend on it, and the kernel is then
+    /// compared with the right ones at the first look.
+    fn foresee_bridges(&mut self) -> Result<(), Error> {
+        let mut local = BTreeSet::new();
+        for service in self.snapshot.services().values() {
+            for slice in self.snapshot.slices_for(service) {
+                let here =
+                    slice.endpoints.iter().filter(|e| e.node.as_ref() == Some(&self.settings.node.name));
+                local.extend(here.map(|e| e.address));
+            }
+        }
+        self.set_bridges(&local)
+    }
+
+    /// Bridges with local endpoints need `bridge-nf-call-*`, or masquerading where that can't be had.
+    fn set_bridges(&mut self, local: &BTreeSet<IpAddr>) -> Result<(), Error> {
         let mut bridges = Bridges::default();
         if !local.is_empty() {
-            for bridge in self.dataplane.host.bridges_of(&local)? {
+            for bridge in self.dataplane.host.bridges_of(local)? {
                 let path = match bridge.subnet {
                     IpNet::V4(_) => "net/bridge/bridge-nf-call-iptables",
                     IpNet::V6(_) => "net/bridge/bridge-nf-call-ip6tables",
@@ -380,7 +399,10 @@ impl Engine {
             return self.prepare_full(now).map(|(ops, _)| ops);
         }
         let touched = self.settle(now)?;
-        if touched.elements.iter().any(|e| matches!(e, Element::Local(_))) {
+        // Each change of a service touches all of its elements; only endpoints that came or went matter here.
+        let (want, have) = (&self.merged.state().elements, &self.known.elements);
+        let moved = |e: &Element| want.contains_key(e) != have.contains_key(e);
+        if touched.elements.iter().any(|e| matches!(e, Element::Local(_)) && moved(e)) {
             self.refresh_bridges()?;
         }
         if !self.trusted {
@@ -396,6 +418,9 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        if self.merged.services().is_empty() {
+            self.foresee_bridges()?;
+        }
         let mut observed = self.observe()?;
         self.adopt(&observed);
         self.trusted = true;

@@ -13,7 +13,8 @@ use crate::{
         fixtures::{config, endpoint, facts, port, published, service, slice},
         ids::{Family, Mark, Protocol},
         kernel::{
-            Element, PublishedFlows, RealServerKey, VirtualServer, VirtualServerConfig, VirtualServerKey,
+            BridgeSubnet, Element, PublishedFlows, RealServerKey, VirtualServer, VirtualServerConfig,
+            VirtualServerKey,
         },
         service::{Service, ServicePort},
         snapshot::Event,
@@ -222,6 +223,33 @@ fn another_programs_service_is_neither_touched_nor_is_its_mark_given_out() {
     engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
     turn(&mut engine, true);
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], server);
+}
+
+#[test]
+fn bridges_are_looked_for_once_and_when_endpoints_come_or_go() {
+    let kernel = FakeKernel::default();
+    let subnet = "10.244.1.0/24".parse().unwrap();
+    kernel.lock().bridges.push(BridgeSubnet { bridge: "cni0".into(), subnet });
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let masqueraded = |kernel: &FakeKernel| {
+        let inner = kernel.lock();
+        inner.state.program.as_ref().map(|program| program.masquerade_bridges.len())
+    };
+    assert_eq!(masqueraded(&kernel), Some(1));
+    // The rules that this needs were known when the kernel was read.
+    assert_eq!(kernel.lock().observations, 1);
+    let looks = |kernel: &FakeKernel| kernel.lock().bridge_looks;
+    let before = looks(&kernel);
+    engine.feed([service_with("vote", published(81, 8080, Some(30080)))]);
+    assert!(!turn(&mut engine, false).is_empty());
+    assert_eq!(looks(&kernel), before);
+    engine.feed([endpoints("vote", &["10.244.1.11"])]);
+    turn(&mut engine, false);
+    assert_eq!(looks(&kernel), before + 1);
+    engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
+    turn(&mut engine, false);
+    assert_eq!(masqueraded(&kernel), Some(0));
 }
 
 #[test]

@@ -9,7 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 uname -srm >"$OUT/kernel"
 for m in ip_vs ip_vs_rr xt_set ip_set_hash_ipport ip_set_hash_ip ip_set_hash_netnet nf_tables nf_conntrack; do modprobe -q $m 2>/dev/null || true; done
 PIDS=()
-finish() { for p in ${PIDS[@]+"${PIDS[@]}"}; do kill "$p" 2>/dev/null || true; done; for n in node small pod client; do node_down $n; done; }
+finish() { for p in ${PIDS[@]+"${PIDS[@]}"}; do kill "$p" 2>/dev/null || true; done; PIDS=(); for n in node small pod client; do node_down $n; done; }
 trap finish EXIT
 for row in "$@"; do
   say "--- $row"

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -111,7 +111,7 @@ impl Probe {
         let socket = socket(self.proto, self.dst.ip())?;
         socket.set_read_timeout(Some(self.timeout))?;
         socket.set_write_timeout(Some(self.timeout))?;
-        if self.bind.is_some() || self.source_port.is_some() {
+        if self.source_port.is_some() || (self.bind.is_some() && self.proto != Proto::Udp) {
             let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
             let from = SocketAddr::new(self.bind.unwrap_or(any), self.source_port.unwrap_or(0));
             socket.set_reuse_address(true)?;
@@ -120,7 +120,27 @@ impl Probe {
         if self.source_port.is_some() && self.proto == Proto::Tcp {
             socket.set_linger(Some(Duration::ZERO))?;
         }
+        if self.proto == Proto::Udp && self.source_port.is_none() {
+            self.bind_fresh(&socket)?;
+        }
         Ok(socket)
+    }
+
+    /// A source port that no datagram of this run has had: the kernel draws them by lot, and one that it draws twice within the
+    /// five minutes for which IPVS remembers a UDP flow goes where it went before, which no count of a scheduler's turns expects.
+    fn bind_fresh(&self, socket: &Socket) -> io::Result<()> {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        const FIRST: u16 = 32768;
+        const PORTS: u16 = 28232; // net.ipv4.ip_local_port_range ends at 60999
+        let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        for _ in 0..100 {
+            let port = FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
+            match socket.bind(&SocketAddr::new(self.bind.unwrap_or(any), port).into()) {
+                Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+                done => return done,
+            }
+        }
+        Err(io::ErrorKind::AddrInUse.into())
     }
 
     fn once(&self) -> Result<Answer, String> {

@@ -52,7 +52,7 @@ rm -rf "$out"; mkdir -p "$out"
 
 . "$vm_dir/lib.sh"
 if [ $where = host ]; then
-  PATH=$PATH:$(prometheus_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
+  PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
 fi
 
 if ! vm_up; then
@@ -69,7 +69,7 @@ if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
   cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"; prometheus=1
 fi
 set +e
-MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_KERNEL_UNPROVEN=${MESHLB_KERNEL_UNPROVEN:-} MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_UNPROVEN" \
+MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_FIREWALLD" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-3600}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/

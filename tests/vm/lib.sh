@@ -36,6 +36,9 @@ prometheus_dir() {
   [ -x "$cache/prometheus/usr/bin/promtool" ] && echo "$cache/prometheus/usr/bin"
 }
 
+# The folder that Debian's firewalld is unpacked in, or nothing.
+firewalld_dir() { if [ -e "$cache/firewalld/usr/sbin/firewalld" ]; then echo "$cache/firewalld"; fi; }
+
 # The unpacked kernel with IPVS, newest first, or nothing.
 kernel_image() {
   local f

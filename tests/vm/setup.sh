@@ -16,6 +16,7 @@ need ipset ipset "holds the (address, port) to mark map for that renderer"
 need nft nftables "the other renderer, and the guard table"
 need ipvsadm ipvsadm "shows the IPVS table when a case fails"
 need conntrack conntrack "shows and empties the connection table between cases"
+need python3 python3 "runs firewalld in one case"
 need modprobe kmod "loads ip_vs and friends"
 need wg wireguard-tools "makes the keys of the WireGuard overlay"
 need strace strace "counts what an agent that starts again writes"
@@ -38,6 +39,17 @@ if ! prometheus_dir >/dev/null; then
   apt-cache show prometheus >/dev/null 2>&1 || as_root apt-get -qq update >&2
   rm -rf "$cache/prometheus"; mkdir -p "$cache/prometheus"
   (cd "$cache/prometheus" && apt-get -qq download prometheus >&2 && dpkg-deb -x ./prometheus_*.deb . && rm -f ./prometheus_*.deb)
+fi
+if [ -z "$(firewalld_dir)" ]; then
+  say "setup: unpacking Debian's firewalld and its libraries into $cache/firewalld: its reloads are one case; nothing is installed or started"
+  apt-cache show firewalld >/dev/null 2>&1 || as_root apt-get -qq update >&2
+  rm -rf "$cache/firewalld.new"; mkdir -p "$cache/firewalld.new"
+  (cd "$cache/firewalld.new" && apt-get -qq download firewalld python3-firewall python3-dbus python3-gi python3-nftables python3-cap-ng \
+    gir1.2-glib-2.0 libgirepository-1.0-1 libglib2.0-0 libffi8 libnftables1 libjansson4 dbus-daemon dbus-session-bus-common libdbus-1-3 \
+    libcap-ng0 libexpat1 libapparmor1 libaudit1 libsystemd0 libpcre2-8-0 >&2
+    for p in ./*.deb; do dpkg-deb -x "$p" .; done; rm -f ./*.deb
+    /usr/bin/python3 -m compileall -q usr/lib/python3/dist-packages)
+  mv "$cache/firewalld.new" "$cache/firewalld"
 fi
 [ -n "$host_only" ] && exit 0
 

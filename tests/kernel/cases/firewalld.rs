@@ -24,56 +24,108 @@ pub fn register(suite: &mut Suite) {
 /// firewalld and a bus for it, in a node's namespace and with a configuration of its own.
 struct Firewalld<'a> {
     node: &'a Node,
+    unpacked: Unpacked,
     bus: String,
     children: Vec<Child>,
 }
 
-/// The root that firewalld is installed in: in the VM, the programs of the tests are in another.
-fn root() -> Result<&'static str> {
-    let found = ["/host", "/"].into_iter().find(|root| Path::new(root).join("usr/sbin/firewalld").exists());
-    found.ok_or_else(|| Skip("firewalld is not installed".to_owned()).into())
+/// Debian's firewalld and what it needs, unpacked (tests/vm/setup.sh). In the VM this machine's files are under `/host`, for
+/// programs that are too much for a copy in memory.
+struct Unpacked {
+    root: &'static str,
+    dir: String,
+}
+
+impl Unpacked {
+    fn find() -> Result<Unpacked> {
+        let dir = std::env::var("MESHLB_FIREWALLD").unwrap_or_default();
+        let found = ["/host", "/"]
+            .into_iter()
+            .find(|root| !dir.is_empty() && Path::new(&format!("{root}{dir}/usr/sbin/firewalld")).exists());
+        let root = found.ok_or_else(|| Skip("firewalld is not unpacked (MESHLB_FIREWALLD)".to_owned()))?;
+        Ok(Unpacked { root, dir })
+    }
+
+    /// A command line in its root, with its programs and libraries before the system's.
+    fn shell(&self, line: &str) -> Vec<String> {
+        let (d, lib) = (&self.dir, format!("lib/{}-linux-gnu", std::env::consts::ARCH));
+        let line = format!(
+            "export PYTHONPATH={d}/usr/lib/python3/dist-packages GI_TYPELIB_PATH={d}/usr/{lib}/girepository-1.0 \
+             LD_LIBRARY_PATH={d}/usr/{lib}:{d}/{lib} PATH={d}/usr/bin:$PATH; {line}"
+        );
+        ["chroot", self.root, "sh", "-ec", &line].map(str::to_owned).into()
+    }
 }
 
 impl<'a> Firewalld<'a> {
     fn start(node: &'a Node) -> Result<Firewalld<'a>> {
-        let root = root()?;
+        let unpacked = Unpacked::find()?;
         // Both roots have the same /run.
         let dir = Path::new("/run").join(format!("meshlb-kernel-firewalld-{}", std::process::id()));
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
         let path = |name: &str| dir.join(name).to_string_lossy().into_owned();
-        let (socket, config) = (path("bus"), path("etc"));
+        let (socket, config, defaults) = (path("bus"), path("etc"), path("lib"));
         let bus = format!("unix:path={socket}");
-        let env = [("DBUS_SYSTEM_BUS_ADDRESS", bus.as_str())];
-        let address = format!("--address={bus}");
-        let daemon =
-            ["chroot", root, "dbus-daemon", "--session", &address, "--nofork", "--nopidfile", "--nosyslog"];
-        let mut children = vec![node.ns.spawn(&daemon, &[], &dir.join("dbus.log"))?];
+        let from = &unpacked.dir;
+        // It reads all of its definitions at each reload, and firewall-cmd waits a minute for that and no longer: those that
+        // no zone uses are left out, since an emulated machine takes more than that for all.
+        let copy = format!(
+            "cp -r {from}/etc/firewalld {config}; mkdir -p {defaults}/services {defaults}/icmptypes; cd {from}/usr/lib/firewalld
+             cp -r helpers ipsets policies zones {defaults}
+             cd services; cp ssh.xml mdns.xml samba-client.xml netbios-ns.xml dhcpv6-client.xml {defaults}/services; cd ..
+             cp icmptypes/redirect.xml icmptypes/router-advertisement.xml icmptypes/neighbour-*.xml {defaults}/icmptypes"
+        );
+        let copy = unpacked.shell(&copy);
+        node.run(&copy.iter().map(String::as_str).collect::<Vec<_>>())?.ok()?;
+        let mut children = Vec::new();
+        let mut start = |line: &str, env: &[(&str, &str)], log: &str| -> Result<()> {
+            let line = unpacked.shell(&format!("exec {line}"));
+            let line: Vec<&str> = line.iter().map(String::as_str).collect();
+            children.push(node.ns.spawn(&line, env, &dir.join(log))?);
+            Ok(())
+        };
+        start(
+            &format!(
+                "dbus-daemon --config-file={from}/usr/share/dbus-1/session.conf --address={bus} --nofork --nopidfile --nosyslog"
+            ),
+            &[],
+            "dbus.log",
+        )?;
         let end = Instant::now() + Duration::from_secs(20);
         while !Path::new(&socket).exists() {
             ensure!(Instant::now() < end, "no bus: {}", fs::read_to_string(dir.join("dbus.log"))?);
             sleep(Duration::from_millis(50));
         }
-        node.run(&["chroot", root, "cp", "-r", "/etc/firewalld", &config])?.ok()?;
-        let daemon = ["chroot", root, "firewalld", "--nofork", "--nopid", "--system-config", &config];
-        children.push(node.ns.spawn(&daemon, &env, &dir.join("firewalld.log"))?);
-        let firewalld = Firewalld { node, bus, children };
-        let end = Instant::now() + Duration::from_secs(150);
-        while firewalld.sh("firewall-cmd --state")?.status != 0 {
+        start(
+            &format!(
+                "/usr/bin/python3 {from}/usr/sbin/firewalld --nofork --nopid --system-config {config} --default-config {defaults}"
+            ),
+            &[("DBUS_SYSTEM_BUS_ADDRESS", bus.as_str())],
+            "firewalld.log",
+        )?;
+        let firewalld = Firewalld { node, unpacked, bus, children };
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let state = firewalld.sh("firewall-cmd --state")?;
+            if state.status == 0 {
+                return Ok(firewalld);
+            }
             if Instant::now() > end {
-                bail!("firewalld does not run: {}", fs::read_to_string(dir.join("firewalld.log"))?);
+                bail!("firewalld does not run: {state}\n{}", fs::read_to_string(dir.join("firewalld.log"))?);
             }
             sleep(Duration::from_millis(200));
         }
-        Ok(firewalld)
     }
 
     /// A command that speaks to it.
     fn sh(&self, command: &str) -> Result<Output> {
-        let (root, env) = (root()?, [("DBUS_SYSTEM_BUS_ADDRESS", self.bus.as_str())]);
+        let env = [("DBUS_SYSTEM_BUS_ADDRESS", self.bus.as_str())];
         // It is written in Python, and the machine may be an emulated one.
         let limit = Duration::from_secs(150);
-        self.node.ns.enter(|| run_here(&["chroot", root, "sh", "-c", command], &env, "", limit))
+        let line = self.unpacked.shell(command);
+        let line: Vec<&str> = line.iter().map(String::as_str).collect();
+        self.node.ns.enter(|| run_here(&line, &env, "", limit))
     }
 }
 

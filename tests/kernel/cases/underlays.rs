@@ -1,24 +1,27 @@
 //! Tunnels between the nodes, bridges under the pods, and a narrow link behind a virtual address.
 
+use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
 use super::guard::{BOTH, VIPS, refused, to_nothing, vip, works};
+use super::support::wrapped;
 use crate::check;
 use crate::client::Probe;
+use crate::program::Meshlb;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Builder, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
     type Case = fn(&mut Cx) -> Result<()>;
-    let kinds: [(&str, Case); 5] = [
+    let kinds: [(&str, Case); 6] = [
         ("underlays::vxlan_bridge", |cx| {
-            carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1), &[Family::V4])
+            carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1), &[Family::V4], None)
         }),
         ("underlays::vxlan_bridge_with_br_netfilter_off", |cx| {
             let spec = bridge(false).underlay(Underlay::Vxlan).rp_filter(1);
-            carries(cx, &spec, &[Family::V4])?;
+            carries(cx, &spec, &[Family::V4], None)?;
             // We have switched it on, and cleanup leaves it on, since others may rely on it by then.
             let t = cx.topology(&spec)?;
             cx.cleanup(&t)?;
@@ -30,11 +33,13 @@ pub fn register(suite: &mut Suite) {
             }
             Ok(())
         }),
+        ("underlays::vxlan_bridge_without_br_netfilter", without_br_netfilter),
         ("underlays::ipip", |cx| {
             carries(
                 cx,
                 &Topology::builder().underlay(Underlay::Ipip).cni_masquerade().rp_filter(1),
                 &Family::ALL,
+                None,
             )
         }),
         ("underlays::wireguard", |cx| {
@@ -42,6 +47,7 @@ pub fn register(suite: &mut Suite) {
                 cx,
                 &Topology::builder().underlay(Underlay::Wireguard).cni_masquerade().rp_filter(1),
                 &Family::ALL,
+                None,
             )
         }),
         ("underlays::narrow_link", narrow),
@@ -57,11 +63,20 @@ fn bridge(br_netfilter: bool) -> Builder {
 
 /// From a pod, a node and the outside, to local and remote endpoints. Datagrams that are more than one packet only in the
 /// families of `big`: those of IPv6 that come over a bridge IPVS finds too big, whatever their size (docs/coexistence.md).
-fn carries(cx: &mut Cx, spec: &Builder, big: &[Family]) -> Result<()> {
+fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>) -> Result<()> {
     let t = cx.topology(spec)?;
     let mut m = cx.manifests()?;
     m.standard(&t, "vote", &VIPS)?;
-    cx.apply(&t, &mut m)?;
+    match meshlb {
+        None => cx.apply(&t, &mut m)?,
+        Some(meshlb) => {
+            m.write()?;
+            for node in &t.nodes {
+                cx.will_clean(node);
+                meshlb.run(node, &["apply", &m.dir.to_string_lossy()])?.ok()?;
+            }
+        }
+    }
     works(&t, &BOTH)?;
     for family in Family::ALL {
         for proto in BOTH {
@@ -83,6 +98,36 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family]) -> Result<()> {
     refused(&to_nothing(&t)?)?;
     if Proto::Sctp.available() {
         check::even(&t.pod("p11").connect(Proto::Sctp, vip(Family::V4, 80)?, 6)?, &t.pod_names())?;
+    }
+    Ok(())
+}
+
+/// A kernel without the module, as `meshlb` sees it: bridged packets pass by netfilter, and there is no sysctl to change that.
+/// So pods behind one bridge that reach each other by a virtual address are masqueraded.
+fn without_br_netfilter(cx: &mut Cx) -> Result<()> {
+    let empty = cx.dir.join("empty");
+    fs::create_dir_all(&empty)?;
+    let script = format!(
+        "exec unshare -m --propagation private sh -ec 'mount --bind {} /proc/sys/net/bridge; exec MESHLB \"$@\"' sh \"$@\"",
+        empty.display()
+    );
+    let meshlb = wrapped(cx, "no-br-netfilter", &script)?;
+    let spec = bridge(false).underlay(Underlay::Vxlan).rp_filter(1);
+    carries(cx, &spec, &[Family::V4], Some(&meshlb))?;
+    let t = cx.topology(&spec)?;
+    let n1 = t.node(1);
+    ensure!(n1.ns.sysctl_get("net.bridge.bridge-nf-call-iptables")? == "0", "it is on");
+    // By the bridge's own address, one on the bridge; as itself, one elsewhere.
+    let tally = t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, t.pods.len())?;
+    for pod in &t.pods {
+        if pod.name == "p11" {
+            continue;
+        }
+        if pod.node == 1 {
+            ensure!(check::server_saw(&tally, &pod.name, t.pod("p11").ip(Family::V4)).is_err(), "{tally}");
+        } else {
+            check::server_saw(&tally, &pod.name, t.pod("p11").ip(Family::V4))?;
+        }
     }
     Ok(())
 }
