@@ -1,6 +1,6 @@
 //! The part of the kernel state that does not depend on any service.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::model::{
     ids::{Family, PerFamily},
@@ -51,7 +51,7 @@ pub fn compile_base(
             VirtualServer {
                 config: VirtualServerConfig { scheduler: "rr".into(), flags: 0 },
                 protocol: None,
-                reals: BTreeMap::new(),
+                reals: Arc::default(),
             },
         );
     }

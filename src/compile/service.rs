@@ -19,6 +19,7 @@ use crate::model::{
     },
     node::{NodeConfig, NodeFacts},
     service::{Mode, PublishMode, Service, ServicePort, TrafficPolicy},
+    small::SmallMap,
 };
 
 /// What the allocator gave a service.
@@ -96,13 +97,13 @@ pub struct CompiledService {
     /// Its ports.
     pub ports: Vec<CompiledPort>,
     /// IPVS services with their destinations.
-    pub virtual_servers: BTreeMap<VirtualServerKey, VirtualServer>,
+    pub virtual_servers: SmallMap<VirtualServerKey, VirtualServer>,
     /// About each destination.
-    pub reals: BTreeMap<(VirtualServerKey, RealServerKey), RealInfo>,
+    pub reals: SmallMap<(VirtualServerKey, RealServerKey), RealInfo>,
     /// Set elements that belong to this service alone.
-    pub elements: Elements,
-    /// Set elements that other services may have too.
-    pub shared: BTreeSet<Element>,
+    pub elements: SmallMap<Element, Option<Mark>>,
+    /// Set elements that other services may have too, in order.
+    pub shared: Vec<Element>,
     /// Endpoints that are ready, and all, on any node.
     pub endpoints: (usize, usize),
 }
@@ -117,6 +118,15 @@ impl CompiledService {
     }
 }
 
+/// What is being compiled.
+#[derive(Default)]
+struct Draft {
+    virtual_servers: BTreeMap<VirtualServerKey, VirtualServer>,
+    reals: BTreeMap<(VirtualServerKey, RealServerKey), RealInfo>,
+    elements: Elements,
+    shared: BTreeSet<Element>,
+}
+
 /// Compiles one service.
 pub fn compile_service(
     service: &Service,
@@ -124,17 +134,8 @@ pub fn compile_service(
     assigned: &Assigned,
     inputs: &Inputs<'_>,
 ) -> CompiledService {
-    let mut out = CompiledService {
-        key: service.key.clone(),
-        mode: service.mode,
-        vips: assigned.vips,
-        ports: Vec::with_capacity(service.ports.len()),
-        virtual_servers: BTreeMap::new(),
-        reals: BTreeMap::new(),
-        elements: Elements::new(),
-        shared: BTreeSet::new(),
-        endpoints: count_endpoints(slices),
-    };
+    let mut out = Draft::default();
+    let mut ports = Vec::with_capacity(service.ports.len());
     let families = served_families(service, assigned, inputs.config);
     for port in &service.ports {
         let mut compiled =
@@ -160,7 +161,7 @@ pub fn compile_service(
             }
         }
         publish(&mut out, &mut compiled, service, slices, assigned, &families, inputs);
-        out.ports.push(compiled);
+        ports.push(compiled);
     }
     // One without destinations that nothing leads to would only be a thing to lose track of.
     let led_to: BTreeSet<VirtualServerKey> = out
@@ -169,7 +170,17 @@ pub fn compile_service(
         .filter_map(|(element, mark)| Some(VirtualServerKey { family: element.family(), mark: (*mark)? }))
         .collect();
     out.virtual_servers.retain(|key, server| !server.reals.is_empty() || led_to.contains(key));
-    out
+    CompiledService {
+        key: service.key.clone(),
+        mode: service.mode,
+        vips: assigned.vips,
+        ports,
+        virtual_servers: out.virtual_servers.into_iter().collect(),
+        reals: out.reals.into_iter().collect(),
+        elements: out.elements.into_iter().collect(),
+        shared: out.shared.into_iter().collect(),
+        endpoints: count_endpoints(slices),
+    }
 }
 
 fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
@@ -186,7 +197,7 @@ fn served_families(service: &Service, assigned: &Assigned, config: &NodeConfig) 
 }
 
 fn publish(
-    out: &mut CompiledService,
+    out: &mut Draft,
     compiled: &mut CompiledPort,
     service: &Service,
     slices: &[Arc<Slice>],
@@ -245,7 +256,7 @@ fn publish(
 /// Leads packets to IPVS, where something takes new connections. IPVS refuses the others with an ICMP error,
 /// which a TCP socket that is just sending its SYN drops (`tcp_v6_err`: the socket is locked), so that the
 /// client tries for a second; the guard refuses with a reset, at once.
-fn lead_to(out: &mut CompiledService, target: Target, mark: Mark) {
+fn lead_to(out: &mut Draft, target: Target, mark: Mark) {
     let key = VirtualServerKey { family: Family::of(&target.addr), mark };
     if out.virtual_servers.get(&key).is_some_and(|s| s.reals.values().any(|real| real.weight > 0)) {
         out.elements.insert(Element::Vip(target), Some(mark));
@@ -254,7 +265,7 @@ fn lead_to(out: &mut CompiledService, target: Target, mark: Mark) {
 
 /// Adds the IPVS service of (family, mark) with its destinations, unless the other scope has added it.
 fn add_virtual_server(
-    out: &mut CompiledService,
+    out: &mut Draft,
     service: &Service,
     port: &ServicePort,
     slices: &[Arc<Slice>],
@@ -293,6 +304,7 @@ fn add_virtual_server(
     drain_removed(out, service, port, key, &mut reals, inputs);
     let config =
         VirtualServerConfig { scheduler: service.scheduler.name.clone(), flags: service.scheduler.flags };
+    let reals = Arc::new(reals.into_iter().collect());
     out.virtual_servers.insert(key, VirtualServer { config, protocol: Some(port.protocol), reals });
 }
 
@@ -303,7 +315,7 @@ fn own_ports(port: &ServicePort, real: RealServerKey) -> Vec<u16> {
 /// Real servers that are in the kernel but no longer wanted finish their connections at weight 0.
 /// UDP has no connections that end: its flows move at once (kernel facts, Q7).
 fn drain_removed(
-    out: &mut CompiledService,
+    out: &mut Draft,
     service: &Service,
     port: &ServicePort,
     key: VirtualServerKey,

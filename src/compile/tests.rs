@@ -1,6 +1,9 @@
 //! What a service compiles to.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use jiff::{SignedDuration, Timestamp};
 
@@ -159,7 +162,8 @@ fn an_endpoint_that_is_not_ready_gets_nothing_and_a_terminating_one_only_when_it
 fn with_present(case: &mut Case, addr: &str) -> RealServerKey {
     let real = RealServerKey { addr: addr.parse().unwrap(), port: 8080 };
     let server = case.compile().virtual_servers[&v4(MARK)].clone();
-    case.present.entry(v4(MARK)).or_insert(server).reals.insert(real, RealServerConfig { weight: 1 });
+    let server = case.present.entry(v4(MARK)).or_insert(server);
+    Arc::make_mut(&mut server.reals).insert(real, RealServerConfig { weight: 1 });
     real
 }
 

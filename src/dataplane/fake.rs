@@ -111,7 +111,7 @@ impl Ipvs for FakeKernel {
                     servers.entry(*key).or_insert_with(|| VirtualServer {
                         config: config.clone(),
                         protocol: None,
-                        reals: BTreeMap::new(),
+                        reals: Arc::default(),
                     });
                 }
                 IpvsChange::SetService(key, config) => {
@@ -121,11 +121,12 @@ impl Ipvs for FakeKernel {
                     servers.remove(key);
                 }
                 IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
-                    servers.get_mut(key).ok_or_else(|| missing(key))?.reals.insert(*real, *config);
+                    let server = servers.get_mut(key).ok_or_else(|| missing(key))?;
+                    Arc::make_mut(&mut server.reals).insert(*real, *config);
                 }
                 IpvsChange::DelReal(key, real) => {
                     if let Some(server) = servers.get_mut(key) {
-                        server.reals.remove(real);
+                        Arc::make_mut(&mut server.reals).remove(real);
                     }
                 }
             }

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipvs_netlink::{
@@ -128,7 +129,8 @@ impl Ipvs for KernelIpvs {
         let mut out = HashMap::with_capacity(services.len());
         for (key, config) in services {
             let destinations = self.client.destinations(&service_id(key)).map_err(error)?;
-            let reals = destinations.iter().map(|d| (real_key(&d.id), real_config(&d.config))).collect();
+            let reals = destinations.iter().map(|d| (real_key(&d.id), real_config(&d.config)));
+            let reals = Arc::new(reals.collect());
             out.insert(key, VirtualServer { config, protocol: None, reals });
         }
         Ok(out)

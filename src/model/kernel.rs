@@ -13,7 +13,10 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::ids::{Family, Mark, PerFamily, Protocol};
+use super::{
+    ids::{Family, Mark, PerFamily, Protocol},
+    small::SmallMap,
+};
 
 /// How the kernel finds one of our IPVS services.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -73,6 +76,9 @@ pub struct RealServerConfig {
     pub weight: u32,
 }
 
+/// Destinations of an IPVS service.
+pub type Reals = SmallMap<RealServerKey, RealServerConfig>;
+
 /// An IPVS service with its destinations.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VirtualServer {
@@ -80,8 +86,8 @@ pub struct VirtualServer {
     pub config: VirtualServerConfig,
     /// Protocol of its packets, where it is known: the kernel keeps none for a mark.
     pub protocol: Option<Protocol>,
-    /// Its destinations.
-    pub reals: BTreeMap<RealServerKey, RealServerConfig>,
+    /// Its destinations. Copies of the state share them: they hardly ever differ.
+    pub reals: Arc<Reals>,
 }
 
 /// Destination address, protocol and port of a packet: the key of our maps.

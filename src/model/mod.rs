@@ -10,4 +10,5 @@ pub mod ids;
 pub mod kernel;
 pub mod node;
 pub mod service;
+pub mod small;
 pub mod snapshot;

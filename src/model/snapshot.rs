@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{endpoints::Slice, ids::ServiceKey, service::Service};
+use super::{endpoints::Slice, ids::ServiceKey, service::Service, small::SmallSet};
 
 /// One change that a source saw.
 #[derive(Clone, Debug)]
@@ -26,9 +26,9 @@ pub struct Snapshot {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     slices: HashMap<ServiceKey, Arc<Slice>>,
     /// (namespace, service name) as a key → slices that carry its endpoints.
-    slices_of: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    slices_of: HashMap<ServiceKey, SmallSet<ServiceKey>>,
     /// (namespace, service name) as a key → services that use those endpoints.
-    users_of: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    users_of: HashMap<ServiceKey, SmallSet<ServiceKey>>,
 }
 
 impl Snapshot {
@@ -43,7 +43,7 @@ impl Snapshot {
                 }
                 self.unlink_service(&key);
                 let group = ServiceKey::new(key.namespace.clone(), service.service_name.clone());
-                self.users_of.entry(group).or_default().insert(key.clone());
+                self.users_of.entry(group).or_default().insert(key.clone(), ());
                 self.services.insert(key.clone(), service);
                 dirty.insert(key);
             }
@@ -61,9 +61,9 @@ impl Snapshot {
                 self.unlink_slice(&key, dirty);
                 let group = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
                 if let Some(users) = self.users_of.get(&group) {
-                    dirty.extend(users.iter().cloned());
+                    dirty.extend(users.keys().cloned());
                 }
-                self.slices_of.entry(group).or_default().insert(key.clone());
+                self.slices_of.entry(group).or_default().insert(key.clone(), ());
                 self.slices.insert(key, slice);
             }
             Event::SliceGone(key) => {
@@ -94,7 +94,7 @@ impl Snapshot {
             }
         }
         if let Some(users) = self.users_of.get(&group) {
-            dirty.extend(users.iter().cloned());
+            dirty.extend(users.keys().cloned());
         }
     }
 
@@ -109,7 +109,7 @@ impl Snapshot {
         self.slices_of
             .get(&group)
             .into_iter()
-            .flatten()
+            .flat_map(SmallSet::keys)
             .filter_map(|key| self.slices.get(key).cloned())
             .collect()
     }

@@ -116,7 +116,7 @@ fn diff_servers(
         match (desired.virtual_servers.get(key), observed.get(key)) {
             (Some(want), None) => {
                 ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddService(*key, want.config.clone())));
-                for (real, config) in &want.reals {
+                for (real, config) in want.reals.iter() {
                     ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddReal(*key, *real, *config)));
                 }
             }
@@ -165,7 +165,7 @@ fn diff_server(ops: &mut Ordered, key: VirtualServerKey, want: &VirtualServer, h
     if want.config != have.config {
         ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::SetService(key, want.config.clone())));
     }
-    for (real, config) in &want.reals {
+    for (real, config) in want.reals.iter() {
         match have.reals.get(real) {
             None => ops.push(Phase::ServersIn, Op::Ipvs(IpvsChange::AddReal(key, *real, *config))),
             Some(old) if old != config => {

@@ -1,7 +1,7 @@
 //! Properties of plans: they lead to the desired state, a second one is empty, and no prefix of one
 //! sends a packet where neither the old nor the new state does.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{collections::BTreeSet, sync::Arc};
 
 use proptest::prelude::*;
 
@@ -43,7 +43,7 @@ prop_compose! {
         VirtualServer {
             config: VirtualServerConfig { scheduler: scheduler.into(), flags: 0 },
             protocol: None,
-            reals: reals.into_iter().map(|(n, weight)| (real(n), RealServerConfig { weight })).collect(),
+            reals: Arc::new(reals.into_iter().map(|(n, weight)| (real(n), RealServerConfig { weight })).collect()),
         }
     }
 }
@@ -94,7 +94,7 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
     match op {
         Op::Ipvs(change) => match change {
             IpvsChange::AddService(key, config) => {
-                let new = VirtualServer { config: config.clone(), protocol: None, reals: BTreeMap::new() };
+                let new = VirtualServer { config: config.clone(), protocol: None, reals: Arc::default() };
                 assert!(state.virtual_servers.insert(*key, new).is_none(), "added twice: {op}");
             }
             IpvsChange::SetService(key, config) => {
@@ -104,15 +104,18 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
                 state.virtual_servers.remove(key).expect("delete what is there");
             }
             IpvsChange::AddReal(key, real, config) => {
-                let reals = &mut state.virtual_servers.get_mut(key).expect("service first").reals;
+                let server = state.virtual_servers.get_mut(key).expect("service first");
+                let reals = Arc::make_mut(&mut server.reals);
                 assert!(reals.insert(*real, *config).is_none(), "added twice: {op}");
             }
             IpvsChange::SetReal(key, real, config) => {
-                let reals = &mut state.virtual_servers.get_mut(key).expect("service first").reals;
+                let server = state.virtual_servers.get_mut(key).expect("service first");
+                let reals = Arc::make_mut(&mut server.reals);
                 assert!(reals.insert(*real, *config).is_some(), "set what is not there: {op}");
             }
             IpvsChange::DelReal(key, real) => {
-                let reals = &mut state.virtual_servers.get_mut(key).expect("service first").reals;
+                let server = state.virtual_servers.get_mut(key).expect("service first");
+                let reals = Arc::make_mut(&mut server.reals);
                 reals.remove(real).expect("delete what is there");
             }
         },
@@ -145,7 +148,7 @@ fn reachable(state: &KernelState, element: &Element) -> BTreeSet<RealServerKey> 
     let Some(Some(mark)) = state.elements.get(element) else { return BTreeSet::new() };
     let key = VirtualServerKey { family: Family::V4, mark: *mark };
     let reals = state.virtual_servers.get(&key).map(|s| &s.reals);
-    reals.into_iter().flatten().filter(|(_, c)| c.weight > 0).map(|(r, _)| *r).collect()
+    reals.into_iter().flat_map(|reals| reals.iter()).filter(|(_, c)| c.weight > 0).map(|(r, _)| *r).collect()
 }
 
 fn entries(states: [&KernelState; 2]) -> BTreeSet<Element> {

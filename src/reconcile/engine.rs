@@ -98,6 +98,9 @@ pub struct Engine {
     ours: BTreeSet<Mark>,
 }
 
+/// After so many changes what we know of the kernel and what it should be are put together in memory again.
+const SHARE_AFTER: usize = 100;
+
 /// Published ports by service.
 pub type Served = BTreeMap<ServiceKey, BTreeSet<(Protocol, u16)>>;
 
@@ -432,6 +435,7 @@ impl Engine {
             self.trusted = true;
         }
         self.know(&observed);
+        self.share();
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
         ops.extend(self.earlier_routes()?);
@@ -541,6 +545,9 @@ impl Engine {
             self.remember(op);
         }
         self.trusted = failures.is_empty();
+        if ops.len() > SHARE_AFTER {
+            self.share();
+        }
         if failures.is_empty() && self.allocator.has_retired_marks() {
             self.dirty.extend(self.allocator.commit());
             self.generation += 1;

@@ -214,7 +214,7 @@ fn another_programs_service_is_neither_touched_nor_is_its_mark_given_out() {
     let server = VirtualServer {
         config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
         protocol: None,
-        reals: [].into(),
+        reals: Arc::default(),
     };
     kernel.lock().state.virtual_servers.insert(foreign, server.clone());
     let mut engine = vote(&kernel, Allocations::default());

@@ -10,7 +10,10 @@ use super::{
     object::{Kind, Object, ObjectId, ParsedFile, Verdict},
     problem::{Problem, Severity},
 };
-use crate::model::snapshot::Event;
+use crate::model::{
+    small::{SmallMap, SmallSet},
+    snapshot::Event,
+};
 
 /// Objects of a folder. Work is in proportion to what changes.
 #[derive(Default, Debug)]
@@ -19,7 +22,7 @@ pub struct Store {
     /// What is wrong, of files with which something is.
     problems: BTreeMap<OsString, Vec<Problem>>,
     /// Files that name an object; the first one wins.
-    owners: HashMap<ObjectId, BTreeSet<OsString>>,
+    owners: HashMap<ObjectId, SmallSet<OsString>>,
     /// Objects that several files name.
     contested: BTreeSet<ObjectId>,
     /// What readers of the events know: the last good versions.
@@ -29,7 +32,7 @@ pub struct Store {
 }
 
 /// Line and verdict of each object of a file.
-type Entries = HashMap<ObjectId, (u64, Verdict)>;
+type Entries = SmallMap<ObjectId, (u64, Verdict)>;
 
 impl Store {
     /// Whether no object is in force.
@@ -59,7 +62,7 @@ impl Store {
         }
         for id in entries.keys() {
             let owners = self.owners.entry(id.clone()).or_default();
-            if owners.insert(name.clone()) {
+            if owners.insert(name.clone(), ()).is_none() {
                 self.touched.insert(id.clone());
                 if owners.len() > 1 {
                     self.contested.insert(id.clone());
@@ -78,7 +81,7 @@ impl Store {
     pub fn remove(&mut self, name: &OsStr) {
         self.problems.remove(name);
         let Some(entries) = self.files.remove(name) else { return };
-        for id in entries.into_keys() {
+        for (id, _) in entries {
             self.disown(&id, name);
             self.touched.insert(id);
         }
@@ -99,7 +102,7 @@ impl Store {
     pub fn take_events(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
         for id in std::mem::take(&mut self.touched) {
-            let owner = self.owners.get(&id).and_then(BTreeSet::first);
+            let owner = self.owners.get(&id).and_then(SmallSet::first).map(|(name, ())| name);
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             match verdict.map(|(_, verdict)| verdict) {
                 Some(Verdict::Wrong) => {}
@@ -127,8 +130,8 @@ impl Store {
         let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
         for id in &self.contested {
             let Some(owners) = self.owners.get(id) else { continue };
-            let Some(winner) = owners.first() else { continue };
-            for loser in owners.iter().skip(1) {
+            let Some((winner, ())) = owners.first() else { continue };
+            for loser in owners.keys().skip(1) {
                 let line = self.files.get(loser).and_then(|f| f.get(id)).map(|(line, _)| *line);
                 problems.push(Problem {
                     file: dir.join(loser),

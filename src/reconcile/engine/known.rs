@@ -1,6 +1,6 @@
 //! What we know of the kernel: what was read last, and what was written since.
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{sync::Arc, time::Instant};
 
 use super::Engine;
 use crate::{
@@ -22,6 +22,16 @@ impl Engine {
         };
     }
 
+    /// Has what we know share the destinations that are as they should be.
+    pub(super) fn share(&mut self) {
+        let desired = &self.merged.state().virtual_servers;
+        for (key, known) in &mut self.known.virtual_servers {
+            if let Some(want) = desired.get(key).filter(|want| want.reals == known.reals) {
+                known.reals.clone_from(&want.reals);
+            }
+        }
+    }
+
     /// Updates what we know by one operation. After a failure the knowledge is not used.
     pub(super) fn remember(&mut self, op: &Op) {
         let servers = &mut self.known.virtual_servers;
@@ -30,7 +40,7 @@ impl Engine {
                 IpvsChange::AddService(key, config) | IpvsChange::SetService(key, config) => {
                     let protocol = self.merged.state().virtual_servers.get(key).and_then(|s| s.protocol);
                     servers.entry(*key).and_modify(|server| server.config = config.clone()).or_insert_with(
-                        || VirtualServer { config: config.clone(), protocol, reals: BTreeMap::new() },
+                        || VirtualServer { config: config.clone(), protocol, reals: Arc::default() },
                     );
                 }
                 IpvsChange::DelService(key) => {
@@ -38,12 +48,12 @@ impl Engine {
                 }
                 IpvsChange::AddReal(key, real, config) | IpvsChange::SetReal(key, real, config) => {
                     if let Some(server) = servers.get_mut(key) {
-                        server.reals.insert(*real, *config);
+                        Arc::make_mut(&mut server.reals).insert(*real, *config);
                     }
                 }
                 IpvsChange::DelReal(key, real) => {
                     if let Some(server) = servers.get_mut(key) {
-                        server.reals.remove(real);
+                        Arc::make_mut(&mut server.reals).remove(real);
                     }
                 }
             },
