@@ -260,7 +260,12 @@ impl Host for FakeKernel {
     }
 
     fn listeners(&mut self) -> Result<Vec<Listener>, Error> {
-        Ok(self.lock().listeners.clone())
+        let mut inner = self.lock();
+        if let Some(i) = inner.faults.iter().position(|fault| fault == "listeners") {
+            inner.faults.remove(i);
+            return Err(Error::Failed { object: "sockets".into(), reason: "injected".into() });
+        }
+        Ok(inner.listeners.clone())
     }
 
     fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {

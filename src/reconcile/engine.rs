@@ -1,5 +1,6 @@
 //! One turn: take events in, allocate, compile, plan, apply, remember.
 
+mod compiling;
 mod drains;
 mod known;
 mod ports;
@@ -8,7 +9,6 @@ mod recover;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
-    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -17,10 +17,7 @@ use jiff::Timestamp;
 
 use crate::{
     allocate::{Allocations, Allocator, Lock},
-    compile::{
-        Assigned, CompiledService, Inputs, Merged, base::compile_base, compile_service, merge::Touched,
-        service::Drains,
-    },
+    compile::{Merged, base::compile_base, service::Drains},
     dataplane::{
         AddressRules, Error,
         executor::{Dataplane, Failure},
@@ -346,53 +343,6 @@ impl Engine {
         Ok(())
     }
 
-    /// Allocates and compiles whatever is dirty.
-    fn settle(&mut self, now: Timestamp) -> Result<Touched, Error> {
-        let mut touched = Touched::default();
-        if self.dirty.is_empty() {
-            return Ok(touched);
-        }
-        let due: Vec<_> =
-            self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
-        let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
-        let flows: Vec<_> = flows.collect();
-        self.overdue.extend(flows);
-        let mut dirty = std::mem::take(&mut self.dirty);
-        let changed = self.allocator.update(&dirty, self.snapshot.services());
-        self.generation += u64::from(!changed.is_empty());
-        for key in &changed {
-            self.ours.extend(self.allocator.get(key).into_iter().flat_map(|a| a.marks.values()));
-        }
-        dirty.extend(changed);
-        self.find_blocked(&dirty)?;
-        self.settled.extend(dirty.iter().cloned());
-        for key in dirty {
-            let compiled = self.compile_one(&key, now);
-            self.remember_drains(&key, compiled.as_deref());
-            self.merged.replace(&key, compiled, &mut touched);
-        }
-        Ok(touched)
-    }
-
-    fn compile_one(&self, key: &ServiceKey, now: Timestamp) -> Option<Arc<CompiledService>> {
-        let service = self.snapshot.services().get(key)?;
-        let allocation = self.allocator.get(key)?;
-        let assigned = Assigned {
-            vips: allocation.vips,
-            published: allocation.published.clone(),
-            marks: allocation.marks.clone(),
-        };
-        let inputs = Inputs {
-            config: &self.settings.node,
-            facts: &self.facts,
-            present: &self.known.virtual_servers,
-            drains: &self.drains,
-            blocked: &|protocol, port| self.blocked.contains_key(&(protocol, port)),
-            now,
-        };
-        Some(Arc::new(compile_service(service, &self.snapshot.slices_for(service), &assigned, &inputs)))
-    }
-
     /// What is to be done now, without doing it; `full` reads the kernel first.
     ///
     /// # Errors
@@ -421,10 +371,14 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
-        if self.merged.services().is_empty() {
+        let first = self.merged.services().is_empty();
+        if first {
             self.foresee_bridges()?;
         }
-        let mut observed = self.observe()?;
+        // Nothing about a service depends on what the kernel has, but for marks that are recovered from it and for drains;
+        // those that have yet to begin are found by `adopt`.
+        let independent = first && self.recover.is_none() && self.drains.is_empty();
+        let mut observed = if independent { self.observe_while_compiling(now)? } else { self.observe()? };
         self.adopt(&observed);
         self.trusted = true;
         self.settle(now)?;

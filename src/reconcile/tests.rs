@@ -277,6 +277,31 @@ fn a_change_that_fails_is_made_good() {
 }
 
 #[test]
+fn services_are_not_forgotten_when_the_sockets_of_the_host_cannot_be_listed() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    kernel.lock().faults.push("listeners".into());
+    assert!(engine.turn(true, now()).is_err());
+    turn(&mut engine, true);
+    // The same on the way of a restart, and for a later change.
+    let served = |kernel: &FakeKernel| {
+        kernel.lock().state.elements.keys().any(|e| e.to_string().contains("published"))
+    };
+    assert!(served(&kernel));
+    let mut again = vote(&kernel, engine.allocator().allocations());
+    kernel.lock().faults.push("listeners".into());
+    assert!(again.turn(true, now()).is_err());
+    assert_eq!(turn(&mut again, true), Vec::<String>::new());
+    again.feed([
+        service_with("other", published(81, 8080, Some(30081))),
+        endpoints("other", &["10.244.1.13"]),
+    ]);
+    kernel.lock().faults.push("listeners".into());
+    assert!(again.turn(false, now()).is_err());
+    assert!(turn(&mut again, false).iter().any(|op| op.contains(":30081")));
+}
+
+#[test]
 fn no_vip_route_without_the_rules_that_guard_it() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());

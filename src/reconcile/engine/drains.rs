@@ -9,10 +9,10 @@ use jiff::Timestamp;
 
 use super::Engine;
 use crate::{
-    compile::{CompiledService, service::Drains},
+    compile::service::Drains,
     dataplane::Error,
     model::{
-        ids::{Family, Mark, Protocol, ServiceKey},
+        ids::{Family, Protocol},
         kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
     },
 };
@@ -21,20 +21,6 @@ impl Engine {
     /// Drains that run.
     pub fn drains(&self) -> &Drains {
         &self.drains
-    }
-
-    pub(super) fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
-        if let Some(old) = self.merged.services().get(key) {
-            for (drain, _) in old.drains() {
-                self.drains.remove(&drain);
-            }
-        }
-        let Some(new) = new else { return };
-        // Drains from the state file have no compiled service yet: those of this service's marks that
-        // the new result does not have are over.
-        let marks: BTreeSet<Mark> = new.virtual_servers.keys().map(|k| k.mark).collect();
-        self.drains.retain(|(vs, _), _| !marks.contains(&vs.mark));
-        self.drains.extend(new.drains());
     }
 
     /// Drained real servers whose last connection is gone, or whose time is up, are let go.
