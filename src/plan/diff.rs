@@ -82,10 +82,8 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
             _ => {}
         }
     }
-    let servers: BTreeSet<VirtualServerKey> =
-        desired.virtual_servers.keys().chain(observed.virtual_servers.keys()).copied().collect();
-    let elements: BTreeSet<Element> =
-        desired.elements.keys().chain(observed.elements.keys()).copied().collect();
+    let servers = differing_servers(&desired.virtual_servers, &observed.virtual_servers);
+    let elements = differing_elements(&desired.elements, &observed.elements);
     diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &observed.elements);
     diff_elements(&mut ops, &elements, desired, &observed.elements, reinstalled);
     free_reused_marks(&mut ops, &elements, desired, &observed.elements);
@@ -101,6 +99,27 @@ pub fn plan(desired: &KernelState, known: &KernelState, touched: &Touched) -> Ve
     free_reused_marks(&mut ops, &touched.elements, desired, &known.elements);
     trim_gaining_marks(&mut ops, &touched.elements, desired, &known.elements);
     ops.into_ops()
+}
+
+/// What is in only one of them, or not the same in both. Most often that is nothing: no list of all keys is made for it.
+fn differing_servers(
+    desired: &HashMap<VirtualServerKey, VirtualServer>,
+    observed: &HashMap<VirtualServerKey, VirtualServer>,
+) -> BTreeSet<VirtualServerKey> {
+    let differs = |(key, want): &(&VirtualServerKey, &VirtualServer)| {
+        observed.get(key).is_none_or(|have| have.config != want.config || have.reals != want.reals)
+    };
+    let wanted = desired.iter().filter(differs).map(|(key, _)| *key);
+    wanted.chain(observed.keys().filter(|key| !desired.contains_key(key)).copied()).collect()
+}
+
+fn differing_elements(desired: &Elements, observed: &Elements) -> BTreeSet<Element> {
+    if desired == observed {
+        return BTreeSet::new();
+    }
+    let wanted = desired.iter().filter(|(element, mark)| observed.get(element) != Some(mark));
+    let gone = observed.keys().filter(|element| !desired.contains_key(element));
+    wanted.map(|(element, _)| element).chain(gone).copied().collect()
 }
 
 fn diff_servers(

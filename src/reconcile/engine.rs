@@ -387,8 +387,8 @@ impl Engine {
             // What the rules should be has changed meanwhile: look at them with that in mind.
             observed = self.observe()?;
             self.trusted = true;
+            self.know(&observed);
         }
-        self.know(&observed);
         self.share();
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
