@@ -45,7 +45,7 @@ pub struct Inner {
     pub forgotten: Vec<RealServerKey>,
     /// Open connections by published ports.
     pub flows: BTreeSet<PublishedFlows>,
-    /// The next changes whose text contains one of these fail once.
+    /// The next changes whose text contains one of these fail once; `listeners` is listing the sockets.
     pub faults: Vec<String>,
 }
 
@@ -60,8 +60,13 @@ impl FakeKernel {
     }
 
     fn write(&self, what: &str) -> Result<MutexGuard<'_, Inner>, Error> {
+        self.lock().writes += 1;
+        self.may_fail(what)
+    }
+
+    /// Fails if it was told to.
+    fn may_fail(&self, what: &str) -> Result<MutexGuard<'_, Inner>, Error> {
         let mut inner = self.lock();
-        inner.writes += 1;
         if let Some(i) = inner.faults.iter().position(|fault| what.contains(fault.as_str())) {
             let fault = inner.faults.remove(i);
             return Err(Error::Failed { object: what.to_owned(), reason: format!("injected: {fault}") });
@@ -260,12 +265,7 @@ impl Host for FakeKernel {
     }
 
     fn listeners(&mut self) -> Result<Vec<Listener>, Error> {
-        let mut inner = self.lock();
-        if let Some(i) = inner.faults.iter().position(|fault| fault == "listeners") {
-            inner.faults.remove(i);
-            return Err(Error::Failed { object: "sockets".into(), reason: "injected".into() });
-        }
-        Ok(inner.listeners.clone())
+        Ok(self.may_fail("listeners")?.listeners.clone())
     }
 
     fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {

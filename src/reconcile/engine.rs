@@ -1,5 +1,6 @@
 //! One turn: take events in, allocate, compile, plan, apply, remember.
 
+mod bridges;
 mod compiling;
 mod drains;
 mod known;
@@ -8,12 +9,13 @@ mod recover;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     time::{Duration, Instant},
 };
 
 use ipnet::IpNet;
 use jiff::Timestamp;
+
+use bridges::Bridges;
 
 use crate::{
     allocate::{Allocations, Allocator, Lock},
@@ -25,7 +27,7 @@ use crate::{
     },
     model::{
         ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
-        kernel::{BridgeSubnet, Element, KernelState, PublishedFlows, Timeouts},
+        kernel::{Element, KernelState, PublishedFlows, Timeouts},
         node::{NodeConfig, NodeFacts},
         snapshot::{Event, Snapshot},
     },
@@ -100,15 +102,6 @@ const SHARE_AFTER: usize = 100;
 
 /// Published ports by service.
 pub type Served = BTreeMap<ServiceKey, BTreeSet<(Protocol, u16)>>;
-
-/// Bridges with local endpoints, and how their replies are brought back to us.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
-struct Bridges {
-    /// Families that need `bridge-nf-call-*`.
-    sysctls: BTreeSet<&'static str>,
-    /// Where the sysctl can't be had.
-    masquerade: Vec<BridgeSubnet>,
-}
 
 impl Engine {
     /// An engine that knows nothing of its kernel yet: its first turn has to be a full one.
@@ -288,59 +281,6 @@ impl Engine {
             self.settings.timeouts,
         );
         self.merged.set_base(base);
-    }
-
-    /// Looks where the endpoints of this node are, once they are compiled.
-    fn refresh_bridges(&mut self) -> Result<(), Error> {
-        let (first, last) =
-            (Element::Local(Ipv4Addr::UNSPECIFIED.into()), Element::Local(Ipv6Addr::from(u128::MAX).into()));
-        let local = self
-            .merged
-            .state()
-            .elements
-            .range(first..=last)
-            .filter_map(|(e, _)| if let Element::Local(addr) = e { Some(*addr) } else { None })
-            .collect();
-        self.set_bridges(&local)
-    }
-
-    /// The same before anything is compiled, from the source alone: the rules depend on it, and the kernel is then
-    /// compared with the right ones at the first look.
-    fn foresee_bridges(&mut self) -> Result<(), Error> {
-        let mut local = BTreeSet::new();
-        for service in self.snapshot.services().values() {
-            for slice in self.snapshot.slices_for(service) {
-                let here =
-                    slice.endpoints.iter().filter(|e| e.node.as_ref() == Some(&self.settings.node.name));
-                local.extend(here.map(|e| e.address));
-            }
-        }
-        self.set_bridges(&local)
-    }
-
-    /// Bridges with local endpoints need `bridge-nf-call-*`, or masquerading where that can't be had.
-    fn set_bridges(&mut self, local: &BTreeSet<IpAddr>) -> Result<(), Error> {
-        let mut bridges = Bridges::default();
-        if !local.is_empty() {
-            for bridge in self.dataplane.host.bridges_of(local)? {
-                let path = match bridge.subnet {
-                    IpNet::V4(_) => "net/bridge/bridge-nf-call-iptables",
-                    IpNet::V6(_) => "net/bridge/bridge-nf-call-ip6tables",
-                };
-                let settable = self.dataplane.host.sysctl(path)?.is_some();
-                if settable {
-                    bridges.sysctls.insert(path);
-                } else {
-                    bridges.masquerade.push(bridge);
-                }
-            }
-        }
-        if bridges != self.bridges {
-            self.bridges = bridges;
-            self.set_base();
-            self.trusted = false;
-        }
-        Ok(())
     }
 
     /// What is to be done now, without doing it; `full` reads the kernel first.

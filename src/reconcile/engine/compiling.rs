@@ -12,7 +12,7 @@ use super::{Engine, Settings};
 use crate::{
     allocate::Allocator,
     compile::{Assigned, CompiledService, Inputs, Merged, compile_service, merge::Touched, service::Drains},
-    dataplane::Error,
+    dataplane::{Error, executor::Dataplane},
     model::{
         ids::{Mark, Protocol, ServiceKey},
         kernel::{KernelState, VirtualServer, VirtualServerKey},
@@ -86,17 +86,7 @@ impl Engine {
             return Ok(Touched::default());
         }
         let dirty = self.allocate(now)?;
-        let compiling = Compiling {
-            settings: &self.settings,
-            facts: &self.facts,
-            snapshot: &self.snapshot,
-            allocator: &self.allocator,
-            blocked: &self.blocked,
-            present: &self.known.virtual_servers,
-            drains: &mut self.drains,
-            merged: &mut self.merged,
-        };
-        Ok(compiling.run(dirty, now))
+        Ok(self.divide().0.run(dirty, now))
     }
 
     /// Reads the kernel, and compiles in another thread meanwhile: with thousands of services, both take long.
@@ -112,17 +102,8 @@ impl Engine {
             sysctls: base.sysctls.clone(),
             ..Default::default()
         };
-        let compiling = Compiling {
-            settings: &self.settings,
-            facts: &self.facts,
-            snapshot: &self.snapshot,
-            allocator: &self.allocator,
-            blocked: &self.blocked,
-            present: &self.known.virtual_servers,
-            drains: &mut self.drains,
-            merged: &mut self.merged,
-        };
-        let (dataplane, ours, settings) = (&mut self.dataplane, &self.ours, &self.settings);
+        let (compiling, dataplane, ours) = self.divide();
+        let settings = compiling.settings;
         let observed = thread::scope(|scope| {
             let thread = thread::Builder::new().name("compile".into());
             let begun = thread.spawn_scoped(scope, || compiling.run(dirty, now));
@@ -136,6 +117,21 @@ impl Engine {
             self.dirty.extend(keys);
         }
         observed
+    }
+
+    /// What compiles, and what reads the kernel: the one does not need the other.
+    fn divide(&mut self) -> (Compiling<'_>, &mut Dataplane, &BTreeSet<Mark>) {
+        let compiling = Compiling {
+            settings: &self.settings,
+            facts: &self.facts,
+            snapshot: &self.snapshot,
+            allocator: &self.allocator,
+            blocked: &self.blocked,
+            present: &self.known.virtual_servers,
+            drains: &mut self.drains,
+            merged: &mut self.merged,
+        };
+        (compiling, &mut self.dataplane, &self.ours)
     }
 
     /// Allocates for whatever is dirty; gives the services to compile.
