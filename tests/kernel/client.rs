@@ -111,36 +111,20 @@ impl Probe {
         let socket = socket(self.proto, self.dst.ip())?;
         socket.set_read_timeout(Some(self.timeout))?;
         socket.set_write_timeout(Some(self.timeout))?;
-        if self.source_port.is_some() || (self.bind.is_some() && self.proto != Proto::Udp) {
-            let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-            let from = SocketAddr::new(self.bind.unwrap_or(any), self.source_port.unwrap_or(0));
-            socket.set_reuse_address(true)?;
-            socket.bind(&from.into())?;
+        let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
+        let from = self.bind.unwrap_or(any);
+        match self.source_port {
+            None if self.proto == Proto::Udp => bind_fresh(&socket, from)?,
+            None if self.bind.is_none() => {}
+            port => {
+                socket.set_reuse_address(true)?;
+                socket.bind(&SocketAddr::new(from, port.unwrap_or(0)).into())?;
+            }
         }
         if self.source_port.is_some() && self.proto == Proto::Tcp {
             socket.set_linger(Some(Duration::ZERO))?;
         }
-        if self.proto == Proto::Udp && self.source_port.is_none() {
-            self.bind_fresh(&socket)?;
-        }
         Ok(socket)
-    }
-
-    /// A source port that no datagram of this run has had: the kernel draws them by lot, and one that it draws twice within the
-    /// five minutes for which IPVS remembers a UDP flow goes where it went before, which no count of a scheduler's turns expects.
-    fn bind_fresh(&self, socket: &Socket) -> io::Result<()> {
-        static NEXT: AtomicU16 = AtomicU16::new(0);
-        const FIRST: u16 = 32768;
-        const PORTS: u16 = 28232; // net.ipv4.ip_local_port_range ends at 60999
-        let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
-        for _ in 0..100 {
-            let port = FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
-            match socket.bind(&SocketAddr::new(self.bind.unwrap_or(any), port).into()) {
-                Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
-                done => return done,
-            }
-        }
-        Err(io::ErrorKind::AddrInUse.into())
     }
 
     fn once(&self) -> Result<Answer, String> {
@@ -545,4 +529,20 @@ fn ping_here(dst: IpAddr, timeout: Duration) -> Result<Duration, String> {
         Ok(None) => Err("another ICMP message".to_owned()),
         Err(e) => Err(label(&e)),
     }
+}
+
+/// A source port that no datagram of this run has had: the kernel draws them by lot, and one that it draws twice within the
+/// five minutes for which IPVS remembers a UDP flow goes where it went before, which no count of a scheduler's turns expects.
+fn bind_fresh(socket: &Socket, from: IpAddr) -> io::Result<()> {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    const FIRST: u16 = 32768;
+    const PORTS: u16 = 28232; // net.ipv4.ip_local_port_range ends at 60999
+    for _ in 0..100 {
+        let port = FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
+        match socket.bind(&SocketAddr::new(from, port).into()) {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}
+            done => return done,
+        }
+    }
+    Err(io::ErrorKind::AddrInUse.into())
 }

@@ -415,18 +415,27 @@ impl Cx {
 
     /// Writes the manifests and programs every node with them.
     pub fn apply(&self, topology: &Topology, manifests: &mut Manifests) -> Result<()> {
+        self.apply_by(&*self.program, topology, manifests)
+    }
+
+    /// The same by another program.
+    pub fn apply_by(&self, by: &dyn Program, topology: &Topology, manifests: &mut Manifests) -> Result<()> {
         manifests.write()?;
         let manifests = &*manifests;
         self.timed("programmed", || {
-            all(topology.nodes.iter().map(|node| || self.apply_on(node, manifests)))
+            all(topology.nodes.iter().map(|node| || self.apply_on_by(by, node, manifests)))
         })?;
         Ok(())
     }
 
     /// Programs one node with manifests that have been written.
     pub fn apply_on(&self, node: &Node, manifests: &Manifests) -> Result<()> {
+        self.apply_on_by(&*self.program, node, manifests)
+    }
+
+    fn apply_on_by(&self, by: &dyn Program, node: &Node, manifests: &Manifests) -> Result<()> {
         self.will_clean(node);
-        self.program.apply(node, manifests).with_context(|| format!("programming {}", node.name))
+        by.apply(node, manifests).with_context(|| format!("programming {}", node.name))
     }
 
     /// Has the runner clean this node up after the case. `apply` does it; a case that starts an agent does it itself.

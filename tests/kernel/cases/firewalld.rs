@@ -46,14 +46,14 @@ impl Unpacked {
         Ok(Unpacked { root, dir })
     }
 
-    /// A command line in its root, with its programs and libraries before the system's.
-    fn shell(&self, line: &str) -> Vec<String> {
+    /// Hands over the command that runs a line in its root, with its programs and libraries before the system's.
+    fn shell<T>(&self, line: &str, run: impl FnOnce(&[&str]) -> T) -> T {
         let (d, lib) = (&self.dir, format!("lib/{}-linux-gnu", std::env::consts::ARCH));
         let line = format!(
             "export PYTHONPATH={d}/usr/lib/python3/dist-packages GI_TYPELIB_PATH={d}/usr/{lib}/girepository-1.0 \
              LD_LIBRARY_PATH={d}/usr/{lib}:{d}/{lib} PATH={d}/usr/bin:$PATH; {line}"
         );
-        ["chroot", self.root, "sh", "-ec", &line].map(str::to_owned).into()
+        run(&["chroot", self.root, "sh", "-ec", &line])
     }
 }
 
@@ -76,13 +76,11 @@ impl<'a> Firewalld<'a> {
              cd services; cp ssh.xml mdns.xml samba-client.xml netbios-ns.xml dhcpv6-client.xml {defaults}/services; cd ..
              cp icmptypes/redirect.xml icmptypes/router-advertisement.xml icmptypes/neighbour-*.xml {defaults}/icmptypes"
         );
-        let copy = unpacked.shell(&copy);
-        node.run(&copy.iter().map(String::as_str).collect::<Vec<_>>())?.ok()?;
+        unpacked.shell(&copy, |command| node.run(command))?.ok()?;
         let mut children = Vec::new();
         let mut start = |line: &str, env: &[(&str, &str)], log: &str| -> Result<()> {
-            let line = unpacked.shell(&format!("exec {line}"));
-            let line: Vec<&str> = line.iter().map(String::as_str).collect();
-            children.push(node.ns.spawn(&line, env, &dir.join(log))?);
+            let spawn = |command: &[&str]| node.ns.spawn(command, env, &dir.join(log));
+            children.push(unpacked.shell(&format!("exec {line}"), spawn)?);
             Ok(())
         };
         start(
@@ -123,9 +121,7 @@ impl<'a> Firewalld<'a> {
         let env = [("DBUS_SYSTEM_BUS_ADDRESS", self.bus.as_str())];
         // It is written in Python, and the machine may be an emulated one.
         let limit = Duration::from_secs(150);
-        let line = self.unpacked.shell(command);
-        let line: Vec<&str> = line.iter().map(String::as_str).collect();
-        self.node.ns.enter(|| run_here(&line, &env, "", limit))
+        self.unpacked.shell(command, |line| self.node.ns.enter(|| run_here(line, &env, "", limit)))
     }
 }
 

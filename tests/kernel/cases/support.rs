@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -125,6 +126,15 @@ pub fn wrapped(cx: &Cx, name: &str, script: &str) -> Result<Meshlb> {
     Ok(meshlb)
 }
 
+/// `meshlb` that sees this directory in the place of another.
+pub fn covered(cx: &Cx, name: &str, dir: &Path, place: &str) -> Result<Meshlb> {
+    let script = format!(
+        "exec unshare -m --propagation private sh -ec 'mount --bind {} {place}; exec MESHLB \"$@\"' sh \"$@\"",
+        dir.display()
+    );
+    wrapped(cx, name, &script)
+}
+
 /// `meshlb` as in a container: of the programs in `/usr/sbin` it has only these, under these names.
 pub fn container(cx: &Cx, name: &str, programs: &[&str]) -> Result<Meshlb> {
     let sbin = cx.dir.join(format!("{name}-sbin"));
@@ -134,11 +144,7 @@ pub fn container(cx: &Cx, name: &str, programs: &[&str]) -> Result<Meshlb> {
         fs::copy(fs::canonicalize(format!("/usr/sbin/{program}"))?, sbin.join(program))
             .with_context(|| (*program).to_owned())?;
     }
-    let script = format!(
-        "exec unshare -m --propagation private sh -ec 'mount --bind {0} /usr/sbin; exec MESHLB \"$@\"' sh \"$@\"",
-        sbin.display()
-    );
-    let mut meshlb = wrapped(cx, name, &script)?;
+    let mut meshlb = covered(cx, name, &sbin, "/usr/sbin")?;
     meshlb.path = "/usr/sbin:/usr/bin:/sbin:/bin".to_owned();
     Ok(meshlb)
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::guard::{BOTH, VIPS, refused, to_nothing, vip, works};
-use super::support::wrapped;
+use super::support::covered;
 use crate::check;
 use crate::client::Probe;
 use crate::program::Meshlb;
@@ -69,13 +69,7 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>)
     m.standard(&t, "vote", &VIPS)?;
     match meshlb {
         None => cx.apply(&t, &mut m)?,
-        Some(meshlb) => {
-            m.write()?;
-            for node in &t.nodes {
-                cx.will_clean(node);
-                meshlb.run(node, &["apply", &m.dir.to_string_lossy()])?.ok()?;
-            }
-        }
+        Some(meshlb) => cx.apply_by(meshlb, &t, &mut m)?,
     }
     works(&t, &BOTH)?;
     for family in Family::ALL {
@@ -107,11 +101,7 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>)
 fn without_br_netfilter(cx: &mut Cx) -> Result<()> {
     let empty = cx.dir.join("empty");
     fs::create_dir_all(&empty)?;
-    let script = format!(
-        "exec unshare -m --propagation private sh -ec 'mount --bind {} /proc/sys/net/bridge; exec MESHLB \"$@\"' sh \"$@\"",
-        empty.display()
-    );
-    let meshlb = wrapped(cx, "no-br-netfilter", &script)?;
+    let meshlb = covered(cx, "no-br-netfilter", &empty, "/proc/sys/net/bridge")?;
     let spec = bridge(false).underlay(Underlay::Vxlan).rp_filter(1);
     carries(cx, &spec, &[Family::V4], Some(&meshlb))?;
     let t = cx.topology(&spec)?;

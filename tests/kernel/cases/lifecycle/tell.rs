@@ -22,23 +22,17 @@ fn commands(cx: &mut Cx) -> Result<()> {
     let c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21"]))?;
     let node = c.t.node(1);
     // The kernel goes on counting where a destination comes back within two minutes: one of the case before this, it may be.
-    let counted = |service: &Value| -> Option<u64> {
-        let servers = service["ports"][0]["virtualServers"].as_array()?;
-        let v4 = servers.iter().find(|s| s["family"] == "IPv4")?;
-        Some(v4["endpoints"].as_array()?.iter().filter_map(|e| e["connections"].as_u64()).sum())
-    };
-    let before = counted(&c.service(1, "web")?).context("no IPv4 server")?;
+    let before = counted(v4_server(&c.service(1, "web")?)?);
     check::answered(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 6)?)?;
     let report = c.show(1)?;
     ensure!(report["node"] == "n1" && report["renderer"] == renderer.flag(), "{report:#}");
     ensure!(report["nodeProblems"] == json!([]), "{report:#}");
     let service = c.service(1, "web")?;
     ensure!(service["readyEndpoints"] == 3 && service["totalEndpoints"] == 3, "{service:#}");
-    let servers = service["ports"][0]["virtualServers"].as_array().context("no virtualServers")?;
-    let v4 = servers.iter().find(|s| s["family"] == "IPv4").context("no IPv4 server")?;
+    let v4 = v4_server(&service)?;
     ensure!(v4["state"] == "ok" && v4["scheduler"] == "rr", "{v4:#}");
     let endpoints = v4["endpoints"].as_array().context("no endpoints")?;
-    ensure!(counted(&service) == Some(before + 6), "6 connections more than {before}? {v4:#}");
+    ensure!(counted(v4) == before + 6, "6 connections more than {before}? {v4:#}");
     ensure!(endpoints.iter().all(|e| e["state"] == "ready"), "{v4:#}");
     ensure!(endpoints.iter().any(|e| e["target"] == "p21" && e["node"] == "n2"), "{v4:#}");
     for args in [&["show"][..], &["show", "web", "-o", "wide"]] {
@@ -77,6 +71,17 @@ fn commands(cx: &mut Cx) -> Result<()> {
     }
     ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
     c.in_sync()
+}
+
+/// The IPv4 virtual server of a service's first port, as `show` tells of it.
+fn v4_server(service: &Value) -> Result<&Value> {
+    let servers = service["ports"][0]["virtualServers"].as_array().context("no virtualServers")?;
+    servers.iter().find(|s| s["family"] == "IPv4").context("no IPv4 server")
+}
+
+/// Connections to its endpoints.
+fn counted(server: &Value) -> u64 {
+    server["endpoints"].as_array().into_iter().flatten().filter_map(|e| e["connections"].as_u64()).sum()
 }
 
 /// Its last good version goes on; the log says where the mistake is; the rest of the folder is followed.
