@@ -110,6 +110,11 @@ impl Marks {
         }
     }
 
+    /// Whether an owner that has not turned up yet has a mark from an earlier run.
+    pub fn remembers(&self, owner: &MarkOwner) -> bool {
+        self.previous.contains_key(owner)
+    }
+
     /// Retires what owners of these services had that have not turned up.
     pub fn forget(&mut self, services: &BTreeSet<ServiceKey>) {
         let gone: Vec<MarkOwner> =
@@ -149,6 +154,11 @@ impl Marks {
         }
         let starving = self.starving.iter().map(|owner| owner.service.clone());
         evicted.iter().map(|owner| owner.service.clone()).chain(starving).collect()
+    }
+
+    /// Marks of others, as last set.
+    pub fn foreign(&self) -> &BTreeSet<Mark> {
+        &self.foreign
     }
 
     fn is_known_nowhere(&self, mark: Mark) -> bool {

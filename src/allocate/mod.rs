@@ -351,6 +351,17 @@ impl Allocator {
         kept.into_iter().flat_map(|k| k.marks.values().chain(k.ingress_marks.values()).copied())
     }
 
+    /// Published ports (of a range: the first) that are kept for a service of an earlier run.
+    pub fn remembered_ports(&self, key: &ServiceKey) -> impl Iterator<Item = (Protocol, u16)> {
+        let kept = self.previous.services.get(key);
+        kept.into_iter().flat_map(|k| k.published.iter().map(|(port, number)| (port.protocol, *number)))
+    }
+
+    /// Whether every mark that a service needs is kept for it from an earlier run.
+    pub fn remembers(&self, service: &Service) -> bool {
+        wants::marks(service, &self.config).iter().all(|(_, owner)| self.marks.remembers(owner))
+    }
+
     /// Keeps nothing for services that will not turn up any more.
     pub fn forget(&mut self, gone: &BTreeSet<ServiceKey>) {
         for key in gone {
@@ -379,6 +390,11 @@ impl Allocator {
     /// Whether [`Self::commit`] has anything to do.
     pub fn has_retired_marks(&self) -> bool {
         !self.marks.retired().is_empty()
+    }
+
+    /// Marks of services in the kernel that are not ours, as far as known.
+    pub fn foreign_marks(&self) -> &BTreeSet<Mark> {
+        self.marks.foreign()
     }
 
     /// Marks of services in the kernel that are not ours. Returns the services to pass to [`Self::update`].

@@ -95,6 +95,10 @@ impl Ipvs for FakeKernel {
         Ok(self.dump(keep)?.into_iter().map(|(k, v)| (k, v.config)).collect())
     }
 
+    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error> {
+        Ok(self.lock().state.virtual_servers.contains_key(&key))
+    }
+
     fn reals(
         &mut self,
         key: VirtualServerKey,

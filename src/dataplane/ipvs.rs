@@ -149,6 +149,10 @@ impl Ipvs for KernelIpvs {
         Ok(out)
     }
 
+    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error> {
+        Ok(self.client.service(&service_id(key)).map_err(error)?.is_some())
+    }
+
     fn reals(
         &mut self,
         key: VirtualServerKey,

@@ -118,6 +118,8 @@ pub trait Ipvs {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error>;
+    /// Whether there is a service with this key, anybody's.
+    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error>;
     /// Destinations of one service with weights and counters; empty when the service is missing.
     fn reals(
         &mut self,

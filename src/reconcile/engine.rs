@@ -4,6 +4,7 @@ mod bridges;
 mod compiling;
 mod drains;
 mod known;
+mod marks;
 mod ports;
 mod recover;
 
@@ -95,6 +96,8 @@ pub struct Engine {
     earlier_ranges: PerFamily<IpNet>,
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
+    /// Whether marks of others are known as of this turn.
+    others_known: bool,
 }
 
 /// After so many changes what we know of the kernel and what it should be are put together in memory again.
@@ -136,6 +139,7 @@ impl Engine {
             timeouts_before: None,
             earlier_ranges: PerFamily::default(),
             ours,
+            others_known: false,
         }
     }
 
@@ -315,13 +319,16 @@ impl Engine {
         if first {
             self.foresee_bridges()?;
         }
-        // Nothing about a service depends on what the kernel has, but for marks that are recovered from it and for drains;
-        // those that have yet to begin are found by `adopt`.
-        let independent = first && self.recover.is_none() && self.drains.is_empty();
+        // Of a service that is as an earlier run left it, nothing depends on what the kernel has, but for drains; those that
+        // have yet to begin are found by `adopt`.
+        let independent = first && self.drains.is_empty() && self.remembers_all();
         let mut observed = if independent { self.observe_while_compiling(now)? } else { self.observe()? };
         self.adopt(&observed);
         self.trusted = true;
-        self.settle(now)?;
+        self.others_known = true;
+        let settled = self.settle(now);
+        self.others_known = false;
+        settled?;
         self.refresh_bridges()?;
         if !self.trusted {
             // What the rules should be has changed meanwhile: look at them with that in mind.

@@ -211,11 +211,7 @@ fn an_endpoint_that_went_while_no_agent_ran_drains_too() {
 fn another_programs_service_is_neither_touched_nor_is_its_mark_given_out() {
     let kernel = FakeKernel::default();
     let foreign = VirtualServerKey { family: Family::V4, mark: Mark(0x100) };
-    let server = VirtualServer {
-        config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
-        protocol: None,
-        reals: Arc::default(),
-    };
+    let server = foreign_server();
     kernel.lock().state.virtual_servers.insert(foreign, server.clone());
     let mut engine = vote(&kernel, Allocations::default());
     turn(&mut engine, true);
@@ -223,6 +219,54 @@ fn another_programs_service_is_neither_touched_nor_is_its_mark_given_out() {
     engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
     turn(&mut engine, true);
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], server);
+}
+
+fn foreign_server() -> VirtualServer {
+    VirtualServer {
+        config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
+        protocol: None,
+        reals: Arc::default(),
+    }
+}
+
+#[test]
+fn a_new_service_after_a_restart_does_not_get_the_mark_of_another_program() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let foreign = VirtualServerKey { family: Family::V4, mark: Mark(0x101) };
+    assert_ne!(server_of(&first, "vote").mark, foreign.mark);
+    kernel.lock().state.virtual_servers.insert(foreign, foreign_server());
+    let mut second = engine(&kernel, first.allocator().allocations());
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+        service_with("more", port(81, 8080)),
+        endpoints("more", &["10.244.1.12"]),
+    ]);
+    second.synced(true);
+    turn(&mut second, true);
+    assert_ne!(server_of(&second, "more").mark, foreign.mark);
+    assert_eq!(kernel.lock().state.virtual_servers[&foreign], foreign_server());
+}
+
+#[test]
+fn a_new_service_does_not_get_a_mark_that_another_program_took_since_the_last_look() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let foreign = [(Family::V4, 0x101), (Family::V6, 0x102)]
+        .map(|(family, mark)| VirtualServerKey { family, mark: Mark(mark) });
+    for key in foreign {
+        kernel.lock().state.virtual_servers.insert(key, foreign_server());
+    }
+    engine.feed([service_with("more", port(81, 8080)), endpoints("more", &["10.244.1.12"])]);
+    turn(&mut engine, false);
+    assert_eq!(server_of(&engine, "more").mark, Mark(0x103));
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    for key in foreign {
+        assert_eq!(kernel.lock().state.virtual_servers[&key], foreign_server());
+    }
 }
 
 #[test]
@@ -289,9 +333,11 @@ fn services_are_not_forgotten_when_the_sockets_of_the_host_cannot_be_listed() {
     };
     assert!(served(&kernel));
     let mut again = vote(&kernel, engine.allocator().allocations());
+    again.set_served(engine.served().clone());
+    again.feed([service_with("vote", published(80, 8080, Some(30082)))]);
     kernel.lock().faults.push("listeners".into());
     assert!(again.turn(true, now()).is_err());
-    assert_eq!(turn(&mut again, true), Vec::<String>::new());
+    assert!(turn(&mut again, true).iter().any(|op| op.contains(":30082")));
     again.feed([
         service_with("other", published(81, 8080, Some(30081))),
         endpoints("other", &["10.244.1.13"]),

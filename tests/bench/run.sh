@@ -47,7 +47,7 @@ fi
 cd "$repo"
 echo "bench: building meshlb, optimised (the first time takes minutes)"
 built=$(mktemp)
-cargo build --release --locked --bin meshlb --example bench-helper --message-format=json >"$built" || { rm -f "$built"; echo "bench: it does not build"; exit 1; }
+cargo build --release --locked --bin meshlb --example bench-helper --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "bench: it does not build"; exit 1; }
 executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 meshlb_bin=$(executable bin meshlb) helper_bin=$(executable example bench-helper)
 rm -f "$built"

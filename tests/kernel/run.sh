@@ -42,7 +42,7 @@ if [ $where = host ]; then "$vm_dir/setup.sh" --host; else "$vm_dir/setup.sh"; f
 cd "$repo"
 [ "$what" != demo ] || echo "demo: building meshlb (the first time takes minutes)"
 built=$(mktemp)
-cargo test -q --no-run --test kernel --message-format=json >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
+cargo test -q --no-run --test kernel --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
 executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 test_bin=$(executable test kernel) meshlb_bin=${MESHLB_BIN:-$(executable bin meshlb)}
 rm -f "$built"

@@ -17,7 +17,8 @@ qemu=(); [ -z "${MESHLB_VM_QEMU_OPTS:-}" ] || qemu=("--qemu-opts=$MESHLB_VM_QEMU
 cd "$vm"
 # no_timer_check: on a busy machine an emulated timer interrupt comes too late for the kernel's check, and it panics.
 # udev is absent in containers and virtme-ng then loses the output and status: both go through the shared folder.
-setsid timeout $((3600 * ${MESHLB_VM_HOURS:-3})) "$vng" -v --disable-kvm --force-9p --run "$kernel" \
+# vng starts its neighbour virtme-run by name.
+PATH=$(dirname "$vng"):$PATH setsid timeout $((3600 * ${MESHLB_VM_HOURS:-3})) "$vng" -v --disable-kvm --force-9p --run "$kernel" \
   --cpus "${MESHLB_VM_CPUS:-2}" --memory "${MESHLB_VM_MEMORY:-2G}" --user root "${qemu[@]}" \
   --append panic=-1 --append no_timer_check --rwdir="$vm" -- "bash $vm/guest.sh $queue" >"$vm/console.log" 2>&1 </dev/null &
 pid=$!; echo "$pid" >"$vm/pid"

@@ -144,11 +144,9 @@ impl Engine {
         let mut dirty = std::mem::take(&mut self.dirty);
         let changed = self.allocator.update(&dirty, self.snapshot.services());
         self.generation += u64::from(!changed.is_empty());
-        for key in &changed {
-            self.ours.extend(self.allocator.get(key).into_iter().flat_map(|a| a.marks.values()));
-        }
         dirty.extend(changed);
-        if let Err(e) = self.find_blocked(&dirty) {
+        let settled = self.take_marks(&mut dirty).and_then(|()| self.find_blocked(&dirty));
+        if let Err(e) = settled {
             self.dirty = dirty;
             return Err(e);
         }

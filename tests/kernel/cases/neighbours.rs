@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works};
+use super::support;
 use crate::check;
 use crate::client::{Load, Probe};
 use crate::program::{Meshlb, Program as _};
@@ -24,6 +25,7 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("neighbours::two_agents", &one, limit, two_agents);
         suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
         suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
+        suite.add("neighbours::mark_taken_meanwhile", &one, mark_taken);
         if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
         }
@@ -120,6 +122,53 @@ fn foreign_state(cx: &mut Cx) -> Result<()> {
         ensure!(n1.ns.sysctl_get(key)? == "1", "{key} was put back under a foreign service");
         n1.ns.sysctl(key, "0")?;
     }
+    Ok(())
+}
+
+/// Another program takes the marks that come next, between two looks at the kernel: a new service gets none of them.
+fn mark_taken(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    m.write()?;
+    let _agent = support::start(cx, &meshlb, &t, &m)?;
+    let theirs = || -> Result<Vec<String>> {
+        let all = n1.ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+        Ok(all
+            .lines()
+            .filter(|l| l.contains("10.99.0.1:81") || l.contains("-s lblc"))
+            .map(str::to_owned)
+            .collect())
+    };
+    sh(
+        cx,
+        n1,
+        "for mark in $(seq 256 290); do
+            ipvsadm -A -f $mark -s lblc 2>/dev/null && ipvsadm -a -f $mark -r 10.99.0.1:81 -m || true
+        done",
+    )?;
+    let before = theirs()?;
+    ensure!(before.len() > 50, "too few services of the other program: {before:#?}");
+    m.service("more").vips(&["10.200.0.7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("more", &[t.pod("p12"), t.pod("p21")]);
+    m.write()?;
+    let to = SocketAddr::new([10, 200, 0, 7].into(), 81);
+    support::wait_until("the new service is served", Duration::from_secs(10), || {
+        Ok(t.pod("p11").connect(Proto::Tcp, to, 1)?.failed() == 0)
+    })?;
+    check::even(&t.pod("p11").connect(Proto::Tcp, to, 4)?, &["p12", "p21"])?;
+    // The next full look has them in view, and leaves them alone too.
+    sleep(Duration::from_secs(6));
+    ensure!(theirs()? == before, "before: {before:#?}\nafter: {:#?}", theirs()?);
+    works(&t, &[Proto::Tcp])?;
+    // They go before we do: what a foreign service may depend on would stay otherwise.
+    sh(
+        cx,
+        n1,
+        "ipvsadm -Sn | awk '/-s lblc/ {print $3}' | while read -r mark; do ipvsadm -D -f $mark; done",
+    )?;
     Ok(())
 }
 

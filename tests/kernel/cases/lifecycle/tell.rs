@@ -125,7 +125,8 @@ fn wrong_object(cx: &mut Cx) -> Result<()> {
         Ok(metric(c.t.node(1), "meshlb_programmed_generation").is_ok())
     })?;
     std::thread::sleep(Duration::from_millis(1500));
-    check::even(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 4)?, &["p11", "p21"])?;
+    // The load's connections come between these: how even they are says nothing.
+    check::among(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 4)?, &["p11", "p21"])?;
     put(&good)?;
     super::wait_until("the corrected object is followed", Duration::from_secs(5), || {
         Ok(c.agents[0].log_text().contains("no longer: "))

@@ -1,0 +1,60 @@
+//! Marks of new services and marks of other programs.
+
+use std::collections::BTreeSet;
+
+use super::Engine;
+use crate::{
+    dataplane::Error,
+    model::{
+        ids::{Family, Mark, ServiceKey},
+        kernel::VirtualServerKey,
+    },
+};
+
+impl Engine {
+    /// Whether every service has what it had in an earlier run: marks, and published ports that were served.
+    pub(super) fn remembers_all(&self) -> bool {
+        let none = BTreeSet::new();
+        self.recover.is_none()
+            && self.snapshot.services().values().all(|service| {
+                let served = self.served.get(&service.key).unwrap_or(&none);
+                self.allocator.remembers(service)
+                    && self.allocator.remembered_ports(&service.key).all(|port| served.contains(&port))
+            })
+    }
+
+    /// Marks that these services are given for the first time become ours, unless another program has an IPVS service
+    /// with one of them since the kernel was read last: then they are given another. Adds to `services` whatever has
+    /// to be compiled for it.
+    ///
+    /// # Errors
+    /// When the kernel can't be asked.
+    pub(super) fn take_marks(&mut self, services: &mut BTreeSet<ServiceKey>) -> Result<(), Error> {
+        loop {
+            let allocations = services.iter().filter_map(|key| self.allocator.get(key));
+            let new: BTreeSet<Mark> = allocations
+                .flat_map(|a| a.marks.values())
+                .filter(|m| !self.ours.contains(m))
+                .copied()
+                .collect();
+            let mut taken = BTreeSet::new();
+            if !self.others_known {
+                for mark in &new {
+                    for family in Family::ALL {
+                        if self.dataplane.ipvs.has_service(VirtualServerKey { family, mark: *mark })? {
+                            taken.insert(*mark);
+                        }
+                    }
+                }
+            }
+            if taken.is_empty() {
+                self.ours.extend(new);
+                return Ok(());
+            }
+            taken.extend(self.allocator.foreign_marks());
+            let evicted = self.allocator.set_foreign_marks(taken);
+            services.extend(self.allocator.update(&evicted, self.snapshot.services()));
+            self.generation += 1;
+        }
+    }
+}
