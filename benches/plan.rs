@@ -71,6 +71,7 @@ fn compile(world: &World) -> Merged {
         config: &world.config,
         facts: &world.facts,
         present: &HashMap::new(),
+        kept: &Default::default(),
         drains: &std::collections::BTreeMap::new(),
         blocked: &|_, _| false,
         now: Timestamp::UNIX_EPOCH,

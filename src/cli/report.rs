@@ -311,6 +311,7 @@ fn endpoint_report(
         }
         _ => match info.map(|i| i.state) {
             Some(RealState::Draining(_)) => "draining".to_owned(),
+            Some(RealState::Kept) => "kept".to_owned(),
             _ => "ready".to_owned(),
         },
     };

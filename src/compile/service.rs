@@ -43,6 +43,8 @@ pub struct Inputs<'a> {
     pub present: &'a HashMap<VirtualServerKey, VirtualServer>,
     /// Drains that run already.
     pub drains: &'a Drains,
+    /// Real servers in the kernel that the source can't speak for, since it can't be read completely: they stay as they are.
+    pub kept: &'a Kept,
     /// Published ports that a socket of the host holds (design decision 5): not published on this node.
     pub blocked: &'a dyn Fn(Protocol, u16) -> bool,
     /// Now.
@@ -52,6 +54,9 @@ pub struct Inputs<'a> {
 /// Real servers that finish their connections, and until when at the latest.
 pub type Drains = BTreeMap<(VirtualServerKey, RealServerKey), Timestamp>;
 
+/// Real servers that stay as they are, with whether they are on this node.
+pub type Kept = BTreeMap<(VirtualServerKey, RealServerKey), bool>;
+
 /// State of a real server.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum RealState {
@@ -59,6 +64,8 @@ pub enum RealState {
     Ready,
     /// Finishes those it has, at the latest until then.
     Draining(Timestamp),
+    /// As an earlier run left it: what the source says of it can't be read.
+    Kept,
 }
 
 /// What a person wants to know about a real server besides its address.
@@ -113,7 +120,7 @@ impl CompiledService {
     pub fn drains(&self) -> impl Iterator<Item = ((VirtualServerKey, RealServerKey), Timestamp)> {
         self.reals.iter().filter_map(|(key, info)| match info.state {
             RealState::Draining(until) => Some((*key, until)),
-            RealState::Ready => None,
+            RealState::Ready | RealState::Kept => None,
         })
     }
 }
@@ -290,22 +297,51 @@ fn add_virtual_server(
                 state: RealState::Ready,
             },
         );
-        out.shared.insert(Element::Endpoint(real.addr));
-        if *local {
-            out.shared.insert(Element::Local(real.addr));
-        }
-        if inputs.facts.all_addresses.contains(&real.addr) {
-            for p in own_ports(port, *real) {
-                let target = Target { addr: real.addr, protocol: port.protocol, port: p };
-                out.shared.insert(Element::Own(target));
-            }
-        }
+        let_in(out, port, *real, *local, inputs);
     }
+    keep_unread(out, port, key, &mut reals, inputs);
     drain_removed(out, service, port, key, &mut reals, inputs);
     let config =
         VirtualServerConfig { scheduler: service.scheduler.name.clone(), flags: service.scheduler.flags };
     let reals = Arc::new(reals.into_iter().collect());
     out.virtual_servers.insert(key, VirtualServer { config, protocol: Some(port.protocol), reals });
+}
+
+/// What the rules have to know of a real server.
+fn let_in(out: &mut Draft, port: &ServicePort, real: RealServerKey, local: bool, inputs: &Inputs<'_>) {
+    out.shared.insert(Element::Endpoint(real.addr));
+    if local {
+        out.shared.insert(Element::Local(real.addr));
+    }
+    if inputs.facts.all_addresses.contains(&real.addr) {
+        for p in own_ports(port, real) {
+            let target = Target { addr: real.addr, protocol: port.protocol, port: p };
+            out.shared.insert(Element::Own(target));
+        }
+    }
+}
+
+/// Real servers of which nobody can say whether they are still wanted.
+fn keep_unread(
+    out: &mut Draft,
+    port: &ServicePort,
+    key: VirtualServerKey,
+    reals: &mut BTreeMap<RealServerKey, RealServerConfig>,
+    inputs: &Inputs<'_>,
+) {
+    if inputs.kept.is_empty() {
+        return;
+    }
+    let Some(present) = inputs.present.get(&key) else { return };
+    for (real, config) in present.reals.iter() {
+        let Some(local) = inputs.kept.get(&(key, *real)) else { continue };
+        if reals.contains_key(real) {
+            continue;
+        }
+        reals.insert(*real, *config);
+        out.reals.insert((key, *real), RealInfo { target: None, node: None, state: RealState::Kept });
+        let_in(out, port, *real, *local, inputs);
+    }
 }
 
 fn own_ports(port: &ServicePort, real: RealServerKey) -> Vec<u16> {

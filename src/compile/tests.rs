@@ -7,7 +7,10 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Assigned, CompiledService, Inputs, RealState, compile_service, service::Drains};
+use super::{
+    Assigned, CompiledService, Inputs, RealState, compile_service,
+    service::{Drains, Kept},
+};
 use crate::model::{
     endpoints::{Endpoint, Slice},
     fixtures::{config, endpoint, facts, port, published, service, slice},
@@ -44,6 +47,7 @@ struct Case {
     slices: Vec<std::sync::Arc<Slice>>,
     present: HashMap<VirtualServerKey, VirtualServer>,
     drains: Drains,
+    kept: Kept,
     blocked: BTreeSet<(Protocol, u16)>,
     now: Timestamp,
 }
@@ -56,6 +60,7 @@ impl Case {
             slices,
             present: HashMap::new(),
             drains: Drains::new(),
+            kept: Kept::new(),
             blocked: BTreeSet::new(),
             now: Timestamp::from_second(1_800_000_000).unwrap(),
         }
@@ -68,6 +73,7 @@ impl Case {
             facts: &facts,
             present: &self.present,
             drains: &self.drains,
+            kept: &self.kept,
             blocked: &|protocol, port| self.blocked.contains(&(protocol, port)),
             now: self.now,
         };

@@ -90,6 +90,8 @@ pub struct Agent<O> {
     /// No service dump before.
     services_rest: Instant,
     logged: HashMap<String, Instant>,
+    /// How many destinations were left alone when that was told last.
+    kept_told: usize,
 }
 
 impl<O: Observer> Agent<O> {
@@ -112,6 +114,7 @@ impl<O: Observer> Agent<O> {
             rotation: Rotation::new(REALS_PER_PROBE.0, REALS_PER_PROBE.1, REALS_TIME),
             services_rest: now,
             logged: HashMap::new(),
+            kept_told: 0,
         }
     }
 
@@ -262,6 +265,13 @@ impl<O: Observer> Agent<O> {
                 full = turn.full,
                 took_ms = turn.took.as_millis() as u64,
                 "programmed"
+            );
+        }
+        let kept = self.engine.kept().len();
+        if kept != std::mem::replace(&mut self.kept_told, kept) && kept > 0 {
+            warn!(
+                destinations = kept,
+                "left as they are, since the source does not name them and can't be read completely"
             );
         }
         self.observer.after_turn(&self.engine, &turn, since);

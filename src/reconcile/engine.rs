@@ -20,7 +20,11 @@ use bridges::Bridges;
 
 use crate::{
     allocate::{Allocations, Allocator, Lock},
-    compile::{Merged, base::compile_base, service::Drains},
+    compile::{
+        Merged, RealState,
+        base::compile_base,
+        service::{Drains, Kept},
+    },
     dataplane::{
         AddressRules, Error,
         executor::{Dataplane, Failure},
@@ -81,6 +85,12 @@ pub struct Engine {
     known: KernelState,
     trusted: bool,
     drains: Drains,
+    /// Destinations of earlier runs that the source can't speak for yet.
+    kept: Kept,
+    /// Whether the source could be read completely, as far as it has told; `None` before.
+    complete: Option<bool>,
+    /// Whether the kernel has been looked at.
+    looked: bool,
     /// Connections whose drain is over and that conntrack would go on with.
     overdue: BTreeSet<PublishedFlows>,
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
@@ -129,6 +139,9 @@ impl Engine {
             known: KernelState::default(),
             trusted: false,
             drains,
+            kept: Kept::new(),
+            complete: None,
+            looked: false,
             overdue: BTreeSet::new(),
             blocked: BTreeMap::new(),
             served: Served::new(),
@@ -372,7 +385,11 @@ impl Engine {
         // What of theirs has no mark was overlooked so far, and is to be compared now.
         self.trusted &= self.held.is_subset(&held);
         self.held = held;
+        self.complete = Some(complete);
         if complete {
+            for (server, _) in std::mem::take(&mut self.kept).into_keys() {
+                self.dirty.extend(self.merged.owner(server.mark).cloned());
+            }
             self.allocator.forget(&unseen);
             self.served.retain(|key, _| !unseen.contains(key));
             self.generation += u64::from(!unseen.is_empty());
@@ -388,6 +405,11 @@ impl Engine {
     /// Services that are left alone because the source can't be read completely.
     pub fn held(&self) -> &BTreeSet<ServiceKey> {
         &self.held
+    }
+
+    /// Destinations that are left as they are because the source can't be read completely.
+    pub fn kept(&self) -> &Kept {
+        &self.kept
     }
 
     fn observe(&mut self) -> Result<Observed, Error> {
@@ -418,11 +440,30 @@ impl Engine {
         } else {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
+        if !std::mem::replace(&mut self.looked, true) && self.complete == Some(false) {
+            self.keep_unread(observed);
+        }
         for (key, server) in &observed.virtual_servers {
             let Some(owner) = self.merged.owner(key.mark) else { continue };
             let want = self.merged.state().virtual_servers.get(key);
             if server.reals.keys().any(|real| want.is_none_or(|w| !w.reals.contains_key(real))) {
                 self.dirty.insert(owner.clone());
+            }
+        }
+    }
+
+    /// The source can't be read completely: destinations that it does not name may be meant to be there all the same. What is
+    /// named is let go of as it is compiled.
+    fn keep_unread(&mut self, observed: &Observed) {
+        for (key, server) in &observed.virtual_servers {
+            for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
+                let local = observed.elements.contains_key(&Element::Local(real.addr));
+                self.kept.insert((*key, *real), local);
+            }
+        }
+        for service in self.merged.services().values() {
+            for (key, _) in service.reals.iter().filter(|(_, info)| info.state == RealState::Ready) {
+                self.kept.remove(key);
             }
         }
     }

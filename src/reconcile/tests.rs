@@ -383,6 +383,57 @@ fn a_source_that_cannot_be_read_completely_takes_nothing_away() {
 }
 
 #[test]
+fn endpoints_in_a_slice_that_cannot_be_read_stay() {
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        let kernel = FakeKernel::default();
+        let service = || {
+            [
+                service_with("vote", ServicePort { protocol, ..published(80, 8080, Some(30080)) }),
+                service_with("other", ServicePort { protocol, ..port(81, 8080) }),
+            ]
+        };
+        let slice_of = |name: &str, addresses: &[&str]| {
+            let endpoints = addresses.iter().map(|a| endpoint(a, "n1")).collect();
+            let mut slice = crate::model::endpoints::Slice::clone(&slice(name, endpoints));
+            slice.ports.iter_mut().for_each(|p| p.protocol = protocol);
+            Event::Slice(Arc::new(slice))
+        };
+        let both = ["10.244.1.11", "10.244.1.12"];
+        let mut first = engine(&kernel, Allocations::default());
+        first.feed(service());
+        first.feed([slice_of("vote", &both), slice_of("other", &["10.244.1.13"])]);
+        first.synced(true);
+        turn(&mut first, true);
+        for previous in [first.allocator().allocations(), Allocations::default()] {
+            let mut second = engine(&kernel, previous);
+            second.set_served(first.served().clone());
+            second.feed(service());
+            second.feed([slice_of("other", &["10.244.1.13"])]);
+            second.synced(false);
+            assert_eq!(turn(&mut second, true), Vec::<String>::new());
+            assert_eq!(turn(&mut second, true), Vec::<String>::new());
+            assert!(!second.kept().is_empty());
+            // What can be read is followed.
+            second.feed([slice_of("other", &["10.244.1.14"])]);
+            let ops = turn(&mut second, false);
+            assert!(ops.iter().any(|op| op.contains("10.244.1.14:8080 weight 1")), "{ops:?}");
+            assert!(ops.iter().any(|op| op.contains("10.244.1.13:8080")), "{ops:?}");
+            assert!(!ops.iter().any(|op| op.contains("10.244.1.12")), "{ops:?}");
+            // Once it can be read, it counts.
+            second.feed([slice_of("vote", &["10.244.1.11"]), slice_of("other", &["10.244.1.13"])]);
+            second.synced(true);
+            assert!(second.kept().is_empty());
+            let ops = turn(&mut second, false);
+            assert!(ops.iter().any(|op| op.contains("10.244.1.12:8080")), "{ops:?}");
+            second.feed([slice_of("vote", &both)]);
+            turn(&mut second, false);
+            second.expire_drains(now() + SignedDuration::from_secs(60)).unwrap();
+            turn(&mut second, true);
+        }
+    }
+}
+
+#[test]
 fn a_service_that_was_left_alone_leaves_nothing_behind_when_it_is_back() {
     let kernel = FakeKernel::default();
     let mut first = vote(&kernel, Allocations::default());

@@ -11,7 +11,11 @@ use jiff::Timestamp;
 use super::{Engine, Settings};
 use crate::{
     allocate::Allocator,
-    compile::{Assigned, CompiledService, Inputs, Merged, compile_service, merge::Touched, service::Drains},
+    compile::{
+        Assigned, CompiledService, Inputs, Merged, RealState, compile_service,
+        merge::Touched,
+        service::{Drains, Kept},
+    },
     dataplane::{Error, executor::Dataplane},
     model::{
         ids::{Mark, Protocol, ServiceKey},
@@ -31,6 +35,7 @@ struct Compiling<'a> {
     blocked: &'a BTreeMap<(Protocol, u16), ServiceKey>,
     present: &'a HashMap<VirtualServerKey, VirtualServer>,
     drains: &'a mut Drains,
+    kept: &'a mut Kept,
     merged: &'a mut Merged,
 }
 
@@ -40,6 +45,7 @@ impl Compiling<'_> {
         for key in dirty {
             let compiled = self.compile(&key, now);
             self.remember_drains(&key, compiled.as_deref());
+            self.let_go(compiled.as_deref());
             self.merged.replace(&key, compiled, &mut touched);
         }
         touched
@@ -58,10 +64,23 @@ impl Compiling<'_> {
             facts: self.facts,
             present: self.present,
             drains: self.drains,
+            kept: self.kept,
             blocked: &|protocol, port| self.blocked.contains_key(&(protocol, port)),
             now,
         };
         Some(Arc::new(compile_service(service, &self.snapshot.slices_for(service), &assigned, &inputs)))
+    }
+
+    /// What the source speaks for is not kept for anything else any more.
+    fn let_go(&mut self, new: Option<&CompiledService>) {
+        if self.kept.is_empty() {
+            return;
+        }
+        for (key, info) in new.iter().flat_map(|service| service.reals.iter()) {
+            if info.state != RealState::Kept {
+                self.kept.remove(key);
+            }
+        }
     }
 
     fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
@@ -129,6 +148,7 @@ impl Engine {
             blocked: &self.blocked,
             present: &self.known.virtual_servers,
             drains: &mut self.drains,
+            kept: &mut self.kept,
             merged: &mut self.merged,
         };
         (compiling, &mut self.dataplane, &self.ours)
