@@ -39,7 +39,7 @@ pub struct State {
     pub ranges: PerFamily<IpNet>,
     /// Bits of the packet mark that are ours.
     pub mark_mask: u32,
-    /// Renderer in use: `iptables` or `nftables`.
+    /// Renderer in use: `iptables-nft`, `iptables-legacy` or `nftables`.
     pub renderer: String,
     /// The folder that services come from, in folder mode.
     pub source: Option<PathBuf>,
@@ -120,13 +120,22 @@ struct Drains {
 }
 
 impl State {
-    /// The state in a directory, for those who only want to know: nothing is made or set aside, and what can't
-    /// be read is as good as absent.
-    pub fn peek(dir: &Path) -> Option<Self> {
-        let bytes = fs::read(dir.join(STATE)).ok()?;
-        let file: Versioned<Self> = serde_json::from_slice(&bytes).ok()?;
-        (file.version == VERSION).then_some(file.content)
+    /// The state in a directory, for those who only want to know: nothing is made or set aside. A missing file is an
+    /// empty state.
+    ///
+    /// # Errors
+    /// The file can't be read or understood; the text says which and why.
+    pub fn peek(dir: &Path) -> io::Result<Self> {
+        Ok(look::<Self>(&dir.join(STATE))?.0)
     }
+}
+
+/// The draining destinations in a directory, in the same way.
+///
+/// # Errors
+/// As [`State::peek`].
+pub fn peek_drains(dir: &Path) -> io::Result<Vec<Drain>> {
+    Ok(look::<Drains>(&dir.join(DRAINS))?.0.drains)
 }
 
 /// The state directory.
@@ -147,6 +156,11 @@ impl StateDir {
         let path = path.into();
         fs::create_dir_all(&path)?;
         Ok(Self { path, state_hash: None, drains_hash: None })
+    }
+
+    /// The directory as it is, to look at: it is not made.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), state_hash: None, drains_hash: None }
     }
 
     /// The state, and a message where the file had to be set aside. Without a file the state is empty.
@@ -201,10 +215,11 @@ impl StateDir {
     }
 }
 
-fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64>, Option<String>)> {
+/// What a file holds, with the hash of its text; the default without a file.
+fn look<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64>)> {
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((T::default(), None, None)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((T::default(), None)),
         Err(e) => return Err(e),
     };
     #[derive(Deserialize)]
@@ -216,15 +231,24 @@ fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64
             format!("is of version {version}; this meshlb knows version {VERSION}")
         }
         Ok(_) => match serde_json::from_slice::<Versioned<T>>(&bytes) {
-            Ok(file) => return Ok((file.content, Some(hash(&bytes)), None)),
+            Ok(file) => return Ok((file.content, Some(hash(&bytes)))),
             Err(e) => format!("is damaged ({e})"),
         },
         Err(e) => format!("is damaged ({e})"),
     };
+    Err(io::Error::new(io::ErrorKind::InvalidData, format!("{} {why}", path.display())))
+}
+
+/// The same; a file that can't be understood is set aside, with a message.
+fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64>, Option<String>)> {
+    let why = match look(path) {
+        Ok((content, hash)) => return Ok((content, hash, None)),
+        Err(e) if e.kind() == io::ErrorKind::InvalidData => e,
+        Err(e) => return Err(e),
+    };
     let aside = set_aside(path)?;
     let note = format!(
-        "{} {why}; it was set aside as {}, and what it held is rebuilt from the kernel where possible",
-        path.display(),
+        "{why}; it was set aside as {}, and the marks in it are taken over from the kernel",
         aside.display()
     );
     Ok((T::default(), None, Some(note)))
@@ -301,8 +325,8 @@ mod tests {
         let mut again = StateDir::open(dir.path().join("sub")).unwrap();
         assert_eq!(again.load().unwrap(), (state.clone(), None));
         assert_eq!(again.load_drains().unwrap(), (vec![drain], None));
-        assert_eq!(State::peek(&dir.path().join("sub")), Some(state.clone()));
-        assert_eq!(State::peek(dir.path()), None);
+        assert_eq!(State::peek(&dir.path().join("sub")).unwrap(), state);
+        assert_eq!(State::peek(dir.path()).unwrap(), State::default());
         assert!(!again.save(&state).unwrap());
         state.renderer = "nftables".into();
         assert!(again.save(&state).unwrap());

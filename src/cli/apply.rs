@@ -36,6 +36,9 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     if let Some(advice) = super::lock::advice(session.engine.allocator(), &session.keeper.source) {
         eprintln!("meshlb: {advice}");
     }
+    for advice in super::report::firewall_advice(&session.engine) {
+        eprintln!("meshlb: {advice}");
+    }
     for failure in failures.iter().filter(|f| !f.follows) {
         eprintln!("meshlb: {}: {}", failure.op, failure.error);
     }

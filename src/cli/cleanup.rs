@@ -1,14 +1,21 @@
 //! `meshlb cleanup`: removes everything that meshlb ever programmed in this network namespace.
 
-use std::{collections::BTreeSet, process::ExitCode};
+use std::{collections::BTreeSet, path::Path, process::ExitCode};
 
 use anyhow::{Result, bail};
 
-use super::{options::Options, session};
+use super::{
+    options::Options,
+    session::{self, Left, Purpose},
+};
 use crate::{
-    dataplane::{IpvsChange, host::REQUIRED},
+    dataplane::{
+        Host as _, Ipvs as _, IpvsChange,
+        host::{LinuxHost, REQUIRED},
+        ipvs::KernelIpvs,
+    },
     instance::Instance,
-    model::{ids::Mark, kernel::Element},
+    model::{ids::Mark, node::MarkMask},
 };
 
 /// Removes routes, entries, rules and IPVS services, in the order in which nothing reaches a wrong
@@ -25,41 +32,47 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
     session::need_rights()?;
     let settings = options.settings()?;
-    let (mut dir, state) = session::open_state(options)?;
-    let mut dataplane = session::dataplane(options, &state)?;
+    let Left { mut dir, state, .. } = session::open_state(options, Purpose::Apply)?;
+    // Each on its own: what can't be reached keeps nothing else from being cleaned.
     let mut errors: Vec<String> = Vec::new();
+    let mut host = LinuxHost::new(options.proc_sys.clone());
+    let mut netfilter =
+        session::renderer(options, &state).map_err(|e| errors.push(format!("rules and sets: {e:#}"))).ok();
+    let mut ipvs = if Path::new("/proc/net/ip_vs").exists() {
+        KernelIpvs::open().map_err(|e| errors.push(format!("IPVS services: {e}"))).ok()
+    } else {
+        // Without the module there is none.
+        None
+    };
 
     // Which IPVS services are ours: marks that the state file knows, and marks that our sets lead to.
-    let facts = dataplane.host.facts(&settings.addresses).unwrap_or_default();
+    let facts = host.facts(&settings.addresses).unwrap_or_default();
     let base = crate::compile::base::compile_base(&settings.node, &facts, Default::default(), vec![], None);
     let mut marks: BTreeSet<Mark> = state.allocations.known_marks();
-    match dataplane.netfilter.observe(&base.program) {
-        Ok(found) => marks.extend(found.elements.iter().filter(|(e, _)| led_by(e)).filter_map(|(_, m)| *m)),
-        Err(e) => errors.push(e.to_string()),
+    if let Some(netfilter) = &mut netfilter {
+        match netfilter.observe(&base.program) {
+            Ok(found) => {
+                marks.extend(found.elements.iter().filter(|(e, _)| e.is_mark()).filter_map(|(_, m)| *m));
+            }
+            Err(e) => errors.push(e.to_string()),
+        }
     }
     marks.insert(settings.node.mask.sentinel());
+    marks.extend(MarkMask::new(state.mark_mask).ok().map(MarkMask::sentinel));
 
     let ranges = if state.ranges.is_empty() { settings.node.ranges } else { state.ranges };
     for (family, range) in ranges.iter() {
-        if let Err(e) = dataplane.host.del_vip_route(family, range) {
+        if let Err(e) = host.del_vip_route(family, range) {
             errors.push(e.to_string());
         }
     }
-    if let Err(e) = dataplane.netfilter.remove() {
+    if let Some(Err(e)) = netfilter.as_mut().map(|netfilter| netfilter.remove()) {
         errors.push(e.to_string());
     }
-    let keep = |mark: Mark| marks.contains(&mark);
-    match dataplane.ipvs.dump_services(&keep) {
-        Ok(found) => {
-            let changes: Vec<_> = found.into_keys().map(IpvsChange::DelService).collect();
-            errors.extend(
-                dataplane.ipvs.apply(&changes).into_iter().filter_map(|r| r.err().map(|e| e.to_string())),
-            );
-        }
-        Err(e) => errors.push(e.to_string()),
+    if let Some(ipvs) = &mut ipvs {
+        let foreign = remove_services(ipvs, &marks, &mut errors);
+        restore(&mut host, ipvs, &state, foreign, &mut errors);
     }
-    let foreign = dataplane.ipvs.foreign(&keep).unwrap_or_default();
-    restore(&mut dataplane, &state, !foreign.is_empty(), &mut errors);
     if errors.is_empty() {
         dir.clear()?;
         super::record::Record::new(&options.run_dir).clear()?;
@@ -72,14 +85,32 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn led_by(element: &Element) -> bool {
-    element.is_mark()
+/// Removes the services with these marks. Whether there are others, of other programs: where that can't be found out, there may be.
+fn remove_services(ipvs: &mut KernelIpvs, marks: &BTreeSet<Mark>, errors: &mut Vec<String>) -> bool {
+    let keep = |mark: Mark| marks.contains(&mark);
+    match ipvs.dump_services(&keep) {
+        Ok(found) => {
+            let changes: Vec<_> = found.into_keys().map(IpvsChange::DelService).collect();
+            errors.extend(ipvs.apply(&changes).into_iter().filter_map(|r| r.err().map(|e| e.to_string())));
+        }
+        Err(e) => errors.push(e.to_string()),
+    }
+    match ipvs.foreign(&keep) {
+        Ok(foreign) => !foreign.is_empty(),
+        Err(e) => {
+            errors.push(format!(
+                "sysctls and timeouts stay as they are, since it can't be seen who uses them: {e}"
+            ));
+            true
+        }
+    }
 }
 
 /// Sysctls go back only where they still have our value and no foreign IPVS service may depend on them
 /// (design decision 9); the same for timeouts.
 fn restore(
-    dataplane: &mut crate::dataplane::executor::Dataplane,
+    host: &mut LinuxHost,
+    ipvs: &mut KernelIpvs,
     state: &crate::state::State,
     foreign: bool,
     errors: &mut Vec<String>,
@@ -88,18 +119,18 @@ fn restore(
         let (Some(original), Some(_)) = (state.sysctls.get(required.path), required.restore) else {
             continue;
         };
-        let ours = matches!(dataplane.host.sysctl(required.path), Ok(Some(v)) if v == required.value);
+        let ours = matches!(host.sysctl(required.path), Ok(Some(v)) if v == required.value);
         if ours
             && !foreign
             && original != required.value
-            && let Err(e) = dataplane.host.set_sysctl(required.path, original)
+            && let Err(e) = host.set_sysctl(required.path, original)
         {
             errors.push(e.to_string());
         }
     }
     if let (Some((ours, before)), false) = (state.ipvs_timeouts, foreign)
-        && dataplane.ipvs.timeouts().is_ok_and(|now| now == ours)
-        && let Err(e) = dataplane.ipvs.set_timeouts(before)
+        && ipvs.timeouts().is_ok_and(|now| now == ours)
+        && let Err(e) = ipvs.set_timeouts(before)
     {
         errors.push(e.to_string());
     }

@@ -19,9 +19,12 @@ use crate::{
 pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let config = options.settings()?.node;
-    let previous = State::peek(&options.state_dir)
-        .filter(|state| state.source.as_deref() == std::path::absolute(dir).ok().as_deref())
-        .map_or_else(Allocations::default, |state| state.allocations);
+    let state = State::peek(&options.state_dir).unwrap_or_else(|e| {
+        tracing::warn!("{e}: what is in force here is not looked at");
+        State::default()
+    });
+    let same = state.source.as_deref() == std::path::absolute(dir).ok().as_deref();
+    let previous = if same { state.allocations } else { Allocations::default() };
     let outcome = write(dir, &config, previous)?;
     for conflict in &outcome.conflicts {
         eprintln!("meshlb: {conflict}");

@@ -19,6 +19,8 @@ use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use options::Options;
 
+use crate::state::State;
+
 /// Service load balancing in the kernel: virtual IPs and published ports from one object.
 #[derive(Parser, Debug)]
 #[command(name = "meshlb", version, propagate_version = true, after_help = EXIT_CODES)]
@@ -30,6 +32,9 @@ pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
 }
+
+/// Commands whose flags are by default what the agent, or the last `apply`, ran with here.
+const AS_THE_AGENT: [&str; 4] = ["show", "explain", "plan", "cleanup"];
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -143,6 +148,13 @@ fn parse() -> anyhow::Result<Cli> {
     let first = Cli::command().ignore_errors(true).get_matches();
     let file = first.get_one::<PathBuf>("config").cloned();
     let mut command = Cli::command();
+    // Who looks, or cleans up, is not to repeat the agent's flags.
+    if first.subcommand_name().is_some_and(|name| AS_THE_AGENT.contains(&name))
+        && let Some(dir) = first.get_one::<PathBuf>("state_dir")
+        && let Ok(state) = State::peek(dir)
+    {
+        command = options::with_state(command, &state);
+    }
     if let Some(file) = file {
         command = options::with_config_file(command, &file)?;
     }

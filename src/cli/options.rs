@@ -19,6 +19,7 @@ use crate::{
         node::{MarkMask, NodeConfig, ReservedPorts, nth_address, parse_port_range},
     },
     reconcile::Settings,
+    state::State,
 };
 
 /// How netfilter is programmed.
@@ -308,6 +309,23 @@ pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> R
         command = command.mut_arg(id, |arg| arg.default_value(text));
     }
     Ok(command)
+}
+
+/// A command line whose defaults are what the agent, or the last `apply`, ran with here.
+pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
+    let ranges: Vec<String> = state.ranges.iter().map(|(_, range)| range.to_string()).collect();
+    let mask = if state.mark_mask == 0 { String::new() } else { format!("{:#x}", state.mark_mask) };
+    for (id, value) in [
+        ("node", state.node.clone()),
+        ("vip_cidr", ranges.join(",")),
+        ("mark_mask", mask),
+        ("renderer", state.renderer.clone()),
+    ] {
+        if !value.is_empty() {
+            command = command.mut_arg(id, |arg| arg.default_value(value));
+        }
+    }
+    command
 }
 
 fn scalar(value: &serde_json::Value) -> String {

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::{
     compile::{CompiledPort, CompiledService, RealState},
-    dataplane::{Counters, Error, ProgramState},
+    dataplane::{Counters, Error, ProgramState, netfilter},
     model::{
         ids::{Family, Mark, Scope},
         kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey},
@@ -28,8 +28,12 @@ pub struct Report {
     pub node: String,
     /// `iptables-nft`, `iptables-legacy` or `nftables`.
     pub renderer: String,
-    /// What is wrong with the node's part: rules, routes, sysctls. Empty when all is as it should be.
+    /// What is wrong with the node's part: rules, routes, sysctls, timeouts. Empty when all is as it should be.
     pub node_problems: Vec<String>,
+    /// What only the owner of this host's firewall can do, if that has not been done.
+    pub advice: Vec<String>,
+    /// What is wrong with the source, and services that are left as they are because of it.
+    pub source_problems: Vec<String>,
     /// The services, by name.
     pub services: Vec<ServiceReport>,
 }
@@ -152,6 +156,7 @@ pub struct EndpointReport {
 pub fn report(
     engine: &mut Engine,
     observed: &Observed,
+    source_problems: &[String],
     problems: &dyn Fn(&CompiledService) -> Vec<String>,
     wanted: &dyn Fn(&CompiledService) -> bool,
 ) -> Result<Report, Error> {
@@ -164,7 +169,18 @@ pub fn report(
         node: engine.settings().node.name.to_string(),
         renderer: engine.dataplane.netfilter.name().to_owned(),
         node_problems: node_problems(engine, observed),
+        advice: firewall_advice(engine),
+        source_problems: source_problems.to_vec(),
         services,
+    })
+}
+
+/// What only the owner of this host's firewall can do about it.
+pub fn firewall_advice(engine: &Engine) -> Vec<String> {
+    let Some(program) = &engine.merged().state().program else { return Vec::new() };
+    netfilter::advice(program).unwrap_or_else(|e| {
+        tracing::debug!("other nft tables can't be looked at: {e}");
+        Vec::new()
     })
 }
 
@@ -188,6 +204,9 @@ fn node_problems(engine: &Engine, observed: &Observed) -> Vec<String> {
             Some(have) => out.push(format!("sysctl: {name} is {have}, should be {value}")),
             None => out.push(format!("sysctl: {name} can't be read")),
         }
+    }
+    if let Some(want) = want.timeouts.filter(|want| *want != observed.timeouts) {
+        out.push(format!("ipvs timeouts: {}, should be {want}", observed.timeouts));
     }
     let sentinel = engine.settings().node.mask.sentinel();
     for key in want.virtual_servers.keys().filter(|k| k.mark == sentinel) {

@@ -125,19 +125,45 @@ fn running(drain: &Drain) -> ((VirtualServerKey, RealServerKey), Timestamp) {
     ((server, real), until.unwrap_or(Timestamp::UNIX_EPOCH))
 }
 
-/// Opens the state directory and reads the state.
+/// What earlier runs left.
+pub struct Left {
+    /// Where it is kept.
+    pub dir: StateDir,
+    /// Allocations and what was there before us.
+    pub state: State,
+    /// Drains that run.
+    pub drains: Vec<Drain>,
+}
+
+/// Reads what earlier runs left. Who only looks leaves the files and the directory as they are: they may be a running
+/// agent's.
 ///
 /// # Errors
-/// It can't be made or read.
-pub fn open_state(options: &Options) -> Result<(StateDir, State)> {
+/// It can't be read, or the directory can't be made.
+pub fn open_state(options: &Options, purpose: Purpose) -> Result<Left> {
     let about = || format!("--state-dir {}", options.state_dir.display());
-    let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
-    let (mut state, note) = dir.load().with_context(about)?;
-    if let Some(note) = note {
-        warn!("{note}");
-    }
-    Record::new(&options.run_dir).complete(&mut state);
-    Ok((dir, state))
+    let mut left = if purpose == Purpose::Look {
+        let state = State::peek(&options.state_dir);
+        let drains = crate::state::peek_drains(&options.state_dir);
+        for e in state.as_ref().err().into_iter().chain(drains.as_ref().err()) {
+            warn!("{e}: what follows is without it");
+        }
+        Left {
+            dir: StateDir::at(&options.state_dir),
+            state: state.unwrap_or_default(),
+            drains: drains.unwrap_or_default(),
+        }
+    } else {
+        let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
+        let (state, note) = dir.load().with_context(about)?;
+        let (drains, drains_note) = dir.load_drains().with_context(about)?;
+        for note in note.into_iter().chain(drains_note) {
+            warn!("{note}");
+        }
+        Left { dir, state, drains }
+    };
+    Record::new(&options.run_dir).complete(&mut left.state);
+    Ok(left)
 }
 
 /// Without CAP_NET_ADMIN nothing can be written: that is said first, and once.
@@ -182,15 +208,10 @@ fn look_first(options: &Options, engine: &Engine) {
     }
 }
 
-/// Tells what only the owner of this host's firewall can do.
+/// Tells what stands in the way of the renderer.
 fn advise(engine: &Engine) {
     for warning in engine.dataplane.netfilter.warnings() {
         warn!("{warning}");
-    }
-    let Some(program) = &engine.merged().state().program else { return };
-    match netfilter::advice(program) {
-        Ok(lines) => lines.iter().for_each(|line| warn!("{line}")),
-        Err(e) => debug!("other nft tables can't be looked at: {e}"),
     }
 }
 
@@ -205,7 +226,7 @@ impl Session {
         if purpose != Purpose::Look {
             need_rights()?;
         }
-        let (state_dir, state) = open_state(options)?;
+        let Left { dir: state_dir, state, drains } = open_state(options, purpose)?;
         let source = match (dir, &state.source) {
             (Some(dir), _) => std::path::absolute(dir)?,
             (None, Some(source)) => source.clone(),
@@ -216,11 +237,6 @@ impl Session {
         };
         let dataplane = dataplane(options, &state)?;
         let lock = crate::allocate::Lock::read(&source)?.unwrap_or_default();
-        let mut state_dir = state_dir;
-        let (drains, note) = state_dir.load_drains()?;
-        if let Some(note) = note {
-            warn!("{note}");
-        }
         let mut engine = Engine::new(
             settings,
             dataplane,
@@ -283,6 +299,15 @@ impl Session {
         problems_of(&self.engine, service)
     }
 
+    /// What is wrong in the folder, and what is left as it is because of it.
+    pub fn source_problems(&self) -> Vec<String> {
+        let wrong = self.problems.iter().filter(|p| p.severity >= Severity::Warning).map(ToString::to_string);
+        let held = self.engine.held().iter().map(|key| {
+            format!("{key}: not in what can be read of the folder; what the kernel has for it stays as it is")
+        });
+        wrong.chain(held).collect()
+    }
+
     /// Prints the folder's problems to stderr; true when one of them keeps an object from being used.
     pub fn report_problems(&self) -> bool {
         for problem in &self.problems {
@@ -303,6 +328,12 @@ pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
             out.push(format!("port {}: not published on this node: {why}", port.spec.label()));
         }
     }
+    for ((protocol, port), _) in engine.late_listeners().iter().filter(|(_, key)| **key == service.key) {
+        out.push(format!(
+            "published port {protocol} {port}: a socket of this host that came later listens on it too; \
+             what is sent to this node's published addresses goes to the service"
+        ));
+    }
     out
 }
 
@@ -310,17 +341,19 @@ pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
 ///
 /// # Errors
 /// One line that says what is missing and what to do about it.
-pub fn dataplane(options: &Options, state: &State) -> Result<Dataplane> {
-    let ipvs = KernelIpvs::open()?;
+fn dataplane(options: &Options, state: &State) -> Result<Dataplane> {
     Ok(Dataplane {
-        ipvs: Box::new(ipvs),
+        ipvs: Box::new(KernelIpvs::open()?),
         netfilter: renderer(options, state)?,
         host: Box::new(LinuxHost::new(options.proc_sys.clone())),
     })
 }
 
 /// The renderer that the options or the host ask for.
-fn renderer(options: &Options, state: &State) -> Result<Box<dyn Netfilter + Send>> {
+///
+/// # Errors
+/// Its programs are not there.
+pub fn renderer(options: &Options, state: &State) -> Result<Box<dyn Netfilter + Send>> {
     let choice = match options.renderer {
         RendererChoice::IptablesNft => Choice::Iptables(Variant::Nft),
         RendererChoice::IptablesLegacy => Choice::Iptables(Variant::Legacy),

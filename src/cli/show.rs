@@ -44,6 +44,7 @@ pub fn run(options: &Options, name: Option<&str>, output: ShowOutput, watch: boo
 /// What could not be read, or that there is no such service.
 pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
     let (_, observed) = session.prepare()?;
+    session.engine.recheck_listeners()?;
     let means = |key: &ServiceKey| match name {
         None => true,
         Some(name) if name.contains('/') => key.to_string() == name,
@@ -56,9 +57,11 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
         .values()
         .map(|service| (service.key.clone(), session.problems_of(service)))
         .collect();
+    let source_problems = session.source_problems();
     let report = report(
         &mut session.engine,
         &observed,
+        &source_problems,
         &|service| problems.get(&service.key).cloned().unwrap_or_default(),
         &|service| means(&service.key),
     )?;
@@ -68,7 +71,12 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
                 .as_deref()
                 .is_some_and(|o| o.ends_with(&format!("/{name}")) || o.ends_with(&format!(" {name}")))
         });
+        let held = session.engine.held().iter().any(means);
         match why {
+            Some(problem) if held => bail!(
+                "{name} can't be read: {problem}; what the kernel has for it stays as it is, and a running agent goes on with \
+                 the last good version"
+            ),
             Some(problem) => bail!("no service {name} is in force: {problem}"),
             None => bail!("no service {name} in {}", session.keeper.source.display()),
         }
@@ -168,8 +176,11 @@ fn tail(out: &mut String, report: &Report) {
     if report.services.is_empty() {
         out.push_str("no services\n");
     }
-    for problem in &report.node_problems {
+    for problem in report.node_problems.iter().chain(&report.source_problems) {
         let _ = writeln!(out, "! {problem}");
+    }
+    for advice in &report.advice {
+        let _ = writeln!(out, "note: {advice}");
     }
 }
 
@@ -191,7 +202,7 @@ pub fn state(service: &ServiceReport) -> String {
         + servers().flat_map(|s| &s.entries).filter(|e| e.state != "ok").count()
         + servers()
             .flat_map(|s| &s.endpoints)
-            .filter(|e| !matches!(e.state.as_str(), "ready" | "draining"))
+            .filter(|e| !matches!(e.state.as_str(), "ready" | "draining" | "kept"))
             .count();
     match (wrong, service.problems.is_empty()) {
         (0, true) => "ok".into(),

@@ -3,22 +3,27 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
 use tracing::{error, info, warn};
 
-use super::session::{Keeper, problems_of};
+use super::{
+    report::firewall_advice,
+    session::{Keeper, problems_of},
+};
 use crate::{
     admin::Health,
     compile::CompiledService,
-    dataplane::{ElementChange, Error, Ipvs, IpvsChange, ipvs::KernelIpvs},
+    dataplane::{Error, Ipvs, ipvs::KernelIpvs},
     metrics::{EndpointTraffic, Metrics, Outcome, RoundKind, ServiceTraffic, TrafficSource},
     model::ids::{Scope, ServiceKey},
-    plan::Op,
-    reconcile::{Engine, Turn, agent::Observer},
+    reconcile::{Drift, Engine, Turn, agent::Observer},
 };
+
+/// How often other programs' nft chains are looked at.
+const FIREWALL_EVERY: Duration = Duration::from_secs(30);
 
 /// Observes the agent's loop.
 pub struct Watcher {
@@ -28,8 +33,6 @@ pub struct Watcher {
     traffic: Traffic,
     /// Problems that were logged, by service.
     told: BTreeMap<ServiceKey, Vec<String>>,
-    /// Something was found changed by others, and the next full turn heals it.
-    drifted: bool,
     /// Why the kernel is not as desired.
     reason: String,
     /// Writes that were reported so far, by backend.
@@ -38,6 +41,9 @@ pub struct Watcher {
     /// Advice about allocations that depend on history, and the generation it is about.
     advice: Option<String>,
     advised: Option<u64>,
+    /// What only the owner of this host's firewall can do, and when that was looked at.
+    firewall: Vec<String>,
+    firewall_seen: Option<Instant>,
 }
 
 impl Watcher {
@@ -49,7 +55,8 @@ impl Watcher {
             health,
             traffic,
             told: BTreeMap::new(),
-            drifted: false,
+            firewall: Vec::new(),
+            firewall_seen: None,
             reason: "the source has not been read yet".into(),
             written: [0; 3],
             turns: 0,
@@ -73,6 +80,22 @@ impl Watcher {
         }
     }
 
+    /// A firewall may come, or go, at any time.
+    fn look_at_firewall(&mut self, engine: &Engine) {
+        if self.firewall_seen.is_some_and(|at| at.elapsed() < FIREWALL_EVERY) {
+            return;
+        }
+        self.firewall_seen = Some(Instant::now());
+        let now = firewall_advice(engine);
+        for line in now.iter().filter(|line| !self.firewall.contains(line)) {
+            warn!("{line}");
+        }
+        for line in self.firewall.iter().filter(|line| !now.contains(line)) {
+            info!("no longer: {line}");
+        }
+        self.firewall = now;
+    }
+
     fn count_writes(&mut self, engine: &Engine) {
         let dataplane = &engine.dataplane;
         let now = [dataplane.ipvs.writes(), dataplane.netfilter.writes(), dataplane.host.writes()];
@@ -86,6 +109,12 @@ impl Watcher {
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
         self.keeper.save(engine).map_err(|e| format!("{e:#}"))
+    }
+
+    fn drifted(&mut self, drift: &Drift) {
+        for (kind, n) in drift {
+            self.metrics.drift(kind, *n);
+        }
     }
 
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>) {
@@ -110,11 +139,6 @@ impl Observer for Watcher {
         if let (Some(since), true) = (since, turn.failures.is_empty()) {
             self.metrics.source_to_kernel(since.elapsed());
         }
-        if std::mem::take(&mut self.drifted) && turn.full {
-            for (kind, n) in healed(&turn.ops) {
-                self.metrics.drift(kind, n);
-            }
-        }
         self.count_writes(engine);
         self.metrics.services(engine.merged().services().len());
         self.metrics.problems(self.told.values().map(Vec::len).sum());
@@ -138,37 +162,16 @@ impl Observer for Watcher {
     }
 
     fn drift(&mut self, what: &str) {
-        self.drifted = true;
         self.reason = format!("healing: {what}");
     }
 
-    fn heartbeat(&mut self, _: &Engine, synced: bool, in_sync: bool) {
+    fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool) {
         self.health.beat();
         self.health.set_synced(synced);
         self.health.set_in_sync(in_sync, self.reason.as_str());
         self.metrics.in_sync(in_sync);
+        self.look_at_firewall(engine);
     }
-}
-
-/// What a healing turn put back, by kind.
-fn healed(ops: &[Op]) -> BTreeMap<&'static str, u64> {
-    let mut out = BTreeMap::new();
-    for op in ops {
-        let kind = match op {
-            Op::Sysctl { .. } => "sysctl",
-            Op::Timeouts { .. } => "ipvs_timeouts",
-            Op::Ipvs(IpvsChange::AddService(..) | IpvsChange::SetService(..) | IpvsChange::DelService(_)) => {
-                "ipvs_service"
-            }
-            Op::Ipvs(_) => "ipvs_destination",
-            Op::Element(ElementChange::Put(..) | ElementChange::Del(_)) => "set_element",
-            Op::Install { .. } => "rules",
-            Op::PutRoute(_) | Op::DelRoute(..) => "route",
-            Op::ForgetUdp(_) | Op::CutFlows(_) | Op::RemoveLeftovers(_) => continue,
-        };
-        *out.entry(kind).or_default() += 1;
-    }
-    out
 }
 
 /// Reads counters of all services when asked, on a connection of its own.

@@ -212,6 +212,13 @@ pub struct Timeouts {
     pub udp: u32,
 }
 
+impl fmt::Display for Timeouts {
+    /// As `--ipvs-timeouts` takes them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{},{},{}", self.tcp, self.tcp_fin, self.udp)
+    }
+}
+
 impl Default for Timeouts {
     /// The kernel's own (`net/netfilter/ipvs/ip_vs_proto_{tcp,udp}.c`).
     fn default() -> Self {

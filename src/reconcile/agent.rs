@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    engine::{Engine, Turn},
+    engine::{Drift, Engine, Turn},
     rotation::Rotation,
 };
 use crate::{allocate::Lock, dataplane::Probe, model::snapshot::Event};
@@ -44,8 +44,10 @@ pub trait Observer {
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>);
     /// A turn could not even be prepared.
     fn turn_failed(&mut self, error: &str);
-    /// Something of ours was found changed.
+    /// The cheap look found something of ours changed: a turn follows.
     fn drift(&mut self, what: &str);
+    /// What a full look found changed by others, by kind.
+    fn drifted(&mut self, drift: &Drift);
     /// The loop is alive.
     fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool);
 }
@@ -69,6 +71,10 @@ const SERVICES_REST: u32 = 100;
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 32);
 const REALS_TIME: Duration = Duration::from_millis(3);
+/// The host's sockets are listed every this many probes: while one of them keeps a port from being published, and to
+/// notice those that come later.
+const BLOCKED_EVERY: u32 = 5;
+const LATE_EVERY: u32 = 30;
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -229,6 +235,10 @@ impl<O: Observer> Agent<O> {
                 return;
             }
         };
+        let drift = self.engine.take_drift();
+        if !drift.is_empty() {
+            self.observer.drifted(&drift);
+        }
         if let Err(e) = self.observer.before_apply(&self.engine) {
             self.engine.distrust();
             self.oldest = since;
@@ -307,7 +317,8 @@ impl<O: Observer> Agent<O> {
         {
             self.complain(&e.to_string());
         }
-        if self.probes.is_multiple_of(5)
+        let sockets = if self.engine.blocked().is_empty() { LATE_EVERY } else { BLOCKED_EVERY };
+        if self.probes.is_multiple_of(sockets)
             && let Err(e) = self.engine.recheck_listeners()
         {
             self.complain(&e.to_string());

@@ -3,6 +3,7 @@
 mod bridges;
 mod compiling;
 mod drains;
+mod drift;
 mod known;
 mod marks;
 mod ports;
@@ -17,6 +18,7 @@ use ipnet::IpNet;
 use jiff::Timestamp;
 
 use bridges::Bridges;
+pub use drift::Drift;
 
 use crate::{
     allocate::{Allocations, Allocator, Lock},
@@ -84,6 +86,9 @@ pub struct Engine {
     /// What we wrote or read last. Only worth something while `trusted`.
     known: KernelState,
     trusted: bool,
+    /// Whether the last changes all went well: whatever is different then is not our doing.
+    known_good: bool,
+    drift: Drift,
     drains: Drains,
     /// Destinations of earlier runs that the source can't speak for yet.
     kept: Kept,
@@ -96,6 +101,8 @@ pub struct Engine {
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
     /// Published ports that are served here, by service: a socket that comes later does not get them.
     served: Served,
+    /// Served ports with a socket of the host that came later.
+    late: BTreeMap<(Protocol, u16), ServiceKey>,
     dirty: BTreeSet<ServiceKey>,
     held: BTreeSet<ServiceKey>,
     /// Services that were compiled since the caller asked last.
@@ -138,6 +145,8 @@ impl Engine {
             bridges: Bridges::default(),
             known: KernelState::default(),
             trusted: false,
+            known_good: false,
+            drift: Drift::new(),
             drains,
             kept: Kept::new(),
             complete: None,
@@ -145,6 +154,7 @@ impl Engine {
             overdue: BTreeSet::new(),
             blocked: BTreeMap::new(),
             served: Served::new(),
+            late: BTreeMap::new(),
             dirty: BTreeSet::new(),
             held: BTreeSet::new(),
             settled: BTreeSet::new(),
@@ -336,6 +346,7 @@ impl Engine {
         // have yet to begin are found by `adopt`.
         let independent = first && self.drains.is_empty() && self.remembers_all();
         let mut observed = if independent { self.observe_while_compiling(now)? } else { self.observe()? };
+        self.find_drift(&observed);
         self.adopt(&observed);
         self.trusted = true;
         self.others_known = true;
@@ -487,6 +498,7 @@ impl Engine {
             self.remember(op);
         }
         self.trusted = failures.is_empty();
+        self.known_good = self.trusted;
         if ops.len() > SHARE_AFTER {
             self.share();
         }

@@ -7,4 +7,4 @@ pub mod rotation;
 #[cfg(test)]
 mod tests;
 
-pub use engine::{Engine, Settings, Turn};
+pub use engine::{Drift, Engine, Settings, Turn};

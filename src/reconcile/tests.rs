@@ -453,6 +453,50 @@ fn a_service_that_was_left_alone_leaves_nothing_behind_when_it_is_back() {
 }
 
 #[test]
+fn what_others_change_is_counted_and_what_the_source_changes_is_not() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    assert!(engine.take_drift().is_empty(), "the first look finds nothing that was ours");
+    engine.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12", "10.244.1.13"])]);
+    turn(&mut engine, true);
+    assert!(engine.take_drift().is_empty());
+    let key = server_of(&engine, "vote");
+    {
+        let mut inner = kernel.lock();
+        let server = inner.state.virtual_servers.get_mut(&key).unwrap();
+        Arc::make_mut(&mut server.reals).retain(|real, _| real.addr.to_string() != "10.244.1.12");
+        inner.state.elements.remove(&Element::Endpoint("10.244.1.11".parse().unwrap()));
+        let (_, mark) = inner.state.elements.iter_mut().find(|(e, _)| matches!(e, Element::Vip(_))).unwrap();
+        *mark = Some(Mark(0x3f00));
+    }
+    engine.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+    turn(&mut engine, true);
+    assert_eq!(engine.take_drift(), [("ipvs_destination", 1), ("set_element", 2)].into());
+    assert!(engine.take_drift().is_empty());
+}
+
+#[test]
+fn a_socket_that_comes_later_is_told_of_and_takes_nothing() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    engine.recheck_listeners().unwrap();
+    assert!(engine.late_listeners().is_empty() && !engine.is_dirty());
+    let socket = |port| Listener { addr: "0.0.0.0".parse().unwrap(), port, protocol: Protocol::Tcp };
+    kernel.lock().listeners = vec![socket(30080), socket(30081)];
+    engine.recheck_listeners().unwrap();
+    let late: Vec<_> = engine.late_listeners().keys().copied().collect();
+    assert_eq!(late, [(Protocol::Tcp, 30080)]);
+    assert!(engine.is_dirty(), "the service is to be told of");
+    assert_eq!(turn(&mut engine, false), Vec::<String>::new());
+    assert!(engine.blocked().is_empty());
+    kernel.lock().listeners.clear();
+    engine.recheck_listeners().unwrap();
+    assert!(engine.late_listeners().is_empty());
+}
+
+#[test]
 fn a_published_port_that_a_host_socket_holds_waits_until_it_is_free() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());

@@ -16,6 +16,7 @@ impl Engine {
         self.known.elements.clone_from(&observed.elements);
         self.known.routes = observed.routes;
         self.known.sysctls.clone_from(&observed.sysctls);
+        self.known.timeouts = Some(observed.timeouts);
         self.known.program = match &observed.program {
             ProgramState::Installed => self.merged.state().program.clone(),
             _ => None,
@@ -111,6 +112,11 @@ impl Engine {
             {
                 return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
             }
+        }
+        if let Some(want) = self.merged.state().timeouts
+            && self.dataplane.ipvs.timeouts()? != want
+        {
+            return Ok(Some("the IPVS timeouts were changed".into()));
         }
         if services {
             let (ours, settings) = (&self.ours, &self.settings);

@@ -102,12 +102,19 @@ impl Engine {
         })
     }
 
-    /// Looks again at ports that were blocked, and reports sockets that came later.
+    /// Served ports that a socket of the host holds too: it came later, and gets nothing of what is sent to the published
+    /// addresses.
+    pub fn late_listeners(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
+        &self.late
+    }
+
+    /// Looks again at the host's sockets: who has gone frees a port that was blocked, who has come is noted. Services for
+    /// which either changes are settled again.
     ///
     /// # Errors
     /// When the sockets can't be listed.
     pub fn recheck_listeners(&mut self) -> Result<(), Error> {
-        if self.blocked.is_empty() {
+        if self.blocked.is_empty() && self.served.is_empty() {
             return Ok(());
         }
         let listeners: Vec<Listener> = self.dataplane.host.listeners()?;
@@ -117,6 +124,22 @@ impl Engine {
             if !still.contains(port) {
                 self.dirty.insert(owner.clone());
             }
+        }
+        let heard: BTreeSet<_> = listeners.iter().map(|l| (l.protocol, l.port)).collect();
+        let mut late = BTreeMap::new();
+        for (key, ports) in &self.served {
+            for port in ports.intersection(&heard) {
+                late.insert(*port, key.clone());
+            }
+        }
+        let asked: BTreeSet<_> = late.keys().copied().collect();
+        let found = held(&asked, &listeners, &self.facts, |protocol, port| {
+            late.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+        });
+        late.retain(|port, _| found.contains(port));
+        if late != self.late {
+            self.dirty.extend(late.values().chain(self.late.values()).cloned());
+            self.late = late;
         }
         Ok(())
     }
