@@ -47,6 +47,7 @@ fn world(count: u32) -> World {
         primary: PerFamily { v4: Some(node), v6: None },
         published_addresses: BTreeSet::from([node]),
         all_addresses: BTreeSet::from([node]),
+        uplinks: BTreeSet::new(),
     };
     let mut snapshot = Snapshot::default();
     let mut dirty = BTreeSet::new();

@@ -55,6 +55,7 @@ pub fn compile_base(
             },
         );
     }
-    let program = Program { mask: config.mask.bits(), families, masquerade_bridges };
+    let uplinks = facts.uplinks.iter().cloned().collect();
+    let program = Program { mask: config.mask.bits(), families, masquerade_bridges, uplinks };
     Base { program, routes, sysctls, timeouts, sentinels }
 }

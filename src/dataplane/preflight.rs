@@ -302,6 +302,7 @@ mod tests {
                 primary: PerFamily { v4: Some(addr), v6: None },
                 published_addresses: [addr].into(),
                 all_addresses: [addr].into(),
+                uplinks: BTreeSet::new(),
             },
             overlaps: vec![],
         }

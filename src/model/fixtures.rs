@@ -94,5 +94,6 @@ pub fn facts() -> NodeFacts {
         primary: PerFamily { v4: Some(v4), v6: Some(v6) },
         published_addresses: [v4, v6].into(),
         all_addresses: [v4, v6, "127.0.0.1".parse().expect("an address")].into(),
+        uplinks: ["eth0".to_owned()].into(),
     }
 }

@@ -170,6 +170,10 @@ pub struct Program {
     /// Bridges with local endpoints over which replies would bypass netfilter because
     /// `bridge-nf-call-*` can't be set: traffic from these subnets back over the same bridge is masqueraded.
     pub masquerade_bridges: Vec<BridgeSubnet>,
+    /// Links towards other machines, by name, sorted: who comes in by one to a VIP whose endpoint is elsewhere would get
+    /// the endpoint's answers past this node, and is masqueraded.
+    #[serde(default)]
+    pub uplinks: Vec<String>,
 }
 
 /// The part of a [`Program`] that differs between families.

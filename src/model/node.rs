@@ -60,6 +60,8 @@ pub struct NodeFacts {
     pub published_addresses: BTreeSet<IpAddr>,
     /// Every address of the node, of any kind.
     pub all_addresses: BTreeSet<IpAddr>,
+    /// Links towards other machines: clients that come in by one are not behind this node.
+    pub uplinks: BTreeSet<String>,
 }
 
 /// Ports that can't be published: one number or a range, for one protocol or for all.

@@ -24,7 +24,12 @@ fn program() -> Program {
         ingress: "10.200.0.1".parse().unwrap(),
         node: "192.168.50.1".parse().unwrap(),
     };
-    Program { mask: 0x3fff, families: PerFamily { v4: Some(family), v6: None }, masquerade_bridges: vec![] }
+    Program {
+        mask: 0x3fff,
+        families: PerFamily { v4: Some(family), v6: None },
+        masquerade_bridges: vec![],
+        uplinks: vec![],
+    }
 }
 
 fn real(n: u8) -> RealServerKey {

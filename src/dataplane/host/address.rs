@@ -146,6 +146,21 @@ pub(crate) fn addresses(conn: &mut Conn) -> Result<Vec<Address>, Error> {
     .map_err(|f| f.about("read the addresses of this node"))
 }
 
+/// Links with an address of the node, but for those that pods hang on: bridges and veth pairs, unless the node's primary
+/// address is there.
+fn uplinks(links: &HashMap<u32, Link>, own: &[&&Address], primary: &PerFamily<IpAddr>) -> BTreeSet<String> {
+    let is_primary = |a: &Address| primary.iter().any(|(_, ip)| *ip == a.addr);
+    // Both renderers write names as they are; `+` and `*` at the end would mean others too.
+    let plain = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-@".contains(c));
+    own.iter()
+        .filter_map(|a| links.get(&a.link).map(|link| (a, link)))
+        .filter(|(_, link)| link.name != "lo")
+        .filter(|(a, link)| is_primary(a) || !matches!(link.kind.as_deref(), Some("bridge" | "veth")))
+        .map(|(_, link)| link.name.clone())
+        .filter(|name| plain(name))
+        .collect()
+}
+
 /// Design decision 5, without the kernel: `kernel_choice` is the source address that it would take for
 /// the default route.
 pub(crate) fn facts(
@@ -176,7 +191,8 @@ pub(crate) fn facts(
         primary.set(family, rules.node_ips.get(family).or(chosen).or(candidates.first()).copied());
     }
     let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).collect();
-    NodeFacts { primary, published_addresses, all_addresses }
+    let uplinks = uplinks(links, &own, &primary);
+    NodeFacts { primary, published_addresses, all_addresses, uplinks }
 }
 
 /// The default rule. A bridge of a CNI or of Docker is an interface like any other here: a pod that
@@ -302,6 +318,23 @@ mod tests {
         let mut configured = rules();
         configured.node_ips.v4 = some("203.0.113.7");
         assert_eq!(of(&configured, some("192.168.50.2")), some("203.0.113.7"));
+    }
+
+    #[test]
+    fn uplinks_are_where_other_machines_are_and_not_pods() {
+        let (mut links, addresses) = node();
+        let names = |links: &HashMap<u32, Link>, rules: &AddressRules| {
+            facts(links, &addresses, rules, &PerFamily::default()).uplinks.into_iter().collect::<Vec<_>>()
+        };
+        let named = |links: &HashMap<u32, Link>, index: u32| links[&index].name.clone();
+        let eth = named(&links, 2);
+        assert_eq!(names(&links, &rules()), std::slice::from_ref(&eth));
+        // A veth pair is one where the node's own address is on it.
+        links.get_mut(&2).unwrap().kind = Some("veth".into());
+        assert_eq!(names(&links, &rules()), [eth]);
+        // A name that stands for others in a rule is in none.
+        links.get_mut(&2).unwrap().name = "eth+".into();
+        assert_eq!(names(&links, &rules()), Vec::<String>::new());
     }
 
     #[test]

@@ -166,6 +166,9 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     let remote = format!("-m set ! --match-set {local} dst -j MASQUERADE");
     post("published, endpoint elsewhere", format!("{ipvs} -m conntrack --ctstate DNAT {remote}"));
     post("from this node, endpoint elsewhere", format!("{ipvs} -m addrtype --src-type LOCAL {remote}"));
+    for link in &program.uplinks {
+        post("from outside, endpoint elsewhere", format!("-i {link} {ipvs} {remote}"));
+    }
 }
 
 fn mangle_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, options: Options) {

@@ -299,6 +299,8 @@ impl Names {
             "ct status dnat masquerade".to_owned(),
             format!("meta nfproto {} fib saddr type local masquerade", self.nfproto),
         ]);
+        // The kernel knows where a packet came in by at postrouting since 5.7.
+        rules.extend(program.uplinks.iter().map(|link| format!("iifname \"{link}\" masquerade")));
         rules
     }
 }

@@ -22,6 +22,7 @@ pub fn run(renderer: &str, node: &str, times: u32) -> Result<()> {
         mask: 0x3fff,
         families: PerFamily { v4: Some(family), v6: None },
         masquerade_bridges: Vec::new(),
+        uplinks: Vec::new(),
     };
     for _ in 0..times {
         let mut ipvs = KernelIpvs::open()?;

@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use crate::check;
 use crate::client::Probe;
 use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
-use crate::topology::{Host, Topology};
+use crate::topology::{Host, PodNetwork, Topology};
 
 const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
 
@@ -19,10 +19,12 @@ pub fn register(suite: &mut Suite) {
         let two = one.clone().protos(&[Proto::Tcp, Proto::Udp]);
         suite.add("vip::from_a_pod", &protos, from_pod);
         suite.add("vip::from_a_node", &protos, from_node);
+        suite.add("vip::from_outside", &protos, from_outside);
         suite.add("vip::unallocated_is_refused", &one, unallocated);
         suite.add("routing_mesh::published_port_on_every_node", &protos, published);
         suite.add("routing_mesh::from_inside", &two, published_inside);
         suite.add("vip::hairpin", &two, hairpin);
+        suite.add("vip::from_outside_to_bridges", &two, from_outside_to_bridges);
     }
 }
 
@@ -33,7 +35,7 @@ fn vip(cx: &Cx, port: u16) -> Result<SocketAddr> {
 
 /// Three nodes, two pods each, all of them endpoints of one service.
 fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
-    cx.shared(&Topology::builder(), |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))
+    cx.shared(&Topology::builder().vip_route(1), |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))
 }
 
 /// From everywhere: even, and the servers see whom they should.
@@ -57,6 +59,30 @@ fn from_node(cx: &mut Cx) -> Result<()> {
     let tally = n.connect(proto, vip(cx, 80)?, 12)?;
     check::even(&tally, &t.pod_names())?;
     check::seen_as(&tally, &[n.ip(cx.family())])
+}
+
+/// A client that has a route to the addresses by one of the nodes.
+fn from_outside(cx: &mut Cx) -> Result<()> {
+    let t = set_up(cx)?;
+    outside(cx, &t)
+}
+
+fn from_outside_to_bridges(cx: &mut Cx) -> Result<()> {
+    let spec = Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter: true }).vip_route(1);
+    let t = cx.shared(&spec, |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))?;
+    outside(cx, &t)
+}
+
+fn outside(cx: &Cx, t: &Topology) -> Result<()> {
+    let (proto, family) = (cx.proto()?, cx.family());
+    let tally = t.ext.connect(proto, vip(cx, 80)?, 12)?;
+    check::even(&tally, &t.pod_names())?;
+    // As with a published port: endpoints elsewhere answer to the node.
+    for pod in &t.pods {
+        let seen = if pod.node == 1 { t.ext.ip(family) } else { t.node(1).ip(family) };
+        check::server_saw(&tally, &pod.name, seen)?;
+    }
+    Ok(())
 }
 
 fn hairpin(cx: &mut Cx) -> Result<()> {

@@ -121,10 +121,7 @@ fn from_everywhere(cx: &mut Cx) -> Result<()> {
             jobs.extend([(from, address), (from, by_n1), (from, by_n2)]);
         }
         jobs.extend([(&t.ext, by_n1), (&t.ext, by_n2)]);
-        // Who comes to a virtual address from outside is told the endpoint's own address by those that are elsewhere.
-        if endpoints.iter().all(|e| host(&t, e).node == 1) {
-            jobs.push((&t.ext, address));
-        }
+        jobs.push((&t.ext, address));
         for (from, dst) in jobs {
             let tally = from.connect(proto, dst, 2 * servers.len())?;
             if published == target {
