@@ -54,6 +54,7 @@ fn program(node4: &str, node6: &str) -> Result<Program> {
         mask: 0x3fff,
         families: PerFamily { v4: Some(v4), v6: Some(v6) },
         masquerade_bridges: Vec::new(),
+        uplinks: Vec::new(),
     })
 }
 

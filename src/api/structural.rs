@@ -63,6 +63,12 @@ impl Walk<'_> {
             (Some("integer"), n) => is_integer(n),
             _ => false,
         };
+        if fits && (expected == Some("integer") || int_or_string) {
+            // `80.0` and `1e2` are whole numbers to the API server, and are kept as such.
+            if let Some(whole) = value.as_f64().filter(|f| value.is_f64() && f.abs() < 9e15) {
+                *value = Value::from(whole as i64);
+            }
+        }
         if !fits {
             let want = match expected {
                 _ if int_or_string => "a number or a string",

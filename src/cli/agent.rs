@@ -1,6 +1,7 @@
 //! `meshlb agent`: keeps the kernel as a folder says.
 
 use std::{
+    net::SocketAddr,
     path::Path,
     process::ExitCode,
     sync::mpsc::{self, Sender},
@@ -8,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tracing::{error, info, warn};
 
 use super::{
@@ -28,6 +29,8 @@ use crate::{
 /// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
 /// start takes seconds on slow machines.
 const STALLED_AFTER: Duration = Duration::from_secs(120);
+/// An address for metrics that is taken is tried again after this long.
+const ADMIN_RETRY: Duration = Duration::from_secs(10);
 
 /// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes.
 ///
@@ -53,28 +56,50 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
         // The receiver is gone only when the agent ends.
         let _ = addresses.send(Input::NodeChanged);
     })?;
-    follow(&source, session.engine.settings().node.clone(), sender)?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
     let health = Health::new(STALLED_AFTER);
     let metrics = Metrics::new();
+    follow(&source, session.engine.settings().node.clone(), metrics.clone(), sender)?;
     let traffic = Traffic::open()?;
     metrics.set_traffic_source(Box::new(traffic.clone()));
-    let _admin = match options.metrics_listen.0 {
-        Some(addr) => {
-            let server = AdminServer::start(addr, metrics.clone(), health.clone())
-                .with_context(|| format!("--metrics-listen {addr}"))?;
-            Some(server)
-        }
-        None => None,
-    };
+    if let Some(addr) = options.metrics_listen.0 {
+        serve_admin(addr, metrics.clone(), health.clone())?;
+    }
     let watcher = Watcher::new(session.keeper, metrics, health, traffic);
     Agent::new(session.engine, watcher, pace).run(&inputs);
     Ok(ExitCode::SUCCESS)
 }
 
+/// Serves metrics and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
+fn serve_admin(addr: SocketAddr, metrics: Metrics, health: Health) -> Result<()> {
+    let start = move || AdminServer::start(addr, metrics.clone(), health.clone());
+    let first = start();
+    if let Err(e) = &first {
+        error!("{e}; it is tried again every {} s, and everything else goes on", ADMIN_RETRY.as_secs());
+    }
+    thread::Builder::new().name("admin".into()).spawn(move || {
+        let mut server = first;
+        while server.is_err() {
+            thread::sleep(ADMIN_RETRY);
+            server = start();
+        }
+        info!("metrics on {addr}");
+        // It serves until it is dropped.
+        loop {
+            thread::park();
+        }
+    })?;
+    Ok(())
+}
+
 /// Forwards what the folder says.
-fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<Input>) -> Result<()> {
+fn follow(
+    source: &Path,
+    config: crate::model::node::NodeConfig,
+    metrics: Metrics,
+    inputs: Sender<Input>,
+) -> Result<()> {
     let (sender, messages) = mpsc::channel();
     source::watch::watch(source, config, sender)?;
     thread::Builder::new().name("source".into()).spawn(move || {
@@ -91,6 +116,8 @@ fn follow(source: &Path, config: crate::model::node::NodeConfig, inputs: Sender<
                 }
                 SourceMessage::Problems(problems) => {
                     tell(&known, &problems);
+                    metrics
+                        .problems("source", problems.iter().filter(|p| p.severity > Severity::Note).count());
                     let now = problems.iter().all(|p| p.severity < Severity::Error);
                     known = problems;
                     let changed = now != complete;

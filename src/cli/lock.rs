@@ -7,7 +7,7 @@ use anyhow::{Result, bail};
 use super::options::Options;
 use crate::{
     allocate::{Allocations, Lock, allocate, lock},
-    model::node::NodeConfig,
+    model::{ids::ServiceKey, node::NodeConfig},
     source::{self, problem::Severity},
     state::State,
 };
@@ -62,8 +62,18 @@ pub fn write(dir: &Path, config: &NodeConfig, previous: Allocations) -> Result<O
         bail!("{}\n{} was not written: mend the folder first", errors.join("\n"), lock::FILE_NAME);
     }
     let old = Lock::read(dir)?.unwrap_or_default();
-    let allocator = allocate(&loaded.services, config, previous, old, BTreeSet::new());
-    let new = Lock::of(&loaded.services, &allocator);
+    let allocator = allocate(&loaded.services, config, previous, old.clone(), BTreeSet::new());
+    let mut new = Lock::of(&loaded.services, &allocator);
+    // What is not served as it stands keeps its place for when it is.
+    let refused = loaded.problems.iter().filter(|p| p.severity == Severity::Refused);
+    for problem in refused.clone() {
+        let key = problem.object.as_deref().and_then(|o| o.rsplit(' ').next()?.parse::<ServiceKey>().ok());
+        if let Some((key, kept)) = key.and_then(|key| old.services.get_key_value(&key))
+            && !new.services.contains_key(key)
+        {
+            new.services.insert(key.clone(), kept.clone());
+        }
+    }
     let changed = new.write(dir)?;
     let mut conflicts: Vec<String> = allocator
         .iter()
@@ -72,6 +82,7 @@ pub fn write(dir: &Path, config: &NodeConfig, previous: Allocations) -> Result<O
         })
         .collect();
     conflicts.sort();
+    conflicts.extend(refused.map(ToString::to_string));
     Ok(Outcome { services: new.services.len(), changed, conflicts })
 }
 

@@ -134,6 +134,12 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Err(error) =
+        cli.options.settings().map(drop).and_then(|()| log_filter(&cli.options.log_level).map(drop))
+    {
+        eprintln!("meshlb: {error:#}");
+        return ExitCode::from(2);
+    }
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
@@ -195,9 +201,12 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
     init_log(options, level)
 }
 
+fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
+    tracing_subscriber::EnvFilter::try_new(level).map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))
+}
+
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(level)
-        .map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))?;
+    let filter = log_filter(level)?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

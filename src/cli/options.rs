@@ -263,6 +263,25 @@ impl Options {
                     "--vip-cidr {range}: too small or too large; a /16 for IPv4 and a /112 for IPv6 are usual"
                 );
             }
+            let first = range.network();
+            let never = match first {
+                IpAddr::V4(a) => {
+                    a.is_loopback() || a.is_multicast() || a.is_link_local() || a.octets()[0] == 0
+                }
+                IpAddr::V6(a) => {
+                    a.is_loopback() || a.is_multicast() || a.is_unicast_link_local() || a.is_unspecified()
+                }
+            };
+            if never {
+                bail!(
+                    "--vip-cidr {range}: not a range for virtual IPs (loopback, multicast, link-local or unspecified)"
+                );
+            }
+            if let Some(own) = self.node_ip.iter().find(|ip| range.contains(*ip)) {
+                bail!(
+                    "--vip-cidr {range} holds this node's own address {own}: it would not be reachable any more"
+                );
+            }
             ranges.set(family, Some(range));
         }
         if ranges.is_empty() {
@@ -298,15 +317,24 @@ pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> R
     let values: std::collections::BTreeMap<String, serde_json::Value> =
         serde_saphyr::from_str(&text).with_context(|| format!("--config {}", file.display()))?;
     for (name, value) in values {
-        let known = command.get_arguments().find(|a| a.get_long() == Some(&name)).map(|a| a.get_id().clone());
-        let Some(id) = known.filter(|id| id != "config") else {
-            bail!("--config {}: no flag is called {name:?}", file.display());
-        };
         let text = match value {
+            serde_json::Value::Null => bail!("--config {}: {name} has no value", file.display()),
             serde_json::Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(","),
             other => scalar(&other),
         };
-        command = command.mut_arg(id, |arg| arg.default_value(text));
+        let flag = |command: &clap::Command| {
+            command.get_arguments().find(|a| a.get_long() == Some(&name)).map(|a| a.get_id().clone())
+        };
+        if let Some(id) = flag(&command).filter(|id| id != "config") {
+            command = command.mut_arg(id, |arg| arg.default_value(text));
+        } else if let Some(id) = command.find_subcommand("agent").and_then(flag) {
+            // The file is an agent's, mostly.
+            command = command.mut_subcommand("agent", |agent| {
+                agent.mut_arg(id, |arg| arg.required(false).default_value(text))
+            });
+        } else {
+            bail!("--config {}: no flag is called {name:?}", file.display());
+        }
     }
     Ok(command)
 }

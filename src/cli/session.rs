@@ -248,6 +248,15 @@ impl Session {
             look_first(options, &engine);
         }
         engine.refresh_node().context("addresses of this node")?;
+        for (family, own) in engine.facts().primary.iter() {
+            if let Some(range) = engine.settings().node.ranges.get(family).filter(|range| range.contains(own))
+            {
+                bail!(
+                    "--vip-cidr {range} holds this node's own address {own}: it would not be reachable any more; \
+                     choose another range"
+                );
+            }
+        }
         if purpose != Purpose::Look {
             advise(&engine);
         }

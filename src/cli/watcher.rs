@@ -93,6 +93,7 @@ impl Watcher {
         for line in self.firewall.iter().filter(|line| !now.contains(line)) {
             info!("no longer: {line}");
         }
+        self.metrics.problems("firewall", now.len());
         self.firewall = now;
     }
 
@@ -141,7 +142,8 @@ impl Observer for Watcher {
         }
         self.count_writes(engine);
         self.metrics.services(engine.merged().services().len());
-        self.metrics.problems(self.told.values().map(Vec::len).sum());
+        self.metrics.problems("services", self.told.values().map(Vec::len).sum());
+        self.metrics.problems("changes", turn.failures.iter().filter(|f| !f.follows).count());
         self.turns += 1;
         self.metrics.programmed_generation(self.turns);
         self.reason = match turn.failures.first() {

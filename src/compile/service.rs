@@ -225,6 +225,13 @@ fn publish(
         PublishMode::Ingress => service.external_policy,
         PublishMode::Host => TrafficPolicy::Local,
     };
+    if !publish.addresses.is_empty() {
+        let own = |addr: &&IpAddr| addr.is_loopback() || inputs.facts.published_addresses.contains(addr);
+        if publish.addresses.iter().find(own).is_none() {
+            compiled.not_published =
+                Some("none of publish.addresses is an address that this node publishes on".into());
+        }
+    }
     let numbers: Vec<u16> = ports_from(number, port.span()).collect();
     if let Some(held) = numbers.iter().find(|n| (inputs.blocked)(port.protocol, **n)) {
         compiled.not_published = Some(format!("{} {held} is held by a socket of this host", port.protocol));

@@ -70,7 +70,7 @@ struct Inner {
     source_to_kernel: Histogram,
     drift: Family<[Label; 1], Counter>,
     writes: Family<[Label; 1], Counter>,
-    problems: Gauge,
+    problems: Family<[Label; 1], Gauge>,
     services: Gauge,
     programmed_generation: Gauge,
     last_success: Gauge<f64, AtomicU64>,
@@ -95,7 +95,7 @@ impl Metrics {
             source_to_kernel: timer(),
             drift: Family::default(),
             writes: Family::default(),
-            problems: Gauge::default(),
+            problems: Family::default(),
             services: Gauge::default(),
             programmed_generation: Gauge::default(),
             last_success: Gauge::default(),
@@ -137,9 +137,9 @@ impl Metrics {
         self.0.writes.get_or_create_owned(&[("backend", backend)]).inc_by(n);
     }
 
-    /// How many things are wrong at present.
-    pub fn problems(&self, n: usize) {
-        self.0.problems.set(n as i64);
+    /// How many things are wrong at present, of one kind: `source`, `services`, `changes` or `firewall`.
+    pub fn problems(&self, of: &'static str, n: usize) {
+        self.0.problems.get_or_create_owned(&[("of", of)]).set(n as i64);
     }
 
     /// How many services are programmed at present.
@@ -247,7 +247,7 @@ mod tests {
         metrics.source_to_kernel(Duration::from_millis(7));
         metrics.drift("ipvs", 2);
         metrics.writes("netfilter", 5);
-        metrics.problems(1);
+        metrics.problems("services", 1);
         metrics.services(3);
         metrics.programmed_generation(12);
         metrics.in_sync(true);

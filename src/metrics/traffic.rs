@@ -216,6 +216,16 @@ const ENDPOINT_GAUGES: [(&str, &str, EndpointGauge); 3] = [
     ("meshlb_endpoint_weight", "IPVS weight; 0 takes no new connections.", |e| e.weight),
 ];
 
+/// The same for a service: the sum of its endpoints.
+const SERVICE_GAUGES: [(&str, &str, EndpointGauge); 2] = [
+    ("meshlb_service_active_connections", "Established connections.", |e| e.counters.active),
+    (
+        "meshlb_service_inactive_connections",
+        "Connections that are closing, and UDP flows without recent packets.",
+        |e| e.counters.inactive,
+    ),
+];
+
 fn write_gauges(encoder: &mut DescriptorEncoder<'_>, rows: &[Row<'_>]) -> fmt::Result {
     for (name, help, value) in ENDPOINT_GAUGES {
         let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
@@ -225,6 +235,13 @@ fn write_gauges(encoder: &mut DescriptorEncoder<'_>, rows: &[Row<'_>]) -> fmt::R
                 let labels = row.endpoint_labels(&address, &endpoint.target);
                 gauge(&mut metric, &labels, &value(endpoint))?;
             }
+        }
+    }
+    for (name, help, value) in SERVICE_GAUGES {
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for row in rows {
+            let sum: u64 = row.endpoints.values().map(|e| u64::from(value(e))).sum();
+            gauge(&mut metric, &row.service_labels(), &sum)?;
         }
     }
     let help = "Endpoints in the kernel; draining ones take no new connections.";

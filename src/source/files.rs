@@ -191,6 +191,10 @@ impl Reader<'_> {
             (Some("EndpointSlice"), Some(version)) if version.starts_with("discovery.k8s.io/") => {
                 self.named(node, Kind::Slice);
             }
+            (Some(kind), Some(version)) if version.starts_with("meshlb.dev/") => {
+                let message = format!("{version} has no kind {kind:?}; it is {:?}", api::KIND);
+                self.nameless(node, "kind", &message);
+            }
             (Some(kind), Some(version)) => {
                 let message = format!("{version} {kind} is not used here and ignored");
                 self.problem(node.line, None, None, message, Severity::Note);

@@ -53,6 +53,7 @@ impl Snapshot {
         s.add("ipset", lines(&ns.run(&["ipset", "save"])?.ok()?.stdout));
         // Not /proc/net/ip_vs: a foreign service was missing from it once; whether that was the file is not proven.
         s.add("ipvs", lines(&ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout));
+        s.add("ipvs timeouts", lines(&ns.run(&["ipvsadm", "-L", "--timeout"])?.ok()?.stdout));
         let batch = "route show table all\naddr show\nrule show\n";
         let out = ns.run_with(&["ip", "-o", "-batch", "-"], batch, crate::ns::COMMAND_LIMIT)?.ok()?.stdout;
         s.add("ip", lines(&out).into_iter().filter(|l| !l.contains("expires")).collect());
@@ -78,9 +79,11 @@ impl Snapshot {
         self.filtered(|section, line| !is_ours(section, line))
     }
 
-    /// Only what is ours (sysctls aside).
+    /// Only what is ours (sysctls and timeouts aside).
     pub fn ours(&self) -> Snapshot {
-        self.filtered(|section, line| section != "sysctl" && is_ours(section, line))
+        self.filtered(|section, line| {
+            !["sysctl", "ipvs timeouts"].contains(&section) && is_ours(section, line)
+        })
     }
 
     fn filtered(&self, keep: impl Fn(&str, &str) -> bool) -> Snapshot {
@@ -131,6 +134,8 @@ fn is_ours(section: &str, line: &str) -> bool {
             let mark: Option<u32> = words.next().and_then(|w| w.parse().ok());
             mark.is_some_and(|m| (0x100..=0x3fff).contains(&m) || m == u32::MAX)
         }
+        // Set by us, as sysctls are.
+        "ipvs timeouts" => true,
         "ip" => line.contains("10.200.") || line.contains("fd00:200::"),
         "sysctl" => line.contains(".vs.") || line.contains("arp_ignore") || line.contains("bridge-nf"),
         _ => line.to_ascii_lowercase().contains("meshlb"),

@@ -17,6 +17,7 @@ mod restart;
 mod scrape;
 mod step;
 mod support;
+mod telling;
 mod underlays;
 
 use crate::runner::Suite;
@@ -32,6 +33,7 @@ pub fn register(suite: &mut Suite) {
     neighbours::register(suite);
     renderer::register(suite);
     restart::register(suite);
+    telling::register(suite);
     scrape::register(suite);
     healing::register(suite);
     lifecycle::register(suite);

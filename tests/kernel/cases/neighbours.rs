@@ -25,6 +25,9 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("neighbours::two_agents", &one, limit, two_agents);
         suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
         suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
+        if renderer != Renderer::IptablesLegacy {
+            suite.add_slow("neighbours::firewall_that_comes_later", &one, limit, firewall_later);
+        }
         suite.add("neighbours::mark_taken_meanwhile", &one, mark_taken);
         if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
@@ -70,6 +73,7 @@ ipvsadm -D -t 192.168.50.1:4712; ipvsadm -D -f 65537; ipvsadm -D -f 256; ipvsadm
 ip route del 10.99.0.0/24; ip route del local 10.98.0.0/24; ip route del 10.97.0.0/24 table 100; ip -6 route del fd00:99::/64
 ip rule del pref 100
 ip link del kube-ipvs0
+ipvsadm --set 900 120 300
 echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
 ";
 
@@ -114,7 +118,9 @@ fn foreign_state(cx: &mut Cx) -> Result<()> {
     // A foreign IPVS service may have come to depend on these: they keep our value while there is one.
     const KEPT: [&str; 3] =
         ["net.ipv4.vs.conntrack", "net.ipv4.vs.expire_nodest_conn", "net.ipv4.conf.all.arp_ignore"];
-    let is_kept = |line: &String| KEPT.iter().any(|key| line.contains(&format!("[sysctl] {key}=")));
+    let is_kept = |line: &String| {
+        line.contains("[ipvs timeouts]") || KEPT.iter().any(|key| line.contains(&format!("[sysctl] {key}=")))
+    };
     let changed: Vec<String> = with_neighbours.diff(&end).into_iter().filter(|line| !is_kept(line)).collect();
     ensure!(changed.is_empty(), "after cleanup:\n{}", changed.join("\n"));
     sh(cx, n1, FOREIGN_GONE)?;
@@ -270,6 +276,52 @@ fn policy_drop(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
+/// A firewall that is loaded while the agent runs: it is noticed, and what the agent says to add is enough.
+fn firewall_later(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder().vip_route(1))?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    m.write()?;
+    let mut agent = support::start(cx, &meshlb, &t, &m)?;
+    for node in &t.nodes[1..] {
+        cx.apply_on(node, &m)?;
+    }
+    works(&t, &BOTH)?;
+    sh(
+        cx,
+        n1,
+        "nft -f - <<'X'
+table inet strict {
+  chain in { type filter hook input priority 0; policy drop; ct state established,related accept; iifname lo accept; meta l4proto ipv6-icmp accept; }
+  chain forwarding { type filter hook forward priority 0; policy drop; meta l4proto ipv6-icmp accept; }
+}
+X",
+    )?;
+    let short = Duration::from_millis(700);
+    let closed = t.ext.probe(&Probe::new(Proto::Tcp, vip(Family::V4, 80)?).within(short))?;
+    check::dropped(&closed).context("the firewall itself")?;
+    agent.wait_for_log("nft insert rule", Duration::from_secs(45))?;
+    let show = meshlb.run(n1, &["show"])?.ok()?.stdout;
+    let log = agent.log_text();
+    let commands: std::collections::BTreeSet<&str> =
+        log.lines().filter_map(|l| Some(&l[l.find("nft insert rule")?..])).collect();
+    for command in &commands {
+        ensure!(show.contains(command), "show does not say `{command}`: {show}");
+        sh(cx, n1, command)?;
+    }
+    cx.note(commands.iter().copied().collect::<Vec<_>>().join("\n"));
+    works(&t, &BOTH).context("with what the agent said to add")?;
+    for family in Family::ALL {
+        for dst in [vip(family, 80)?, n1.at(family, 30080)] {
+            check::among(&t.ext.connect(Proto::Tcp, dst, 6)?, &t.pod_names())?;
+        }
+    }
+    sh(cx, n1, "nft delete table inet strict")?;
+    Ok(())
+}
+
 /// S22: with every kind of socket on the node, a VIP has its declared ports and no others.
 fn declared_only(cx: &mut Cx) -> Result<()> {
     let t = cx.topology(&Topology::builder().vip_route(1))?;
@@ -315,10 +367,11 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
     n1.serve_as("FIRST", &everywhere(&[30080], false))?;
     let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
     cx.note(&out);
-    ensure!(out.stderr.contains("30080"), "apply does not speak of the port: {out}");
+    let held = "TCP 30080 is held by a socket of this host";
+    ensure!(out.stderr.contains(held), "apply does not speak of the port: {out}");
     let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
     cx.note(&show);
-    ensure!(show.stdout.contains("30080"), "show does not speak of the port: {show}");
+    ensure!(show.stdout.contains(held), "show does not speak of the port: {show}");
     for family in Family::ALL {
         check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30080), 2)?, "FIRST")?;
         let local = SocketAddr::new(family.localhost(), 30080);
@@ -343,6 +396,11 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
     ours("a socket came later")?;
     cx.apply_on(n1, &m)?;
     ours("a socket came later, and another turn")?;
+    let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
+    ensure!(
+        show.stdout.contains("a socket of this host that came later"),
+        "show does not speak of it: {show}"
+    );
     n1.stop_serving("LATER");
     Ok(())
 }

@@ -1,0 +1,177 @@
+//! What meshlb says of itself: `explain` names the hop that is wrong, and commands need no flags that the agent had.
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::guard::sh;
+use super::support::{one_node, served, web};
+use crate::check;
+use crate::ns::Output;
+use crate::program::Meshlb;
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::topology::Node;
+
+pub fn register(suite: &mut Suite) {
+    suite.add_slow(
+        "telling::explain_names_the_hop",
+        &Matrix::renderers(),
+        std::time::Duration::from_secs(240),
+        hops,
+    );
+    suite.add("telling::commands_know_the_flags", &Matrix::renderers(), flags);
+    suite.add("telling::slice_that_is_wrong", &Matrix::renderers(), wrong_slice);
+}
+
+fn hops(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    cx.apply(&t, &mut m)?;
+    let explain = || meshlb.run(n1, &["explain", "web"]);
+    let fine = explain()?.ok()?.stdout;
+    ensure!(!fine.contains("  ! "), "a service as it should be: {fine}");
+    let show: Value = serde_json::from_str(&meshlb.run(n1, &["show", "-o", "json"])?.ok()?.stdout)?;
+    let mark = show["services"][0]["ports"][0]["virtualServers"][0]["mark"].as_u64().context("no mark")?;
+    let nft = cx.renderer() == Renderer::Nftables;
+    let by = |nftables: &str, iptables: &str| if nft { nftables.to_owned() } else { iptables.to_owned() };
+    let breakages = [
+        ("ip route del local 10.200.0.0/16 dev lo table local".to_owned(), "route: local 10.200.0.0/16"),
+        (format!("ipvsadm -D -f {mark}"), "IPv4 scheduler rr, 0 connections: missing"),
+        (format!("ipvsadm -d -f {mark} -r 10.244.1.11:8080"), "10.244.1.11:8080 p11 on n1, weight 1, "),
+        (format!("ipvsadm -e -f {mark} -r 10.244.1.11:8080 -m -w 3"), ": wrong weight 3"),
+        (format!("ipvsadm -a -f {mark} -r 10.244.9.9:8080 -m"), ": unexpected"),
+        (format!("ipvsadm -E -f {mark} -s lc"), ": scheduler lc, should be rr"),
+        (
+            by(
+                "nft delete element inet meshlb vips-4 '{ 10.200.0.5 . tcp . 80 }'",
+                "ipset del meshlb-vips-4 10.200.0.5,tcp:80",
+            ),
+            "10.200.0.5,tcp:80 -> mark",
+        ),
+        (by("nft flush chain inet meshlb in", "iptables -t mangle -F MESHLB-INPUT"), "  ! rules: "),
+        ("nft flush chain inet meshlb guard".to_owned(), "  ! rules: "),
+        (
+            "echo 0 > /proc/sys/net/ipv4/vs/expire_nodest_conn".to_owned(),
+            "sysctl: net.ipv4.vs.expire_nodest_conn is 0, should be 1",
+        ),
+        ("ipvsadm --set 100 101 102".to_owned(), "ipvs timeouts: 100,101,102, should be 10800,120,300"),
+        ("ipvsadm -D -f 16383".to_owned(), "ipvs: the sentinel FWM 16383 IPv4 is missing"),
+    ];
+    for (command, text) in breakages {
+        sh(cx, n1, &command)?;
+        let out = explain()?;
+        ensure!(out.status == 1 && out.stdout.contains(text), "after `{command}`, no {text:?}: {out}");
+        let wrong = ["missing", "wrong", "should be", "unexpected", "rules: "];
+        let told: Vec<&str> = out
+            .stdout
+            .lines()
+            .filter(|l| wrong.iter().any(|w| l.contains(w)) && !l.contains("as they should be"))
+            .collect();
+        // A service takes its destinations along, and a mark that leads nowhere is still a mark.
+        let few = if command.starts_with("ipvsadm -D") || command.contains("flush") || command.contains("-F")
+        {
+            12
+        } else {
+            2
+        };
+        ensure!((1..=few).contains(&told.len()), "after `{command}`: {told:#?}");
+        cx.apply_on(n1, &m)?;
+        let again = explain()?;
+        ensure!(again.status == 0, "`{command}` is not healed: {again}");
+    }
+    served(&t, &["p11", "p12"])
+}
+
+/// As an operator types it: with nothing but where the state is.
+fn bare(meshlb: &Meshlb, node: &Node, args: &[&str]) -> Result<Output> {
+    let binary = meshlb.binary.to_string_lossy().into_owned();
+    let state = format!("--state-dir={}", node.state_dir().display());
+    let run = format!("--run-dir={}", node.run_dir().display());
+    let mut command: Vec<&str> = vec![&binary];
+    command.extend(args);
+    command.extend([state.as_str(), run.as_str()]);
+    node.ns.run_env(&command, &[("PATH", &meshlb.path)], "")
+}
+
+fn flags(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx
+        .meshlb()?
+        .clone()
+        .flag("--vip-cidr=10.201.0.0/16,fd00:201::/112")
+        .flag("--mark-mask=0xffc000")
+        .flag("--ipvs-timeouts=100,101,102");
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let timeouts = || -> Result<String> { Ok(n1.ns.run(&["ipvsadm", "-L", "--timeout"])?.ok()?.stdout) };
+    let before = timeouts()?;
+    let mut m = cx.manifests()?;
+    m.service("web").vips(&["10.201.0.5", "fd00:201::5"])?.port(Proto::Tcp, 80, 8080, Some(30080));
+    m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+    m.write()?;
+    cx.will_clean(n1);
+    meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?.ok()?;
+    ensure!(timeouts()?.contains("100 101 102"), "{}", timeouts()?);
+    let to = std::net::SocketAddr::from(([10, 201, 0, 5], 80));
+    check::even(&t.pod("p12").connect(Proto::Tcp, to, 4)?, &["p11", "p12"])?;
+    for args in [&["show"][..], &["explain", "web"], &["plan"]] {
+        let out = bare(&meshlb, n1, args)?;
+        ensure!(out.status == 0 && !out.stdout.contains("! "), "{args:?}: {out}");
+    }
+    // A file of another version, or a damaged one, is the agent's business alone.
+    let state = n1.state_dir().join("state.json");
+    let text = std::fs::read_to_string(&state)?;
+    std::fs::write(&state, "{\"version\": 2}")?;
+    let out = bare(&meshlb, n1, &["show", "--vip-cidr=10.201.0.0/16,fd00:201::/112", "--node=n1"])?;
+    ensure!(out.stderr.contains("is of version 2") || out.stderr.contains("no folder"), "{out}");
+    ensure!(std::fs::read_to_string(&state)? == "{\"version\": 2}", "show has moved the state away");
+    std::fs::write(&state, text)?;
+    let out = bare(&meshlb, n1, &["cleanup"])?.ok()?;
+    ensure!(out.stdout.contains("nothing of meshlb is left"), "{out}");
+    let left = n1.ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+    ensure!(left.trim().is_empty(), "IPVS services are left:\n{left}");
+    ensure!(timeouts()? == before, "the timeouts are not as before: {} {before}", timeouts()?);
+    check::nothing_left(&t)
+}
+
+/// The service can be read and its endpoints can't: they stay.
+fn wrong_slice(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, &["p11", "p12"])?;
+    cx.apply(&t, &mut m)?;
+    let before = n1.snapshot()?;
+    let file = m.dir.join("web-v4-slice.yaml");
+    let good = std::fs::read_to_string(&file)?;
+    std::fs::write(&file, good.replace("\"IPv4\"", "\"IPv9\""))?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let out = meshlb.run(n1, &["apply", &dir])?;
+    ensure!(out.status == 1 && out.stderr.contains("web-v4-slice.yaml:"), "{out}");
+    check::same(&before, &n1.snapshot()?, "apply with a slice that is wrong")?;
+    served(&t, &["p11", "p12"])?;
+    let plan = meshlb.run(n1, &["plan"])?;
+    ensure!(plan.status == 1 && plan.stdout.contains("0 changes"), "plan: {plan}");
+    let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?.stdout;
+    ensure!(
+        show.contains("kept") && show.contains("! ") && show.contains("web-v4-slice.yaml"),
+        "show: {show}"
+    );
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    agent.wait_for_log(
+        "does not name them and can't be read completely",
+        std::time::Duration::from_secs(20),
+    )?;
+    std::thread::sleep(std::time::Duration::from_secs(2));
+    check::same(&before, &n1.snapshot()?, "an agent with a slice that is wrong")?;
+    served(&t, &["p11", "p12"])?;
+    // Mended, with one endpoint less: it goes.
+    m.endpoints("web", &[t.pod("p11")]);
+    m.write()?;
+    super::support::wait_until("the mended slice is followed", std::time::Duration::from_secs(10), || {
+        Ok(served(&t, &["p11"]).is_ok())
+    })?;
+    Ok(())
+}
