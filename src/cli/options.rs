@@ -342,12 +342,14 @@ pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> R
 /// A command line whose defaults are what the agent, or the last `apply`, ran with here.
 pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
     let ranges: Vec<String> = state.ranges.iter().map(|(_, range)| range.to_string()).collect();
+    let timeouts = state.ipvs_timeouts.map_or_else(|| "keep".to_owned(), |(ours, _)| ours.to_string());
     let mask = if state.mark_mask == 0 { String::new() } else { format!("{:#x}", state.mark_mask) };
     for (id, value) in [
         ("node", state.node.clone()),
         ("vip_cidr", ranges.join(",")),
         ("mark_mask", mask),
         ("renderer", state.renderer.clone()),
+        ("ipvs_timeouts", if state.node.is_empty() { String::new() } else { timeouts }),
     ] {
         if !value.is_empty() {
             command = command.mut_arg(id, |arg| arg.default_value(value));

@@ -325,6 +325,12 @@ fn endpoint_report(
     let state = match (want, have) {
         (None, _) => "unexpected".to_owned(),
         (Some(_), None) => "missing".to_owned(),
+        // It was in the kernel before us, and nobody wants it.
+        (Some(want), Some((have, _)))
+            if want.weight < have.weight && matches!(info.map(|i| i.state), Some(RealState::Draining(_))) =>
+        {
+            "unexpected".to_owned()
+        }
         (Some(want), Some((have, _))) if want.weight != have.weight => {
             format!("wrong weight {}", have.weight)
         }

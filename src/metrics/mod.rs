@@ -127,7 +127,7 @@ impl Metrics {
         self.0.source_to_kernel.observe(duration.as_secs_f64());
     }
 
-    /// `n` objects of a kind (`ipvs`, `netfilter`, `route`, `sysctl`) were not as we had left them.
+    /// `n` things of a kind (see [`crate::reconcile::Drift`]) were not as we had left them.
     pub fn drift(&self, kind: &'static str, n: u64) {
         self.0.drift.get_or_create_owned(&[("kind", kind)]).inc_by(n);
     }
@@ -147,7 +147,7 @@ impl Metrics {
         self.0.services.set(n as i64);
     }
 
-    /// Number of the newest snapshot that is in the kernel completely.
+    /// How many turns there were.
     pub fn programmed_generation(&self, n: u64) {
         self.0.programmed_generation.set(i64::try_from(n).unwrap_or(i64::MAX));
     }
@@ -206,7 +206,7 @@ impl Inner {
         registry.register("services", "Services in the kernel at present", self.services.clone());
         registry.register(
             "programmed_generation",
-            "Number of the newest snapshot that is in the kernel completely",
+            "Turns so far; grows with every change that has been programmed",
             self.programmed_generation.clone(),
         );
         registry.register_with_unit(

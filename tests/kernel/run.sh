@@ -45,6 +45,12 @@ built=$(mktemp)
 cargo test -q --no-run --test kernel --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
 executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 test_bin=$(executable test kernel) meshlb_bin=${MESHLB_BIN:-$(executable bin meshlb)}
+codec_bin=
+if [ ${#args[@]} = 0 ]; then
+  # The whole run: the codec's own tests against the kernel come first, with nothing else there yet.
+  cargo test -q --no-run -p ipvs-netlink --test kernel --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
+  codec_bin=$(executable test kernel)
+fi
 rm -f "$built"
 out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
 for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
@@ -52,6 +58,7 @@ rm -rf "$out"; mkdir -p "$out"
 
 . "$vm_dir/lib.sh"
 if [ $where = host ]; then
+  [ -z "$codec_bin" ] || MESHLB_KERNEL_TESTS=1 "$codec_bin" --ignored --test-threads 1
   PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
 fi
 
@@ -62,7 +69,9 @@ fi
 # Fresh names each time: the VM may have read the old files. Without debug information they load faster.
 run=$vm/run-$$-$(date +%s)
 rm -rf "$vm"/run-*; mkdir -p "$run/out"
-for f in "$test_bin" "$meshlb_bin"; do strip -g -o "$run/${f##*/}" "$f" 2>/dev/null || cp "$f" "$run/"; done
+cp "$test_bin" "$run/cases"
+[ -z "$codec_bin" ] || cp "$codec_bin" "$run/codec"
+for f in "$run/cases" ${codec_bin:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
 # 100 MB, so only for those who ask for it.
 prometheus=
 if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
@@ -72,12 +81,15 @@ set +e
 MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_FIREWALLD" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-3600}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
-cp $(printf '%q ' "$run/${test_bin##*/}" "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
+cp $(printf '%q ' "$run/cases" ${codec_bin:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
 [ -z "$prometheus" ] || cp $run/prom{etheus,tool} /tmp/root/usr/bin/
+codec=0
+[ ! -e /tmp/root/kernel-test/codec ] || /tmp/in-tools env MESHLB_KERNEL_TESTS=1 /kernel-test/codec --ignored --test-threads 1 || codec=\$?
 /tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
-  /kernel-test/${test_bin##*/} $(printf '%q ' ${args[@]+"${args[@]}"})
+  /kernel-test/cases $(printf '%q ' ${args[@]+"${args[@]}"})
 rc=\$?
+[ \$rc != 0 ] || rc=\$codec
 cp -r /tmp/root/kernel-test/out $run/
 exit \$rc
 EOF

@@ -196,6 +196,11 @@ impl Matrix {
         Matrix::default()
     }
 
+    /// With one flavour of each of the two renderers.
+    pub fn both_renderers() -> Matrix {
+        Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables])
+    }
+
     /// With every renderer.
     pub fn renderers() -> Matrix {
         Matrix::once().with_renderers(&Renderer::ALL)

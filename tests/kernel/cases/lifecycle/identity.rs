@@ -12,11 +12,11 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
     let slow = Duration::from_secs(150);
-    suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::once(), slow, kept);
-    suite.add("lifecycle::published_port_conflict", &Matrix::once(), conflict);
+    suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::both_renderers(), slow, kept);
+    suite.add("lifecycle::published_port_conflict", &Matrix::both_renderers(), conflict);
     suite.add("lifecycle::published_port_changes", &Matrix::renderers(), port_changes);
     suite.add("lifecycle::host_mode", &Matrix::renderers(), host_mode);
-    suite.add("lifecycle::dnsrr_published", &Matrix::once(), dnsrr);
+    suite.add("lifecycle::dnsrr_published", &Matrix::both_renderers(), dnsrr);
 }
 
 /// What a service was given: its addresses and published ports.
