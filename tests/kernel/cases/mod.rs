@@ -2,6 +2,7 @@
 
 mod basics;
 mod errors;
+mod facts;
 mod firewalld;
 mod guard;
 mod harness;
@@ -34,6 +35,7 @@ pub fn register(suite: &mut Suite) {
     renderer::register(suite);
     restart::register(suite);
     telling::register(suite);
+    facts::register(suite);
     scrape::register(suite);
     healing::register(suite);
     lifecycle::register(suite);
