@@ -16,6 +16,7 @@ pub mod status;
 pub mod structural;
 pub mod v1alpha1;
 pub mod validate;
+pub mod values;
 
 pub use convert::to_service;
 pub use error::{FieldError, Reason};

@@ -5,7 +5,7 @@ use kube::KubeSchema;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::v1alpha1::{IpText, Protocol};
+use super::values::{IpText, Protocol};
 
 /// What is in force.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Default, Debug)]

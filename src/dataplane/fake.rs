@@ -45,7 +45,11 @@ pub struct Inner {
     pub forgotten: Vec<RealServerKey>,
     /// Open connections by published ports.
     pub flows: BTreeSet<PublishedFlows>,
-    /// The next changes whose text contains one of these fail once; `listeners` is listing the sockets.
+    /// What the netfilter probe finds changed, once.
+    pub changed: Option<String>,
+    /// The next changes whose text contains one of these fail once. Reads are called `read services`, `read destinations`,
+    /// `read timeouts`, `read rules`, `probe`, `read routes`, `read sysctl PATH`, `read addresses`, `read bridges`,
+    /// `read flows` and `listeners`.
     pub faults: Vec<String>,
 }
 
@@ -84,7 +88,7 @@ impl Ipvs for FakeKernel {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServer>, Error> {
-        let servers = &self.lock().state.virtual_servers;
+        let servers = &self.may_fail("read services")?.state.virtual_servers;
         Ok(servers.iter().filter(|(k, _)| keep(k.mark)).map(|(k, v)| (*k, v.clone())).collect())
     }
 
@@ -96,14 +100,14 @@ impl Ipvs for FakeKernel {
     }
 
     fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error> {
-        Ok(self.lock().state.virtual_servers.contains_key(&key))
+        Ok(self.may_fail("read services")?.state.virtual_servers.contains_key(&key))
     }
 
     fn reals(
         &mut self,
         key: VirtualServerKey,
     ) -> Result<BTreeMap<RealServerKey, (RealServerConfig, Counters)>, Error> {
-        let inner = self.lock();
+        let inner = self.may_fail("read destinations")?;
         let Some(server) = inner.state.virtual_servers.get(&key) else { return Ok(BTreeMap::new()) };
         let counters =
             |real| Counters { active: inner.active.get(real).copied().unwrap_or(0), ..Counters::default() };
@@ -145,7 +149,7 @@ impl Ipvs for FakeKernel {
     }
 
     fn timeouts(&mut self) -> Result<Timeouts, Error> {
-        Ok(self.lock().timeouts)
+        Ok(self.may_fail("read timeouts")?.timeouts)
     }
 
     fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error> {
@@ -169,7 +173,7 @@ impl Netfilter for FakeKernel {
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
-        let mut inner = self.lock();
+        let mut inner = self.may_fail("read rules")?;
         inner.observations += 1;
         let program = match &inner.state.program {
             None => ProgramState::Absent,
@@ -214,7 +218,8 @@ impl Netfilter for FakeKernel {
     }
 
     fn probe(&mut self) -> Result<Probe, Error> {
-        Ok(Probe::Unchanged)
+        let changed = self.may_fail("probe")?.changed.take();
+        Ok(changed.map_or(Probe::Unchanged, Probe::Changed))
     }
 
     fn fingerprint(&self) -> Option<serde_json::Value> {
@@ -230,7 +235,7 @@ impl Netfilter for FakeKernel {
 
 impl Host for FakeKernel {
     fn vip_routes(&mut self, _: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error> {
-        Ok(self.lock().state.routes)
+        Ok(self.may_fail("read routes")?.state.routes)
     }
 
     fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error> {
@@ -249,7 +254,7 @@ impl Host for FakeKernel {
     }
 
     fn sysctl(&mut self, path: &str) -> Result<Option<String>, Error> {
-        Ok(self.lock().state.sysctls.get(path).cloned())
+        Ok(self.may_fail(&format!("read sysctl {path}"))?.state.sysctls.get(path).cloned())
     }
 
     fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error> {
@@ -258,11 +263,11 @@ impl Host for FakeKernel {
     }
 
     fn facts(&mut self, _: &AddressRules) -> Result<NodeFacts, Error> {
-        Ok(self.lock().facts.clone())
+        Ok(self.may_fail("read addresses")?.facts.clone())
     }
 
     fn bridges_of(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<Vec<BridgeSubnet>, Error> {
-        let mut inner = self.lock();
+        let mut inner = self.may_fail("read bridges")?;
         inner.bridge_looks += 1;
         let behind = |b: &&BridgeSubnet| addresses.iter().any(|a| b.subnet.contains(a));
         Ok(inner.bridges.iter().filter(behind).cloned().collect())
@@ -278,7 +283,7 @@ impl Host for FakeKernel {
     }
 
     fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
-        Ok(self.lock().flows.contains(flows))
+        Ok(self.may_fail("read flows")?.flows.contains(flows))
     }
 
     fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {

@@ -8,6 +8,7 @@ mod known;
 mod marks;
 mod ports;
 mod recover;
+mod unread;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,7 +24,7 @@ pub use drift::Drift;
 use crate::{
     allocate::{Allocations, Allocator, Lock},
     compile::{
-        Merged, RealState,
+        Merged,
         base::compile_base,
         service::{Drains, Kept},
     },
@@ -313,11 +314,24 @@ impl Engine {
     /// What is to be done now, without doing it; `full` reads the kernel first.
     ///
     /// # Errors
-    /// When the kernel can't be read.
+    /// When the kernel can't be read. The next turn then reads all of it.
     pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
-        if full || !self.trusted {
-            return self.prepare_full(now).map(|(ops, _)| ops);
+        if !full
+            && self.trusted
+            && let Some(ops) = self.or_distrust(|engine| engine.prepare_changed(now))?
+        {
+            return Ok(ops);
         }
+        self.prepare_full(now).map(|(ops, _)| ops)
+    }
+
+    /// Services may have been compiled when something can't be read, and what is to be done for them is not known any more.
+    fn or_distrust<T>(&mut self, act: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
+        act(self).inspect_err(|_| self.trusted = false)
+    }
+
+    /// The same for what has changed; `None` where all has to be looked at.
+    fn prepare_changed(&mut self, now: Timestamp) -> Result<Option<Vec<Op>>, Error> {
         let touched = self.settle(now)?;
         // Each change of a service touches all of its elements; only endpoints that came or went matter here.
         let (want, have) = (&self.merged.state().elements, &self.known.elements);
@@ -326,11 +340,11 @@ impl Engine {
             self.refresh_bridges()?;
         }
         if !self.trusted {
-            return self.prepare_full(now).map(|(ops, _)| ops);
+            return Ok(None);
         }
         let mut ops = plan(self.merged.state(), &self.known, &touched);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
-        Ok(ops)
+        Ok(Some(ops))
     }
 
     /// Reads the kernel, compares all of it, and gives what it found besides.
@@ -338,6 +352,10 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        self.or_distrust(|engine| engine.look_and_compare(now))
+    }
+
+    fn look_and_compare(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
         let first = self.merged.services().is_empty();
         if first {
             self.foresee_bridges()?;
@@ -368,59 +386,9 @@ impl Engine {
         Ok((ops, observed))
     }
 
-    /// The observed state without what belongs to services that the source does not have but may be
-    /// meant to have: they are left as they are.
-    fn without_held(&self, observed: &Observed) -> Observed {
-        let marks: BTreeSet<Mark> =
-            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
-        let wanted = &self.merged.state().elements;
-        let mut out = observed.clone();
-        out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
-        out.elements.retain(|element, mark| match mark {
-            Some(mark) => !marks.contains(mark),
-            None => wanted.contains_key(element),
-        });
-        out
-    }
-
-    /// The source has told everything it has. Services of earlier runs that it does not have are gone,
-    /// unless it is not `complete`: then they may be in what could not be read, and are left alone.
-    pub fn synced(&mut self, complete: bool) {
-        let unseen = self
-            .allocator
-            .remembered()
-            .filter(|key| !self.snapshot.services().contains_key(*key))
-            .cloned()
-            .collect::<BTreeSet<_>>();
-        let held = if complete { BTreeSet::new() } else { unseen.clone() };
-        // What of theirs has no mark was overlooked so far, and is to be compared now.
-        self.trusted &= self.held.is_subset(&held);
-        self.held = held;
-        self.complete = Some(complete);
-        if complete {
-            for (server, _) in std::mem::take(&mut self.kept).into_keys() {
-                self.dirty.extend(self.merged.owner(server.mark).cloned());
-            }
-            self.allocator.forget(&unseen);
-            self.served.retain(|key, _| !unseen.contains(key));
-            self.generation += u64::from(!unseen.is_empty());
-            self.trusted &= unseen.is_empty();
-        }
-    }
-
     /// Services that were compiled since the last call.
     pub fn take_settled(&mut self) -> BTreeSet<ServiceKey> {
         std::mem::take(&mut self.settled)
-    }
-
-    /// Services that are left alone because the source can't be read completely.
-    pub fn held(&self) -> &BTreeSet<ServiceKey> {
-        &self.held
-    }
-
-    /// Destinations that are left as they are because the source can't be read completely.
-    pub fn kept(&self) -> &Kept {
-        &self.kept
     }
 
     fn observe(&mut self) -> Result<Observed, Error> {
@@ -459,22 +427,6 @@ impl Engine {
             let want = self.merged.state().virtual_servers.get(key);
             if server.reals.keys().any(|real| want.is_none_or(|w| !w.reals.contains_key(real))) {
                 self.dirty.insert(owner.clone());
-            }
-        }
-    }
-
-    /// The source can't be read completely: destinations that it does not name may be meant to be there all the same. What is
-    /// named is let go of as it is compiled.
-    fn keep_unread(&mut self, observed: &Observed) {
-        for (key, server) in &observed.virtual_servers {
-            for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
-                let local = observed.elements.contains_key(&Element::Local(real.addr));
-                self.kept.insert((*key, *real), local);
-            }
-        }
-        for service in self.merged.services().values() {
-            for (key, _) in service.reals.iter().filter(|(_, info)| info.state == RealState::Ready) {
-                self.kept.remove(key);
             }
         }
     }

@@ -1,6 +1,8 @@
 //! The loop that keeps the kernel as desired: [`engine`] makes one turn, [`agent`] decides when.
 
 pub mod agent;
+#[cfg(test)]
+mod agent_tests;
 pub mod engine;
 pub mod listeners;
 pub mod rotation;

@@ -26,7 +26,7 @@ fn now() -> Timestamp {
     Timestamp::from_second(1_800_000_000).unwrap()
 }
 
-fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
+pub(super) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
     kernel.lock().facts = facts();
     let settings = Settings { node: config(), addresses: AddressRules::default(), timeouts: None };
     let dataplane = Dataplane {
@@ -43,11 +43,11 @@ fn service_with(name: &str, port: ServicePort) -> Event {
     Event::Service(Arc::new(Service { ports: vec![port], ..service(name) }))
 }
 
-fn endpoints(name: &str, addresses: &[&str]) -> Event {
+pub(super) fn endpoints(name: &str, addresses: &[&str]) -> Event {
     Event::Slice(slice(name, addresses.iter().map(|a| endpoint(a, "n1")).collect()))
 }
 
-fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
+pub(super) fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
     let mut engine = engine(kernel, previous);
     engine.feed([
         service_with("vote", published(80, 8080, Some(30080))),
@@ -348,6 +348,47 @@ fn services_are_not_forgotten_when_the_sockets_of_the_host_cannot_be_listed() {
 }
 
 #[test]
+fn a_read_that_fails_changes_nothing_and_the_next_turn_makes_it_good() {
+    const READS: [&str; 6] =
+        ["read services", "read timeouts", "read rules", "read routes", "read bridges", "read sysctl"];
+    for fault in READS {
+        let kernel = FakeKernel::default();
+        for path in ["net/ipv4/vs/conntrack", "net/bridge/bridge-nf-call-iptables"] {
+            kernel.lock().state.sysctls.insert(path.into(), "0".into());
+        }
+        kernel.lock().bridges =
+            vec![BridgeSubnet { bridge: "cni0".into(), subnet: "10.244.1.0/24".parse().unwrap() }];
+        let mut first = vote(&kernel, Allocations::default());
+        turn(&mut first, true);
+        let writes = kernel.lock().writes;
+        let before = kernel.lock().state.clone();
+        for previous in [first.allocator().allocations(), Allocations::default()] {
+            let mut second = vote(&kernel, previous);
+            second.set_served(first.served().clone());
+            kernel.lock().faults.push(fault.into());
+            assert!(second.turn(true, now()).is_err(), "{fault}");
+            assert_eq!(kernel.lock().faults, Vec::<String>::new(), "{fault} was not read");
+            assert_eq!(kernel.lock().writes, writes, "{fault}");
+            assert_eq!(turn(&mut second, false), Vec::<String>::new(), "{fault}");
+            assert_eq!(kernel.lock().state, before, "{fault}");
+            // A change meanwhile is not lost either.
+            second.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12", "10.244.1.13"])]);
+            kernel.lock().faults.push(fault.into());
+            assert!(second.turn(true, now()).is_err(), "{fault}");
+            let ops = turn(&mut second, false);
+            assert!(ops.iter().any(|op| op.contains("10.244.1.13:8080 weight 1")), "{fault}: {ops:?}");
+            second.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+            turn(&mut second, false);
+            let later = now() + SignedDuration::from_secs(60);
+            second.expire_drains(later).unwrap();
+            assert_eq!(second.turn(true, later).unwrap().failures, vec![]);
+            assert_eq!(kernel.lock().state, before, "{fault}");
+            kernel.lock().writes = writes;
+        }
+    }
+}
+
+#[test]
 fn no_vip_route_without_the_rules_that_guard_it() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());
@@ -427,8 +468,9 @@ fn endpoints_in_a_slice_that_cannot_be_read_stay() {
             assert!(ops.iter().any(|op| op.contains("10.244.1.12:8080")), "{ops:?}");
             second.feed([slice_of("vote", &both)]);
             turn(&mut second, false);
-            second.expire_drains(now() + SignedDuration::from_secs(60)).unwrap();
-            turn(&mut second, true);
+            let later = now() + SignedDuration::from_secs(60);
+            second.expire_drains(later).unwrap();
+            assert_eq!(second.turn(true, later).unwrap().failures, vec![]);
         }
     }
 }

@@ -1,0 +1,158 @@
+//! The loop on a kernel in memory.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{
+    Drift, Engine, Turn,
+    agent::{Agent, Input, Observer, Pace},
+    tests::{endpoints, engine, vote},
+};
+use crate::{allocate::Allocations, dataplane::fake::FakeKernel, model::ids::ServiceKey};
+
+/// What the loop told.
+#[derive(Default)]
+struct Told {
+    turns: Vec<(bool, usize, usize)>,
+    failed: Vec<String>,
+    drift: Vec<String>,
+    drifted: Drift,
+    in_sync: bool,
+    refuse: bool,
+}
+
+#[derive(Clone, Default)]
+struct Ear(Arc<Mutex<Told>>);
+
+impl Observer for Ear {
+    fn before_apply(&mut self, _: &Engine) -> Result<(), String> {
+        if std::mem::take(&mut self.0.lock().unwrap().refuse) {
+            Err("no room for the state".into())
+        } else {
+            Ok(())
+        }
+    }
+
+    fn after_turn(&mut self, _: &Engine, turn: &Turn, _: Option<Instant>) {
+        self.0.lock().unwrap().turns.push((turn.full, turn.ops.len(), turn.failures.len()));
+    }
+
+    fn turn_failed(&mut self, error: &str) {
+        self.0.lock().unwrap().failed.push(error.into());
+    }
+
+    fn drift(&mut self, what: &str) {
+        self.0.lock().unwrap().drift.push(what.into());
+    }
+
+    fn drifted(&mut self, drift: &Drift) {
+        self.0.lock().unwrap().drifted.extend(drift);
+    }
+
+    fn heartbeat(&mut self, _: &Engine, synced: bool, in_sync: bool) {
+        self.0.lock().unwrap().in_sync = synced && in_sync;
+    }
+}
+
+struct Running {
+    ear: Ear,
+    inputs: mpsc::Sender<Input>,
+    thread: thread::JoinHandle<()>,
+}
+
+fn run(kernel: &FakeKernel, make: fn(&FakeKernel, Allocations) -> Engine) -> Running {
+    let (inputs, receiver) = mpsc::channel();
+    let ear = Ear::default();
+    let (kernel, told) = (kernel.clone(), ear.clone());
+    let thread = thread::spawn(move || {
+        let engine = make(&kernel, Allocations::default());
+        let pace = Pace { resync: Duration::from_secs(3600), probe: Duration::from_millis(20) };
+        Agent::new(engine, told, pace).run(&receiver);
+    });
+    Running { ear, inputs, thread }
+}
+
+impl Running {
+    fn until(&self, what: &str, f: impl Fn(&Told) -> bool) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while !f(&self.ear.0.lock().unwrap()) {
+            assert!(Instant::now() < end, "not within 20 s: {what}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn stop(self) {
+        self.inputs.send(Input::Stop).unwrap();
+        self.thread.join().unwrap();
+    }
+}
+
+#[test]
+fn nothing_is_done_before_the_source_has_synced() {
+    let kernel = FakeKernel::default();
+    let agent = run(&kernel, engine);
+    agent.inputs.send(Input::Events(vec![endpoints("vote", &["10.244.1.11"])], Instant::now())).unwrap();
+    thread::sleep(Duration::from_millis(200));
+    assert!(agent.ear.0.lock().unwrap().turns.is_empty());
+    assert_eq!(kernel.lock().writes, 0);
+    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.until("in sync", |told| told.in_sync);
+    agent.stop();
+}
+
+#[test]
+fn what_fails_is_tried_again_until_it_is_done() {
+    let kernel = FakeKernel::default();
+    for fault in ["read rules", "read services", "install", "-> 10.244.1.12:8080", "route"] {
+        kernel.lock().faults.push(fault.into());
+    }
+    let agent = run(&kernel, vote);
+    agent.ear.0.lock().unwrap().refuse = true;
+    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.until("in sync", |told| told.in_sync);
+    assert_eq!(kernel.lock().faults, Vec::<String>::new());
+    let told = agent.ear.0.lock().unwrap();
+    assert!(told.failed.iter().any(|e| e.contains("injected: read rules")), "{:?}", told.failed);
+    assert!(told.failed.iter().any(|e| e.contains("no room for the state")), "{:?}", told.failed);
+    assert!(told.turns.iter().any(|(_, _, failures)| *failures > 0), "{:?}", told.turns);
+    assert_eq!(told.turns.last().map(|(full, _, failures)| (*full, *failures)), Some((true, 0)));
+    drop(told);
+    agent.stop();
+}
+
+#[test]
+fn what_the_cheap_look_finds_is_healed_and_a_failed_look_is_repeated() {
+    let kernel = FakeKernel::default();
+    let agent = run(&kernel, vote);
+    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.until("in sync", |told| told.in_sync);
+    let good = kernel.lock().state.clone();
+    // The rules.
+    {
+        let mut inner = kernel.lock();
+        inner.state.elements.clear();
+        inner.changed = Some("a set was emptied".into());
+        inner.faults.push("probe".into());
+    }
+    agent.until("healed", |told| told.drift.iter().any(|d| d == "a set was emptied"));
+    agent.until("counted", |told| told.drifted.contains_key("set_element"));
+    agent.until("in sync", |told| told.in_sync);
+    assert_eq!(kernel.lock().state, good);
+    // IPVS, found by the look at services or destinations.
+    kernel.lock().state.virtual_servers.clear();
+    agent.until("healed", |told| told.drifted.contains_key("ipvs_service"));
+    agent.until("in sync", |told| told.in_sync);
+    assert_eq!(kernel.lock().state.virtual_servers, good.virtual_servers);
+    // A service that goes afterwards goes all the same.
+    let gone = crate::model::snapshot::Event::ServiceGone(ServiceKey::new("default", "vote"));
+    agent.inputs.send(Input::Events(vec![gone], Instant::now())).unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    while kernel.lock().state.virtual_servers.values().any(|s| !s.reals.is_empty()) {
+        assert!(Instant::now() < end, "the service is still there");
+        thread::sleep(Duration::from_millis(5));
+    }
+    agent.stop();
+}
