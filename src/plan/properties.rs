@@ -1,7 +1,11 @@
 //! Properties of plans: they lead to the desired state, a second one is empty, and no prefix of one
 //! sends a packet where neither the old nor the new state does.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use proptest::prelude::*;
 
@@ -32,47 +36,80 @@ fn program() -> Program {
     }
 }
 
-fn real(n: u8) -> RealServerKey {
-    RealServerKey { addr: [10, 244, 1, n].into(), port: 8080 }
+fn real(family: Family, n: u8) -> RealServerKey {
+    let addr = match family {
+        Family::V4 => IpAddr::from([10, 244, 1, n]),
+        Family::V6 => IpAddr::from([0xfd00, 0x244, 0, 0, 0, 0, 0, u16::from(n)]),
+    };
+    RealServerKey { addr, port: 8080 }
 }
 
-fn target(n: u8) -> Target {
-    Target { addr: [10, 200, 0, n].into(), protocol: Protocol::Tcp, port: 80 }
+fn target(family: Family, protocol: Protocol, n: u8) -> Target {
+    let addr = match family {
+        Family::V4 => IpAddr::from([10, 200, 0, n]),
+        Family::V6 => IpAddr::from([0xfd00, 0x200, 0, 0, 0, 0, 0, u16::from(n)]),
+    };
+    Target { addr, protocol, port: 80 }
+}
+
+fn family() -> impl Strategy<Value = Family> {
+    prop::sample::select(&Family::ALL[..])
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    prop::sample::select(vec![Protocol::Tcp, Protocol::Udp])
 }
 
 prop_compose! {
     fn server()(
+        family in family(), mark in 0u32..4,
         reals in prop::collection::btree_map(0u8..6, 0u32..3, 0..4),
         scheduler in prop::sample::select(vec!["rr", "wrr"]),
-    ) -> VirtualServer {
-        VirtualServer {
+        protocol in protocol(),
+    ) -> (VirtualServerKey, VirtualServer) {
+        let reals = reals.into_iter().map(|(n, weight)| (real(family, n), RealServerConfig { weight }));
+        let server = VirtualServer {
             config: VirtualServerConfig { scheduler: scheduler.into(), flags: 0 },
-            protocol: None,
-            reals: Arc::new(reals.into_iter().map(|(n, weight)| (real(n), RealServerConfig { weight })).collect()),
-        }
+            protocol: Some(protocol),
+            reals: Arc::new(reals.collect()),
+        };
+        (VirtualServerKey { family, mark: Mark(256 + mark) }, server)
+    }
+}
+
+prop_compose! {
+    /// Of every kind, with a mark where the kind leads somewhere.
+    fn entry()(family in family(), protocol in protocol(), n in 0u8..5, kind in 0..6, mark in 0u32..4) -> (Element, Option<Mark>) {
+        let element = match kind {
+            0 => Element::Vip(target(family, protocol, n)),
+            1 => Element::Published(target(family, protocol, n)),
+            2 => Element::Loopback(family, protocol, u16::from(n)),
+            3 => Element::Endpoint(real(family, n).addr),
+            4 => Element::Local(real(family, n).addr),
+            _ => Element::Own(target(family, protocol, n)),
+        };
+        (element, element.is_mark().then_some(Mark(256 + mark)))
     }
 }
 
 prop_compose! {
     fn state()(
-        servers in prop::collection::btree_map(0u32..4, server(), 0..4),
-        entries in prop::collection::btree_map(5u8..10, 0u32..4, 0..5),
-        endpoints in prop::collection::btree_set(0u8..6, 0..5),
+        servers in prop::collection::vec(server(), 0..6),
+        entries in prop::collection::vec(entry(), 0..12),
         installed in prop::bool::weighted(0.8),
         route in any::<bool>(),
+        sysctl in prop::sample::select(vec!["0", "1"]),
+        tcp in prop::sample::select(vec![900, 10800]),
     ) -> KernelState {
-        let mut state = KernelState::default();
-        for (n, server) in servers {
-            state.virtual_servers.insert(VirtualServerKey { family: Family::V4, mark: Mark(256 + n) }, server);
-        }
+        let mut state = KernelState {
+            virtual_servers: servers.into_iter().collect(),
+            timeouts: Some(Timeouts { tcp, ..Timeouts::default() }),
+            ..KernelState::default()
+        };
+        state.sysctls.insert("net/ipv4/vs/conntrack".into(), sysctl.into());
         if installed {
             state.program = Some(program());
-            for (n, mark) in entries {
-                state.elements.insert(Element::Vip(target(n)), Some(Mark(256 + mark)));
-            }
-            for n in endpoints {
-                state.elements.insert(Element::Endpoint(real(n).addr), None);
-            }
+            state.elements = entries.into_iter().collect();
         }
         if route {
             let route = VipRoute { range: "10.200.0.0/16".parse().unwrap(), source: "192.168.50.1".parse().unwrap() };
@@ -85,13 +122,13 @@ prop_compose! {
 fn observed(state: &KernelState) -> Observed {
     Observed {
         virtual_servers: state.virtual_servers.clone(),
-        foreign_marks: BTreeSet::new(),
+        foreign_marks: [Mark(300)].into(),
         elements: state.elements.clone(),
         program: if state.program.is_some() { ProgramState::Installed } else { ProgramState::Absent },
         leftovers: vec![],
         routes: state.routes,
         sysctls: state.sysctls.clone(),
-        timeouts: Timeouts::default(),
+        timeouts: state.timeouts.unwrap_or_default(),
     }
 }
 
@@ -99,7 +136,9 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
     match op {
         Op::Ipvs(change) => match change {
             IpvsChange::AddService(key, config) => {
-                let new = VirtualServer { config: config.clone(), protocol: None, reals: Arc::default() };
+                // The kernel knows no protocol of a service by mark.
+                let protocol = desired.virtual_servers.get(key).and_then(|s| s.protocol);
+                let new = VirtualServer { config: config.clone(), protocol, reals: Arc::default() };
                 assert!(state.virtual_servers.insert(*key, new).is_none(), "added twice: {op}");
             }
             IpvsChange::SetService(key, config) => {
@@ -144,14 +183,15 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
         Op::Sysctl { path, value, .. } => {
             state.sysctls.insert(path.clone(), value.clone());
         }
-        Op::Timeouts { .. } | Op::ForgetUdp(_) | Op::CutFlows(_) | Op::RemoveLeftovers(_) => {}
+        Op::Timeouts { timeouts, .. } => state.timeouts = Some(*timeouts),
+        Op::ForgetUdp(_) | Op::CutFlows(_) | Op::RemoveLeftovers(_) => {}
     }
 }
 
 /// Real servers that take new connections for an entry.
 fn reachable(state: &KernelState, element: &Element) -> BTreeSet<RealServerKey> {
     let Some(Some(mark)) = state.elements.get(element) else { return BTreeSet::new() };
-    let key = VirtualServerKey { family: Family::V4, mark: *mark };
+    let key = VirtualServerKey { family: element.family(), mark: *mark };
     let reals = state.virtual_servers.get(&key).map(|s| &s.reals);
     reals.into_iter().flat_map(|reals| reals.iter()).filter(|(_, c)| c.weight > 0).map(|(r, _)| *r).collect()
 }
@@ -177,7 +217,13 @@ fn check(desired: &KernelState, old: &KernelState, ops: &[Op]) {
     }
     let elements: &Elements = &desired.elements;
     assert_eq!(&now.elements, elements);
-    assert_eq!(now.virtual_servers, desired.virtual_servers);
+    let configured = |state: &KernelState| -> BTreeMap<VirtualServerKey, (VirtualServerConfig, Vec<_>)> {
+        let reals = |s: &VirtualServer| s.reals.iter().map(|(real, config)| (*real, *config)).collect();
+        state.virtual_servers.iter().map(|(key, s)| (*key, (s.config.clone(), reals(s)))).collect()
+    };
+    assert_eq!(configured(&now), configured(desired));
+    assert_eq!(now.sysctls, desired.sysctls);
+    assert_eq!(now.timeouts, desired.timeouts);
     assert_eq!(now.routes, desired.routes);
     assert_eq!(plan_all(desired, &observed(&now)), vec![]);
 }
@@ -198,7 +244,7 @@ proptest! {
     #[test]
     fn a_plan_for_what_was_touched_is_as_good(desired in wanted(), old in wanted()) {
         let mut desired = desired;
-        desired.routes = old.routes;
+        (desired.routes, desired.sysctls, desired.timeouts) = (old.routes, old.sysctls.clone(), old.timeouts);
         let touched = Touched {
             virtual_servers: desired.virtual_servers.keys().chain(old.virtual_servers.keys()).copied().collect(),
             elements: entries([&desired, &old]),

@@ -1,7 +1,7 @@
 //! What meshlb says of itself: `explain` names the hop that is wrong, and commands need no flags that the agent had.
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::guard::sh;
 use super::support::{one_node, served, web};
@@ -14,7 +14,7 @@ use crate::topology::Node;
 pub fn register(suite: &mut Suite) {
     suite.add_slow(
         "telling::explain_names_the_hop",
-        &Matrix::renderers(),
+        &Matrix::both_renderers(),
         std::time::Duration::from_secs(240),
         hops,
     );
@@ -28,6 +28,8 @@ fn hops(cx: &mut Cx) -> Result<()> {
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
     web(&t, &mut m, &["p11", "p12"])?;
+    // What nobody wants goes at once: no agent is there to end a drain.
+    m.services[0].set("drain", json!({"timeoutSeconds": 0}));
     cx.apply(&t, &mut m)?;
     let explain = || meshlb.run(n1, &["explain", "web"]);
     let fine = explain()?.ok()?.stdout;
