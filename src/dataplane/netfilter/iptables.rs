@@ -13,7 +13,7 @@ use super::{
     parts::{nft_chains, part_name, save_parts, set_differences},
     remove,
     rules_iptables::{CHAINS, Guard, Options, rules},
-    rules_nft::{chain_names, table_text},
+    rules_nft::{chain_names, hand_over_text, table_text},
     sets::{
         Kind, NftContents, PREFIX, SCRATCH, Stores, ipset_element, ipset_entries, ipset_spec, nft_contents,
         set_name,
@@ -200,6 +200,14 @@ impl Iptables {
             self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
         }
         if guarded {
+            let whole = self.reader.table_parts(&["unmark".to_owned()])?;
+            if whole.contains_key("inet meshlb unmark") {
+                self.runs += 1;
+                // One that somebody has changed may refuse it; it is replaced all the same.
+                if let Err(e) = nftwrite::run(&hand_over_text(program)) {
+                    tracing::debug!("{e}");
+                }
+            }
             self.put_table(program, elements)?;
         }
         for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {

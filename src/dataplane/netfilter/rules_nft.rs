@@ -42,6 +42,23 @@ pub(crate) fn install_text(program: &Program, elements: &Elements, layout: Layou
     )
 }
 
+/// The text that takes the marking out of the other renderer's table, once our rules mark too. A packet that is between two
+/// chains when the table is replaced looks its mark up in a map that is gone already; so nothing is looked up any more then.
+pub(crate) fn hand_over_text(program: &Program) -> String {
+    let mut out = String::new();
+    for chain in ["in", "out"] {
+        let _ = writeln!(out, "flush chain {TABLE} {chain}");
+        for (family, f) in program.families.iter() {
+            let names = Names::new(family, f, program);
+            let rules = if chain == "in" { names.mark_in(false) } else { names.mark_out(false) };
+            for rule in rules {
+                let _ = writeln!(out, "add rule {TABLE} {chain} {rule}");
+            }
+        }
+    }
+    out
+}
+
 /// The table; without elements it is the text that a program is known by.
 pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layout) -> String {
     let mut out = format!("table {TABLE} {{\n");

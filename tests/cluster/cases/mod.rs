@@ -1,0 +1,12 @@
+//! The cases, by subject.
+
+use crate::Case;
+
+mod crd;
+
+/// All of them, in the order they run.
+pub fn all() -> Vec<Case> {
+    let mut cases = Vec::new();
+    cases.extend(crd::CASES);
+    cases
+}
