@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-unit test-kernel demo bench vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-unit test-kernel test-cluster demo bench vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-unit: setup ## the tests that need no kernel
 
 test-kernel: ## the kernel tests whose name contains FILTER: make test-kernel FILTER=vip::hairpin
 	@tests/kernel/run.sh $(FILTER)
+
+test-cluster: ## the CRD on a real control plane, built from Go modules the first time (ten minutes); not part of `test` yet
+	@tests/cluster/run.sh $(FILTER)
 
 demo: setup ## shows what meshlb does, in network namespaces
 	@tests/demo.sh

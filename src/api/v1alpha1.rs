@@ -47,7 +47,7 @@ pub use super::values::*;
 #[x_kube(validation = Rule::new("self.ipFamilyPolicy != 'SingleStack' || size(self.ipFamilies) == 1")
     .message("may hold only one family while ipFamilyPolicy is SingleStack; set PreferDualStack or RequireDualStack for two")
     .field_path(".ipFamilies"))]
-#[x_kube(validation = Rule::new("self.ipFamilyPolicy != 'SingleStack' || self.vips.all(v, !isIP(v) || ('IPv' + string(ip(v).family())) in self.ipFamilies)")
+#[x_kube(validation = Rule::new("self.ipFamilyPolicy != 'SingleStack' || self.vips.all(v, !isIP(v) || (ip(v).family() == 4 ? 'IPv4' in self.ipFamilies : 'IPv6' in self.ipFamilies))")
     .message("holds an address of a family that ipFamilies does not list").field_path(".vips"))]
 #[x_kube(validation = Rule::new("self.sessionAffinity != 'ClientIP' || !has(self.scheduler) || self.scheduler == 'mh'")
     .message("must be mh or absent while sessionAffinity is ClientIP: affinity is Maglev hashing by the client's address")

@@ -60,7 +60,7 @@ pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<Field
         schema["properties"]["endpoints"]["items"]["properties"]["addresses"]["minItems"] = json!(1);
         schema["properties"]["endpoints"]["items"]["properties"]["addresses"]["maxItems"] = json!(100);
         let port = &mut schema["properties"]["ports"]["items"]["properties"];
-        port["port"]["minimum"] = json!(1);
+        port["port"]["minimum"] = json!(0);
         port["port"]["maximum"] = json!(65_535);
         port["protocol"]["enum"] = json!(["TCP", "UDP", "SCTP"]);
         schema

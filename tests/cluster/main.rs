@@ -29,7 +29,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     };
     let filters: Vec<&String> = arguments.iter().filter(|a| !a.starts_with('-')).collect();
-    let chosen = cases.iter().filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(*f)));
+    let chosen =
+        cases.iter().filter(|(name, _)| filters.is_empty() || filters.iter().any(|f| name.contains(*f)));
     let (mut passed, mut failed) = (0, 0);
     let start = Instant::now();
     for (name, case) in chosen {
