@@ -156,7 +156,7 @@ pub struct EndpointReport {
 pub fn report(
     engine: &mut Engine,
     observed: &Observed,
-    source_problems: &[String],
+    source_problems: Vec<String>,
     problems: &dyn Fn(&CompiledService) -> Vec<String>,
     wanted: &dyn Fn(&CompiledService) -> bool,
 ) -> Result<Report, Error> {
@@ -170,7 +170,7 @@ pub fn report(
         renderer: engine.dataplane.netfilter.name().to_owned(),
         node_problems: node_problems(engine, observed),
         advice: firewall_advice(engine),
-        source_problems: source_problems.to_vec(),
+        source_problems,
         services,
     })
 }
@@ -325,15 +325,11 @@ fn endpoint_report(
     let state = match (want, have) {
         (None, _) => "unexpected".to_owned(),
         (Some(_), None) => "missing".to_owned(),
-        // It was in the kernel before us, and nobody wants it.
-        (Some(want), Some((have, _)))
-            if want.weight < have.weight && matches!(info.map(|i| i.state), Some(RealState::Draining(_))) =>
-        {
-            "unexpected".to_owned()
-        }
-        (Some(want), Some((have, _))) if want.weight != have.weight => {
-            format!("wrong weight {}", have.weight)
-        }
+        (Some(want), Some((have, _))) if want.weight != have.weight => match info.map(|i| i.state) {
+            // It was in the kernel before us, and nobody wants it.
+            Some(RealState::Draining(_)) if want.weight < have.weight => "unexpected".to_owned(),
+            _ => format!("wrong weight {}", have.weight),
+        },
         _ => match info.map(|i| i.state) {
             Some(RealState::Draining(_)) => "draining".to_owned(),
             Some(RealState::Kept) => "kept".to_owned(),

@@ -61,7 +61,7 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
     let report = report(
         &mut session.engine,
         &observed,
-        &source_problems,
+        source_problems,
         &|service| problems.get(&service.key).cloned().unwrap_or_default(),
         &|service| means(&service.key),
     )?;

@@ -69,12 +69,7 @@ impl Watcher {
         let service = engine.merged().services().get(key);
         let now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
         let before = self.told.remove(key).unwrap_or_default();
-        for line in now.iter().filter(|line| !before.contains(line)) {
-            warn!("{key}: {line}");
-        }
-        for line in before.iter().filter(|line| !now.contains(line)) {
-            info!("{key}: no longer: {line}");
-        }
+        tell_changes(&format!("{key}: "), &before, &now);
         if !now.is_empty() {
             self.told.insert(key.clone(), now);
         }
@@ -87,12 +82,7 @@ impl Watcher {
         }
         self.firewall_seen = Some(Instant::now());
         let now = firewall_advice(engine);
-        for line in now.iter().filter(|line| !self.firewall.contains(line)) {
-            warn!("{line}");
-        }
-        for line in self.firewall.iter().filter(|line| !now.contains(line)) {
-            info!("no longer: {line}");
-        }
+        tell_changes("", &self.firewall, &now);
         self.metrics.problems("firewall", now.len());
         self.firewall = now;
     }
@@ -104,6 +94,16 @@ impl Watcher {
             self.metrics.writes(backend, now.saturating_sub(before));
         }
         self.written = now;
+    }
+}
+
+/// Logs what is new, and what is over.
+fn tell_changes(about: &str, before: &[String], now: &[String]) {
+    for line in now.iter().filter(|line| !before.contains(line)) {
+        warn!("{about}{line}");
+    }
+    for line in before.iter().filter(|line| !now.contains(line)) {
+        info!("{about}no longer: {line}");
     }
 }
 

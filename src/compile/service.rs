@@ -226,8 +226,8 @@ fn publish(
         PublishMode::Host => TrafficPolicy::Local,
     };
     if !publish.addresses.is_empty() {
-        let own = |addr: &&IpAddr| addr.is_loopback() || inputs.facts.published_addresses.contains(addr);
-        if publish.addresses.iter().find(own).is_none() {
+        let own = |addr: &IpAddr| addr.is_loopback() || inputs.facts.published_addresses.contains(addr);
+        if !publish.addresses.iter().any(own) {
             compiled.not_published =
                 Some("none of publish.addresses is an address that this node publishes on".into());
         }

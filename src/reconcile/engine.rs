@@ -20,6 +20,7 @@ use jiff::Timestamp;
 
 use bridges::Bridges;
 pub use drift::Drift;
+use marks::Others;
 
 use crate::{
     allocate::{Allocations, Allocator, Lock},
@@ -93,8 +94,8 @@ pub struct Engine {
     drains: Drains,
     /// Destinations of earlier runs that the source can't speak for yet.
     kept: Kept,
-    /// Whether the source could be read completely, as far as it has told; `None` before.
-    complete: Option<bool>,
+    /// Whether the source could be read completely, as far as it has told.
+    complete: bool,
     /// Whether the kernel has been looked at.
     looked: bool,
     /// Connections whose drain is over and that conntrack would go on with.
@@ -114,8 +115,6 @@ pub struct Engine {
     earlier_ranges: PerFamily<IpNet>,
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
-    /// Whether marks of others are known as of this turn.
-    others_known: bool,
 }
 
 /// After so many changes what we know of the kernel and what it should be are put together in memory again.
@@ -150,7 +149,7 @@ impl Engine {
             drift: Drift::new(),
             drains,
             kept: Kept::new(),
-            complete: None,
+            complete: true,
             looked: false,
             overdue: BTreeSet::new(),
             blocked: BTreeMap::new(),
@@ -163,7 +162,6 @@ impl Engine {
             timeouts_before: None,
             earlier_ranges: PerFamily::default(),
             ours,
-            others_known: false,
         }
     }
 
@@ -332,7 +330,7 @@ impl Engine {
 
     /// The same for what has changed; `None` where all has to be looked at.
     fn prepare_changed(&mut self, now: Timestamp) -> Result<Option<Vec<Op>>, Error> {
-        let touched = self.settle(now)?;
+        let touched = self.settle(now, Others::Ask)?;
         // Each change of a service touches all of its elements; only endpoints that came or went matter here.
         let (want, have) = (&self.merged.state().elements, &self.known.elements);
         let moved = |e: &Element| want.contains_key(e) != have.contains_key(e);
@@ -367,10 +365,7 @@ impl Engine {
         self.find_drift(&observed);
         self.adopt(&observed);
         self.trusted = true;
-        self.others_known = true;
-        let settled = self.settle(now);
-        self.others_known = false;
-        settled?;
+        self.settle(now, Others::Seen)?;
         self.refresh_bridges()?;
         if !self.trusted {
             // What the rules should be has changed meanwhile: look at them with that in mind.
@@ -419,7 +414,7 @@ impl Engine {
         } else {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
-        if !std::mem::replace(&mut self.looked, true) && self.complete == Some(false) {
+        if !std::mem::replace(&mut self.looked, true) && !self.complete {
             self.keep_unread(observed);
         }
         for (key, server) in &observed.virtual_servers {

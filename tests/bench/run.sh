@@ -15,7 +15,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 vm_dir=$repo/tests/vm
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+. "$vm_dir/lib.sh"
 command -v cargo >/dev/null || [ ! -e "$HOME/.cargo/env" ] || . "$HOME/.cargo/env"
 command -v cargo >/dev/null || { echo "bench: there is no cargo here: install Rust (https://rustup.rs) first" >&2; exit 1; }
 
@@ -48,7 +48,6 @@ cd "$repo"
 echo "bench: building meshlb, optimised (the first time takes minutes)"
 built=$(mktemp)
 cargo build --release --locked --bin meshlb --example bench-helper --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "bench: it does not build"; exit 1; }
-executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 meshlb_bin=$(executable bin meshlb) helper_bin=$(executable example bench-helper)
 rm -f "$built"
 out=${CARGO_TARGET_DIR:-$repo/target}/bench
@@ -64,7 +63,6 @@ if [ ${#kernel_rows[@]} -gt 0 ]; then
     MESHLB_BIN=$meshlb_bin HELPER_BIN=$helper_bin OUT=$out WORK=$work "$here/rows.sh" "${kernel_rows[@]}" || rc=$?
     rm -rf "$work"
   else
-    . "$vm_dir/lib.sh"
     if ! vm_up; then
       trap '"$vm_dir/down.sh"' EXIT
       "$vm_dir/up.sh"

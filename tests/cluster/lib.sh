@@ -17,3 +17,7 @@ go_bin() {
   done
   return 1
 }
+
+# What is kept of the running control plane, and its keeper's pid if it is there.
+dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}
+running() { local pid; pid=$(cat "$dir/pid" 2>/dev/null) && grep -qs "cluster/up.sh" "/proc/$pid/cmdline" && echo "$pid"; }

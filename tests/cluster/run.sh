@@ -13,10 +13,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 built=$(mktemp); trap 'rm -f "$built"' EXIT
 cargo test -q --no-run --test cluster --message-format=json-render-diagnostics >"$built" || { echo "cluster tests: 0 passed, 1 failed (it does not build)"; exit 1; }
-executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
-dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}
 for a in "$@"; do [ "$a" != --list ] || exec "$(executable test cluster)" "$@"; done
-if ! grep -qs cluster/up.sh "/proc/$(cat "$dir/pid" 2>/dev/null || echo none)/cmdline"; then
+if ! running >/dev/null; then
   trap 'rm -f "$built"; "$here/up.sh" --stop' EXIT
   "$here/up.sh"
 fi

@@ -9,9 +9,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 
 if ! etcd_bin >/dev/null; then
   say "setup: unpacking Debian's etcd into $cache/etcd: the API server keeps its objects in it; nothing is installed or started"
-  apt-cache show etcd-server >/dev/null 2>&1 || as_root apt-get -qq update >&2
-  rm -rf "$cache/etcd"; mkdir -p "$cache/etcd"
-  (cd "$cache/etcd" && apt-get -qq -o APT::Sandbox::User=root download etcd-server >&2 && dpkg-deb -x ./etcd-server_*.deb . && rm -f ./etcd-server_*.deb)
+  unpack_debian "$cache/etcd" etcd-server
 fi
 kube=$(kube_dir)
 if [ ! -x "$kube/kube" ]; then

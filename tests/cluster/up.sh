@@ -5,8 +5,6 @@
 # A program that ends is started again; `touch $dir/hold/etcd` (or kube-apiserver …) ends it and keeps it down until the file is gone.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
-dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}
-running() { local pid; pid=$(cat "$dir/pid" 2>/dev/null) && grep -qs "cluster/up.sh" "/proc/$pid/cmdline" && echo "$pid"; }
 
 stop() {
   local pid; pid=$(running) || return 0

@@ -16,7 +16,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)
 vm_dir=$repo/tests/vm
-PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
+. "$vm_dir/lib.sh"
 
 where= what="kernel tests" args=()
 for a in "$@"; do
@@ -43,7 +43,6 @@ cd "$repo"
 [ "$what" != demo ] || echo "demo: building meshlb (the first time takes minutes)"
 built=$(mktemp)
 cargo test -q --no-run --test kernel --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "$what: 0 passed, 1 failed (it does not build)"; exit 1; }
-executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 test_bin=$(executable test kernel) meshlb_bin=${MESHLB_BIN:-$(executable bin meshlb)}
 codec_bin=
 if [ ${#args[@]} = 0 ]; then
@@ -56,7 +55,6 @@ out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
 for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
 rm -rf "$out"; mkdir -p "$out"
 
-. "$vm_dir/lib.sh"
 if [ $where = host ]; then
   [ -z "$codec_bin" ] || MESHLB_KERNEL_TESTS=1 "$codec_bin" --ignored --test-threads 1
   PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}

@@ -26,6 +26,17 @@ vm_panic() { grep -m1 -aE 'Kernel panic|BUG: |Oops: |general protection fault|Ou
 vm_fatal() { grep -qaE 'Kernel panic|end Kernel panic' "$vm/console.log" 2>/dev/null; }
 vm_trace() { grep -naE -m1 'Kernel panic|BUG: |Oops: |general protection fault' "$vm/console.log" | cut -d: -f1 | { read -r n || n=1; tail -n +$((n > 5 ? n - 5 : 1)) "$vm/console.log" | head -60; }; }
 
+# executable KIND NAME: of what `cargo --message-format=json… >$built` has told of.
+executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
+
+# unpack_debian DIR PACKAGE…: into a new folder, with nothing installed.
+unpack_debian() {
+  local dir=$1 p; shift
+  apt-cache show "$1" >/dev/null 2>&1 || as_root apt-get -qq update >&2
+  rm -rf "$dir"; mkdir -p "$dir"
+  (cd "$dir" && apt-get -qq -o APT::Sandbox::User=root download "$@" >&2 && for p in ./*.deb; do dpkg-deb -x "$p" .; done && rm -f ./*.deb)
+}
+
 # The virtme-ng to use.
 vng_bin() { command -v vng || { [ -x "$cache/venv/bin/vng" ] && echo "$cache/venv/bin/vng"; }; }
 

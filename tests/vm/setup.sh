@@ -36,19 +36,14 @@ if [ ${#want[@]} -gt 0 ]; then
 fi
 if ! prometheus_dir >/dev/null; then
   say "setup: unpacking Debian's prometheus into $cache/prometheus: it scrapes an agent in one case; nothing is installed or started"
-  apt-cache show prometheus >/dev/null 2>&1 || as_root apt-get -qq update >&2
-  rm -rf "$cache/prometheus"; mkdir -p "$cache/prometheus"
-  (cd "$cache/prometheus" && apt-get -qq -o APT::Sandbox::User=root download prometheus >&2 && dpkg-deb -x ./prometheus_*.deb . && rm -f ./prometheus_*.deb)
+  unpack_debian "$cache/prometheus" prometheus
 fi
 if [ -z "$(firewalld_dir)" ]; then
   say "setup: unpacking Debian's firewalld and its libraries into $cache/firewalld: its reloads are one case; nothing is installed or started"
-  apt-cache show firewalld >/dev/null 2>&1 || as_root apt-get -qq update >&2
-  rm -rf "$cache/firewalld.new"; mkdir -p "$cache/firewalld.new"
-  (cd "$cache/firewalld.new" && apt-get -qq -o APT::Sandbox::User=root download firewalld python3-firewall python3-dbus python3-gi python3-nftables python3-cap-ng \
+  unpack_debian "$cache/firewalld.new" firewalld python3-firewall python3-dbus python3-gi python3-nftables python3-cap-ng \
     gir1.2-glib-2.0 libgirepository-1.0-1 libglib2.0-0 libffi8 libnftables1 libjansson4 dbus-daemon dbus-session-bus-common libdbus-1-3 \
-    libcap-ng0 libexpat1 libapparmor1 libaudit1 libsystemd0 libpcre2-8-0 >&2
-    for p in ./*.deb; do dpkg-deb -x "$p" .; done; rm -f ./*.deb
-    /usr/bin/python3 -m compileall -q usr/lib/python3/dist-packages)
+    libcap-ng0 libexpat1 libapparmor1 libaudit1 libsystemd0 libpcre2-8-0
+  (cd "$cache/firewalld.new" && /usr/bin/python3 -m compileall -q usr/lib/python3/dist-packages)
   mv "$cache/firewalld.new" "$cache/firewalld"
 fi
 [ -n "$host_only" ] && exit 0
@@ -67,8 +62,7 @@ if [ -z "$(kernel_image)" ]; then
   [ -n "$package" ] || die "apt knows no linux-image-amd64"
   release=${package#linux-image-} dir=$cache/kernel/${package#linux-image-}
   say "setup: unpacking Debian's kernel $release into $dir: it has IPVS; nothing is installed or booted on this machine"
-  rm -rf "$dir.new"; mkdir -p "$dir.new"
-  (cd "$dir.new" && apt-get -qq -o APT::Sandbox::User=root download "$package" >&2 && dpkg-deb -x ./"$package"_*.deb . && rm -f ./"$package"_*.deb)
+  unpack_debian "$dir.new" "$package"
   depmod -b "$dir.new" "$release"
   rm -rf "$dir"; mv "$dir.new" "$dir"
 fi

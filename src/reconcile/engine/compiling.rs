@@ -8,7 +8,7 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::{Engine, Settings};
+use super::{Engine, Settings, marks::Others};
 use crate::{
     allocate::Allocator,
     compile::{
@@ -100,11 +100,11 @@ impl Compiling<'_> {
 
 impl Engine {
     /// Allocates and compiles whatever is dirty.
-    pub(super) fn settle(&mut self, now: Timestamp) -> Result<Touched, Error> {
+    pub(super) fn settle(&mut self, now: Timestamp, others: Others) -> Result<Touched, Error> {
         if self.dirty.is_empty() {
             return Ok(Touched::default());
         }
-        let dirty = self.allocate(now)?;
+        let dirty = self.allocate(now, others)?;
         Ok(self.divide().0.run(dirty, now))
     }
 
@@ -113,7 +113,7 @@ impl Engine {
         if self.merged.state().program.is_none() {
             self.set_base();
         }
-        let dirty = self.allocate(now)?;
+        let dirty = self.allocate(now, Others::Ask)?;
         let keys = dirty.clone();
         let base = self.merged.state();
         let wanted = KernelState {
@@ -155,7 +155,7 @@ impl Engine {
     }
 
     /// Allocates for whatever is dirty; gives the services to compile.
-    fn allocate(&mut self, now: Timestamp) -> Result<BTreeSet<ServiceKey>, Error> {
+    fn allocate(&mut self, now: Timestamp, others: Others) -> Result<BTreeSet<ServiceKey>, Error> {
         let due: Vec<_> =
             self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
         let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
@@ -165,7 +165,7 @@ impl Engine {
         let changed = self.allocator.update(&dirty, self.snapshot.services());
         self.generation += u64::from(!changed.is_empty());
         dirty.extend(changed);
-        let settled = self.take_marks(&mut dirty).and_then(|()| self.find_blocked(&dirty));
+        let settled = self.take_marks(&mut dirty, others).and_then(|()| self.find_blocked(&dirty));
         if let Err(e) = settled {
             self.dirty = dirty;
             return Err(e);

@@ -1,6 +1,6 @@
 //! What others changed: the difference between what we left in the kernel and what is there.
 
-use std::collections::{BTreeMap, HashMap, hash_map::Entry};
+use std::collections::BTreeMap;
 
 use super::Engine;
 use crate::{dataplane::ProgramState, plan::Observed};
@@ -19,12 +19,11 @@ impl Engine {
         if !self.known_good {
             return;
         }
-        let known = &self.known;
-        let mut drift: HashMap<&'static str, u64> = HashMap::new();
-        let mut add = |kind, n: usize| match (n, drift.entry(kind)) {
-            (0, _) => {}
-            (n, Entry::Occupied(mut entry)) => *entry.get_mut() += n as u64,
-            (n, Entry::Vacant(entry)) => drop(entry.insert(n as u64)),
+        let (known, drift) = (&self.known, &mut self.drift);
+        let mut add = |kind, n: usize| {
+            if n > 0 {
+                *drift.entry(kind).or_default() += n as u64;
+            }
         };
         for (key, server) in &known.virtual_servers {
             match observed.virtual_servers.get(key) {
@@ -62,8 +61,5 @@ impl Engine {
             .filter(|(path, value)| observed.sysctls.get(*path).is_some_and(|found| found != *value));
         add("sysctl", sysctls.count());
         add("ipvs_timeouts", usize::from(known.timeouts.is_some_and(|known| known != observed.timeouts)));
-        for (kind, n) in drift {
-            *self.drift.entry(kind).or_default() += n;
-        }
     }
 }

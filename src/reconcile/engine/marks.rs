@@ -11,6 +11,15 @@ use crate::{
     },
 };
 
+/// How the marks of other programs' services are known.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Others {
+    /// The kernel has been read in this turn.
+    Seen,
+    /// Not for sure: it is asked about each mark that is new.
+    Ask,
+}
+
 impl Engine {
     /// Whether every service has what it had in an earlier run: marks, and published ports that were served.
     pub(super) fn remembers_all(&self) -> bool {
@@ -29,7 +38,11 @@ impl Engine {
     ///
     /// # Errors
     /// When the kernel can't be asked.
-    pub(super) fn take_marks(&mut self, services: &mut BTreeSet<ServiceKey>) -> Result<(), Error> {
+    pub(super) fn take_marks(
+        &mut self,
+        services: &mut BTreeSet<ServiceKey>,
+        others: Others,
+    ) -> Result<(), Error> {
         loop {
             let allocations = services.iter().filter_map(|key| self.allocator.get(key));
             let new: BTreeSet<Mark> = allocations
@@ -38,7 +51,7 @@ impl Engine {
                 .copied()
                 .collect();
             let mut taken = BTreeSet::new();
-            if !self.others_known {
+            if others == Others::Ask {
                 for mark in &new {
                     for family in Family::ALL {
                         if self.dataplane.ipvs.has_service(VirtualServerKey { family, mark: *mark })? {

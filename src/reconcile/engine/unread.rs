@@ -26,7 +26,7 @@ impl Engine {
         // What of theirs has no mark was overlooked so far, and is to be compared now.
         self.trusted &= self.held.is_subset(&held);
         self.held = held;
-        self.complete = Some(complete);
+        self.complete = complete;
         if complete {
             for (server, _) in std::mem::take(&mut self.kept).into_keys() {
                 self.dirty.extend(self.merged.owner(server.mark).cloned());
