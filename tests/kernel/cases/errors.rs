@@ -9,7 +9,8 @@ use anyhow::{Context, Result, ensure};
 
 use super::guard::sh;
 use super::support::{
-    ADMIN, container, http, one_line, one_node, ready, said, served, start, vip, wait_until, web, wrapped,
+    ADMIN, container, http, one_line, one_node, ready, said, served, start, vip, wait_until, web,
+    web_on_one_node, wrapped,
 };
 use crate::check;
 use crate::ns;
@@ -30,10 +31,8 @@ pub fn register(suite: &mut Suite) {
 
 /// As another user, and as root without CAP_NET_ADMIN.
 fn no_rights(cx: &mut Cx) -> Result<()> {
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.apply(&t, &mut m)?;
     let before = n1.snapshot()?;
     // A change that none of them can make.
@@ -104,10 +103,8 @@ fn overlap(cx: &mut Cx) -> Result<()> {
 
 /// Somebody has put a set in the place of ours that can't hold more.
 fn full_ipset(cx: &mut Cx) -> Result<()> {
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     let mut agent = start(cx, &cx.meshlb()?.clone(), &t, &m)?;
     let swap = "
@@ -146,10 +143,8 @@ fn full_ipset(cx: &mut Cx) -> Result<()> {
 
 /// As in a container that lacks what the renderer needs. What was programmed goes on.
 fn no_program(cx: &mut Cx) -> Result<()> {
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.apply(&t, &mut m)?;
     let before = n1.snapshot()?;
     let renderer = cx.renderer();
@@ -228,10 +223,8 @@ impl Drop for Holder {
 /// The lock is held for longer than we wait for it.
 fn busy_lock(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     cx.will_clean(n1);
     // Nothing is there yet.
@@ -294,10 +287,8 @@ impl Drop for NoModprobe {
 /// ip_vs is taken out of the kernel, which may not load it again.
 fn no_ip_vs(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     cx.will_clean(n1);
     let dir = m.dir.to_string_lossy().into_owned();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::support::{one_node, start, vip, wait_until, web};
+use super::support::{start, vip, wait_until, web, web_on_one_node};
 use crate::check;
 use crate::client::Probe;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
@@ -41,10 +41,8 @@ fn nodeless(cx: &mut Cx) -> Result<()> {
 /// Published ports follow the node's addresses, and leave those alone that are not the node's.
 fn addresses(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11"])?;
     m.write()?;
     let _agent = start(cx, &meshlb, &t, &m)?;
     let more: SocketAddr = "192.168.50.77:30080".parse()?;
@@ -72,9 +70,7 @@ fn sctp(cx: &mut Cx) -> Result<()> {
         cx.note("this kernel has no SCTP");
         return Ok(());
     }
-    let t = cx.topology(&one_node())?;
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11"])?;
+    let (t, mut m) = web_on_one_node(cx, &["p11"])?;
     m.service("s").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Sctp, 80, 8080, Some(30090));
     cx.apply(&t, &mut m)?;
     let n1 = t.node(1);

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::guard::{refused, sh};
-use super::support::{metric, one_node, served, start, vip, wait_until, web};
+use super::support::{metric, one_node, served, start, vip, wait_until, web_on_one_node};
 use crate::check;
 use crate::client::{Flows, Load, Probe};
 use crate::manifests::Manifests;
@@ -107,10 +107,8 @@ fn rules_do_not_grow(cx: &mut Cx) -> Result<()> {
 /// 500 services come and go in one change each, and nobody who uses another one notices.
 fn added_under_load(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     let mut agent = start(cx, &meshlb, &t, &m)?;
     served(&t, &["p11", "p12"])?;

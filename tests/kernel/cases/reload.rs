@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::guard::sh;
 use super::healing::drifts;
-use super::support::{one_node, served, start, vip, web};
+use super::support::{served, start, vip, web_on_one_node};
 use crate::client::{Flows, Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::snapshot::Snapshot;
@@ -105,10 +105,8 @@ fn loads(t: &Topology) -> Result<Vec<(&'static str, Load)>> {
 
 fn reloads(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     let mut agent = start(cx, &meshlb, &t, &m)?;
     served(&t, &["p11", "p12"])?;

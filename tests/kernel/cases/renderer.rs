@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::guard::sh;
-use super::support::{container, one_line, one_node, said, served, web};
+use super::support::{container, one_line, said, served, web_on_one_node};
 use crate::program::{Meshlb, Program as _};
 use crate::runner::{Cx, Matrix, Renderer, Suite};
 use crate::topology::Node;
@@ -39,10 +39,8 @@ fn host_rules(cx: &Cx, node: &Node, flavour: &str, n: u8, verb: &str) -> Result<
 fn rules(cx: &mut Cx) -> Result<()> {
     let mut meshlb = cx.meshlb()?.clone();
     meshlb.choice = Some("auto");
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     cx.will_clean(n1);
     let dir = m.dir.to_string_lossy().into_owned();
@@ -94,10 +92,8 @@ fn rules(cx: &mut Cx) -> Result<()> {
 
 /// Containers with some of the programs.
 fn programs(cx: &mut Cx) -> Result<()> {
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     cx.will_clean(n1);
     let dir = m.dir.to_string_lossy().into_owned();

@@ -9,7 +9,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::support::{
-    ADMIN, http, metric, one_node, ready, served, start, unanswered, vip, wait_until, web, wrapped,
+    ADMIN, http, metric, one_node, ready, served, start, unanswered, vip, wait_until, web_on_one_node,
+    wrapped,
 };
 use crate::check;
 use crate::client::{Load, Probe};
@@ -166,10 +167,8 @@ fn idle(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Agent> {
 
 fn writes_nothing(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     m.write()?;
     let agent = start(cx, &meshlb, &t, &m)?;
     served(&t, &["p11", "p12"])?;
@@ -216,10 +215,8 @@ fn writes_nothing(cx: &mut Cx) -> Result<()> {
 /// A folder that is not there, and a file that can't be read.
 fn unread(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.apply(&t, &mut m)?;
     let before = n1.snapshot()?;
     let away = cx.dir.join("away");
@@ -270,10 +267,8 @@ fn unread(cx: &mut Cx) -> Result<()> {
 /// A service is taken out of the folder while no agent runs.
 fn orphan(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.apply(&t, &mut m)?;
     let alone = n1.snapshot()?;
     m.service("orphan").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Tcp, 81, 8080, Some(30081));

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::guard::sh;
-use super::support::{ADMIN, http, metric, one_node, ready, served, vip, wait_until, web};
+use super::support::{ADMIN, http, metric, one_node, ready, served, vip, wait_until, web, web_on_one_node};
 use crate::check;
 use crate::ns;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
@@ -189,10 +189,8 @@ fn prometheus(cx: &mut Cx) -> Result<()> {
 /// Alive from the start; ready from when the folder was read and the kernel is as it says.
 fn readiness(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.will_clean(n1);
     // The folder is not there yet.
     let away = cx.dir.join("away");

@@ -5,6 +5,7 @@ use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -41,6 +42,14 @@ pub fn web(t: &Topology, m: &mut Manifests, pods: &[&str]) -> Result<()> {
     let hosts: Vec<_> = pods.iter().map(|p| t.pod(p)).collect();
     m.endpoints("web", &hosts);
     Ok(())
+}
+
+/// One node, and `web` on these of its pods described: not yet written.
+pub fn web_on_one_node(cx: &Cx, pods: &[&str]) -> Result<(Arc<Topology>, Manifests)> {
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    web(&t, &mut m, pods)?;
+    Ok((t, m))
 }
 
 /// `web` is answered by these pods: at its address from a pod, at its published port from outside.

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::guard::sh;
-use super::support::{one_node, served, web};
+use super::support::{one_node, served, web_on_one_node};
 use crate::check;
 use crate::ns::Output;
 use crate::program::Meshlb;
@@ -24,10 +24,8 @@ pub fn register(suite: &mut Suite) {
 
 fn hops(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     // What nobody wants goes at once: no agent is there to end a drain.
     m.services[0].set("drain", json!({"timeoutSeconds": 0}));
     cx.apply(&t, &mut m)?;
@@ -140,10 +138,8 @@ fn flags(cx: &mut Cx) -> Result<()> {
 /// The service can be read and its endpoints can't: they stay.
 fn wrong_slice(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
     let n1 = t.node(1);
-    let mut m = cx.manifests()?;
-    web(&t, &mut m, &["p11", "p12"])?;
     cx.apply(&t, &mut m)?;
     let before = n1.snapshot()?;
     let file = m.dir.join("web-v4-slice.yaml");
