@@ -11,6 +11,7 @@ pub mod crd;
 pub mod error;
 pub mod node_checks;
 mod quick;
+mod schemas;
 pub mod slice;
 pub mod status;
 pub mod structural;

@@ -5,6 +5,7 @@
 //! can fail here", and a property test holds it against the rules themselves.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 
 use serde_json::Value;
 
@@ -18,12 +19,33 @@ pub fn plainly_valid(value: &Value) -> bool {
         _ => false,
     };
     value["metadata"]["name"].as_str().is_some_and(is_label)
-        && ["selector", "vips", "schedulerFlags", "sourceRanges", "weights"].iter().all(|f| empty(&spec[*f]))
-        && spec["ipFamilies"].as_array().is_some_and(|families| families.len() == 1)
-        && spec["sessionAffinity"] == "None"
+        && ["schedulerFlags", "sourceRanges", "weights"].iter().all(|f| empty(&spec[*f]))
+        && (empty(&spec["selector"]) || spec["serviceName"].is_null() && plain_keys(&spec["selector"]))
+        && plain_addresses(spec)
+        && (spec["sessionAffinity"] == "None" || spec["scheduler"].is_null())
         && spec["forwarding"] == "Masquerade"
         && spec["healthCheck"].is_null()
         && spec["ports"].as_array().is_some_and(|ports| plain_ports(ports, &empty))
+}
+
+/// Keys within the longest that a rule allows, in bytes where it counts characters.
+fn plain_keys(map: &Value) -> bool {
+    map.as_object().is_some_and(|map| map.keys().all(|key| key.len() <= 317))
+}
+
+/// One family without addresses or with one of that family; or both families, each at most once.
+fn plain_addresses(spec: &Value) -> bool {
+    let list = |field: &str| spec[field].as_array().map(|v| v.iter().filter_map(Value::as_str).collect::<Vec<_>>());
+    let (Some(families), Some(vips)) = (list("ipFamilies"), list("vips")) else { return false };
+    let Ok(vips) = vips.iter().map(|vip| vip.parse::<IpAddr>()).collect::<Result<Vec<_>, _>>() else { return false };
+    let families_of_vips = vips.iter().map(|vip| if vip.is_ipv4() { "IPv4" } else { "IPv6" });
+    let single = spec["ipFamilyPolicy"] == "SingleStack";
+    let mapped = |vip: &IpAddr| matches!(vip, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
+    (if single { families.len() == 1 } else { families.iter().collect::<BTreeSet<_>>().len() == families.len() })
+        && families_of_vips.clone().collect::<BTreeSet<_>>().len() == vips.len()
+        && (!single || families_of_vips.clone().all(|family| families.contains(&family)))
+        && (vips.is_empty() || spec["mode"] != "DNSRR")
+        && !vips.iter().any(mapped)
 }
 
 fn plain_ports(ports: &[Value], empty: &dyn Fn(&Value) -> bool) -> bool {

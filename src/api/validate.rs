@@ -2,15 +2,14 @@
 
 use std::sync::OnceLock;
 
-use k8s_openapi::{api::discovery::v1::EndpointSlice, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::core::cel::{CompiledSchema, compile_schema, validate_compiled};
-use schemars::{JsonSchema, generate::SchemaSettings};
 use serde_json::{Value, json};
 
 use super::{
-    API_VERSION, KIND, crd,
+    API_VERSION, KIND,
     error::{FieldError, Reason},
-    quick, structural,
+    quick, schemas, structural,
     v1alpha1::MeshService,
 };
 
@@ -20,9 +19,8 @@ use super::{
 /// Everything that is wrong with it. As in the API server, the rules that look at several fields (CEL) are
 /// only tried on an object whose fields are right one by one.
 pub fn parse_mesh_service(mut value: Value) -> Result<MeshService, Vec<FieldError>> {
-    let schema = mesh_service_schema();
     let mut errors = expect_type(&value, API_VERSION, KIND);
-    errors.extend(structural::validate(schema, &mut value));
+    errors.extend(structural::validate(schemas::mesh_service(), &mut value));
     errors.extend(check_metadata(&value, true));
     if errors.is_empty() && !quick::plainly_valid(&value) {
         errors = broken_rules(&value);
@@ -38,7 +36,7 @@ pub fn parse_mesh_service(mut value: Value) -> Result<MeshService, Vec<FieldErro
 /// What the CEL rules of the CRD say to an object that the schema accepts.
 fn broken_rules(value: &Value) -> Vec<FieldError> {
     static RULES: OnceLock<CompiledSchema> = OnceLock::new();
-    let rules = RULES.get_or_init(|| compile_schema(mesh_service_schema()));
+    let rules = RULES.get_or_init(|| compile_schema(schemas::mesh_service()));
     match validate_compiled(rules, value, None) {
         Ok(()) => Vec::new(),
         Err(broken) => broken.into_vec().into_iter().map(from_cel).collect(),
@@ -50,21 +48,6 @@ fn broken_rules(value: &Value) -> Vec<FieldError> {
 /// # Errors
 /// Everything that is wrong with it.
 pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<FieldError>> {
-    static SCHEMA: OnceLock<Value> = OnceLock::new();
-    let schema = SCHEMA.get_or_init(|| {
-        let mut schema = schema_of::<EndpointSlice>();
-        schema["properties"]["metadata"] = metadata_schema().clone();
-        schema["properties"]["addressType"]["enum"] = json!(["IPv4", "IPv6", "FQDN"]);
-        schema["properties"]["ports"]["maxItems"] = json!(20_000);
-        schema["properties"]["endpoints"]["maxItems"] = json!(1000);
-        schema["properties"]["endpoints"]["items"]["properties"]["addresses"]["minItems"] = json!(1);
-        schema["properties"]["endpoints"]["items"]["properties"]["addresses"]["maxItems"] = json!(100);
-        let port = &mut schema["properties"]["ports"]["items"]["properties"];
-        port["port"]["minimum"] = json!(0);
-        port["port"]["maximum"] = json!(65_535);
-        port["protocol"]["enum"] = json!(["TCP", "UDP", "SCTP"]);
-        schema
-    });
     let mut errors = expect_type(&value, "discovery.k8s.io/v1", "EndpointSlice");
     // A list that is null or absent is an empty one in Go.
     if let Some(map) = value.as_object_mut() {
@@ -73,7 +56,7 @@ pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<Field
             *endpoints = json!([]);
         }
     }
-    errors.extend(structural::validate(schema, &mut value));
+    errors.extend(structural::validate(schemas::endpoint_slice(), &mut value));
     errors.extend(check_metadata(&value, false));
     if !errors.is_empty() {
         return Err(errors);
@@ -85,53 +68,6 @@ pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<Field
 
 fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, Vec<FieldError>> {
     serde_json::from_value(value).map_err(|e| vec![FieldError::new("", Reason::Invalid, e.to_string())])
-}
-
-fn mesh_service_schema() -> &'static Value {
-    static SCHEMA: OnceLock<Value> = OnceLock::new();
-    SCHEMA.get_or_init(|| {
-        let mut schema = crd::schema().clone();
-        schema["properties"]["apiVersion"] = json!({"type": "string"});
-        schema["properties"]["kind"] = json!({"type": "string"});
-        schema["properties"]["metadata"] = metadata_schema().clone();
-        schema
-    })
-}
-
-fn metadata_schema() -> &'static Value {
-    static SCHEMA: OnceLock<Value> = OnceLock::new();
-    SCHEMA.get_or_init(|| {
-        let mut schema = schema_of::<ObjectMeta>();
-        let fields = &mut schema["properties"]["managedFields"]["items"]["properties"]["fieldsV1"];
-        *fields = json!({"type": "object", "x-kubernetes-preserve-unknown-fields": true});
-        schema
-    })
-}
-
-fn schema_of<T: JsonSchema>() -> Value {
-    let generator = SchemaSettings::openapi3()
-        .with(|s| {
-            s.inline_subschemas = true;
-            s.meta_schema = None;
-        })
-        .into_generator();
-    let mut schema = generator.into_root_schema_for::<T>().to_value();
-    drop_nullable(&mut schema);
-    schema
-}
-
-/// Go drops nulls for want of another meaning: so do we, by not letting any through.
-fn drop_nullable(value: &mut Value) {
-    match value {
-        Value::Object(map) => {
-            if map.get("nullable").is_some_and(Value::is_boolean) {
-                map.remove("nullable");
-            }
-            map.values_mut().for_each(drop_nullable);
-        }
-        Value::Array(items) => items.iter_mut().for_each(drop_nullable),
-        _ => {}
-    }
 }
 
 fn expect_type(value: &Value, api_version: &str, kind: &str) -> Vec<FieldError> {
@@ -194,13 +130,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn nothing_in_the_schemas_goes_unchecked() {
-        assert_eq!(structural::unknown_keyword(mesh_service_schema()), None);
-        assert_eq!(structural::unknown_keyword(&schema_of::<EndpointSlice>()), None);
-        assert!(compile_schema(mesh_service_schema()).compilation_errors().is_empty());
-    }
 
     #[test]
     fn the_smallest_service() {
@@ -287,7 +216,7 @@ mod tests {
         #[test]
         fn what_is_plainly_valid_keeps_every_rule(spec in spec(), name in "[a-zA-Z0-9.-]{1,3}|[a-z]{60,66}") {
             let mut value = json!({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec});
-            prop_assume!(structural::validate(mesh_service_schema(), &mut value).is_empty());
+            prop_assume!(structural::validate(schemas::mesh_service(), &mut value).is_empty());
             prop_assume!(quick::plainly_valid(&value));
             prop_assert_eq!(broken_rules(&value), vec![]);
         }
@@ -300,7 +229,7 @@ mod tests {
             json!([{"port": 80, "name": "a", "publish": {}}, {"port": 80, "protocol": "UDP", "name": "b", "publish": {"port": 80}}]),
         ] {
             let mut value = json!({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "x"}, "spec": {"ports": ports}});
-            assert_eq!(structural::validate(mesh_service_schema(), &mut value), vec![]);
+            assert_eq!(structural::validate(schemas::mesh_service(), &mut value), vec![]);
             assert!(quick::plainly_valid(&value), "{value}");
         }
     }
