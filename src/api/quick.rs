@@ -35,14 +35,20 @@ fn plain_keys(map: &Value) -> bool {
 
 /// One family without addresses or with one of that family; or both families, each at most once.
 fn plain_addresses(spec: &Value) -> bool {
-    let list = |field: &str| spec[field].as_array().map(|v| v.iter().filter_map(Value::as_str).collect::<Vec<_>>());
+    let list =
+        |field: &str| spec[field].as_array().map(|v| v.iter().filter_map(Value::as_str).collect::<Vec<_>>());
     let (Some(families), Some(vips)) = (list("ipFamilies"), list("vips")) else { return false };
-    let Ok(vips) = vips.iter().map(|vip| vip.parse::<IpAddr>()).collect::<Result<Vec<_>, _>>() else { return false };
+    let Ok(vips) = vips.iter().map(|vip| vip.parse::<IpAddr>()).collect::<Result<Vec<_>, _>>() else {
+        return false;
+    };
     let families_of_vips = vips.iter().map(|vip| if vip.is_ipv4() { "IPv4" } else { "IPv6" });
     let single = spec["ipFamilyPolicy"] == "SingleStack";
     let mapped = |vip: &IpAddr| matches!(vip, IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some());
-    (if single { families.len() == 1 } else { families.iter().collect::<BTreeSet<_>>().len() == families.len() })
-        && families_of_vips.clone().collect::<BTreeSet<_>>().len() == vips.len()
+    (if single {
+        families.len() == 1
+    } else {
+        families.iter().collect::<BTreeSet<_>>().len() == families.len()
+    }) && families_of_vips.clone().collect::<BTreeSet<_>>().len() == vips.len()
         && (!single || families_of_vips.clone().all(|family| families.contains(&family)))
         && (vips.is_empty() || spec["mode"] != "DNSRR")
         && !vips.iter().any(mapped)

@@ -95,7 +95,9 @@ mod tests {
         fn walk(value: &mut Value) {
             match value {
                 Value::Object(map) => {
-                    map.retain(|key, value| !(matches!(key.as_str(), "description" | "title") && value.is_string()));
+                    map.retain(|key, value| {
+                        !(matches!(key.as_str(), "description" | "title") && value.is_string())
+                    });
                     map.values_mut().for_each(walk);
                 }
                 Value::Array(items) => items.iter_mut().for_each(walk),

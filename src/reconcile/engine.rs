@@ -401,13 +401,7 @@ impl Engine {
         self.know(observed);
         self.ours.extend(observed.elements.values().flatten().copied());
         if let Some(lock) = self.recover.take() {
-            let found = recover::recover_allocations(
-                &observed.elements,
-                &self.settings.node,
-                self.snapshot.services(),
-                &lock,
-                &observed.foreign_marks,
-            );
+            let found = recover::recover_allocations(observed, &self.settings.node, &self.snapshot, &lock);
             self.allocator =
                 Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());
             self.dirty.extend(self.snapshot.services().keys().cloned());

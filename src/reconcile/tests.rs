@@ -39,7 +39,7 @@ pub(super) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
     engine
 }
 
-fn service_with(name: &str, port: ServicePort) -> Event {
+pub(super) fn service_with(name: &str, port: ServicePort) -> Event {
     Event::Service(Arc::new(Service { ports: vec![port], ..service(name) }))
 }
 
@@ -87,7 +87,7 @@ fn a_new_lock_file_moves_only_what_it_names_and_what_is_there() {
     assert_eq!(vip(&engine, "vote"), "10.200.7.7".parse().ok());
 }
 
-fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
+pub(super) fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
     let turn = engine.turn(full, now()).unwrap();
     assert_eq!(turn.failures, vec![]);
     turn.ops.iter().map(ToString::to_string).collect()

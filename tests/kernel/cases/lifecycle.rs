@@ -96,7 +96,7 @@ impl Cluster {
 
     /// Waits until each agent has done another turn, and then no more.
     fn settled(&self, before: &[u64]) -> Result<()> {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(40);
         let mut last = Vec::new();
         loop {
             let now = self.turns();

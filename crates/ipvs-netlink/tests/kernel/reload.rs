@@ -10,7 +10,7 @@ use super::*;
 fn unload() {
     for _ in 0..100 {
         output(
-            "for m in $(lsmod | awk '/^ip_vs_/{print $1}'); do rmmod $m 2>/dev/null; done; rmmod ip_vs 2>/dev/null",
+            "for m in $(lsmod | awk '/^ip_vs_/{print $1}'); do rmmod $m 2>/dev/null; done; rmmod xt_ipvs ip_vs 2>/dev/null",
         );
         if !output("grep -q '^ip_vs ' /proc/modules").0 {
             return;
