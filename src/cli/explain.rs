@@ -81,7 +81,7 @@ fn path(
             let Some(vip) = vip else { return };
             let _ = writeln!(out, "\nport {}/{}{label} by VIP, {family}", port.port, port.protocol);
             let record = if family == Family::V4 { "A" } else { "AAAA" };
-            let _ = writeln!(out, "  name       {name} {record} {vip}");
+            let _ = writeln!(out, "  name       {name} {record} {vip} (this version serves no DNS yet)");
         }
         Scope::Ingress => {
             let Some(published) = port.published_port else { return };

@@ -7,6 +7,6 @@ pub mod engine;
 pub mod listeners;
 pub mod rotation;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use engine::{Drift, Engine, Settings, Turn};

@@ -22,11 +22,11 @@ use crate::{
     plan::Op,
 };
 
-fn now() -> Timestamp {
+pub(crate) fn now() -> Timestamp {
     Timestamp::from_second(1_800_000_000).unwrap()
 }
 
-pub(super) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
+pub(crate) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
     kernel.lock().facts = facts();
     let settings = Settings { node: config(), addresses: AddressRules::default(), timeouts: None };
     let dataplane = Dataplane {
@@ -39,15 +39,15 @@ pub(super) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
     engine
 }
 
-pub(super) fn service_with(name: &str, port: ServicePort) -> Event {
+pub(crate) fn service_with(name: &str, port: ServicePort) -> Event {
     Event::Service(Arc::new(Service { ports: vec![port], ..service(name) }))
 }
 
-pub(super) fn endpoints(name: &str, addresses: &[&str]) -> Event {
+pub(crate) fn endpoints(name: &str, addresses: &[&str]) -> Event {
     Event::Slice(slice(name, addresses.iter().map(|a| endpoint(a, "n1")).collect()))
 }
 
-pub(super) fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
+pub(crate) fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
     let mut engine = engine(kernel, previous);
     engine.feed([
         service_with("vote", published(80, 8080, Some(30080))),
@@ -87,7 +87,7 @@ fn a_new_lock_file_moves_only_what_it_names_and_what_is_there() {
     assert_eq!(vip(&engine, "vote"), "10.200.7.7".parse().ok());
 }
 
-pub(super) fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
+pub(crate) fn turn(engine: &mut Engine, full: bool) -> Vec<String> {
     let turn = engine.turn(full, now()).unwrap();
     assert_eq!(turn.failures, vec![]);
     turn.ops.iter().map(ToString::to_string).collect()
