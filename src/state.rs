@@ -1,7 +1,7 @@
 //! What an agent remembers across restarts: `state.json` and `drains.json` in its state directory.
 //!
 //! Both are versioned and written atomically. A file that can't be understood is set aside, never overwritten;
-//! the marks are then rebuilt from the kernel.
+//! addresses, ports and marks are then read from the kernel.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,6 +21,7 @@ use crate::{
         ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
         kernel::Timeouts,
     },
+    source::Origin,
     whole_file::write_atomically,
 };
 
@@ -41,8 +42,11 @@ pub struct State {
     pub mark_mask: u32,
     /// Renderer in use: `iptables-nft`, `iptables-legacy` or `nftables`.
     pub renderer: String,
-    /// The folder that services come from, in folder mode.
-    pub source: Option<PathBuf>,
+    /// Where services come from.
+    pub source: Option<Origin>,
+    /// Kubeconfig file, where one was named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kubeconfig: Option<PathBuf>,
     /// Who has what.
     pub allocations: Allocations,
     /// Values of sysctls before we changed them, by name.
@@ -248,7 +252,7 @@ fn read<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64
     };
     let aside = set_aside(path)?;
     let note = format!(
-        "{why}; it was set aside as {}, and the marks in it are taken over from the kernel",
+        "{why}; it was set aside as {}, and what it said is read from the kernel where that has it",
         aside.display()
     );
     Ok((T::default(), None, Some(note)))

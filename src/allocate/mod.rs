@@ -311,6 +311,8 @@ impl Allocator {
                     }
                 }
                 Some(Outcome::Exhausted) => found.conflicts.push(Conflict::VipsExhausted { family }),
+                // Not granted yet: the mesh's allocator says why.
+                None if service.granted.is_some() => {}
                 None => {
                     let vip = service.vips.iter().find(|vip| Family::of(vip) == family);
                     found.conflicts.extend(vip.map(|vip| Conflict::VipUnusable { vip: *vip }));

@@ -102,13 +102,21 @@ pub fn vip(service: &Service, family: Family, config: &NodeConfig, locked: Optio
         return None;
     }
     let range = config.ranges.get(family)?;
+    if let Some(granted) = &service.granted {
+        return usable(granted.vips.get(family)?, range);
+    }
     if let Some(explicit) = service.vips.iter().find(|vip| Family::of(vip) == family) {
-        let first = offset(range, explicit)?;
-        let broadcast = family == Family::V4 && *explicit == range.broadcast();
-        return (first > 2 && !broadcast).then_some(Want::Explicit { first, count: 1 });
+        return usable(explicit, range);
     }
     let locked = locked.and_then(|l| offset(range, l.vips.get(family)?));
     Some(Want::Automatic { hash: hash::stable(&service.key.to_string()), locked })
+}
+
+/// A claim on a certain VIP, if it is one that may be given out.
+fn usable(vip: &IpAddr, range: &IpNet) -> Option<Want> {
+    let first = offset(range, vip)?;
+    let broadcast = vip.is_ipv4() && *vip == range.broadcast();
+    (first > 2 && !broadcast).then_some(Want::Explicit { first, count: 1 })
 }
 
 /// A port's claim on a published port.
@@ -122,7 +130,11 @@ pub fn published(
     if missing_range(service, config).is_some() {
         return None;
     }
-    if let Some(first) = publish.port {
+    let granted = service.granted.as_ref();
+    if granted.is_some_and(|granted| !granted.published.contains_key(&port.id())) {
+        return None;
+    }
+    if let Some(first) = granted.map_or(publish.port, |granted| granted.published.get(&port.id()).copied()) {
         return Some(Want::Explicit { first: first.into(), count: port.span().max(1).into() });
     }
     let id = port.id();

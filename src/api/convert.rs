@@ -9,9 +9,10 @@ use super::{
     v1alpha1::{self as api, MeshService},
 };
 use crate::model::{
-    ids::{Family, Protocol, ServiceKey},
+    ids::{Family, PortId, Protocol, ServiceKey},
     service::{
-        FamilyPolicy, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort, TrafficPolicy,
+        FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
+        TrafficPolicy,
     },
 };
 
@@ -30,6 +31,26 @@ pub fn to_service(object: &MeshService) -> Result<Service, Vec<FieldError>> {
     not_supported_yet(&object.spec, &mut errors);
     let service = convert(object, &mut errors);
     if errors.is_empty() { Ok(service) } else { Err(errors) }
+}
+
+/// What the controller has written into a MeshService's `status`. What can't be read is not granted.
+pub fn granted(status: &serde_json::Value) -> Granted {
+    let mut out = Granted::default();
+    for vip in status["vips"].as_array().into_iter().flatten() {
+        if let Some(vip) = vip.as_str().and_then(|text| text.parse::<IpAddr>().ok()) {
+            out.vips.set(Family::of(&vip), Some(vip));
+        }
+    }
+    for port in status["ports"].as_array().into_iter().flatten() {
+        let number = |field: &str| port[field].as_u64().and_then(|n| u16::try_from(n).ok());
+        let protocol = port["protocol"].as_str().and_then(|text| text.parse::<Protocol>().ok());
+        if let (Some(protocol), Some(number), Some(published)) =
+            (protocol, number("port"), number("publishedPort"))
+        {
+            out.published.insert(PortId { port: number, protocol }, published);
+        }
+    }
+    out
 }
 
 fn not_supported_yet(spec: &api::MeshServiceSpec, errors: &mut Vec<FieldError>) {
@@ -92,6 +113,7 @@ fn convert(object: &MeshService, errors: &mut Vec<FieldError>) -> Service {
         internal_policy: policy(spec.internal_traffic_policy),
         external_policy: policy(spec.external_traffic_policy),
         drain: Duration::from_secs(u64::try_from(spec.drain.timeout_seconds).unwrap_or(0)),
+        granted: None,
     }
 }
 

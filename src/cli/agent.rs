@@ -1,10 +1,9 @@
-//! `meshlb agent`: keeps the kernel as a folder says.
+//! `meshlb agent`: keeps the kernel as a folder or the API server says.
 
 use std::{
     net::SocketAddr,
-    path::Path,
     process::ExitCode,
-    sync::mpsc::{self, Sender},
+    sync::mpsc::{self, Receiver, Sender},
     thread,
     time::Duration,
 };
@@ -22,8 +21,9 @@ use crate::{
     dataplane::monitor::Monitor,
     instance::Instance,
     metrics::Metrics,
+    model::node::NodeConfig,
     reconcile::agent::{Agent, Input, Pace},
-    source::{self, Problem, SourceMessage, problem::Severity},
+    source::{self, Origin, Problem, SourceMessage, problem::Severity},
 };
 
 /// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
@@ -36,18 +36,14 @@ const ADMIN_RETRY: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
+pub fn run(options: &Options, source: &str) -> Result<ExitCode> {
     super::log(options)?;
-    let source = std::path::absolute(source)?;
+    let source = Origin::from_flag(source)?;
     let ranges: Vec<String> = options.vip_cidr.iter().map(ToString::to_string).collect();
-    let about = format!(
-        "`meshlb agent`, pid {}, folder {}, ranges {}",
-        std::process::id(),
-        source.display(),
-        ranges.join(" ")
-    );
+    let about =
+        format!("`meshlb agent`, pid {}, source {source}, ranges {}", std::process::id(), ranges.join(" "));
     let _instance = Instance::take(about)?;
-    let session = Session::open(options, Some(&source), Purpose::Agent)?;
+    let session = Session::open(options, Some(source.clone()), Purpose::Agent)?;
     let (sender, inputs) = mpsc::channel();
     stop_on_signal(sender.clone())?;
     let addresses = sender.clone();
@@ -57,10 +53,11 @@ pub fn run(options: &Options, source: &Path) -> Result<ExitCode> {
         let _ = addresses.send(Input::NodeChanged);
     })?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
-    info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), source = %source.display(), "agent starts");
+    info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), %source, "agent starts");
     let health = Health::new(STALLED_AFTER);
     let metrics = Metrics::new();
-    follow(&source, session.engine.settings().node.clone(), metrics.clone(), sender)?;
+    let messages = watch(options, &source, session.engine.settings().node.clone())?;
+    forward(messages, metrics.clone(), sender)?;
     let traffic = Traffic::open()?;
     metrics.set_traffic_source(Box::new(traffic.clone()));
     if let Some(addr) = options.metrics_listen.0 {
@@ -93,15 +90,23 @@ fn serve_admin(addr: SocketAddr, metrics: Metrics, health: Health) -> Result<()>
     Ok(())
 }
 
-/// Forwards what the folder says.
-fn follow(
-    source: &Path,
-    config: crate::model::node::NodeConfig,
-    metrics: Metrics,
-    inputs: Sender<Input>,
-) -> Result<()> {
+/// Begins to follow the source.
+fn watch(options: &Options, source: &Origin, config: NodeConfig) -> Result<Receiver<SourceMessage>> {
     let (sender, messages) = mpsc::channel();
-    source::watch::watch(source, config, sender)?;
+    match source {
+        Origin::Folder(dir) => drop(source::watch::watch(dir, config, sender)?),
+        Origin::Kube => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let access = runtime.block_on(source::kube::config(options.kubeconfig.as_deref()))?;
+            // Who gives addresses does not want others.
+            source::kube::watch(access, config, options.node_ip.is_empty(), sender)?;
+        }
+    }
+    Ok(messages)
+}
+
+/// Forwards what the source says.
+fn forward(messages: Receiver<SourceMessage>, metrics: Metrics, inputs: Sender<Input>) -> Result<()> {
     thread::Builder::new().name("source".into()).spawn(move || {
         let mut complete = true;
         let mut synced = false;
@@ -110,6 +115,7 @@ fn follow(
             let input = match message {
                 SourceMessage::Events(events, seen) => Some(Input::Events(events, seen)),
                 SourceMessage::Lock(lock) => Some(Input::Lock(lock)),
+                SourceMessage::NodeAddresses(ips) => Some(Input::NodeAddresses(ips)),
                 SourceMessage::Synced => {
                     synced = true;
                     Some(Input::Synced { complete })

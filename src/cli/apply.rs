@@ -9,7 +9,7 @@ use super::{
     options::Options,
     session::{Purpose, Session},
 };
-use crate::instance::Instance;
+use crate::{instance::Instance, source::Origin};
 
 /// Makes the kernel as the folder says. Objects that are wrong keep what they had.
 ///
@@ -18,7 +18,7 @@ use crate::instance::Instance;
 pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let _instance = Instance::take(format!("`meshlb apply`, pid {}", std::process::id()))?;
-    let mut session = Session::open(options, Some(dir), Purpose::Apply)?;
+    let mut session = Session::open(options, Some(Origin::folder(dir)?), Purpose::Apply)?;
     let wrong = session.report_problems();
     let start = Instant::now();
     let ops = session.engine.prepare(true, Timestamp::now())?;
@@ -33,7 +33,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
             conflicts += 1;
         }
     }
-    if let Some(advice) = super::lock::advice(session.engine.allocator(), &session.keeper.source) {
+    if let Some(advice) = super::lock::advice(session.engine.allocator(), dir) {
         eprintln!("meshlb: {advice}");
     }
     for advice in super::report::firewall_advice(&session.engine) {

@@ -8,7 +8,7 @@ use super::options::Options;
 use crate::{
     allocate::{Allocations, Lock, allocate, lock},
     model::{ids::ServiceKey, node::NodeConfig},
-    source::{self, problem::Severity},
+    source::{self, Origin, problem::Severity},
     state::State,
 };
 
@@ -23,7 +23,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
         tracing::warn!("{e}: what is in force here is not looked at");
         State::default()
     });
-    let same = state.source.as_deref() == std::path::absolute(dir).ok().as_deref();
+    let same = state.source.is_some() && state.source == Origin::folder(dir).ok();
     let previous = if same { state.allocations } else { Allocations::default() };
     let outcome = write(dir, &config, previous)?;
     for conflict in &outcome.conflicts {

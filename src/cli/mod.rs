@@ -5,6 +5,8 @@ pub mod apply;
 pub mod check;
 pub mod cleanup;
 pub mod explain;
+#[cfg(test)]
+mod golden;
 pub mod lock;
 pub mod options;
 pub mod plan;
@@ -45,11 +47,11 @@ Exit codes:
 /// Commands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Run the node agent: watch a folder and keep the kernel as it says
+    /// Run the node agent: follow a source and keep the kernel as it says
     Agent {
-        /// Folder with MeshService and EndpointSlice YAML
-        #[arg(long, env = "MESHLB_SOURCE", value_name = "DIR")]
-        source: PathBuf,
+        /// Folder with MeshService and EndpointSlice YAML, or `kube` for the API server
+        #[arg(long, env = "MESHLB_SOURCE", value_name = "DIR|kube")]
+        source: String,
     },
     /// Make the kernel as a folder says, once
     Apply {

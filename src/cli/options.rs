@@ -115,6 +115,9 @@ pub struct Options {
         help_heading = "Services"
     )]
     pub zone: String,
+    /// How the API server is reached [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
+    #[arg(long, global = true, env = "MESHLB_KUBECONFIG", value_name = "FILE", help_heading = "Services")]
+    pub kubeconfig: Option<PathBuf>,
     /// How netfilter is programmed.
     #[arg(
         long,
@@ -343,12 +346,14 @@ pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> R
 pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
     let ranges: Vec<String> = state.ranges.iter().map(|(_, range)| range.to_string()).collect();
     let timeouts = state.ipvs_timeouts.map_or_else(|| "keep".to_owned(), |(ours, _)| ours.to_string());
+    let kubeconfig = state.kubeconfig.as_ref().map_or_else(String::new, |f| f.display().to_string());
     let mask = if state.mark_mask == 0 { String::new() } else { format!("{:#x}", state.mark_mask) };
     for (id, value) in [
         ("node", state.node.clone()),
         ("vip_cidr", ranges.join(",")),
         ("mark_mask", mask),
         ("renderer", state.renderer.clone()),
+        ("kubeconfig", kubeconfig),
         ("ipvs_timeouts", if state.node.is_empty() { String::new() } else { timeouts }),
     ] {
         if !value.is_empty() {

@@ -1,7 +1,5 @@
 //! What every command that looks at or changes a kernel needs: an engine over the real dataplane, fed
-//! from a folder, with the state that earlier runs left.
-
-use std::path::{Path, PathBuf};
+//! from a source, with the state that earlier runs left.
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
@@ -12,6 +10,7 @@ use super::{
     record::Record,
 };
 use crate::{
+    allocate::Lock,
     compile::CompiledService,
     dataplane::{
         Netfilter,
@@ -21,18 +20,21 @@ use crate::{
         netfilter::{self, Iptables, Nftables, RendererChoice as Choice, Variant},
         preflight,
     },
-    model::kernel::{RealServerKey, Timeouts, VirtualServerKey},
+    model::{
+        kernel::{RealServerKey, Timeouts, VirtualServerKey},
+        node::NodeConfig,
+    },
     plan::{Observed, Op},
     reconcile::Engine,
-    source::{self, Problem, problem::Severity},
+    source::{self, Loaded, Origin, Problem, problem::Severity},
     state::{Drain, PublishedPorts, State, StateDir},
 };
 
 /// An engine with where its state is kept.
 pub struct Session {
-    /// The engine, fed with the folder.
+    /// The engine, fed with the source.
     pub engine: Engine,
-    /// What is wrong in the folder.
+    /// What is wrong in the source.
     pub problems: Vec<Problem>,
     /// Where state is kept.
     pub keeper: Keeper,
@@ -43,8 +45,8 @@ pub struct Keeper {
     dir: StateDir,
     record: Record,
     state: State,
-    /// The folder.
-    pub source: PathBuf,
+    /// Where services come from.
+    pub source: Origin,
     /// The engine's generation that is in the file.
     generation: Option<u64>,
     written: Option<Written>,
@@ -184,7 +186,7 @@ pub enum Purpose {
     Look,
     /// To change it once.
     Apply,
-    /// To keep it; the folder is followed and not read here.
+    /// To keep it; the source is followed and not read here.
     Agent,
 }
 
@@ -216,27 +218,25 @@ fn advise(engine: &Engine) {
 }
 
 impl Session {
-    /// Opens the kernel, reads the state and, unless it is watched later, the folder. Without a `dir`
-    /// the folder is the one that the state remembers.
+    /// Opens the kernel, reads the state and, unless it is watched later, the source; the one that the state remembers
+    /// where none is given.
     ///
     /// # Errors
     /// One line that says what is missing and what to do about it.
-    pub fn open(options: &Options, dir: Option<&Path>, purpose: Purpose) -> Result<Self> {
+    pub fn open(options: &Options, source: Option<Origin>, purpose: Purpose) -> Result<Self> {
         let settings = options.settings()?;
         if purpose != Purpose::Look {
             need_rights()?;
         }
         let Left { dir: state_dir, state, drains } = open_state(options, purpose)?;
-        let source = match (dir, &state.source) {
-            (Some(dir), _) => std::path::absolute(dir)?,
-            (None, Some(source)) => source.clone(),
-            (None, None) => bail!(
+        let Some(source) = source.or_else(|| state.source.clone()) else {
+            bail!(
                 "no folder: nothing was applied here yet (state in {}); name one",
                 options.state_dir.display()
-            ),
+            )
         };
         let dataplane = dataplane(options, &state)?;
-        let lock = crate::allocate::Lock::read(&source)?.unwrap_or_default();
+        let lock = source.dir().map(Lock::read).transpose()?.flatten().unwrap_or_default();
         let mut engine = Engine::new(
             settings,
             dataplane,
@@ -267,8 +267,7 @@ impl Session {
         }
         let mut problems = Vec::new();
         if purpose != Purpose::Agent {
-            let loaded = source::load(&source, Some(&engine.settings().node))
-                .map_err(|problem| anyhow::anyhow!("{problem}"))?;
+            let loaded = load(options, &source, &engine.settings().node)?;
             engine.feed(loaded.events());
             engine.synced(loaded.is_complete());
             problems = loaded.problems;
@@ -279,7 +278,7 @@ impl Session {
             keeper: Keeper {
                 dir: state_dir,
                 record: Record::new(&options.run_dir),
-                state,
+                state: State { kubeconfig: options.kubeconfig.clone(), ..state },
                 source,
                 generation: None,
                 written: None,
@@ -312,7 +311,7 @@ impl Session {
     pub fn source_problems(&self) -> Vec<String> {
         let wrong = self.problems.iter().filter(|p| p.severity >= Severity::Warning).map(ToString::to_string);
         let held = self.engine.held().iter().map(|key| {
-            format!("{key}: not in what can be read of the folder; what the kernel has for it stays as it is")
+            format!("{key}: not in what can be read of the source; what the kernel has for it stays as it is")
         });
         wrong.chain(held).collect()
     }
@@ -325,6 +324,22 @@ impl Session {
             }
         }
         self.problems.iter().any(|p| p.severity >= Severity::Refused)
+    }
+}
+
+/// Everything that a source has, once.
+///
+/// # Errors
+/// It can't be read.
+fn load(options: &Options, source: &Origin, config: &NodeConfig) -> Result<Loaded> {
+    match source {
+        Origin::Folder(dir) => {
+            source::load(dir, Some(config)).map_err(|problem| anyhow::anyhow!("{problem}"))
+        }
+        Origin::Kube => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+            let access = source::kube::config(options.kubeconfig.as_deref()).await?;
+            source::kube::load(access, config.clone()).await
+        }),
     }
 }
 

@@ -78,7 +78,7 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
                  the last good version"
             ),
             Some(problem) => bail!("no service {name} is in force: {problem}"),
-            None => bail!("no service {name} in {}", session.keeper.source.display()),
+            None => bail!("no service {name} in {}", session.keeper.source),
         }
     }
     Ok(report)

@@ -128,7 +128,8 @@ impl Observer for Watcher {
         }
         if self.advised != Some(engine.generation()) {
             self.advised = Some(engine.generation());
-            let advice = super::lock::advice(engine.allocator(), &self.keeper.source);
+            let dir = self.keeper.source.dir();
+            let advice = dir.and_then(|dir| super::lock::advice(engine.allocator(), dir));
             if let Some(advice) = advice.as_ref().filter(|a| self.advice.as_ref() != Some(a)) {
                 warn!("{advice}");
             }

@@ -26,6 +26,7 @@ pub fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: Duration::from_secs(30),
+        granted: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
-use super::ids::{Family, PortId, Protocol, ServiceKey};
+use super::ids::{Family, PerFamily, PortId, Protocol, ServiceKey};
 
 /// A MeshService that passed validation.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -31,6 +31,17 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// How long established TCP connections of a removed endpoint may go on.
     pub drain: Duration,
+    /// What the mesh's allocator gave it; `None` where each node allocates by itself.
+    pub granted: Option<Granted>,
+}
+
+/// Virtual IPs and published ports that are a service's, and no others.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Granted {
+    /// Virtual IPs, at most one per family.
+    pub vips: PerFamily<IpAddr>,
+    /// Published port (of a range: the first) by port.
+    pub published: BTreeMap<PortId, u16>,
 }
 
 /// How clients find the endpoints.

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
@@ -13,7 +14,11 @@ use super::{
     engine::{Drift, Engine, Turn},
     rotation::Rotation,
 };
-use crate::{allocate::Lock, dataplane::Probe, model::snapshot::Event};
+use crate::{
+    allocate::Lock,
+    dataplane::Probe,
+    model::{ids::PerFamily, snapshot::Event},
+};
 
 /// What wakes the agent.
 #[derive(Debug)]
@@ -27,6 +32,8 @@ pub enum Input {
         /// Nothing in the source was unusable.
         complete: bool,
     },
+    /// The node's own addresses, as the source knows them.
+    NodeAddresses(PerFamily<IpAddr>),
     /// Addresses, links or routes of the node changed.
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
@@ -172,6 +179,10 @@ impl<O: Observer> Agent<O> {
                     );
                 }
             }
+            Input::NodeAddresses(ips) => {
+                self.engine.set_node_ips(ips);
+                self.node_dirty = true;
+            }
             Input::NodeChanged => self.node_dirty = true,
             Input::Stop => return true,
         }
@@ -257,6 +268,8 @@ impl<O: Observer> Agent<O> {
             self.retry_at = None;
             self.logged.clear();
         } else {
+            // The change is made when it is made: what failed is still to come.
+            self.oldest = since;
             self.in_sync = false;
             let causes = turn.failures.iter().filter(|f| !f.follows);
             let lines: Vec<String> = causes.map(|f| format!("{}: {}", f.op, f.error)).collect();

@@ -12,6 +12,7 @@ mod unread;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -233,6 +234,11 @@ impl Engine {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Takes the node's own addresses from the source: the next [`Self::refresh_node`] goes by them.
+    pub fn set_node_ips(&mut self, ips: PerFamily<IpAddr>) {
+        self.settings.addresses.node_ips = ips;
     }
 
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.

@@ -10,12 +10,13 @@ use std::{
 
 use super::{
     document::{self, Node},
-    object::{Entry, Kind, Object, ObjectId, ParsedFile, Verdict},
+    judge::{Judgement, judge},
+    object::{Entry, Kind, ObjectId, ParsedFile},
     problem::{Problem, Severity},
     store::Store,
 };
 use crate::{
-    api::{self, FieldError, Reason},
+    api,
     model::{endpoints::Slice, ids::ServiceKey, node::NodeConfig, service::Service, snapshot::Event},
 };
 
@@ -78,7 +79,14 @@ pub fn unreadable(path: &Path, error: &io::Error) -> Problem {
         io::ErrorKind::NotADirectory => "is not a directory".into(),
         _ => format!("can't be read: {error}"),
     };
-    Problem { file: path.into(), line: None, object: None, field: None, message, severity: Severity::Error }
+    Problem {
+        file: Some(path.into()),
+        line: None,
+        object: None,
+        field: None,
+        message,
+        severity: Severity::Error,
+    }
 }
 
 /// Names of the manifests in a folder, sorted.
@@ -152,8 +160,14 @@ pub fn read_file(path: &Path, config: Option<&NodeConfig>) -> ParsedFile {
 }
 
 fn whole_file(path: &Path, line: Option<u64>, message: String) -> ParsedFile {
-    let problem =
-        Problem { file: path.into(), line, object: None, field: None, message, severity: Severity::Error };
+    let problem = Problem {
+        file: Some(path.into()),
+        line,
+        object: None,
+        field: None,
+        message,
+        severity: Severity::Error,
+    };
     ParsedFile { problems: vec![problem], incomplete: true, ..ParsedFile::default() }
 }
 
@@ -223,52 +237,15 @@ impl Reader<'_> {
             let message = format!("is defined twice; the one in line {} is used", first.line);
             return self.problem(node.line, Some(label), None, message, Severity::Refused);
         }
-        let verdict = match kind {
-            Kind::Service => self.service(node, &label),
-            Kind::Slice => self.slice(node, &label),
-        };
+        let Judgement { verdict, findings, severity } = judge(kind, node.to_json(), self.config);
+        for finding in findings {
+            let line = node.line_of(&finding.field);
+            self.problem(line, Some(label.clone()), Some(finding.field), finding.message, severity);
+        }
         if known {
             self.out.entries.push(Entry { id, line: node.line, verdict });
         } else {
             self.out.incomplete = true;
-        }
-    }
-
-    fn service(&mut self, node: &Node, label: &str) -> Verdict {
-        let service = api::parse_mesh_service(node.to_json()).and_then(|object| api::to_service(&object));
-        let service = service.and_then(|service| {
-            let forbidden = self.config.map_or_else(Vec::new, |c| api::check_against_node(&service, c));
-            if forbidden.is_empty() { Ok(service) } else { Err(forbidden) }
-        });
-        match service {
-            Ok(service) => Verdict::Good(Object::Service(Arc::new(service))),
-            Err(errors) => {
-                // Serving on without the restriction that was just asked for would not fail closed.
-                let withheld = errors.iter().all(|e| e.reason == Reason::NotSupportedYet);
-                self.report(node, label, errors, if withheld { Severity::Refused } else { Severity::Error });
-                if withheld { Verdict::Withheld } else { Verdict::Wrong }
-            }
-        }
-    }
-
-    fn slice(&mut self, node: &Node, label: &str) -> Verdict {
-        match api::parse_endpoint_slice(node.to_json()) {
-            Ok(object) => {
-                let (slice, notes) = api::to_slice(&object);
-                self.report(node, label, notes, Severity::Warning);
-                slice.map_or(Verdict::Withheld, |slice| Verdict::Good(Object::Slice(Arc::new(slice))))
-            }
-            Err(errors) => {
-                self.report(node, label, errors, Severity::Error);
-                Verdict::Wrong
-            }
-        }
-    }
-
-    fn report(&mut self, node: &Node, label: &str, errors: Vec<FieldError>, severity: Severity) {
-        for error in errors {
-            let line = node.line_of(&error.field);
-            self.problem(line, Some(label.into()), Some(error.field), error.message, severity);
         }
     }
 
@@ -282,7 +259,7 @@ impl Reader<'_> {
     ) {
         let line = (line > 0).then_some(line);
         self.out.problems.push(Problem {
-            file: PathBuf::from(self.path),
+            file: Some(PathBuf::from(self.path)),
             line,
             object,
             field,

@@ -2,18 +2,25 @@
 
 pub mod document;
 pub mod files;
+pub mod judge;
+pub mod kube;
 pub mod object;
+mod origin;
 pub mod problem;
 pub mod store;
 pub mod watch;
 
-use std::time::Instant;
+use std::{net::IpAddr, time::Instant};
 
 pub use files::{Loaded, load};
+pub use origin::Origin;
 pub use problem::Problem;
 pub use watch::watch;
 
-use crate::{allocate::Lock, model::snapshot::Event};
+use crate::{
+    allocate::Lock,
+    model::{ids::PerFamily, snapshot::Event},
+};
 
 /// What a source tells its reader.
 #[derive(Debug)]
@@ -24,6 +31,8 @@ pub enum SourceMessage {
     Synced,
     /// What `meshlb.lock` says now, when that is something else than before.
     Lock(Lock),
+    /// This node's own addresses, as the source knows them.
+    NodeAddresses(PerFamily<IpAddr>),
     /// All that is wrong now; replaces the list before.
     Problems(Vec<Problem>),
 }

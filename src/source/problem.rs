@@ -2,11 +2,11 @@
 
 use std::{fmt, path::PathBuf};
 
-/// One thing that is wrong in the folder.
+/// One thing that is wrong in a source.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Problem {
-    /// The file, or the folder itself.
-    pub file: PathBuf,
+    /// The file, or the folder itself; none in an API server.
+    pub file: Option<PathBuf>,
     /// Line in the file, counted from 1.
     pub line: Option<u64>,
     /// `Kind namespace/name`.
@@ -36,11 +36,13 @@ pub enum Severity {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file.display())?;
-        if let Some(line) = self.line {
-            write!(f, ":{line}")?;
+        if let Some(file) = &self.file {
+            write!(f, "{}", file.display())?;
+            if let Some(line) = self.line {
+                write!(f, ":{line}")?;
+            }
+            f.write_str(": ")?;
         }
-        f.write_str(": ")?;
         if let Some(object) = &self.object {
             write!(f, "{object}: ")?;
         }

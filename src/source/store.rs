@@ -134,7 +134,7 @@ impl Store {
             for loser in owners.keys().skip(1) {
                 let line = self.files.get(loser).and_then(|f| f.get(id)).map(|(line, _)| *line);
                 problems.push(Problem {
-                    file: dir.join(loser),
+                    file: Some(dir.join(loser)),
                     line: line.filter(|l| *l > 0),
                     object: Some(id.to_string()),
                     field: None,

@@ -296,7 +296,7 @@ impl Follower {
     }
 
     fn about_folder(&self, message: String, severity: Severity) -> Problem {
-        Problem { file: self.dir.clone(), line: None, object: None, field: None, message, severity }
+        Problem { file: Some(self.dir.clone()), line: None, object: None, field: None, message, severity }
     }
 
     /// Looks at what there is to look at and tells what came of it.

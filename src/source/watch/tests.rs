@@ -52,6 +52,7 @@ impl Watched {
                 self.problems = now.iter().map(|p| p.to_string().replace(&dir, "DIR")).collect();
                 Some(vec!["problems".into()])
             }
+            SourceMessage::NodeAddresses(_) => None,
             SourceMessage::Events(events, _) => Some(
                 events
                     .into_iter()

@@ -1,0 +1,140 @@
+//! What two watches say, turned into events. No network: what comes in is what the API server sent.
+
+use std::collections::{BTreeMap, HashSet};
+
+use kube::{core::DynamicObject, runtime::watcher::Event as Watched};
+use serde_json::Value;
+
+use crate::{
+    api,
+    model::{ids::ServiceKey, node::NodeConfig, snapshot::Event},
+    source::{
+        judge::{Judgement, judge},
+        object::{Kind, Object, ObjectId, Verdict},
+        problem::Problem,
+    },
+};
+
+/// Which objects are in force. It keeps their names alone: the objects are with whoever takes the events.
+#[derive(Debug)]
+pub struct Feed {
+    config: NodeConfig,
+    in_force: HashSet<ObjectId>,
+    /// What is wrong, of objects with which something is.
+    problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// Names that the list which is being read has had so far, by kind.
+    listing: BTreeMap<Kind, HashSet<ServiceKey>>,
+    listed: HashSet<Kind>,
+}
+
+/// The kinds that are watched.
+pub const KINDS: [Kind; 2] = [Kind::Service, Kind::Slice];
+
+impl Feed {
+    /// A feed that knows of nothing yet. `config` judges VIPs and published ports.
+    pub fn new(config: NodeConfig) -> Self {
+        Self {
+            config,
+            in_force: HashSet::new(),
+            problems: BTreeMap::new(),
+            listing: BTreeMap::new(),
+            listed: HashSet::new(),
+        }
+    }
+
+    /// Whether every kind has been listed to its end once.
+    pub fn is_synced(&self) -> bool {
+        KINDS.iter().all(|kind| self.listed.contains(kind))
+    }
+
+    /// All that is wrong with objects now.
+    pub fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
+    }
+
+    /// Takes in what a watch says; appends what changes by it.
+    pub fn take(&mut self, kind: Kind, said: Watched<DynamicObject>, out: &mut Vec<Event>) {
+        match said {
+            Watched::Init => drop(self.listing.insert(kind, HashSet::new())),
+            Watched::InitApply(object) => {
+                let key = key_of(&object);
+                if let Some(names) = self.listing.get_mut(&kind) {
+                    names.insert(key.clone());
+                }
+                out.extend(self.put(ObjectId { kind, key }, object));
+            }
+            Watched::InitDone => {
+                let names = self.listing.remove(&kind).unwrap_or_default();
+                let gone = |id: &&ObjectId| id.kind == kind && !names.contains(&id.key);
+                let known = self.in_force.iter().chain(self.problems.keys());
+                let gone: HashSet<ObjectId> = known.filter(gone).cloned().collect();
+                out.extend(gone.into_iter().filter_map(|id| self.remove(id)));
+                self.listed.insert(kind);
+            }
+            Watched::Apply(object) => {
+                let key = key_of(&object);
+                out.extend(self.put(ObjectId { kind, key }, object));
+            }
+            Watched::Delete(object) => {
+                let key = key_of(&object);
+                out.extend(self.remove(ObjectId { kind, key }));
+            }
+        }
+    }
+
+    fn put(&mut self, id: ObjectId, object: DynamicObject) -> Option<Event> {
+        let value = without_bulk(object);
+        let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
+        let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config));
+        let problem = |finding: api::FieldError| Problem {
+            file: None,
+            line: None,
+            object: Some(id.to_string()),
+            field: Some(finding.field),
+            message: finding.message,
+            severity,
+        };
+        let problems: Vec<Problem> = findings.into_iter().map(problem).collect();
+        if problems.is_empty() {
+            self.problems.remove(&id);
+        } else {
+            self.problems.insert(id.clone(), problems);
+        }
+        match verdict {
+            Verdict::Good(mut object) => {
+                if let (Object::Service(service), Some(granted)) = (&mut object, granted) {
+                    std::sync::Arc::make_mut(service).granted = Some(granted);
+                }
+                self.in_force.insert(id);
+                Some(object.event())
+            }
+            Verdict::Withheld => self.withdraw(&id),
+            Verdict::Wrong => None,
+        }
+    }
+
+    fn remove(&mut self, id: ObjectId) -> Option<Event> {
+        self.problems.remove(&id);
+        self.withdraw(&id)
+    }
+
+    fn withdraw(&mut self, id: &ObjectId) -> Option<Event> {
+        self.in_force.remove(id).then(|| match id.kind {
+            Kind::Service => Event::ServiceGone(id.key.clone()),
+            Kind::Slice => Event::SliceGone(id.key.clone()),
+        })
+    }
+}
+
+fn key_of(object: &DynamicObject) -> ServiceKey {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    ServiceKey::new(text(&object.metadata.namespace), text(&object.metadata.name))
+}
+
+/// The object without what nobody here reads and what can be larger than all the rest.
+fn without_bulk(mut object: DynamicObject) -> Value {
+    object.metadata.managed_fields = None;
+    object.metadata.annotations = None;
+    // A list names the type once, for all of its objects.
+    serde_json::to_value(object).unwrap_or_default()
+}

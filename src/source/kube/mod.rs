@@ -1,0 +1,390 @@
+//! The API server as a source: MeshServices, EndpointSlices, and this node's own Node for its addresses.
+//!
+//! Each kind has a watch that lists first and resumes or lists again by itself. Nothing that the data path depends on
+//! changes while the API server can't be reached; the first complete lists are what [`SourceMessage::Synced`] waits for.
+//! Changes are passed on as they arrive, those that are there together as one message: no change waits for another.
+
+mod feed;
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::IpAddr,
+    path::Path,
+    sync::mpsc::Sender,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use futures::{Stream, StreamExt, stream};
+use k8s_openapi::api::{core::v1::Node, discovery::v1::EndpointSlice};
+use kube::{
+    Api, Client, Config,
+    api::{ApiResource, ListParams},
+    config::{KubeConfigOptions, Kubeconfig},
+    core::DynamicObject,
+    runtime::{WatchStreamExt, utils::ResetTimerBackoff, watcher},
+};
+
+use super::{
+    Loaded, SourceMessage,
+    object::Kind,
+    problem::{Problem, Severity},
+};
+use crate::{
+    api::{MeshService, SERVICE_NAME_LABEL},
+    model::{
+        ids::{Family, PerFamily},
+        node::NodeConfig,
+        snapshot::Event,
+    },
+};
+use feed::{Feed, KINDS};
+
+/// First and longest pause after a watch has failed. An API server that is back is noticed within the longest.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(10));
+/// A watch that went well for this long begins with the first pause again.
+const RECOVERED: Duration = Duration::from_secs(30);
+/// A watch that has not failed again for this long goes on: longer than the longest pause and a connection that times out.
+const STILL_BROKEN: Duration = Duration::from_secs(45);
+/// As many changes go on as one message, at most.
+const CHUNK: usize = 1000;
+/// Objects are listed so many at a time.
+const PAGE: u32 = 500;
+
+/// How the API server is found and who we are to it: a kubeconfig file, or what `KUBECONFIG`, `~/.kube/config` or the pod's
+/// service account say.
+///
+/// # Errors
+/// What is missing or wrong, in one line.
+pub async fn config(kubeconfig: Option<&Path>) -> Result<Config> {
+    let mut config = match kubeconfig {
+        Some(file) => {
+            let about = || format!("--kubeconfig {}", file.display());
+            let kubeconfig = Kubeconfig::read_from(file).with_context(about)?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+                .await
+                .with_context(about)?
+        }
+        None => match Config::infer().await {
+            Ok(config) => config,
+            Err(e) => bail!(
+                "no API server: there is neither a kubeconfig nor a service account here ({e}); give --kubeconfig FILE, or \
+                 --source DIR for a folder"
+            ),
+        },
+    };
+    // A connection that hangs must be noticed; a watch may be quiet for as long as the API server keeps it open.
+    config.connect_timeout = Some(Duration::from_secs(10));
+    config.read_timeout = None;
+    Ok(config)
+}
+
+/// Follows the API server in a thread of its own, until the receiver of the messages is gone. With `watch_node` the node's
+/// addresses are told too, and are part of what has to be there before it is synced.
+///
+/// # Errors
+/// The thread can't be started.
+pub fn watch(
+    access: Config,
+    config: NodeConfig,
+    watch_node: bool,
+    sender: Sender<SourceMessage>,
+) -> io::Result<JoinHandle<()>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("kube".into()).spawn(move || {
+        runtime.block_on(async {
+            let url = access.cluster_url.to_string();
+            let client = match Client::try_from(access) {
+                Ok(client) => client,
+                // A proxy or a TLS setting that this build does not have.
+                Err(e) => return tracing::error!("API server {url}: {e}"),
+            };
+            let node = config.name.to_string();
+            let follower = Follower {
+                url,
+                feed: Feed::new(config),
+                node: watch_node.then_some(node),
+                node_seen: !watch_node,
+                no_node: false,
+                broken: BTreeMap::new(),
+                told: Vec::new(),
+                synced: false,
+                sender,
+            };
+            follower.run(client).await;
+        });
+    })
+}
+
+/// The kinds that are watched.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Watch {
+    Objects(Kind),
+    Node,
+}
+
+impl Watch {
+    /// As RBAC rules call it.
+    fn resource(self) -> &'static str {
+        match self {
+            Self::Objects(Kind::Service) => "meshservices.meshlb.dev",
+            Self::Objects(Kind::Slice) => "endpointslices.discovery.k8s.io",
+            Self::Node => "nodes",
+        }
+    }
+}
+
+/// What a watch says.
+enum Said {
+    Object(Kind, watcher::Event<DynamicObject>),
+    Node(watcher::Event<Node>),
+    Failed(Watch, watcher::Error),
+}
+
+/// The receiver is gone.
+struct Gone;
+
+struct Follower {
+    url: String,
+    feed: Feed,
+    /// The node whose addresses are told.
+    node: Option<String>,
+    node_seen: bool,
+    /// There is none of that name.
+    no_node: bool,
+    /// Watches that have failed since they last said anything, why, and when.
+    broken: BTreeMap<Watch, (String, Instant)>,
+    told: Vec<Problem>,
+    synced: bool,
+    sender: Sender<SourceMessage>,
+}
+
+impl Follower {
+    async fn run(mut self, client: Client) {
+        let mut streams: Vec<stream::BoxStream<'static, Said>> =
+            KINDS.iter().map(|kind| objects(client.clone(), *kind).boxed()).collect();
+        if let Some(name) = &self.node {
+            streams.push(own_node(client, name).boxed());
+        }
+        let mut said = stream::select_all(streams).ready_chunks(CHUNK);
+        let mut tick = tokio::time::interval(PAUSE.1 / 2);
+        loop {
+            let chunk = tokio::select! {
+                chunk = said.next() => chunk.unwrap_or_default(),
+                _ = tick.tick() => Vec::new(),
+            };
+            if self.take(chunk, Instant::now()).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn take(&mut self, chunk: Vec<Said>, seen: Instant) -> Result<(), Gone> {
+        let mut events = Vec::new();
+        for said in chunk {
+            match said {
+                Said::Object(kind, event) => {
+                    // It says that it begins before it has asked.
+                    if !matches!(event, watcher::Event::Init) {
+                        self.broken.remove(&Watch::Objects(kind));
+                    }
+                    self.feed.take(kind, event, &mut events);
+                }
+                Said::Node(event) => self.take_node(event)?,
+                Said::Failed(watch, error) => {
+                    if let Some(message) = why(&self.url, watch, &error) {
+                        self.broken.insert(watch, (message, seen));
+                    }
+                }
+            }
+        }
+        // A watch that goes on has nothing to say while nothing changes; one that does not fails again.
+        self.broken.retain(|_, (_, at)| seen.duration_since(*at) < STILL_BROKEN);
+        let problems: Vec<Problem> = self.problems();
+        if problems != self.told {
+            self.told.clone_from(&problems);
+            self.send(SourceMessage::Problems(problems))?;
+        }
+        if !events.is_empty() {
+            self.send(SourceMessage::Events(events, seen))?;
+        }
+        if !self.synced && self.feed.is_synced() && self.node_seen {
+            self.synced = true;
+            self.send(SourceMessage::Synced)?;
+        }
+        Ok(())
+    }
+
+    fn take_node(&mut self, event: watcher::Event<Node>) -> Result<(), Gone> {
+        match event {
+            watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
+                self.broken.remove(&Watch::Node);
+                (self.node_seen, self.no_node) = (true, false);
+                self.send(SourceMessage::NodeAddresses(internal_ips(&node)))
+            }
+            watcher::Event::InitDone => {
+                self.no_node = !self.node_seen;
+                Ok(())
+            }
+            watcher::Event::Init | watcher::Event::Delete(_) => Ok(()),
+        }
+    }
+
+    fn problems(&self) -> Vec<Problem> {
+        let no_node = self.node.as_ref().filter(|_| self.no_node).map(|name| {
+            format!(
+                "there is no Node {name}: give --node the name that `kubectl get nodes` shows, or --node-ip"
+            )
+        });
+        let messages = no_node.into_iter().chain(self.broken.values().map(|(message, _)| message.clone()));
+        // A warning: what is known stays known.
+        let general = |message| Problem {
+            file: None,
+            line: None,
+            object: None,
+            field: None,
+            message,
+            severity: Severity::Warning,
+        };
+        messages.map(general).chain(self.feed.problems().cloned()).collect()
+    }
+
+    fn send(&self, message: SourceMessage) -> Result<(), Gone> {
+        self.sender.send(message).map_err(|_| Gone)
+    }
+}
+
+fn resource(kind: Kind) -> ApiResource {
+    match kind {
+        Kind::Service => ApiResource::erase::<MeshService>(&()),
+        Kind::Slice => ApiResource::erase::<EndpointSlice>(&()),
+    }
+}
+
+/// Slices without this label belong to no service.
+fn selector(kind: Kind) -> Option<&'static str> {
+    match kind {
+        Kind::Service => None,
+        Kind::Slice => Some(SERVICE_NAME_LABEL),
+    }
+}
+
+fn objects(client: Client, kind: Kind) -> impl Stream<Item = Said> {
+    let api: Api<DynamicObject> = Api::all_with(client, &resource(kind));
+    let mut config = watcher::Config::default().page_size(PAGE);
+    config.label_selector = selector(kind).map(Into::into);
+    watcher(api, config).backoff(pause()).map(move |said| match said {
+        Ok(event) => Said::Object(kind, event),
+        Err(e) => Said::Failed(Watch::Objects(kind), e),
+    })
+}
+
+fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
+    let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
+    watcher(Api::<Node>::all(client), config).backoff(pause()).map(|said| match said {
+        Ok(event) => Said::Node(event),
+        Err(e) => Said::Failed(Watch::Node, e),
+    })
+}
+
+fn pause() -> impl kube::runtime::utils::Backoff {
+    // With jitter: the agents of all nodes lose the same API server.
+    let growing = backon::ExponentialBuilder::default().with_min_delay(PAUSE.0).with_max_delay(PAUSE.1).with_jitter();
+    ResetTimerBackoff::new(watcher::ExponentialBackoff::from(growing.without_max_times()), RECOVERED)
+}
+
+/// A node's own addresses, the first of each family.
+fn internal_ips(node: &Node) -> PerFamily<IpAddr> {
+    let mut out = PerFamily::default();
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    for address in addresses.filter(|a| a.type_ == "InternalIP") {
+        if let Ok(ip) = address.address.parse::<IpAddr>()
+            && out.get(Family::of(&ip)).is_none()
+        {
+            out.set(Family::of(&ip), Some(ip));
+        }
+    }
+    out
+}
+
+/// Why a watch does not go on, for people. None where it goes on all the same.
+fn why(url: &str, watch: Watch, error: &watcher::Error) -> Option<String> {
+    let status = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status))
+        | watcher::Error::WatchError(status) => status,
+        _ => return Some(unreachable(url, watch, error)),
+    };
+    // 410: what it wanted to resume at is gone, and it lists again at once.
+    (status.code != 410).then(|| refused(url, watch, status))
+}
+
+fn refused(url: &str, watch: Watch, status: &kube::core::Status) -> String {
+    let (what, message) = (watch.resource(), &status.message);
+    match status.code {
+        404 if watch == Watch::Objects(Kind::Service) => {
+            format!("the API server {url} has no {what}: install the CRD (`meshlb crd | kubectl apply -f -`)")
+        }
+        401 => format!("the API server {url} does not accept our credentials (401)"),
+        403 => format!("may not list and watch {what}: {message}"),
+        code => format!("{what}: the API server {url} answers {code}: {message}"),
+    }
+}
+
+fn unreachable(url: &str, watch: Watch, error: &dyn std::error::Error) -> String {
+    format!("{}: the API server {url} can't be reached: {}", watch.resource(), chain(error))
+}
+
+/// The last cause is the one that says something.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(source) = last.source() {
+        last = source;
+    }
+    last.to_string()
+}
+
+/// Everything once, for commands that look.
+///
+/// # Errors
+/// The API server can't be asked, in one line.
+pub async fn load(access: Config, config: NodeConfig) -> Result<Loaded> {
+    let url = access.cluster_url.to_string();
+    let client = Client::try_from(access).with_context(|| format!("API server {url}"))?;
+    let mut feed = Feed::new(config);
+    let mut events = Vec::new();
+    for kind in KINDS {
+        let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource(kind));
+        let mut params = ListParams::default().limit(PAGE);
+        params.label_selector = selector(kind).map(Into::into);
+        loop {
+            let page = api.list(&params).await.map_err(|e| {
+                let watch = Watch::Objects(kind);
+                anyhow::Error::msg(match &e {
+                    kube::Error::Api(status) => refused(&url, watch, status),
+                    other => unreachable(&url, watch, other),
+                })
+            })?;
+            for object in page.items {
+                feed.take(kind, watcher::Event::Apply(object), &mut events);
+            }
+            params.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                break;
+            }
+        }
+    }
+    let mut loaded = Loaded::default();
+    for event in events {
+        match event {
+            Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
+            Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
+            Event::ServiceGone(_) | Event::SliceGone(_) => {}
+        }
+    }
+    loaded.problems = feed.problems().cloned().collect();
+    Ok(loaded)
+}
