@@ -388,3 +388,26 @@ fn ten_thousand_services() {
     }
     assert!(start.elapsed().as_secs() < 5, "{:?}", start.elapsed());
 }
+
+#[test]
+fn marks_that_run_out_are_told_and_given_when_one_is_free() {
+    let config = wide();
+    // From 0x100 to the sentinel.
+    let room = 0x3ff - 0x100;
+    let mut services = all((0..=room).map(|n| service(&format!("s{n:04}"))));
+    let mut allocator = fresh(&services, &config);
+    let without = |allocator: &Allocator| -> Vec<String> {
+        let none = |n: &u32| !conflicts(allocator, &format!("s{n:04}")).is_empty();
+        (0..=room).filter(none).map(|n| format!("s{n:04}")).collect()
+    };
+    let poor = without(&allocator);
+    assert_eq!(poor.len(), 1, "{poor:?}");
+    assert!(conflicts(&allocator, &poor[0])[0].contains("mark"), "{:?}", conflicts(&allocator, &poor[0]));
+    let rich = services.keys().map(|key| key.name.to_string()).find(|name| *name != poor[0]).unwrap();
+    delete(&mut allocator, &mut services, &rich);
+    // Not before the kernel no longer has it.
+    assert_eq!(without(&allocator), poor);
+    let due = allocator.commit();
+    assert_eq!(names(allocator.update(&due, &services)), poor);
+    assert_eq!(without(&allocator), Vec::<String>::new());
+}

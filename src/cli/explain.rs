@@ -104,6 +104,10 @@ fn path(
         "  ipvs       FWM {} {} scheduler {}, {connections} connections: {}",
         server.mark, family, server.scheduler, server.state
     );
+    for packet in server.packets.iter().filter(|p| p.scope == scope) {
+        let from = if packet.from == "pod" { "from a pod" } else { "from outside" };
+        let _ = writeln!(out, "  packet     {from} to {}: {}", packet.to, packet.fate);
+    }
     if server.endpoints.is_empty() {
         let _ = writeln!(out, "  endpoints  none: connections are refused at once");
     }

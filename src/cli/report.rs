@@ -16,7 +16,10 @@ use crate::{
         ids::{Family, Mark, Scope},
         kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey},
     },
-    plan::Observed,
+    plan::{
+        Observed,
+        trace::{From, Packet, View},
+    },
     reconcile::Engine,
 };
 
@@ -102,6 +105,22 @@ pub struct ServerReport {
     pub state: String,
     /// Its destinations.
     pub endpoints: Vec<EndpointReport>,
+    /// What the kernel, as it is now, does with packets for it. Empty where the rules are not as they should be.
+    pub packets: Vec<PacketReport>,
+}
+
+/// A packet and what becomes of it.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct PacketReport {
+    /// `vip` or `ingress`.
+    pub scope: Scope,
+    /// `pod`: a pod of this node; `outside`: another machine.
+    pub from: &'static str,
+    /// Address, port and protocol.
+    pub to: String,
+    /// What becomes of it, in words.
+    pub fate: String,
 }
 
 /// A set entry.
@@ -310,7 +329,43 @@ fn server_report(
         entries,
         state,
         endpoints,
+        packets: packets(engine, observed, service, key, scopes),
     })
+}
+
+/// The packets that matter to people: to the VIP and to a published address.
+fn packets(
+    engine: &Engine,
+    observed: &Observed,
+    service: &CompiledService,
+    key: VirtualServerKey,
+    scopes: &[Scope],
+) -> Vec<PacketReport> {
+    let Some(view) = View::observed(observed, engine.merged().state().program.as_ref()) else {
+        return Vec::new();
+    };
+    // An address that no endpoint has.
+    let stranger = match key.family {
+        Family::V4 => IpAddr::from([192, 0, 2, 1]),
+        Family::V6 => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1]),
+    };
+    let mut out = Vec::new();
+    for scope in scopes {
+        let leading =
+            service.elements.iter().filter(|(e, mark)| **mark == Some(key.mark) && e.family() == key.family);
+        let target = leading.into_iter().find_map(|(element, _)| match (scope, element) {
+            (Scope::Vip, Element::Vip(to)) if service.vips.get(key.family) == Some(&to.addr) => Some(*to),
+            (Scope::Ingress, Element::Published(to)) => Some(*to),
+            _ => None,
+        });
+        let Some(to) = target else { continue };
+        for (name, from) in [("pod", From::Pod(stranger)), ("outside", From::Outside)] {
+            let fate = view.trace(Packet { from, to }).to_string();
+            let to = format!("{} {}", std::net::SocketAddr::new(to.addr, to.port), to.protocol);
+            out.push(PacketReport { scope: *scope, from: name, to, fate });
+        }
+    }
+    out
 }
 
 fn endpoint_report(

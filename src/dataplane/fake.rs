@@ -25,6 +25,8 @@ use crate::model::{
 pub struct Inner {
     /// Its state.
     pub state: KernelState,
+    /// Routes of ours for ranges that are not in `state`.
+    pub other_routes: Vec<VipRoute>,
     /// Its addresses.
     pub facts: NodeFacts,
     /// Active connections by real server.
@@ -234,8 +236,16 @@ impl Netfilter for FakeKernel {
 }
 
 impl Host for FakeKernel {
-    fn vip_routes(&mut self, _: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error> {
-        Ok(self.may_fail("read routes")?.state.routes)
+    fn vip_routes(&mut self, ranges: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error> {
+        let inner = self.may_fail("read routes")?;
+        let mut found = PerFamily::default();
+        for route in inner.state.routes.iter().map(|(_, route)| route).chain(&inner.other_routes) {
+            let family = Family::of(&route.source);
+            if ranges.get(family) == Some(&route.range) {
+                found.set(family, Some(*route));
+            }
+        }
+        Ok(found)
     }
 
     fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error> {
@@ -244,8 +254,13 @@ impl Host for FakeKernel {
         Ok(())
     }
 
-    fn del_vip_route(&mut self, family: Family, _: &ipnet::IpNet) -> Result<(), Error> {
-        self.write("route")?.state.routes.set(family, None);
+    fn del_vip_route(&mut self, family: Family, range: &ipnet::IpNet) -> Result<(), Error> {
+        let mut inner = self.write("route")?;
+        let before = inner.other_routes.len();
+        inner.other_routes.retain(|route| route.range != *range);
+        if inner.other_routes.len() == before {
+            inner.state.routes.set(family, None);
+        }
         Ok(())
     }
 

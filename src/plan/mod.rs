@@ -18,6 +18,7 @@ mod diff;
 mod op;
 #[cfg(test)]
 mod properties;
+pub mod trace;
 
 pub use diff::{Observed, plan, plan_all};
 pub use op::{Op, Phase};

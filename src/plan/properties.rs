@@ -9,7 +9,10 @@ use std::{
 
 use proptest::prelude::*;
 
-use super::{Observed, Op, plan, plan_all};
+use super::{
+    Observed, Op, plan, plan_all,
+    trace::{Fate, Packet, View, choices, packets},
+};
 use crate::{
     compile::merge::Touched,
     dataplane::{ElementChange, IpvsChange, ProgramState},
@@ -28,9 +31,14 @@ fn program() -> Program {
         ingress: "10.200.0.1".parse().unwrap(),
         node: "192.168.50.1".parse().unwrap(),
     };
+    let family6 = FamilyProgram {
+        range: "fd00:200::/112".parse().unwrap(),
+        ingress: "fd00:200::1".parse().unwrap(),
+        node: "fd00:50::1".parse().unwrap(),
+    };
     Program {
         mask: 0x3fff,
-        families: PerFamily { v4: Some(family), v6: None },
+        families: PerFamily { v4: Some(family), v6: Some(family6) },
         masquerade_bridges: vec![],
         uplinks: vec![],
     }
@@ -57,7 +65,7 @@ fn family() -> impl Strategy<Value = Family> {
 }
 
 fn protocol() -> impl Strategy<Value = Protocol> {
-    prop::sample::select(vec![Protocol::Tcp, Protocol::Udp])
+    prop::sample::select(&Protocol::ALL[..])
 }
 
 prop_compose! {
@@ -97,7 +105,7 @@ prop_compose! {
         servers in prop::collection::vec(server(), 0..6),
         entries in prop::collection::vec(entry(), 0..12),
         installed in prop::bool::weighted(0.8),
-        route in any::<bool>(),
+        (route, route6) in any::<(bool, bool)>(),
         sysctl in prop::sample::select(vec!["0", "1"]),
         tcp in prop::sample::select(vec![900, 10800]),
     ) -> KernelState {
@@ -114,6 +122,10 @@ prop_compose! {
         if route {
             let route = VipRoute { range: "10.200.0.0/16".parse().unwrap(), source: "192.168.50.1".parse().unwrap() };
             state.routes.set(Family::V4, Some(route));
+        }
+        if route6 {
+            let route = VipRoute { range: "fd00:200::/112".parse().unwrap(), source: "fd00:50::1".parse().unwrap() };
+            state.routes.set(Family::V6, Some(route));
         }
         state
     }
@@ -178,7 +190,7 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
             state.program = Some((**program).clone());
             state.elements = desired.elements.clone();
         }
-        Op::PutRoute(route) => state.routes.set(Family::V4, Some(*route)),
+        Op::PutRoute(route) => state.routes.set(Family::of(&route.source), Some(*route)),
         Op::DelRoute(family, _) => state.routes.set(*family, None),
         Op::Sysctl { path, value, .. } => {
             state.sysctls.insert(path.clone(), value.clone());
@@ -188,12 +200,10 @@ fn apply(state: &mut KernelState, op: &Op, desired: &KernelState) {
     }
 }
 
-/// Real servers that take new connections for an entry.
-fn reachable(state: &KernelState, element: &Element) -> BTreeSet<RealServerKey> {
-    let Some(Some(mark)) = state.elements.get(element) else { return BTreeSet::new() };
-    let key = VirtualServerKey { family: element.family(), mark: *mark };
-    let reals = state.virtual_servers.get(&key).map(|s| &s.reals);
-    reals.into_iter().flat_map(|reals| reals.iter()).filter(|(_, c)| c.weight > 0).map(|(r, _)| *r).collect()
+/// What of a packet's fate no step may change but to what the old or the new state does with it.
+fn reachable(state: &KernelState, packet: Packet) -> (BTreeSet<RealServerKey>, bool) {
+    let fate = View::of(state).trace(packet);
+    (choices(&fate).into_keys().collect(), fate == Fate::HostSocket)
 }
 
 fn entries(states: [&KernelState; 2]) -> BTreeSet<Element> {
@@ -202,17 +212,27 @@ fn entries(states: [&KernelState; 2]) -> BTreeSet<Element> {
 
 fn check(desired: &KernelState, old: &KernelState, ops: &[Op]) {
     let mut now = old.clone();
+    // A random state may lack the route that its entries need; where one of the two has it, the way there is the same.
+    let routed = |state: &KernelState| {
+        let routes =
+            PerFamily { v4: old.routes.v4.or(desired.routes.v4), v6: old.routes.v6.or(desired.routes.v6) };
+        KernelState { routes, ..state.clone() }
+    };
+    let (new_routed, old_routed) = (routed(desired), routed(old));
     for op in ops {
         let guarded_before = now.program.is_some();
         apply(&mut now, op, desired);
         if matches!(op, Op::PutRoute(_)) {
             assert!(guarded_before, "VIPs are local before their rules are there");
         }
-        for element in entries([desired, old]) {
-            let allowed: BTreeSet<_> =
-                reachable(desired, &element).union(&reachable(old, &element)).copied().collect();
-            let got = reachable(&now, &element);
-            assert!(got.is_subset(&allowed), "after {op}: {element} reaches {got:?}, not in {allowed:?}");
+        for packet in entries([desired, old]).iter().flat_map(packets) {
+            let (mut allowed, _) = reachable(&new_routed, packet);
+            let (old_reals, _) = reachable(&old_routed, packet);
+            let (_, unguarded) = reachable(old, packet);
+            allowed.extend(old_reals);
+            let (got, now_unguarded) = reachable(&now, packet);
+            assert!(got.is_subset(&allowed), "after {op}: {packet:?} reaches {got:?}, not in {allowed:?}");
+            assert!(unguarded || !now_unguarded, "after {op}: {packet:?} reaches a socket of the host");
         }
     }
     let elements: &Elements = &desired.elements;

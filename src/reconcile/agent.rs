@@ -68,8 +68,8 @@ pub struct Pace {
     pub probe: Duration,
 }
 
-/// A service dump every this many probes: with the default of one second, a missing IPVS service is
-/// found within four.
+/// A service dump every this many probes: with the default of one second, a missing IPVS service is found within four,
+/// where a dump is cheap.
 const SERVICES_EVERY: u32 = 3;
 /// What a service dump may cost: after one that took a time, there is none for this many times as long. So
 /// it never takes more than a percent of a core, and where there are thousands of services it is rarer.

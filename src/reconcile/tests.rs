@@ -11,10 +11,10 @@ use crate::{
     dataplane::{AddressRules, Listener, executor::Dataplane, fake::FakeKernel},
     model::{
         fixtures::{config, endpoint, facts, port, published, service, slice},
-        ids::{Family, Mark, Protocol},
+        ids::{Family, Mark, PerFamily, Protocol},
         kernel::{
-            BridgeSubnet, Element, PublishedFlows, RealServerKey, VirtualServer, VirtualServerConfig,
-            VirtualServerKey,
+            BridgeSubnet, Element, PublishedFlows, RealServerKey, VipRoute, VirtualServer,
+            VirtualServerConfig, VirtualServerKey,
         },
         service::{Service, ServicePort},
         snapshot::Event,
@@ -386,6 +386,22 @@ fn a_read_that_fails_changes_nothing_and_the_next_turn_makes_it_good() {
             kernel.lock().writes = writes;
         }
     }
+}
+
+#[test]
+fn the_route_of_an_earlier_range_goes() {
+    let kernel = FakeKernel::default();
+    let earlier =
+        VipRoute { range: "10.99.0.0/16".parse().unwrap(), source: "192.168.50.1".parse().unwrap() };
+    kernel.lock().other_routes.push(earlier);
+    let mut engine = vote(&kernel, Allocations::default());
+    engine.set_earlier_ranges(PerFamily { v4: Some(earlier.range), v6: config().ranges.v6 });
+    let ops = turn(&mut engine, true);
+    assert_eq!(ops.last().map(String::as_str), Some("- route local 10.99.0.0/16 dev lo"));
+    assert_eq!(kernel.lock().other_routes, vec![]);
+    // The range in use keeps its route, and the next turn has nothing to do.
+    assert!(kernel.lock().state.routes.v4.is_some());
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
 }
 
 #[test]

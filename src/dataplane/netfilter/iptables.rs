@@ -1,13 +1,11 @@
 //! The renderer that operators know how to look at: iptables rules and ipsets, and a small nft table for
 //! what iptables has no place for.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+use std::collections::BTreeMap;
 
 use super::{
     Fingerprint, Parts, exec, hash,
+    legacy_pace::LegacyPace,
     nftread::NftReader,
     nftwrite,
     parts::{nft_chains, part_name, save_parts, set_differences},
@@ -31,9 +29,6 @@ use crate::{
     },
 };
 
-/// How often the old tables are looked at in [`Netfilter::probe`]: that costs a process.
-const LEGACY_INTERVAL: Duration = Duration::from_secs(3);
-
 /// The iptables renderer.
 #[derive(Debug)]
 pub struct Iptables {
@@ -50,8 +45,7 @@ pub struct Iptables {
     counts: Option<BTreeMap<String, u32>>,
     /// The nf_tables generation up to which all is known to be ours.
     generation: Option<u32>,
-    legacy_look: Option<Instant>,
-    legacy_cost: Duration,
+    legacy: LegacyPace,
 }
 
 impl Iptables {
@@ -84,8 +78,7 @@ impl Iptables {
             known: None,
             counts: None,
             generation: None,
-            legacy_look: None,
-            legacy_cost: Duration::ZERO,
+            legacy: LegacyPace::default(),
         }
     }
 
@@ -225,7 +218,7 @@ impl Iptables {
         self.fingerprint = Some(Fingerprint { program: self.program_hash(program), parts });
         self.generation = generation;
         self.known = Some(elements.clone());
-        self.legacy_look = Some(Instant::now());
+        self.legacy.looked();
         Ok(None)
     }
 
@@ -431,24 +424,6 @@ impl Iptables {
         }
         Ok(None)
     }
-
-    /// Whether the old tables are worth a look now. On a host with many rules a look costs more, so it is rarer: never
-    /// more than a twentieth of a core.
-    fn legacy_due(&self) -> bool {
-        let interval = LEGACY_INTERVAL.max(self.legacy_cost.saturating_mul(20));
-        self.legacy_look.is_none_or(|at| at.elapsed() >= interval)
-    }
-}
-
-/// CPU time of the programs that we have run so far.
-fn children_cpu() -> Duration {
-    use nix::sys::{resource, time::TimeVal};
-    let Ok(usage) = resource::getrusage(resource::UsageWho::RUSAGE_CHILDREN) else { return Duration::ZERO };
-    let time = |t: TimeVal| {
-        Duration::new(u64::try_from(t.tv_sec()).unwrap_or(0), 0)
-            + Duration::from_micros(u64::try_from(t.tv_usec()).unwrap_or(0))
-    };
-    time(usage.user_time()) + time(usage.system_time())
 }
 
 /// Whether a change concerns the nft table beside iptables.
@@ -495,7 +470,7 @@ impl Netfilter for Iptables {
         self.generation = generation.filter(|_| program == ProgramState::Installed);
         self.known = Some(elements.clone());
         self.counts = None;
-        self.legacy_look = Some(Instant::now());
+        self.legacy.looked();
         Ok(NetfilterState { program, elements, leftovers })
     }
 
@@ -564,7 +539,7 @@ impl Netfilter for Iptables {
         }
         let generation = self.reader.generation().ok();
         let moved = generation != self.generation || (self.stores.nft && generation.is_none());
-        let legacy = self.variant == Variant::Legacy && self.legacy_due();
+        let legacy = self.variant == Variant::Legacy && self.legacy.due();
         if !moved && !legacy {
             return Ok(Probe::Unchanged);
         }
@@ -576,16 +551,20 @@ impl Netfilter for Iptables {
         let is_nft_part = |name: &str| name.starts_with("inet ");
         let rules = if self.variant == Variant::Nft { moved } else { legacy };
         if rules {
-            let before = children_cpu();
-            for family in Family::ALL {
-                match self.variant {
-                    Variant::Nft => parts.extend(nft_chains(&mut self.reader, family)?),
-                    Variant::Legacy => parts.extend(save_parts(family, &self.variant.saved(family)?)),
+            match self.variant {
+                Variant::Nft => {
+                    for family in Family::ALL {
+                        parts.extend(nft_chains(&mut self.reader, family)?);
+                    }
                 }
-            }
-            if self.variant == Variant::Legacy {
-                self.legacy_cost = children_cpu().saturating_sub(before);
-                self.legacy_look = Some(Instant::now());
+                Variant::Legacy => {
+                    let saved = self
+                        .legacy
+                        .look(|| Family::ALL.map(|family| (family, Variant::Legacy.saved(family))));
+                    for (family, saved) in saved {
+                        parts.extend(save_parts(family, &saved?));
+                    }
+                }
             }
         }
         expected.parts.retain(|name, _| {

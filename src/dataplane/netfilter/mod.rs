@@ -13,6 +13,7 @@ mod detect;
 mod exec;
 mod hash;
 mod iptables;
+mod legacy_pace;
 mod nftables;
 mod nftread;
 mod nftwrite;

@@ -1,9 +1,8 @@
 //! The renderer without iptables: one nft table, replaced or changed in one transaction.
 
-use std::time::{Duration, Instant};
-
 use super::{
     Fingerprint, Parts, accept, exec, hash,
+    legacy_pace::LegacyPace,
     nftread::NftReader,
     nftwrite,
     parts::{nft_chains, save_parts, set_differences},
@@ -22,8 +21,6 @@ use crate::{
 
 /// The hash of rules that are needed and not there.
 const NONE: u64 = 0;
-/// How often the old iptables tables are looked at in [`Netfilter::probe`].
-const LEGACY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// The nftables renderer.
 #[derive(Debug)]
@@ -34,7 +31,7 @@ pub struct Nftables {
     fingerprint: Option<Fingerprint>,
     known: Option<Elements>,
     generation: Option<u32>,
-    legacy_look: Option<Instant>,
+    legacy: LegacyPace,
 }
 
 impl Nftables {
@@ -55,7 +52,7 @@ impl Nftables {
             fingerprint: None,
             known: None,
             generation: None,
-            legacy_look: None,
+            legacy: LegacyPace::default(),
         })
     }
 
@@ -127,7 +124,7 @@ impl Nftables {
         self.fingerprint = Some(Fingerprint { program: Self::program_hash(program), parts });
         self.generation = Some(generation);
         self.known = Some(elements.clone());
-        self.legacy_look = Some(Instant::now());
+        self.legacy.looked();
         Ok(None)
     }
 
@@ -218,7 +215,7 @@ impl Netfilter for Nftables {
         );
         self.generation = (program == ProgramState::Installed).then_some(generation);
         self.known = Some(elements.clone());
-        self.legacy_look = Some(Instant::now());
+        self.legacy.looked();
         Ok(NetfilterState { program, elements, leftovers })
     }
 
@@ -286,7 +283,6 @@ impl Netfilter for Nftables {
             return Ok(Probe::Changed("not installed or not looked at yet".into()));
         };
         let generation = self.reader.generation()?;
-        let legacy = self.legacy_look.is_none_or(|at| at.elapsed() >= LEGACY_INTERVAL);
         let moved = self.generation != Some(generation);
         if moved {
             // Somebody wrote to nf_tables: is ours still as it was?
@@ -317,14 +313,15 @@ impl Netfilter for Nftables {
                 return Ok(Probe::Changed("iptables INPUT or FORWARD has begun to drop packets".into()));
             }
         }
-        if legacy {
-            self.legacy_look = Some(Instant::now());
+        if self.legacy.due() {
             let accepting = format!("{}: ", Variant::Legacy);
             let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
             let mut parts = Parts::new();
             let mut blocks = false;
-            for family in Family::ALL {
-                let saved = Variant::Legacy.saved(family)?;
+            let saved =
+                self.legacy.look(|| Family::ALL.map(|family| (family, Variant::Legacy.saved(family))));
+            for (family, saved) in saved {
+                let saved = saved?;
                 blocks |= accept::blocks(&saved);
                 let ours =
                     save_parts(family, &saved).into_iter().filter(|(name, _)| name.contains(" filter "));

@@ -291,7 +291,8 @@ fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
 
 fn pause() -> impl kube::runtime::utils::Backoff {
     // With jitter: the agents of all nodes lose the same API server.
-    let growing = backon::ExponentialBuilder::default().with_min_delay(PAUSE.0).with_max_delay(PAUSE.1).with_jitter();
+    let growing =
+        backon::ExponentialBuilder::default().with_min_delay(PAUSE.0).with_max_delay(PAUSE.1).with_jitter();
     ResetTimerBackoff::new(watcher::ExponentialBackoff::from(growing.without_max_times()), RECOVERED)
 }
 
