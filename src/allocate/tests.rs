@@ -411,3 +411,28 @@ fn marks_that_run_out_are_told_and_given_when_one_is_free() {
     assert_eq!(names(allocator.update(&due, &services)), poor);
     assert_eq!(without(&allocator), Vec::<String>::new());
 }
+
+#[test]
+fn what_is_granted_is_had_and_nothing_else() {
+    let granted = |vip: Option<&str>, number: Option<u16>| {
+        let mut out = crate::model::service::Granted::default();
+        out.vips.v4 = vip.map(|vip| vip.parse().unwrap());
+        out.published.extend(number.map(|n| ("80/TCP".parse().unwrap(), n)));
+        Some(out)
+    };
+    let web = |granted| {
+        with("web", |s| {
+            s.vips = vec!["10.200.1.1".parse().unwrap()];
+            s.ports = vec![port(80, Some(Some(30080)))];
+            s.granted = granted;
+        })
+    };
+    let mut services = all([web(granted(None, None))]);
+    let mut allocator = fresh(&services, &wide());
+    // Its manifest asks, but somebody else may have it.
+    assert_eq!((vip(&allocator, "web"), published(&allocator, "web")), (None, vec![]));
+    assert!(conflicts(&allocator, "web").is_empty());
+    change(&mut allocator, &mut services, web(granted(Some("10.200.2.2"), Some(31000))));
+    assert_eq!(vip(&allocator, "web").as_deref(), Some("10.200.2.2"));
+    assert_eq!(published(&allocator, "web"), [31000]);
+}

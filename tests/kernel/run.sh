@@ -59,7 +59,7 @@ rm -rf "$out"; mkdir -p "$out"
 if [ $where = host ]; then
   # A machine's own ip_vs may be in use.
   skip=()
-  if [ -z "${MESHLB_KERNEL_UNLOAD:-}" ]; then
+  if [ "$what" != demo ] && [ -z "${MESHLB_KERNEL_UNLOAD:-}" ]; then
     echo "kernel tests: those that unload ip_vs are left out on this host (MESHLB_KERNEL_UNLOAD=1 runs them)"
     skip=(--skip errors::no_ip_vs)
     args+=("${skip[@]}")

@@ -138,3 +138,105 @@ fn without_bulk(mut object: DynamicObject) -> Value {
     // A list names the type once, for all of its objects.
     serde_json::to_value(object).unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::fixtures::config;
+
+    fn object(value: Value) -> DynamicObject {
+        serde_json::from_value(value).unwrap()
+    }
+
+    fn service(name: &str, port: u32) -> DynamicObject {
+        object(json!({
+            "apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshService", "metadata": {"name": name, "namespace": "default",
+            "annotations": {"a": "b"}, "managedFields": [{"manager": "x"}]}, "spec": {"ports": [{"port": port}]},
+            "status": {"vips": ["10.200.7.7"], "ports": [{"port": 80, "protocol": "TCP", "publishedPort": 30080}]},
+        }))
+    }
+
+    fn slice(name: &str, address: &str) -> DynamicObject {
+        object(json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "x"}},
+            "endpoints": [{"addresses": [address]}], "ports": [{"port": 8080}],
+        }))
+    }
+
+    fn take(feed: &mut Feed, kind: Kind, said: Vec<Watched<DynamicObject>>) -> Vec<String> {
+        let mut events = Vec::new();
+        said.into_iter().for_each(|said| feed.take(kind, said, &mut events));
+        let text = |event: &Event| match event {
+            Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
+            Event::ServiceGone(key) => format!("-{}", key.name),
+            Event::Slice(s) => format!("slice {}", s.key.name),
+            Event::SliceGone(key) => format!("-slice {}", key.name),
+        };
+        events.iter().map(text).collect()
+    }
+
+    fn listed(objects: Vec<DynamicObject>) -> Vec<Watched<DynamicObject>> {
+        let all = objects.into_iter().map(Watched::InitApply);
+        std::iter::once(Watched::Init).chain(all).chain([Watched::InitDone]).collect()
+    }
+
+    fn problems(feed: &Feed) -> Vec<String> {
+        feed.problems().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn both_kinds_have_to_be_listed() {
+        let mut feed = Feed::new(config());
+        assert_eq!(take(&mut feed, Kind::Service, listed(vec![service("x", 80)])), ["x:80"]);
+        assert!(!feed.is_synced());
+        assert_eq!(
+            take(&mut feed, Kind::Slice, vec![Watched::Init, Watched::InitApply(slice("a", "10.0.0.1"))]),
+            ["slice a"]
+        );
+        assert!(!feed.is_synced());
+        assert!(take(&mut feed, Kind::Slice, vec![Watched::InitDone]).is_empty());
+        assert!(feed.is_synced());
+    }
+
+    #[test]
+    fn what_a_later_list_lacks_is_gone() {
+        let mut feed = Feed::new(config());
+        take(&mut feed, Kind::Service, listed(vec![service("x", 80), service("w", 80), service("bad", 0)]));
+        take(&mut feed, Kind::Slice, listed(vec![slice("x", "10.0.0.1")]));
+        assert_eq!(problems(&feed).len(), 1);
+        assert_eq!(take(&mut feed, Kind::Service, listed(vec![service("w", 81)])), ["w:81", "-x"]);
+        assert!(problems(&feed).is_empty());
+        assert_eq!(take(&mut feed, Kind::Slice, vec![Watched::Delete(slice("x", "10.0.0.1"))]), ["-slice x"]);
+        assert!(take(&mut feed, Kind::Slice, vec![Watched::Delete(slice("x", "10.0.0.1"))]).is_empty());
+    }
+
+    #[test]
+    fn what_is_wrong_keeps_its_last_good_version() {
+        let mut feed = Feed::new(config());
+        take(&mut feed, Kind::Service, listed(vec![service("x", 80)]));
+        assert!(take(&mut feed, Kind::Service, vec![Watched::Apply(service("x", 70_000))]).is_empty());
+        assert_eq!(
+            problems(&feed),
+            ["MeshService default/x: spec.ports[0].port: must be at most 65535, not 70000"]
+        );
+        assert_eq!(take(&mut feed, Kind::Service, vec![Watched::Apply(service("x", 81))]), ["x:81"]);
+        assert!(problems(&feed).is_empty());
+        let mut more = service("x", 81);
+        more.data["spec"]["sourceRanges"] = json!(["10.0.0.0/8"]);
+        assert_eq!(take(&mut feed, Kind::Service, vec![Watched::Apply(more)]), ["-x"]);
+    }
+
+    #[test]
+    fn granted_is_what_the_status_says() {
+        let mut feed = Feed::new(config());
+        let mut events = Vec::new();
+        feed.take(Kind::Service, Watched::Apply(service("x", 80)), &mut events);
+        let Some(Event::Service(service)) = events.first() else { panic!("{events:?}") };
+        let granted = service.granted.as_ref().unwrap();
+        assert_eq!(granted.vips.v4, Some("10.200.7.7".parse().unwrap()));
+        assert_eq!(granted.published.get(&"80/TCP".parse().unwrap()), Some(&30080));
+    }
+}
