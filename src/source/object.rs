@@ -40,6 +40,14 @@ impl Kind {
             Self::Slice => "EndpointSlice",
         }
     }
+
+    /// The version of the API that it is read in.
+    pub fn api_version(self) -> &'static str {
+        match self {
+            Self::Service => api::API_VERSION,
+            Self::Slice => "discovery.k8s.io/v1",
+        }
+    }
 }
 
 /// An object in domain types.

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 /// What a command came to.
 #[derive(Debug)]
@@ -37,15 +37,42 @@ impl Cluster {
     /// Runs kubectl as the administrator.
     pub fn kubectl(&self, args: &[&str], stdin: &str) -> Result<Output> {
         let mut command = Command::new(self.bin.join("kubectl"));
-        command.arg("--kubeconfig").arg(self.dir.join("kubeconfig")).args(args);
+        command.arg("--kubeconfig").arg(self.kubeconfig()).args(args);
         run(command, stdin)
     }
 
     /// Runs meshlb.
     pub fn meshlb(&self, args: &[&str], stdin: &str) -> Result<Output> {
         let mut command = Command::new(&self.meshlb);
-        command.args(args).env("KUBECONFIG", self.dir.join("kubeconfig"));
+        command.args(args).env("KUBECONFIG", self.kubeconfig());
         run(command, stdin)
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.dir.join("kubeconfig")
+    }
+
+    /// Ends a part of the control plane suddenly and keeps it down, or lets it start again.
+    pub fn hold(&self, part: &str, down: bool) -> Result<()> {
+        let file = self.dir.join("hold").join(part);
+        if down {
+            std::fs::write(file, "")?
+        } else {
+            std::fs::remove_file(file)?
+        }
+        Ok(())
+    }
+
+    /// Waits until the API server answers again.
+    pub fn wait_ready(&self) -> Result<()> {
+        for _ in 0..150 {
+            if self.kubectl(&["get", "--raw", "/readyz"], "")?.ok {
+                return Ok(());
+            }
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        bail!("the API server does not come back")
     }
 
     /// Installs what `meshlb crd` prints, and waits until it is served.

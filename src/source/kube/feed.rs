@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use kube::{core::DynamicObject, runtime::watcher::Event as Watched};
+use kube::{
+    core::{DynamicObject, TypeMeta},
+    runtime::watcher::Event as Watched,
+};
 use serde_json::Value;
 
 use crate::{
@@ -83,7 +86,7 @@ impl Feed {
     }
 
     fn put(&mut self, id: ObjectId, object: DynamicObject) -> Option<Event> {
-        let value = without_bulk(object);
+        let value = without_bulk(id.kind, object);
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
         let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config));
         let problem = |finding: api::FieldError| Problem {
@@ -132,10 +135,11 @@ fn key_of(object: &DynamicObject) -> ServiceKey {
 }
 
 /// The object without what nobody here reads and what can be larger than all the rest.
-fn without_bulk(mut object: DynamicObject) -> Value {
+fn without_bulk(kind: Kind, mut object: DynamicObject) -> Value {
     object.metadata.managed_fields = None;
     object.metadata.annotations = None;
     // A list names the type once, for all of its objects.
+    object.types = Some(TypeMeta { api_version: kind.api_version().into(), kind: kind.as_str().into() });
     serde_json::to_value(object).unwrap_or_default()
 }
 
@@ -160,7 +164,7 @@ mod tests {
 
     fn slice(name: &str, address: &str) -> DynamicObject {
         object(json!({
-            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "addressType": "IPv4",
             "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "x"}},
             "endpoints": [{"addresses": [address]}], "ports": [{"port": 8080}],
         }))

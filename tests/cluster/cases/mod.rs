@@ -3,10 +3,12 @@
 use crate::Case;
 
 mod crd;
+mod source;
 
 /// All of them, in the order they run.
 pub fn all() -> Vec<Case> {
     let mut cases = Vec::new();
     cases.extend(crd::CASES);
+    cases.extend(source::CASES);
     cases
 }

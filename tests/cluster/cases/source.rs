@@ -1,0 +1,236 @@
+//! The API server as a source: what an agent is told, and what it is not told when things break.
+
+use std::{
+    net::IpAddr,
+    path::Path,
+    sync::mpsc::{Receiver, RecvTimeoutError, channel},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use meshlb::{
+    model::{
+        ids::{Family, PerFamily},
+        node::{MarkMask, NodeConfig},
+        snapshot::Event,
+    },
+    source::{SourceMessage, kube},
+};
+
+use crate::{Case, kubectl::Cluster};
+
+pub const CASES: [Case; 5] = [
+    ("source::tells_what_is_there_and_what_changes", changes),
+    ("source::api_server_that_goes_and_comes_back", goes_and_comes_back),
+    ("source::without_the_crd", without_crd),
+    ("source::without_rights", without_rights),
+    ("source::addresses_of_the_node", node_addresses),
+];
+
+/// What a source has told so far.
+struct Told {
+    messages: Receiver<SourceMessage>,
+    events: Vec<String>,
+    problems: Vec<String>,
+    addresses: Option<PerFamily<IpAddr>>,
+    synced: bool,
+}
+
+impl Told {
+    fn begin(kubeconfig: &Path, node: Option<&str>) -> Result<Told> {
+        let config = NodeConfig {
+            name: node.unwrap_or("n1").into(),
+            ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
+            publish_range: 30000..=32767,
+            reserved: vec![],
+            mask: MarkMask::default(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let access = runtime.block_on(kube::config(Some(kubeconfig)))?;
+        let (sender, messages) = channel();
+        kube::watch(access, config, node.is_some(), sender)?;
+        Ok(Told { messages, events: Vec::new(), problems: Vec::new(), addresses: None, synced: false })
+    }
+
+    fn take(&mut self, message: SourceMessage) {
+        match message {
+            SourceMessage::Events(events, _) => self.events.extend(events.iter().map(text)),
+            SourceMessage::Problems(problems) => {
+                self.problems = problems.iter().map(ToString::to_string).collect()
+            }
+            SourceMessage::NodeAddresses(addresses) => self.addresses = Some(addresses),
+            SourceMessage::Synced => self.synced = true,
+            SourceMessage::Lock(_) => {}
+        }
+    }
+
+    /// Listens until it is true.
+    fn until(&mut self, what: &str, within: Duration, done: impl Fn(&Told) -> bool) -> Result<Duration> {
+        let start = Instant::now();
+        while !done(self) {
+            let left = within.checked_sub(start.elapsed());
+            let Some(left) = left else {
+                bail!("not within {within:?}: {what}; told: {:?}, problems: {:?}", self.events, self.problems)
+            };
+            match self.messages.recv_timeout(left) {
+                Ok(message) => self.take(message),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => bail!("the source has ended: {what}"),
+            }
+        }
+        Ok(start.elapsed())
+    }
+
+    /// Listens for so long.
+    fn listen(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            if let Ok(message) = self.messages.recv_timeout(left) {
+                self.take(message);
+            }
+        }
+    }
+
+    fn says(&self, text: &str) -> bool {
+        self.problems.iter().any(|problem| problem.contains(text))
+    }
+}
+
+fn text(event: &Event) -> String {
+    match event {
+        Event::Service(s) => {
+            let vip = s.granted.as_ref().and_then(|granted| granted.vips.get(Family::V4));
+            let vip = vip.map_or_else(|| "no VIP".to_owned(), ToString::to_string);
+            format!("{}:{} {vip}", s.key, s.ports[0].port)
+        }
+        Event::ServiceGone(key) => format!("-{key}"),
+        Event::Slice(s) => format!("slice {} {}", s.key, s.endpoints.len()),
+        Event::SliceGone(key) => format!("-slice {key}"),
+    }
+}
+
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A namespace of the case's own.
+fn namespace(cluster: &Cluster, name: &str) -> Result<()> {
+    let text = format!(r#"{{"apiVersion": "v1", "kind": "Namespace", "metadata": {{"name": "{name}"}}}}"#);
+    cluster.kubectl(&["apply", "-f", "-"], &text)?.good().map(|_| ())
+}
+
+fn web(namespace: &str, port: u16) -> String {
+    format!(
+        "apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: web, namespace: {namespace}}}\n\
+         spec: {{ports: [{{port: {port}}}]}}\n"
+    )
+}
+
+fn slice(namespace: &str, addresses: &[&str]) -> String {
+    let endpoints: Vec<String> = addresses.iter().map(|a| format!("{{addresses: [{a}]}}")).collect();
+    format!(
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nports: [{{port: 8080}}]\n\
+         metadata: {{name: web-1, namespace: {namespace}, labels: {{kubernetes.io/service-name: web}}}}\n\
+         endpoints: [{}]\n",
+        endpoints.join(", ")
+    )
+}
+
+fn apply(cluster: &Cluster, text: &str) -> Result<()> {
+    cluster.kubectl(&["apply", "-f", "-"], text)?.good().map(|_| ())
+}
+
+fn changes(cluster: &Cluster) -> Result<()> {
+    cluster.install_crds()?;
+    namespace(cluster, "changes")?;
+    apply(cluster, &(web("changes", 80) + &slice("changes", &["10.244.1.1"])))?;
+    let mut told = Told::begin(&cluster.kubeconfig(), None)?;
+    told.until("synced", PATIENCE, |t| t.synced)?;
+    for event in ["changes/web:80 no VIP", "slice changes/web-1 1"] {
+        ensure!(told.events.iter().any(|e| e == event), "no {event}: {:?}", told.events);
+    }
+    told.events.clear();
+    apply(cluster, &slice("changes", &["10.244.1.1", "10.244.1.2"]))?;
+    told.until("one endpoint more", PATIENCE, |t| t.events == ["slice changes/web-1 2"])?;
+    told.events.clear();
+    let status = r#"{"status": {"vips": ["10.200.7.7"]}}"#;
+    let patch =
+        ["patch", "msvc", "web", "-n", "changes", "--subresource=status", "--type=merge", "-p", status];
+    cluster.kubectl(&patch, "")?.good()?;
+    told.until("a VIP is granted", PATIENCE, |t| t.events == ["changes/web:80 10.200.7.7"])?;
+    told.events.clear();
+    cluster.kubectl(&["delete", "msvc,endpointslice", "--all", "-n", "changes"], "")?.good()?;
+    told.until("gone", PATIENCE, |t| t.events == ["-changes/web", "-slice changes/web-1"])?;
+    ensure!(told.problems.is_empty(), "{:?}", told.problems);
+    Ok(())
+}
+
+fn goes_and_comes_back(cluster: &Cluster) -> Result<()> {
+    cluster.install_crds()?;
+    namespace(cluster, "outage")?;
+    apply(cluster, &(web("outage", 80) + &slice("outage", &["10.244.1.1"])))?;
+    let mut told = Told::begin(&cluster.kubeconfig(), None)?;
+    told.until("synced", PATIENCE, |t| t.synced)?;
+    told.events.clear();
+    cluster.hold("kube-apiserver", true)?;
+    let noticed = told.until("told that it can't be reached", PATIENCE, |t| t.says("can't be reached"));
+    told.listen(Duration::from_secs(5));
+    cluster.hold("kube-apiserver", false)?;
+    noticed?;
+    ensure!(told.events.is_empty(), "told while it was away: {:?}", told.events);
+    cluster.wait_ready()?;
+    apply(cluster, &web("outage", 81))?;
+    told.until("a change afterwards", Duration::from_secs(30), |t| {
+        t.events.contains(&"outage/web:81 no VIP".to_owned())
+    })?;
+    ensure!(told.events.iter().all(|e| !e.starts_with('-')), "something was taken away: {:?}", told.events);
+    told.until("no longer a problem", Duration::from_secs(60), |t| t.problems.is_empty())?;
+    cluster.kubectl(&["delete", "namespace", "outage", "--wait=false"], "")?.good()?;
+    Ok(())
+}
+
+fn without_crd(cluster: &Cluster) -> Result<()> {
+    cluster.kubectl(&["delete", "crd", "meshservices.meshlb.dev", "--ignore-not-found"], "")?.good()?;
+    let mut told = Told::begin(&cluster.kubeconfig(), None)?;
+    told.until("told to install it", PATIENCE, |t| t.says("install the CRD"))?;
+    ensure!(!told.synced, "synced without MeshServices");
+    cluster.install_crds()?;
+    told.until("synced", Duration::from_secs(30), |t| t.synced)?;
+    Ok(())
+}
+
+fn without_rights(cluster: &Cluster) -> Result<()> {
+    cluster.install_crds()?;
+    let token = cluster.kubectl(&["create", "token", "default", "--duration=10m"], "")?.good()?;
+    let admin = std::fs::read_to_string(cluster.kubeconfig())?;
+    let own = admin.lines().find_map(|l| l.split_once("token: ")).context("no token in the kubeconfig")?.1;
+    let own = own.trim_end_matches(['}', ']']);
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), admin.replace(own, token.trim()))?;
+    let mut told = Told::begin(file.path(), None)?;
+    told.until("told what it may not do", PATIENCE, |t| {
+        t.says("may not list and watch meshservices.meshlb.dev")
+            && t.says("may not list and watch endpointslices")
+    })?;
+    ensure!(!told.synced && told.events.is_empty(), "told something: {:?}", told.events);
+    std::fs::write(file.path(), admin.replace(own, "nobody"))?;
+    let mut told = Told::begin(file.path(), None)?;
+    told.until("told that nobody knows it", PATIENCE, |t| t.says("does not accept our credentials"))?;
+    Ok(())
+}
+
+fn node_addresses(cluster: &Cluster) -> Result<()> {
+    cluster.install_crds()?;
+    let mut told = Told::begin(&cluster.kubeconfig(), Some("n7"))?;
+    told.until("told that there is no such Node", PATIENCE, |t| t.says("there is no Node n7"))?;
+    ensure!(!told.synced, "synced without its own Node");
+    apply(cluster, "{apiVersion: v1, kind: Node, metadata: {name: n7}}")?;
+    let status = r#"{"status": {"addresses": [{"type": "Hostname", "address": "n7"}, {"type": "InternalIP", "address": "192.168.50.7"},
+        {"type": "InternalIP", "address": "fd00:50::7"}, {"type": "InternalIP", "address": "192.168.51.7"}]}}"#;
+    cluster
+        .kubectl(&["patch", "node", "n7", "--subresource=status", "--type=merge", "-p", status], "")?
+        .good()?;
+    let want = PerFamily { v4: Some("192.168.50.7".parse()?), v6: Some("fd00:50::7".parse()?) };
+    told.until("its addresses", PATIENCE, |t| t.addresses == Some(want) && t.synced)?;
+    ensure!(told.problems.is_empty(), "{:?}", told.problems);
+    cluster.kubectl(&["delete", "node", "n7"], "")?.good()?;
+    Ok(())
+}
