@@ -11,6 +11,8 @@ use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Host, PodNetwork, Topology};
 
 const VIPS: [&str; 2] = ["10.200.0.5", "fd00:200::5"];
+/// Of a service whose only endpoint is `p11`.
+const ALONE: [&str; 2] = ["10.200.0.6", "fd00:200::6"];
 
 pub fn register(suite: &mut Suite) {
     for renderer in Renderer::ALL {
@@ -33,9 +35,17 @@ fn vip(cx: &Cx, port: u16) -> Result<SocketAddr> {
     Ok(SocketAddr::new(cx.family().pick(v4, v6).parse()?, port))
 }
 
-/// Three nodes, two pods each, all of them endpoints of one service.
+/// Three nodes, two pods each, all of them endpoints of one service; one of them is the only one of another.
 fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
-    cx.shared(&Topology::builder().vip_route(1), |t, m| m.standard(t, "vote", &VIPS).map(|_| ()))
+    cx.shared(&Topology::builder().vip_route(1), |t, m| {
+        m.standard(t, "vote", &VIPS)?;
+        let alone = m.service("self").vips(&ALONE)?;
+        for proto in Proto::ALL.into_iter().filter(|p| p.available()) {
+            alone.port(proto, 80, 8080, None);
+        }
+        m.endpoints("self", &[t.pod("p11")]);
+        Ok(())
+    })
 }
 
 /// From everywhere: even, and the servers see whom they should.
@@ -86,12 +96,9 @@ fn outside(cx: &Cx, t: &Topology) -> Result<()> {
 }
 
 fn hairpin(cx: &mut Cx) -> Result<()> {
-    let (t, proto) = (cx.topology(&Topology::builder())?, cx.proto()?);
-    let mut m = cx.manifests()?;
-    m.service("self").vips(&VIPS)?.port(proto, 80, 8080, None);
-    m.endpoints("self", &[t.pod("p11")]);
-    cx.apply(&t, &mut m)?;
-    check::only(&t.pod("p11").connect(proto, vip(cx, 80)?, 3)?, "p11")
+    let (t, proto) = (set_up(cx)?, cx.proto()?);
+    let alone = SocketAddr::new(cx.family().pick(ALONE[0], ALONE[1]).parse()?, 80);
+    check::only(&t.pod("p11").connect(proto, alone, 3)?, "p11")
 }
 
 fn unallocated(cx: &mut Cx) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::Topology;
 
 pub fn register(suite: &mut Suite) {
-    let both = Matrix::both_renderers();
+    let both = Matrix::pair();
     suite.add("facts::endpoint_without_a_node", &both, nodeless);
     suite.add("facts::addresses_come_and_go", &both, addresses);
     suite.add("facts::sctp_is_refused_at_once", &both, sctp);

@@ -24,7 +24,7 @@ const MANY: usize = 500;
 
 pub fn register(suite: &mut Suite) {
     let (brief, slow) = (Duration::from_secs(90), Duration::from_secs(240));
-    let all = Matrix::renderers();
+    let all = Matrix::pair();
     suite.add("many::rules_do_not_grow", &all, rules_do_not_grow);
     suite.add_slow("many::port_range", &all, brief, port_range);
     suite.add_slow("many::ranges_exhausted", &all, brief, exhausted);

@@ -21,9 +21,9 @@ use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(240);
-    suite.add_slow("restart::writes_nothing", &Matrix::renderers(), limit, writes_nothing);
-    suite.add_slow("restart::unread_folder_deletes_nothing", &Matrix::renderers(), limit, unread);
-    suite.add("restart::orphan_is_collected", &Matrix::renderers(), orphan);
+    suite.add_slow("restart::writes_nothing", &Matrix::pair(), limit, writes_nothing);
+    suite.add_slow("restart::unread_folder_deletes_nothing", &Matrix::pair(), limit, unread);
+    suite.add("restart::orphan_is_collected", &Matrix::pair(), orphan);
     suite.add("restart::lock_file_is_followed", &Matrix::once(), lock_file);
 }
 

@@ -18,7 +18,7 @@ use crate::topology::Node;
 
 pub fn register(suite: &mut Suite) {
     suite.add_slow("scrape::prometheus", &Matrix::once(), Duration::from_secs(120), prometheus);
-    suite.add("scrape::readiness", &Matrix::renderers(), readiness);
+    suite.add("scrape::readiness", &Matrix::pair(), readiness);
 }
 
 const SERVER: &str = "127.0.0.1:9090";

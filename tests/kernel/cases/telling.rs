@@ -14,12 +14,12 @@ use crate::topology::Node;
 pub fn register(suite: &mut Suite) {
     suite.add_slow(
         "telling::explain_names_the_hop",
-        &Matrix::both_renderers(),
+        &Matrix::pair(),
         std::time::Duration::from_secs(240),
         hops,
     );
-    suite.add("telling::commands_know_the_flags", &Matrix::renderers(), flags);
-    suite.add("telling::slice_that_is_wrong", &Matrix::renderers(), wrong_slice);
+    suite.add("telling::commands_know_the_flags", &Matrix::pair(), flags);
+    suite.add("telling::slice_that_is_wrong", &Matrix::pair(), wrong_slice);
 }
 
 fn hops(cx: &mut Cx) -> Result<()> {
@@ -36,13 +36,13 @@ fn hops(cx: &mut Cx) -> Result<()> {
     let mark = show["services"][0]["ports"][0]["virtualServers"][0]["mark"].as_u64().context("no mark")?;
     let nft = cx.renderer() == Renderer::Nftables;
     let by = |nftables: &str, iptables: &str| if nft { nftables.to_owned() } else { iptables.to_owned() };
+    // Two at a time that have nothing to do with each other.
     let breakages = [
         ("ip route del local 10.200.0.0/16 dev lo table local".to_owned(), "route: local 10.200.0.0/16"),
         (format!("ipvsadm -D -f {mark}"), "IPv4 scheduler rr, 0 connections: missing"),
         (format!("ipvsadm -d -f {mark} -r 10.244.1.11:8080"), "10.244.1.11:8080 p11 on n1, weight 1, "),
+        ("ipvsadm --set 100 101 102".to_owned(), "ipvs timeouts: 100,101,102, should be 10800,120,300"),
         (format!("ipvsadm -e -f {mark} -r 10.244.1.11:8080 -m -w 3"), ": wrong weight 3"),
-        (format!("ipvsadm -a -f {mark} -r 10.244.9.9:8080 -m"), ": unexpected"),
-        (format!("ipvsadm -E -f {mark} -s lc"), ": scheduler lc, should be rr"),
         (
             by(
                 "nft delete element inet meshlb vips-4 '{ 10.200.0.5 . tcp . 80 }'",
@@ -50,19 +50,24 @@ fn hops(cx: &mut Cx) -> Result<()> {
             ),
             "10.200.0.5,tcp:80 -> mark",
         ),
+        (format!("ipvsadm -a -f {mark} -r 10.244.9.9:8080 -m"), ": unexpected"),
         (by("nft flush chain inet meshlb in", "iptables -t mangle -F MESHLB-INPUT"), "  ! rules: "),
-        ("nft flush chain inet meshlb guard".to_owned(), "  ! rules: "),
+        (format!("ipvsadm -E -f {mark} -s lc"), ": scheduler lc, should be rr"),
         (
             "echo 0 > /proc/sys/net/ipv4/vs/expire_nodest_conn".to_owned(),
             "sysctl: net.ipv4.vs.expire_nodest_conn is 0, should be 1",
         ),
-        ("ipvsadm --set 100 101 102".to_owned(), "ipvs timeouts: 100,101,102, should be 10800,120,300"),
+        ("nft flush chain inet meshlb guard".to_owned(), "  ! rules: "),
         ("ipvsadm -D -f 16383".to_owned(), "ipvs: the sentinel FWM 16383 IPv4 is missing"),
     ];
-    for (command, text) in breakages {
+    for two in breakages.chunks(2) {
+        let (commands, texts): (Vec<&str>, Vec<&str>) = two.iter().map(|(c, t)| (c.as_str(), *t)).unzip();
+        let command = commands.join("\n");
         sh(cx, n1, &command)?;
         let out = explain()?;
-        ensure!(out.status == 1 && out.stdout.contains(text), "after `{command}`, no {text:?}: {out}");
+        for text in texts {
+            ensure!(out.status == 1 && out.stdout.contains(text), "after `{command}`, no {text:?}: {out}");
+        }
         let wrong = ["missing", "wrong", "should be", "unexpected", "rules: "];
         let told: Vec<&str> = out
             .stdout
@@ -70,17 +75,14 @@ fn hops(cx: &mut Cx) -> Result<()> {
             .filter(|l| wrong.iter().any(|w| l.contains(w)) && !l.contains("as they should be"))
             .collect();
         // A service takes its destinations along, and a mark that leads nowhere is still a mark.
-        let few = if command.starts_with("ipvsadm -D") || command.contains("flush") || command.contains("-F")
-        {
-            12
-        } else {
-            2
-        };
+        let many = |c: &str| c.starts_with("ipvsadm -D") || c.contains("flush") || c.contains("-F");
+        let few: usize = commands.iter().map(|c| if many(c) { 12 } else { 2 }).sum();
         ensure!((1..=few).contains(&told.len()), "after `{command}`: {told:#?}");
         cx.apply_on(n1, &m)?;
-        let again = explain()?;
-        ensure!(again.status == 0, "`{command}` is not healed: {again}");
     }
+    // What is still wrong of any of them stands here.
+    let again = explain()?;
+    ensure!(again.status == 0, "not healed: {again}");
     served(&t, &["p11", "p12"])
 }
 

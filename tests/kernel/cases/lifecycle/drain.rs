@@ -13,15 +13,11 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::Host;
 
 pub fn register(suite: &mut Suite) {
-    suite.add("lifecycle::not_ready_gets_nothing", &Matrix::both_renderers(), not_ready);
-    suite.add(
-        "lifecycle::drain_to_the_deadline",
-        &Matrix::both_renderers().families(),
-        drain_to_the_deadline,
-    );
-    suite.add("lifecycle::drain_ends_early", &Matrix::both_renderers(), drain_ends_early);
-    suite.add("lifecycle::drain_over_a_restart", &Matrix::both_renderers(), drain_over_restart);
-    suite.add("lifecycle::udp_client_moves", &Matrix::renderers(), udp_moves);
+    suite.add("lifecycle::not_ready_gets_nothing", &Matrix::pair(), not_ready);
+    suite.add("lifecycle::drain_to_the_deadline", &Matrix::pair().families(), drain_to_the_deadline);
+    suite.add("lifecycle::drain_ends_early", &Matrix::pair(), drain_ends_early);
+    suite.add("lifecycle::drain_over_a_restart", &Matrix::pair(), drain_over_restart);
+    suite.add("lifecycle::udp_client_moves", &Matrix::pair(), udp_moves);
 }
 
 /// What these pods answer from both sides.

@@ -8,7 +8,7 @@ use crate::check;
 use crate::runner::{Cx, Family, Matrix, Suite};
 
 pub fn register(suite: &mut Suite) {
-    suite.add("lifecycle::local_policies", &Matrix::renderers(), local);
+    suite.add("lifecycle::local_policies", &Matrix::pair(), local);
 }
 
 /// Both policies Local: everybody gets the endpoints of the node, with the client's address kept, and a refusal where the

@@ -7,8 +7,8 @@ use crate::check;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
-    suite.add("lifecycle::deleted_service_leaves_nothing", &Matrix::renderers(), deleted);
-    suite.add("lifecycle::no_endpoints_refuses", &Matrix::renderers(), no_endpoints);
+    suite.add("lifecycle::deleted_service_leaves_nothing", &Matrix::pair(), deleted);
+    suite.add("lifecycle::no_endpoints_refuses", &Matrix::pair(), no_endpoints);
 }
 
 /// A service comes and goes: the kernel is as before it, to the line; and after cleanup as before any.

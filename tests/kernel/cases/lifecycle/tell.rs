@@ -13,7 +13,7 @@ use crate::client::{Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
-    suite.add("lifecycle::commands_beside_an_agent", &Matrix::renderers(), commands);
+    suite.add("lifecycle::commands_beside_an_agent", &Matrix::pair(), commands);
     suite.add("lifecycle::wrong_object_keeps_its_last_version", &Matrix::once(), wrong_object);
 }
 
