@@ -7,23 +7,24 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::guard::sh;
+use super::guard::{refused, sh, to_nothing};
 use super::support::{
     ADMIN, container, http, one_line, one_node, ready, said, served, start, vip, wait_until, web,
     web_on_one_node, wrapped,
 };
 use crate::check;
+use crate::manifests::Manifests;
 use crate::ns;
 use crate::program::Program as _;
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
-use crate::topology::Node;
+use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
     let once = Matrix::once();
     suite.add("errors::no_rights", &once, no_rights);
     suite.add("errors::overlapping_range", &once, overlap);
     suite.add("errors::full_ipset", &once, full_ipset);
-    suite.add("errors::no_program", &Matrix::renderers(), no_program);
+    suite.add_slow("errors::no_program", &Matrix::renderers(), Duration::from_secs(90), no_program);
     let legacy = Matrix::once().with_renderers(&[Renderer::IptablesLegacy]);
     suite.add_slow("errors::busy_lock", &legacy, Duration::from_secs(90), busy_lock);
     suite.add("errors::no_ip_vs", &once, no_ip_vs);
@@ -190,7 +191,48 @@ fn no_program(cx: &mut Cx) -> Result<()> {
     cx.cleanup(&t)?;
     enough.apply(n1, &m)?;
     cx.will_clean(n1);
-    served(&t, &["p11"]).context("from nothing")
+    served(&t, &["p11"]).context("from nothing")?;
+    if renderer != Renderer::Nftables {
+        cx.cleanup(&t)?;
+        let flavour = if renderer == Renderer::IptablesNft { nft } else { legacy };
+        without_nft(cx, &t, &mut m, &flavour)?;
+    }
+    Ok(())
+}
+
+/// iptables alone: it says what it can't do, and does the rest. Not so good, but no socket of the node where no service is.
+fn without_nft(cx: &Cx, t: &Topology, m: &mut Manifests, programs: &[String]) -> Result<()> {
+    let n1 = t.node(1);
+    let programs: Vec<&str> = programs.iter().map(String::as_str).collect();
+    let bare = container(cx, "bare", &programs)?;
+    m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+    m.write()?;
+    cx.will_clean(n1);
+    let out = bare.run(n1, &["apply", &m.dir.to_string_lossy()])?;
+    cx.note(&out);
+    let lines = said(&out);
+    let nft_flavour = cx.renderer() == Renderer::IptablesNft;
+    let texts =
+        ["can reach a socket of this host", "don't answer on 127.0.0.1 and ::1", "a mark bit that another"];
+    for text in texts.iter().take(if nft_flavour { 3 } else { 2 }) {
+        let told = lines.iter().filter(|l| l.contains("without nft") && l.contains(text)).count();
+        ensure!(told == 1, "{text:?} is told {told} times: {out}");
+    }
+    ensure!(out.status == 0, "apply fails for that: {out}");
+    let table = n1.run(&["nft", "list", "tables"])?.ok()?.stdout;
+    ensure!(!table.contains("meshlb"), "it had nft after all: {table}");
+    served(t, &["p11", "p12"]).context("without nft")?;
+    refused(&to_nothing(t)?).context("without nft")?;
+    // What it has programmed it finds again, and takes out by itself.
+    let plan = bare.run(n1, &["plan"])?;
+    ensure!(plan.status == 0, "not in sync: {plan}");
+    m.endpoints("web", &[t.pod("p12")]);
+    m.write()?;
+    bare.apply(n1, m)?;
+    served(t, &["p12"]).context("without nft, after a change")?;
+    bare.cleanup(n1)?;
+    ensure!(n1.snapshot()?.ours().is_empty(), "left without nft: {:?}", n1.snapshot()?.ours());
+    Ok(())
 }
 
 /// Another program that holds the lock of iptables.

@@ -15,6 +15,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::everywhere;
 use crate::topology::{Builder, Host, Node, Topology};
 
+const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 /// Where the endpoints listen.
 const TARGET: u16 = 9090;
 /// A number that is published and that its endpoints listen on themselves.
@@ -36,10 +37,9 @@ const SERVICES: [Case; 6] = [
 
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(90);
-    let protos = [Proto::Tcp, Proto::Udp];
     for renderer in Renderer::ALL {
         let one = Matrix::once().with_renderers(&[renderer]);
-        let all = one.clone().families().protos(&protos);
+        let all = one.clone().families().protos(&PROTOS);
         suite.add_slow("host_network::from_everywhere", &all, limit, from_everywhere);
         suite.add_slow("host_network::held_by_a_socket", &one, limit, held);
     }
@@ -82,7 +82,7 @@ fn describe(t: &Topology, m: &mut Manifests) -> Result<()> {
     for (name, last, published, target, endpoints) in SERVICES {
         let vips = [format!("10.200.0.{last}"), format!("fd00:200::{last:x}")];
         let service = m.service(name).vips(&vips.each_ref().map(String::as_str))?;
-        for proto in [Proto::Tcp, Proto::Udp] {
+        for proto in PROTOS {
             service.port(proto, 80, target, Some(published));
         }
         let hosts: Vec<_> = endpoints.iter().map(|e| host(t, e)).collect();
@@ -171,15 +171,16 @@ fn held(cx: &mut Cx) -> Result<()> {
     let mut m = cx.manifests()?;
     describe(&t, &mut m)?;
     // Its endpoint is on this node, but it is not what holds the published number.
-    m.service("held").vips(&["10.200.0.20", "fd00:200::14"])?.port(Proto::Tcp, 80, TARGET, Some(30084));
+    let held = m.service("held").vips(&["10.200.0.20", "fd00:200::14"])?;
+    for proto in PROTOS {
+        held.port(proto, 80, TARGET, Some(30084));
+    }
     m.endpoints("held", &[n1, t.pod("p21")]);
     // A socket of the right number, and nobody's endpoint on this node.
-    m.service("foreign-same").vips(&["10.200.0.21", "fd00:200::15"])?.port(
-        Proto::Tcp,
-        80,
-        30086,
-        Some(30086),
-    );
+    let foreign = m.service("foreign-same").vips(&["10.200.0.21", "fd00:200::15"])?;
+    for proto in PROTOS {
+        foreign.port(proto, 80, 30086, Some(30086));
+    }
     m.endpoints("foreign-same", &[t.node(2)]);
     n1.serve_as("HOST-first-too", &everywhere(&[30086], false))?;
     m.write()?;
@@ -189,7 +190,7 @@ fn held(cx: &mut Cx) -> Result<()> {
     let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
     cx.note(&out);
     for (what, text) in [("apply", &out.stderr), ("show", &show.stdout)] {
-        for port in ["30084", "30086"] {
+        for port in ["TCP 30084", "UDP 30084", "TCP 30086", "UDP 30086"] {
             let told = text.lines().any(|l| l.contains(port) && l.contains("held by a socket of this host"));
             ensure!(told, "{what} does not tell that {port} is held: {text}");
         }
@@ -198,17 +199,19 @@ fn held(cx: &mut Cx) -> Result<()> {
         ensure!(wrong.is_none(), "{what} takes the service's own endpoint for somebody else: {wrong:?}");
     }
     for family in Family::ALL {
-        check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30084), 2)?, "HOST-first")?;
-        check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30086), 2)?, "HOST-first-too")?;
-        check::even(&t.ext.connect(Proto::Tcp, n1.at(family, SAME), 4)?, &["NET-n1", "p21"])?;
-        check::even(&t.pod("p12").connect(Proto::Tcp, vip(family, 20, 80)?, 4)?, &["NET-n1", "p21"])?;
+        for proto in PROTOS {
+            check::only(&t.ext.connect(proto, n1.at(family, 30084), 2)?, "HOST-first")?;
+            check::only(&t.ext.connect(proto, n1.at(family, 30086), 2)?, "HOST-first-too")?;
+            check::even(&t.ext.connect(proto, n1.at(family, SAME), 4)?, &["NET-n1", "p21"])?;
+            check::even(&t.pod("p12").connect(proto, vip(family, 20, 80)?, 4)?, &["NET-n1", "p21"])?;
+        }
     }
     // The endpoint leaves the service: its socket stays, and is nobody's who asks for the service.
     m.endpoints("same-mixed", &[t.pod("p21")]);
     m.write()?;
     meshlb.run(n1, &["apply", &dir])?;
     for family in Family::ALL {
-        for proto in [Proto::Tcp, Proto::Udp] {
+        for proto in PROTOS {
             check::only(&t.ext.connect(proto, n1.at(family, SAME), 3)?, "p21")?;
             check::only(&n1.connect(proto, n1.at(family, SAME), 3)?, "p21")?;
             check::only(&n1.connect(proto, SocketAddr::new(family.localhost(), SAME), 3)?, "p21")?;

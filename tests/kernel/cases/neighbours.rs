@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works};
 use super::support;
 use crate::check;
-use crate::client::{Load, Probe};
+use crate::client::{Flows, Load, Probe};
 use crate::program::{Meshlb, Program as _};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::{Listen, everywhere};
@@ -22,17 +22,17 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("neighbours::are_not_touched", &one, limit, foreign_state);
         suite.add_slow("neighbours::policy_drop", &one, limit, policy_drop);
         suite.add_slow("neighbours::host_socket_was_first", &one, limit, socket_first);
-        suite.add_slow("neighbours::two_agents", &one, limit, two_agents);
         suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
-        suite.add_slow("neighbours::only_declared_ports", &one, limit, declared_only);
-        if renderer != Renderer::IptablesLegacy {
-            suite.add_slow("neighbours::firewall_that_comes_later", &one, limit, firewall_later);
-        }
-        suite.add("neighbours::mark_taken_meanwhile", &one, mark_taken);
         if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
         }
     }
+    suite.add_slow("neighbours::two_agents", &Matrix::pair(), limit, two_agents);
+    suite.add("neighbours::mark_taken_meanwhile", &Matrix::pair(), mark_taken);
+    // These have another topology.
+    suite.add_slow("neighbours::only_declared_ports", &Matrix::pair(), limit, declared_only);
+    let nft = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
+    suite.add_slow("neighbours::firewall_that_comes_later", &nft, limit, firewall_later);
 }
 
 const FOREIGN: &str = "
@@ -360,23 +360,28 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
     let t = cx.topology(&Topology::builder())?;
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
-    m.service("vote").vips(&VIPS)?.port(Proto::Tcp, 80, 8080, Some(30080));
+    let service = m.service("vote").vips(&VIPS)?;
+    for proto in BOTH {
+        service.port(proto, 80, 8080, Some(30080));
+    }
     m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
     m.write()?;
     cx.will_clean(n1);
     n1.serve_as("FIRST", &everywhere(&[30080], false))?;
     let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
     cx.note(&out);
-    let held = "TCP 30080 is held by a socket of this host";
-    ensure!(out.stderr.contains(held), "apply does not speak of the port: {out}");
+    let held = ["TCP", "UDP"].map(|proto| format!("{proto} 30080 is held by a socket of this host"));
+    ensure!(held.iter().all(|h| out.stderr.contains(h)), "apply does not speak of both ports: {out}");
     let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
     cx.note(&show);
-    ensure!(show.stdout.contains(held), "show does not speak of the port: {show}");
+    ensure!(held.iter().all(|h| show.stdout.contains(h)), "show does not speak of both ports: {show}");
     for family in Family::ALL {
-        check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30080), 2)?, "FIRST")?;
-        let local = SocketAddr::new(family.localhost(), 30080);
-        check::only(&n1.connect(Proto::Tcp, local, 2)?, "FIRST")?;
-        check::among(&t.pod("p12").connect(Proto::Tcp, vip(family, 80)?, 4)?, &["p11", "p21"])?;
+        for proto in BOTH {
+            check::only(&t.ext.connect(proto, n1.at(family, 30080), 2)?, "FIRST")?;
+            let local = SocketAddr::new(family.localhost(), 30080);
+            check::only(&n1.connect(proto, local, 2)?, "FIRST")?;
+            check::among(&t.pod("p12").connect(proto, vip(family, 80)?, 4)?, &["p11", "p21"])?;
+        }
     }
     // It goes: the port is ours with the next turn. Then another comes.
     n1.stop_serving("FIRST");
@@ -385,8 +390,10 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
         for family in Family::ALL {
             for dst in [n1.at(family, 30080), SocketAddr::new(family.localhost(), 30080)] {
                 let from = if dst.ip().is_loopback() { &**n1 } else { &t.ext };
-                check::among(&from.connect(Proto::Tcp, dst, 4)?, &["p11", "p21"])
-                    .with_context(|| when.to_owned())?;
+                for proto in BOTH {
+                    check::among(&from.connect(proto, dst, 4)?, &["p11", "p21"])
+                        .with_context(|| when.to_owned())?;
+                }
             }
         }
         Ok(())
@@ -397,10 +404,9 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
     cx.apply_on(n1, &m)?;
     ours("a socket came later, and another turn")?;
     let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
-    ensure!(
-        show.stdout.contains("a socket of this host that came later"),
-        "show does not speak of it: {show}"
-    );
+    let later = "a socket of this host that came later";
+    let told = |proto: &str| show.stdout.lines().any(|l| l.contains(later) && l.contains(proto));
+    ensure!(told("TCP") && told("UDP"), "show does not speak of both: {show}");
     n1.stop_serving("LATER");
     Ok(())
 }
@@ -455,13 +461,23 @@ fn renderer_change(cx: &mut Cx) -> Result<()> {
     cx.apply(&t, &mut m)?;
     works(&t, &BOTH)?;
     let at_first = n1.snapshot()?;
-    let mut loads = Vec::new();
+    let (mut loads, mut flows) = (Vec::new(), Vec::new());
     for family in Family::ALL {
-        let pause = Duration::from_millis(20);
-        let probe = |dst: SocketAddr| Probe { pause, ..Probe::new(Proto::Tcp, dst) };
-        loads.push(("pod to VIP", Load::start(&t.pod("p12").ns, &probe(vip(family, 80)?), 1)));
-        loads.push(("outside to published", Load::start(&t.ext.ns, &probe(n1.at(family, 30080)), 1)));
-        loads.push(("node to VIP", Load::start(&n1.ns, &probe(vip(family, 80)?), 1)));
+        // Slow enough that an emulated machine has time for the change itself.
+        let pause = Duration::from_millis(120);
+        let probe = |proto, dst: SocketAddr| Probe { pause, ..Probe::new(proto, dst) };
+        let (by_vip, published) = (vip(family, 80)?, n1.at(family, 30080));
+        for proto in BOTH {
+            let start = |ns, dst| Load::start(ns, &probe(proto, dst), 1);
+            loads.push((format!("{proto}, pod to VIP"), start(&t.pod("p12").ns, by_vip)));
+            loads.push((format!("{proto}, outside to published"), start(&t.ext.ns, published)));
+        }
+        loads.push(("node to VIP".to_owned(), Load::start(&n1.ns, &probe(Proto::Tcp, by_vip), 1)));
+        // Connections that were there before, some to endpoints of this node and some to those of others.
+        for (what, ns, dst) in [("VIP", &t.pod("p12").ns, by_vip), ("published", &t.ext.ns, published)] {
+            let interval = Duration::from_millis(300);
+            flows.push((what, Flows::start(ns, &probe(Proto::Tcp, dst), 2, interval)?));
+        }
     }
     let start = Instant::now();
     sleep(Duration::from_millis(500));
@@ -487,6 +503,13 @@ fn renderer_change(cx: &mut Cx) -> Result<()> {
         }
     }
     let mut failed = Vec::new();
+    for (what, flow) in flows {
+        for flow in flow.stop()? {
+            if !flow.errors.is_empty() || flow.exchanges < 4 {
+                failed.push(format!("an open connection by {what}: {flow:?}"));
+            }
+        }
+    }
     for (what, load) in loads {
         let report = load.stop()?;
         cx.note(format!("{what}: {} answered, slowest {:?}", report.answered(), report.slowest));

@@ -9,6 +9,7 @@ use super::guard::{BOTH, VIPS, refused, to_nothing, vip, works};
 use super::support::covered;
 use crate::check;
 use crate::client::Probe;
+use crate::ns::COMMAND_LIMIT;
 use crate::program::Meshlb;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Builder, PodNetwork, Topology, Underlay};
@@ -71,10 +72,18 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>)
         None => cx.apply(&t, &mut m)?,
         Some(meshlb) => cx.apply_by(meshlb, &t, &mut m)?,
     }
+    let outer = OuterLinks::watch(&t)?;
     works(&t, &BOTH)?;
     for family in Family::ALL {
         for proto in BOTH {
-            check::even(&t.pod("p11").connect(proto, vip(family, 80)?, 6)?, &t.pod_names())?;
+            let tally = t.pod("p11").connect(proto, vip(family, 80)?, 6)?;
+            check::even(&tally, &t.pod_names())?;
+            // Itself it sees under the node's address, and so it does with its neighbours where bridged packets pass by
+            // netfilter; everybody else sees the pod.
+            let others = t.pods.iter().filter(|p| p.name != "p11" && (meshlb.is_none() || p.node > 1));
+            for pod in others {
+                check::server_saw(&tally, &pod.name, t.pod("p11").ip(family))?;
+            }
             check::even(&t.node(1).connect(proto, vip(family, 80)?, 6)?, &t.pod_names())?;
             let tally = t.ext.connect(proto, t.node(2).at(family, 30080), 6)?;
             check::even(&tally, &t.pod_names())?;
@@ -93,7 +102,55 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>)
     if Proto::Sctp.available() {
         check::even(&t.pod("p11").connect(Proto::Sctp, vip(Family::V4, 80)?, 6)?, &t.pod_names())?;
     }
-    Ok(())
+    outer.unmarked()
+}
+
+/// What leaves the nodes by their outer links is looked at: none of it may have a bit of our marks. What a tunnel puts around
+/// a packet keeps that packet's mark, and IPVS would take it for a service's: on VXLAN that is a kernel panic, elsewhere
+/// nobody notices. A table of ours in each node, for so long as a case sends packets, which its end takes out.
+struct OuterLinks<'a>(&'a Topology);
+
+impl<'a> OuterLinks<'a> {
+    /// To this port a datagram goes that is given a mark after everybody's rules: it shows that marks are counted at all.
+    const CONTROL: u16 = 9;
+    const TABLE: &'static str = "table inet outer-link {
+  counter leaked { }
+  counter control { }
+  chain last {
+    type filter hook postrouting priority 300; policy accept;
+    oifname eth0 udp dport 9 meta mark set meta mark or 0x2abc
+    oifname eth0 udp dport 9 meta mark and 0x3fff != 0 counter name control accept
+    oifname eth0 meta mark and 0x3fff != 0 counter name leaked
+  }
+}
+";
+
+    fn watch(t: &'a Topology) -> Result<OuterLinks<'a>> {
+        for node in &t.nodes {
+            node.ns.run_with(&["nft", "-f", "-"], Self::TABLE, COMMAND_LIMIT)?.ok()?;
+        }
+        Ok(OuterLinks(t))
+    }
+
+    /// Ends it, and demands that none had a mark.
+    fn unmarked(self) -> Result<()> {
+        for node in &self.0.nodes {
+            let other = self.0.node(if node.index == 1 { 2 } else { 1 });
+            let to = other.at(Family::V4, Self::CONTROL);
+            node.probe(&Probe::new(Proto::Udp, to).within(Duration::from_millis(300)))?;
+            let text = node.run(&["nft", "list", "counters", "table", "inet", "outer-link"])?.ok()?.stdout;
+            node.run(&["nft", "delete", "table", "inet", "outer-link"])?.ok()?;
+            let packets = |name: &str| -> Result<u64> {
+                let rest = text.split_once(&format!("counter {name} {{")).context("no counter")?.1;
+                let number = rest.split_whitespace().nth(1).and_then(|n| n.parse().ok());
+                number.with_context(|| format!("no {name} in:\n{text}"))
+            };
+            ensure!(packets("control")? > 0, "a mark is not counted on {}:\n{text}", node.name);
+            let leaked = packets("leaked")?;
+            ensure!(leaked == 0, "{leaked} packets left {} with a mark of ours", node.name);
+        }
+        Ok(())
+    }
 }
 
 /// A kernel without the module, as `meshlb` sees it: bridged packets pass by netfilter, and there is no sysctl to change that.
@@ -135,6 +192,7 @@ fn narrow(cx: &mut Cx) -> Result<()> {
     m.standard(&t, "vote", &VIPS)?;
     m.endpoints("vote", &[t.pod("p11")]);
     cx.apply(&t, &mut m)?;
+    let outer = OuterLinks::watch(&t)?;
     for family in Family::ALL {
         let far = vip(family, 80)?;
         let senders: [(&crate::topology::Host, std::net::SocketAddr, &str); 5] = [
@@ -155,5 +213,5 @@ fn narrow(cx: &mut Cx) -> Result<()> {
             }
         }
     }
-    Ok(())
+    outer.unmarked()
 }

@@ -9,14 +9,15 @@ use serde_json::{Value, json};
 use super::{Cluster, PROTOS, VIPS, publish, serve_from, two_nodes, vip, wait_until, web};
 use crate::check;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::server::everywhere;
 
 pub fn register(suite: &mut Suite) {
     let slow = Duration::from_secs(150);
-    suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::both_renderers(), slow, kept);
-    suite.add("lifecycle::published_port_conflict", &Matrix::both_renderers(), conflict);
-    suite.add("lifecycle::published_port_changes", &Matrix::renderers(), port_changes);
-    suite.add("lifecycle::host_mode", &Matrix::renderers(), host_mode);
-    suite.add("lifecycle::dnsrr_published", &Matrix::both_renderers(), dnsrr);
+    suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::pair(), slow, kept);
+    suite.add("lifecycle::published_port_conflict", &Matrix::pair(), conflict);
+    suite.add("lifecycle::published_port_changes", &Matrix::pair(), port_changes);
+    suite.add("lifecycle::host_mode", &Matrix::pair(), host_mode);
+    suite.add("lifecycle::dnsrr_published", &Matrix::pair(), dnsrr);
 }
 
 /// What a service was given: its addresses and published ports.
@@ -128,10 +129,21 @@ fn conflict(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// Another number: the new one answers, the old one no longer; then none; ranges.
+/// The first number that can be published, the last, one of the node's own sockets at other times, and one of the range.
+const EDGES: [u16; 4] = [1, 80, 65535, 30085];
+
+/// Another number: the new one answers, the old one no longer; then none; ranges; several numbers for one target port.
 fn port_changes(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
         web(t, m, &["p11", "p21"])?;
+        t.nodes.iter().for_each(|n| n.stop_serving(&format!("HOST-{}", n.name)));
+        let edges = m.service("edges");
+        for (port, published) in (80..).zip(EDGES) {
+            for proto in PROTOS {
+                edges.port(proto, port, 8080, Some(published));
+            }
+        }
+        serve_from(t, m, "edges", &["p11", "p22"]);
         let range = m.service("range").port(Proto::Tcp, 9000, 9000, None).port(Proto::Udp, 9000, 9000, None);
         for port in &mut range.ports {
             port.more.insert("endPort".to_owned(), json!(9001));
@@ -149,6 +161,10 @@ fn port_changes(cx: &mut Cx) -> Result<()> {
                 check::even(&c.t.pod("p11").connect(proto, to, 4)?, &["p12", "p22"])?;
             }
             check::even(&c.t.ext.connect(proto, c.t.node(1).at(family, 9001), 4)?, &["p12", "p22"])?;
+            for published in EDGES {
+                let tally = c.t.ext.connect(proto, c.t.node(2).at(family, published), 2)?;
+                check::even(&tally, &["p11", "p22"]).with_context(|| format!("published as {published}"))?;
+            }
             let beyond = SocketAddr::new(family.pick("10.200.0.6", "fd00:200::6").parse()?, 9002);
             check::refused(&c.t.pod("p11").connect(proto, beyond, 1)?)?;
             check::even(&c.t.ext.connect(proto, c.t.node(1).at(family, 30080), 4)?, &["p11", "p21"])?;
@@ -171,6 +187,20 @@ fn port_changes(cx: &mut Cx) -> Result<()> {
     for proto in PROTOS {
         check::refused(&c.t.ext.connect(proto, c.t.node(1).at(Family::V4, 30081), 1)?)?;
         check::even(&c.t.pod("p12").connect(proto, vip(Family::V6, 80)?, 4)?, &["p11", "p21"])?;
+    }
+    // Of two numbers for one target, one goes.
+    c.change(|_, m| {
+        m.service("edges").ports.retain(|p| p.publish != Some(80));
+        Ok(())
+    })?;
+    for node in &c.t.nodes {
+        let listen = everywhere(&[22, 80, 8080], Proto::Sctp.available());
+        node.serve_as(&format!("HOST-{}", node.name), &listen)?;
+    }
+    for proto in PROTOS {
+        let n2 = c.t.node(2);
+        check::only(&c.t.ext.connect(proto, n2.at(Family::V4, 80), 2)?, "HOST-n2")?;
+        check::even(&c.t.ext.connect(proto, n2.at(Family::V4, 30085), 2)?, &["p11", "p22"])?;
     }
     c.in_sync()
 }
