@@ -15,7 +15,7 @@ setup: ## what building and testing need, from Debian and PyPI (nothing the seco
 build: setup ## the meshlb binary
 	cargo build --release --locked
 
-lint: setup ## formatting, clippy, dependencies (if cargo-deny is installed)
+lint: setup ## formatting, clippy, scripts, dependencies (these if cargo-deny is installed)
 	@.ci/run lint
 
 fmt: ## formats the sources

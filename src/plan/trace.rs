@@ -145,11 +145,11 @@ impl<'a> View<'a> {
         let family = Family::of(&packet.to.addr);
         let program = self.program.and_then(|program| program.families.get(family));
         let range = self.routes.get(family).map(|route| route.range);
-        let for_vip = packet.from != From::Loopback
+        let asks_vip = packet.from != From::Loopback
             && (range.is_some_and(|range| range.contains(&packet.to.addr))
                 || program.is_some_and(|p| p.range.contains(&packet.to.addr)));
-        if for_vip {
-            return self.to_vip(packet, family, program);
+        if asks_vip {
+            return self.for_vip(packet, family, program);
         }
         let Some(program) = program else { return Fate::NotOurs };
         let published = match packet.from {
@@ -159,19 +159,19 @@ impl<'a> View<'a> {
         let Some(mark) = self.mark(&published) else { return Fate::NotOurs };
         match packet.from {
             // Marked where it leaves, by its port.
-            From::Node | From::Loopback => self.to_mark(packet, family, mark, true),
+            From::Node | From::Loopback => self.by_mark(packet, family, mark, true),
             // Sent to the ingress address, which leads on as a VIP does.
             From::Pod(_) | From::Outside => {
                 let to = Target { addr: program.ingress, ..packet.to };
                 match self.mark(&Element::Vip(to)) {
-                    Some(mark) => self.to_mark(packet, family, mark, true),
+                    Some(mark) => self.by_mark(packet, family, mark, true),
                     None => Fate::Refused(Refusal::NoEntry),
                 }
             }
         }
     }
 
-    fn to_vip(&self, packet: Packet, family: Family, program: Option<&FamilyProgram>) -> Fate {
+    fn for_vip(&self, packet: Packet, family: Family, program: Option<&FamilyProgram>) -> Fate {
         if self.routes.get(family).is_none() {
             return Fate::NoRoute;
         }
@@ -181,14 +181,14 @@ impl<'a> View<'a> {
         match self.mark(&Element::Vip(packet.to)) {
             Some(mark) => {
                 let elsewhere = matches!(packet.from, From::Node | From::Outside);
-                self.to_mark(packet, family, mark, elsewhere)
+                self.by_mark(packet, family, mark, elsewhere)
             }
             None => Fate::Refused(Refusal::NoEntry),
         }
     }
 
     /// `foreign`: a remote endpoint would not answer this client by way of this node.
-    fn to_mark(&self, packet: Packet, family: Family, mark: Mark, foreign: bool) -> Fate {
+    fn by_mark(&self, packet: Packet, family: Family, mark: Mark, foreign: bool) -> Fate {
         let key = VirtualServerKey { family, mark };
         let Some(server) = self.servers.get(&key) else { return Fate::Refused(Refusal::NoServer(mark)) };
         let taking = server.reals.iter().filter(|(_, config)| config.weight > 0);

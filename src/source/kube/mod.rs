@@ -138,8 +138,8 @@ impl Watch {
 
 /// What a watch says.
 enum Said {
-    Object(Kind, watcher::Event<DynamicObject>),
-    Node(watcher::Event<Node>),
+    Object(Kind, Box<watcher::Event<DynamicObject>>),
+    Node(Box<watcher::Event<Node>>),
     Failed(Watch, watcher::Error),
 }
 
@@ -187,12 +187,12 @@ impl Follower {
             match said {
                 Said::Object(kind, event) => {
                     // It says that it begins before it has asked.
-                    if !matches!(event, watcher::Event::Init) {
+                    if !matches!(*event, watcher::Event::Init) {
                         self.broken.remove(&Watch::Objects(kind));
                     }
-                    self.feed.take(kind, event, &mut events);
+                    self.feed.take(kind, *event, &mut events);
                 }
-                Said::Node(event) => self.take_node(event)?,
+                Said::Node(event) => self.take_node(*event)?,
                 Said::Failed(watch, error) => {
                     if let Some(message) = why(&self.url, watch, &error) {
                         self.broken.insert(watch, (message, seen));
@@ -276,7 +276,7 @@ fn objects(client: Client, kind: Kind) -> impl Stream<Item = Said> {
     let mut config = watcher::Config::default().page_size(PAGE);
     config.label_selector = selector(kind).map(Into::into);
     watcher(api, config).backoff(pause()).map(move |said| match said {
-        Ok(event) => Said::Object(kind, event),
+        Ok(event) => Said::Object(kind, Box::new(event)),
         Err(e) => Said::Failed(Watch::Objects(kind), e),
     })
 }
@@ -284,7 +284,7 @@ fn objects(client: Client, kind: Kind) -> impl Stream<Item = Said> {
 fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
     let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
     watcher(Api::<Node>::all(client), config).backoff(pause()).map(|said| match said {
-        Ok(event) => Said::Node(event),
+        Ok(event) => Said::Node(Box::new(event)),
         Err(e) => Said::Failed(Watch::Node, e),
     })
 }

@@ -175,9 +175,16 @@ fn deletions(cx: &mut Cx) -> Result<()> {
         let result = check_refused(&t, cx.renderer(), what);
         result.with_context(|| what.to_owned())?;
         cx.note(format!("{what}: refused"));
+        // Without services it is another case.
+        if !script.contains("ipvsadm") {
+            sh(cx, t.node(1), FOREIGN_BIT)?;
+            let result = check_refused(&t, cx.renderer(), what);
+            result.with_context(|| format!("{what}, and a foreign bit"))?;
+            sh(cx, t.node(1), FOREIGN_BIT_GONE)?;
+        }
         // The socket is there all the time, and does not get the port for that.
         cx.apply_on(t.node(1), &m)?;
-        works(&t, &BOTH).with_context(|| format!("{what}, put back"))?;
+        works(&t, &[Proto::Tcp]).with_context(|| format!("{what}, put back"))?;
     }
     works(&t, &BOTH).context("after the last apply")?;
     t.node(1).stop_serving(LATE);
@@ -204,6 +211,54 @@ fn check_refused(t: &Topology, renderer: Renderer, what: &str) -> Result<()> {
     refused(&jobs)
 }
 
+/// A bit outside our field on every packet, before and after our own rules; `iptables -F` leaves it there.
+const FOREIGN_BIT: &str = "nft -f - <<'X'
+table inet foreign {
+  chain first { type filter hook prerouting priority -302; meta mark set meta mark or 0x10000; }
+  chain in { type filter hook input priority 80; meta mark set meta mark or 0x10000; }
+  chain out { type filter hook output priority -302; meta mark set meta mark or 0x10000; }
+  chain last { type filter hook output priority -101; meta mark set meta mark or 0x10000; }
+}
+X";
+const FOREIGN_BIT_GONE: &str = "nft delete table inet foreign";
+
+/// One of each kind that goes alone. The service is that of the port of TCP, which has the first mark.
+fn singles(renderer: Renderer) -> [(&'static str, String); 4] {
+    let (entry, rule, nat) = if renderer == Renderer::Nftables {
+        (
+            "nft delete element inet meshlb vips-4 '{ 10.200.0.5 . tcp . 80 }'",
+            "nft -a list chain inet meshlb in | sed -n 's/^[[:space:]][[:space:]].* # handle \\([0-9]*\\)$/\\1/p' | head -1 |
+               xargs nft delete rule inet meshlb in handle",
+            "nft flush chain inet meshlb vip-first",
+        )
+    } else {
+        (
+            "ipset del meshlb-vips-4 10.200.0.5,tcp:80",
+            "iptables -t mangle -D MESHLB-INPUT 1; ip6tables -t mangle -D MESHLB-INPUT 1",
+            "iptables -t nat -F; ip6tables -t nat -F",
+        )
+    };
+    [
+        ("one service", "ipvsadm -D -f 256".to_owned()),
+        ("one entry", entry.to_owned()),
+        ("one rule", rule.to_owned()),
+        ("nat alone", nat.to_owned()),
+    ]
+}
+
+/// Whoever answers, it is no socket of the node.
+fn no_host_socket(t: &Topology) -> Result<usize> {
+    let mut jobs = to_service(t, &BOTH)?;
+    jobs.extend(to_nothing(t)?);
+    let short = Duration::from_millis(800);
+    let jobs: Vec<_> = jobs.into_iter().map(|(h, p)| (h, p.within(short))).collect();
+    let tallies = ask(&jobs)?;
+    for tally in &tallies {
+        ensure!(tally.servers.keys().all(|s| !s.starts_with("HOST")), "a host socket answered: {tally}");
+    }
+    Ok(tallies.iter().filter(|t| t.answered() > 0).count())
+}
+
 /// Bits that others add to the mark.
 fn foreign_marks(cx: &mut Cx) -> Result<()> {
     let (t, m) = set_up(cx)?;
@@ -224,6 +279,17 @@ fn foreign_marks(cx: &mut Cx) -> Result<()> {
     refused(&jobs).context("a foreign bit, services deleted")?;
     cx.apply_on(n1, &m)?;
     sh(cx, n1, &format!("{0}; {0}", with(chains, "-D", mark)))?;
+    sh(cx, n1, FOREIGN_BIT)?;
+    let whole = no_host_socket(&t)?;
+    for (what, script) in singles(cx.renderer()) {
+        sh(cx, n1, &script).context(what)?;
+        let answered = no_host_socket(&t).with_context(|| format!("{what} deleted, and a foreign bit"))?;
+        cx.note(format!("{what} deleted: {answered} of {whole} answered"));
+        // The first rule may be one that others do the work of.
+        ensure!(what == "one rule" || answered < whole, "{what} deleted, and nobody notices");
+        cx.apply_on(n1, &m)?;
+    }
+    sh(cx, n1, FOREIGN_BIT_GONE)?;
     // Inside our field, on ports without a service; a service has the mark 0x100.
     let services = n1.ns.proc_net("ip_vs")?;
     ensure!(services.contains("00000100"), "no service has mark 0x100 here:\n{services}");
