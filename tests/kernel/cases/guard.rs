@@ -172,13 +172,13 @@ fn deletions(cx: &mut Cx) -> Result<()> {
     let (t, m) = set_up(cx)?;
     for (what, script) in scripts(cx.renderer()) {
         sh(cx, t.node(1), &script).context(what)?;
-        let result = check_refused(&t, cx.renderer(), what);
+        let result = check_refused(&t, cx.renderer(), what, &BOTH);
         result.with_context(|| what.to_owned())?;
         cx.note(format!("{what}: refused"));
         // Without services it is another case.
         if !script.contains("ipvsadm") {
             sh(cx, t.node(1), FOREIGN_BIT)?;
-            let result = check_refused(&t, cx.renderer(), what);
+            let result = check_refused(&t, cx.renderer(), what, &[Proto::Tcp]);
             result.with_context(|| format!("{what}, and a foreign bit"))?;
             sh(cx, t.node(1), FOREIGN_BIT_GONE)?;
         }
@@ -191,8 +191,8 @@ fn deletions(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
-fn check_refused(t: &Topology, renderer: Renderer, what: &str) -> Result<()> {
-    let mut jobs = to_service(t, &BOTH)?;
+fn check_refused(t: &Topology, renderer: Renderer, what: &str, protos: &[Proto]) -> Result<()> {
+    let mut jobs = to_service(t, protos)?;
     // What 127.0.0.1 needs is in chains and maps of the nft table that these scripts leave alone.
     let loopback_is_whole = match what {
         "mark rules flushed" | "all rules flushed" => true,
@@ -246,9 +246,9 @@ fn singles(renderer: Renderer) -> [(&'static str, String); 4] {
     ]
 }
 
-/// Whoever answers, it is no socket of the node.
+/// Whoever answers, it is no socket of the node. With the number of answers.
 fn no_host_socket(t: &Topology) -> Result<usize> {
-    let mut jobs = to_service(t, &BOTH)?;
+    let mut jobs = to_service(t, &[Proto::Tcp])?;
     jobs.extend(to_nothing(t)?);
     let short = Duration::from_millis(800);
     let jobs: Vec<_> = jobs.into_iter().map(|(h, p)| (h, p.within(short))).collect();
