@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 /// Where looking is cheap, healing takes no longer than this and a turn.
 const INTERVAL: Duration = Duration::from_secs(3);
-/// On a host with many rules a look costs more, so it is rarer: never more than a twentieth of a core.
-const REST: u32 = 20;
+/// On a host with many rules a look costs more, so it is rarer: never more than a tenth of a core.
+const REST: u32 = 10;
 
 /// When the old tables were looked at, and what that cost.
 #[derive(Debug, Default)]

@@ -121,12 +121,14 @@ fn heals(cx: &mut Cx) -> Result<()> {
             sleep(Duration::from_millis(30));
         }
         let seen = start.elapsed();
-        // Healed is what is as it was, in the tables and for packets.
+        // Healed is what is as it was, in the tables and for packets. Looking takes up to two seconds here, which are not the
+        // agent's: what counts is when the look began that finds all of it well.
         let took = loop {
+            let began = start.elapsed();
             let diff = before.diff(&n1.snapshot()?);
             let working = if diff.is_empty() { works(&t, &[Proto::Tcp]) } else { Ok(()) };
             match working {
-                Ok(()) if diff.is_empty() => break start.elapsed(),
+                Ok(()) if diff.is_empty() => break began,
                 _ if start.elapsed() < Duration::from_secs(25) => sleep(Duration::from_millis(50)),
                 Ok(()) => bail!("{what}: seen after {seen:?}, but not as before:\n{}", diff.join("\n")),
                 Err(e) => return Err(e.context(format!("{what}: seen after {seen:?}, but not healed"))),
