@@ -369,3 +369,55 @@ fn scalar(value: &serde_json::Value) -> String {
         other => other.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use crate::cli::Cli;
+
+    /// What a command line is refused with; empty for one that is right.
+    fn refused(flags: &[&str]) -> String {
+        let line = ["meshlb", "--node", "n1"].iter().chain(flags).chain(&["show"]);
+        match Cli::try_parse_from(line) {
+            Ok(cli) => cli.options.settings().err().map_or_else(String::new, |e| e.to_string()),
+            Err(e) => e.to_string().lines().next().unwrap_or_default().to_owned(),
+        }
+    }
+
+    #[test]
+    fn ranges_that_cut_a_node_off_are_refused() {
+        for (cidr, why) in [
+            ("10.200.0.0/16,10.201.0.0/16", "two IPv4 ranges; give at most one per family"),
+            ("10.200.0.0/31", "too small or too large"),
+            ("0.0.0.0/0", "too small or too large"),
+            ("127.0.0.0/8", "not a range for virtual IPs"),
+            ("169.254.0.0/16", "not a range for virtual IPs"),
+            ("224.0.0.0/8", "not a range for virtual IPs"),
+            ("fe80::/64", "not a range for virtual IPs"),
+            ("192.168.0.0/16", "holds this node's own address 192.168.50.1"),
+        ] {
+            let said = refused(&["--node-ip", "192.168.50.1", "--vip-cidr", cidr]);
+            assert!(said.starts_with("--vip-cidr") && said.contains(why), "{cidr}: {said}");
+        }
+        assert_eq!(refused(&["--node-ip", "192.168.50.1,fd00:50::1", "--vip-cidr", "10.9.0.0/16"]), "");
+    }
+
+    #[test]
+    fn every_flag_that_is_wrong_is_named() {
+        for (flags, why) in [
+            (["--node-ip", "10.0.0.1,10.0.0.2"], "--node-ip: two IPv4 addresses"),
+            (["--mark-mask", "0xff"], "--mark-mask"),
+            (["--mark-mask", "0x5555"], "--mark-mask"),
+            (["--ipvs-timeouts", "0,1,2"], "--ipvs-timeouts"),
+            (["--metrics-listen", "nowhere"], "--metrics-listen"),
+            (["--resync", "0"], "--resync"),
+            (["--publish-range", "5-1"], "--publish-range"),
+            (["--publish-reserved", "70000"], "--publish-reserved"),
+        ] {
+            let said = refused(&flags);
+            assert!(said.contains(why), "{flags:?}: {said}");
+        }
+        assert_eq!(refused(&["--ipvs-timeouts", "keep", "--metrics-listen", "off"]), "");
+    }
+}
