@@ -130,11 +130,11 @@ pub fn published(
     if missing_range(service, config).is_some() {
         return None;
     }
-    let granted = service.granted.as_ref();
-    if granted.is_some_and(|granted| !granted.published.contains_key(&port.id())) {
-        return None;
-    }
-    if let Some(first) = granted.map_or(publish.port, |granted| granted.published.get(&port.id()).copied()) {
+    let firm = match &service.granted {
+        Some(granted) => Some(*granted.published.get(&port.id())?),
+        None => publish.port,
+    };
+    if let Some(first) = firm {
         return Some(Want::Explicit { first: first.into(), count: port.span().max(1).into() });
     }
     let id = port.id();

@@ -30,5 +30,7 @@ pub use validate::{parse_endpoint_slice, parse_mesh_service};
 pub const API_VERSION: &str = "meshlb.dev/v1alpha1";
 /// `kind` of a service.
 pub const KIND: &str = "MeshService";
+/// `apiVersion` of the EndpointSlices that are read.
+pub const SLICE_API_VERSION: &str = "discovery.k8s.io/v1";
 /// Label of an EndpointSlice that names the service it belongs to.
 pub const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";

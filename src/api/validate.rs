@@ -7,7 +7,7 @@ use kube::core::cel::{CompiledSchema, compile_schema, validate_compiled};
 use serde_json::{Value, json};
 
 use super::{
-    API_VERSION, KIND,
+    API_VERSION, KIND, SLICE_API_VERSION,
     error::{FieldError, Reason},
     quick, schemas, structural,
     v1alpha1::MeshService,
@@ -48,7 +48,7 @@ fn broken_rules(value: &Value) -> Vec<FieldError> {
 /// # Errors
 /// Everything that is wrong with it.
 pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<FieldError>> {
-    let mut errors = expect_type(&value, "discovery.k8s.io/v1", "EndpointSlice");
+    let mut errors = expect_type(&value, SLICE_API_VERSION, "EndpointSlice");
     // A list that is null or absent is an empty one in Go.
     if let Some(map) = value.as_object_mut() {
         let endpoints = map.entry("endpoints").or_insert_with(|| json!([]));

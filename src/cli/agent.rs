@@ -96,8 +96,7 @@ fn watch(options: &Options, source: &Origin, config: NodeConfig) -> Result<Recei
     match source {
         Origin::Folder(dir) => drop(source::watch::watch(dir, config, sender)?),
         Origin::Kube => {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let access = runtime.block_on(source::kube::config(options.kubeconfig.as_deref()))?;
+            let access = source::kube::config(options.kubeconfig.as_deref())?;
             // Who gives addresses does not want others.
             source::kube::watch(access, config, options.node_ip.is_empty(), sender)?;
         }

@@ -18,7 +18,7 @@ use crate::{
     },
     plan::{
         Observed,
-        trace::{From, Packet, View},
+        trace::{self, From, View},
     },
     reconcile::Engine,
 };
@@ -344,25 +344,27 @@ fn packets(
     let Some(view) = View::observed(observed, engine.merged().state().program.as_ref()) else {
         return Vec::new();
     };
-    // An address that no endpoint has.
-    let stranger = match key.family {
-        Family::V4 => IpAddr::from([192, 0, 2, 1]),
-        Family::V6 => IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, 1]),
-    };
     let mut out = Vec::new();
     for scope in scopes {
         let leading =
             service.elements.iter().filter(|(e, mark)| **mark == Some(key.mark) && e.family() == key.family);
-        let target = leading.into_iter().find_map(|(element, _)| match (scope, element) {
-            (Scope::Vip, Element::Vip(to)) if service.vips.get(key.family) == Some(&to.addr) => Some(*to),
-            (Scope::Ingress, Element::Published(to)) => Some(*to),
-            _ => None,
+        let entry = leading.map(|(element, _)| *element).find(|element| match (scope, element) {
+            (Scope::Vip, Element::Vip(to)) => service.vips.get(key.family) == Some(&to.addr),
+            (Scope::Ingress, Element::Published(_)) => true,
+            _ => false,
         });
-        let Some(to) = target else { continue };
-        for (name, from) in [("pod", From::Pod(stranger)), ("outside", From::Outside)] {
-            let fate = view.trace(Packet { from, to }).to_string();
-            let to = format!("{} {}", std::net::SocketAddr::new(to.addr, to.port), to.protocol);
-            out.push(PacketReport { scope: *scope, from: name, to, fate });
+        for packet in entry.iter().flat_map(trace::packets) {
+            let from = match packet.from {
+                From::Pod(_) => "pod",
+                From::Outside => "outside",
+                From::Node | From::Loopback => continue,
+            };
+            let to = format!(
+                "{} {}",
+                std::net::SocketAddr::new(packet.to.addr, packet.to.port),
+                packet.to.protocol
+            );
+            out.push(PacketReport { scope: *scope, from, to, fate: view.trace(packet).to_string() });
         }
     }
     out

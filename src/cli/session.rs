@@ -336,10 +336,10 @@ fn load(options: &Options, source: &Origin, config: &NodeConfig) -> Result<Loade
         Origin::Folder(dir) => {
             source::load(dir, Some(config)).map_err(|problem| anyhow::anyhow!("{problem}"))
         }
-        Origin::Kube => tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-            let access = source::kube::config(options.kubeconfig.as_deref()).await?;
-            source::kube::load(access, config.clone()).await
-        }),
+        Origin::Kube => {
+            let access = source::kube::config(options.kubeconfig.as_deref())?;
+            source::kube::load(access, config.clone())
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use super::{
     service::{
         FamilyPolicy, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort, TrafficPolicy,
     },
+    snapshot::Event,
 };
 
 /// Service `default/NAME`, mode VIP, IPv4, without ports.
@@ -96,5 +97,15 @@ pub fn facts() -> NodeFacts {
         published_addresses: [v4, v6].into(),
         all_addresses: [v4, v6, "127.0.0.1".parse().expect("an address")].into(),
         uplinks: ["eth0".to_owned()].into(),
+    }
+}
+
+/// An event in a word, for comparisons.
+pub fn brief(event: &Event) -> String {
+    match event {
+        Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
+        Event::ServiceGone(key) => format!("-{}", key.name),
+        Event::Slice(s) => format!("slice {}", s.key.name),
+        Event::SliceGone(key) => format!("-slice {}", key.name),
     }
 }

@@ -35,6 +35,19 @@ pub struct Loaded {
 }
 
 impl Loaded {
+    /// What a first read has told.
+    pub(super) fn new(events: Vec<Event>, problems: Vec<Problem>) -> Self {
+        let mut loaded = Self { problems, ..Self::default() };
+        for event in events {
+            match event {
+                Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
+                Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
+                Event::ServiceGone(_) | Event::SliceGone(_) => {}
+            }
+        }
+        loaded
+    }
+
     /// Whether the folder is known to its last object. If not, what is missing here may be meant to exist.
     pub fn is_complete(&self) -> bool {
         self.problems.iter().all(|p| p.severity < Severity::Error)
@@ -59,16 +72,7 @@ pub fn load(dir: &Path, config: Option<&NodeConfig>) -> Result<Loaded, Problem> 
     for (name, parsed) in read_all(dir, &names, config) {
         store.replace(name, parsed);
     }
-    let mut loaded = Loaded::default();
-    for event in store.take_events() {
-        match event {
-            Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
-            Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
-            Event::ServiceGone(_) | Event::SliceGone(_) => {}
-        }
-    }
-    loaded.problems = store.problems(dir);
-    Ok(loaded)
+    Ok(Loaded::new(store.take_events(), store.problems(dir)))
 }
 
 /// The problem of a folder or file that can't be read.

@@ -45,7 +45,7 @@ impl Kind {
     pub fn api_version(self) -> &'static str {
         match self {
             Self::Service => api::API_VERSION,
-            Self::Slice => "discovery.k8s.io/v1",
+            Self::Slice => api::SLICE_API_VERSION,
         }
     }
 }

@@ -151,7 +151,7 @@ impl Store {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::files::parse_text;
+    use crate::{model::fixtures::brief, source::files::parse_text};
 
     fn service(name: &str, port: u32) -> String {
         format!(
@@ -165,13 +165,7 @@ mod tests {
     }
 
     fn events(store: &mut Store) -> Vec<String> {
-        let show = |e: Event| match e {
-            Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
-            Event::ServiceGone(key) => format!("-{}", key.name),
-            Event::Slice(s) => format!("slice {}", s.key.name),
-            Event::SliceGone(key) => format!("-slice {}", key.name),
-        };
-        store.take_events().into_iter().map(show).collect()
+        store.take_events().iter().map(brief).collect()
     }
 
     fn problems(store: &Store) -> Vec<String> {

@@ -558,10 +558,7 @@ impl Netfilter for Iptables {
                     }
                 }
                 Variant::Legacy => {
-                    let saved = self
-                        .legacy
-                        .look(|| Family::ALL.map(|family| (family, Variant::Legacy.saved(family))));
-                    for (family, saved) in saved {
+                    for (family, saved) in self.legacy.look() {
                         parts.extend(save_parts(family, &saved?));
                     }
                 }

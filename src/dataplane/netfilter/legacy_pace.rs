@@ -2,6 +2,9 @@
 
 use std::time::{Duration, Instant};
 
+use super::{rules_iptables::Saved, xtables::Variant};
+use crate::{dataplane::Error, model::ids::Family};
+
 /// Where looking is cheap, healing takes no longer than this and a turn.
 const INTERVAL: Duration = Duration::from_secs(3);
 /// On a host with many rules a look costs more, so it is rarer: never more than a tenth of a core.
@@ -26,10 +29,10 @@ impl LegacyPace {
         self.last = Some(Instant::now());
     }
 
-    /// Looks at them, and remembers what that cost.
-    pub(super) fn look<T>(&mut self, look: impl FnOnce() -> T) -> T {
+    /// Reads the rules of both families, and remembers what that cost.
+    pub(super) fn look(&mut self) -> [(Family, Result<Saved, Error>); 2] {
         let before = children_cpu();
-        let found = look();
+        let found = Family::ALL.map(|family| (family, Variant::Legacy.saved(family)));
         self.cost = children_cpu().saturating_sub(before);
         self.looked();
         found

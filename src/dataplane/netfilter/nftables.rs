@@ -318,9 +318,7 @@ impl Netfilter for Nftables {
             let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
             let mut parts = Parts::new();
             let mut blocks = false;
-            let saved =
-                self.legacy.look(|| Family::ALL.map(|family| (family, Variant::Legacy.saved(family))));
-            for (family, saved) in saved {
+            for (family, saved) in self.legacy.look() {
                 let saved = saved?;
                 blocks |= accept::blocks(&saved);
                 let ours =

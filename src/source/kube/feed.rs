@@ -148,7 +148,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::fixtures::config;
+    use crate::model::fixtures::{brief, config};
 
     fn object(value: Value) -> DynamicObject {
         serde_json::from_value(value).unwrap()
@@ -173,13 +173,7 @@ mod tests {
     fn take(feed: &mut Feed, kind: Kind, said: Vec<Watched<DynamicObject>>) -> Vec<String> {
         let mut events = Vec::new();
         said.into_iter().for_each(|said| feed.take(kind, said, &mut events));
-        let text = |event: &Event| match event {
-            Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
-            Event::ServiceGone(key) => format!("-{}", key.name),
-            Event::Slice(s) => format!("slice {}", s.key.name),
-            Event::SliceGone(key) => format!("-slice {}", key.name),
-        };
-        events.iter().map(text).collect()
+        events.iter().map(brief).collect()
     }
 
     fn listed(objects: Vec<DynamicObject>) -> Vec<Watched<DynamicObject>> {

@@ -37,7 +37,6 @@ use crate::{
     model::{
         ids::{Family, PerFamily},
         node::NodeConfig,
-        snapshot::Event,
     },
 };
 use feed::{Feed, KINDS};
@@ -58,7 +57,15 @@ const PAGE: u32 = 500;
 ///
 /// # Errors
 /// What is missing or wrong, in one line.
-pub async fn config(kubeconfig: Option<&Path>) -> Result<Config> {
+pub fn config(kubeconfig: Option<&Path>) -> Result<Config> {
+    runtime()?.block_on(find_config(kubeconfig))
+}
+
+fn runtime() -> io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
+async fn find_config(kubeconfig: Option<&Path>) -> Result<Config> {
     let mut config = match kubeconfig {
         Some(file) => {
             let about = || format!("--kubeconfig {}", file.display());
@@ -92,7 +99,7 @@ pub fn watch(
     watch_node: bool,
     sender: Sender<SourceMessage>,
 ) -> io::Result<JoinHandle<()>> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = runtime()?;
     std::thread::Builder::new().name("kube".into()).spawn(move || {
         runtime.block_on(async {
             let url = access.cluster_url.to_string();
@@ -352,7 +359,11 @@ fn chain(error: &dyn std::error::Error) -> String {
 ///
 /// # Errors
 /// The API server can't be asked, in one line.
-pub async fn load(access: Config, config: NodeConfig) -> Result<Loaded> {
+pub fn load(access: Config, config: NodeConfig) -> Result<Loaded> {
+    runtime()?.block_on(list_all(access, config))
+}
+
+async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
     let url = access.cluster_url.to_string();
     let client = Client::try_from(access).with_context(|| format!("API server {url}"))?;
     let mut feed = Feed::new(config);
@@ -378,14 +389,5 @@ pub async fn load(access: Config, config: NodeConfig) -> Result<Loaded> {
             }
         }
     }
-    let mut loaded = Loaded::default();
-    for event in events {
-        match event {
-            Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
-            Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
-            Event::ServiceGone(_) | Event::SliceGone(_) => {}
-        }
-    }
-    loaded.problems = feed.problems().cloned().collect();
-    Ok(loaded)
+    Ok(Loaded::new(events, feed.problems().cloned().collect()))
 }

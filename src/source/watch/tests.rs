@@ -1,7 +1,7 @@
 use std::sync::mpsc;
 
 use super::*;
-use crate::model::{ids::PerFamily, node::MarkMask, snapshot::Event};
+use crate::model::{fixtures::brief, ids::PerFamily, node::MarkMask};
 
 const TIMING: Timing = Timing {
     settle: Duration::from_millis(20),
@@ -53,17 +53,7 @@ impl Watched {
                 Some(vec!["problems".into()])
             }
             SourceMessage::NodeAddresses(_) => None,
-            SourceMessage::Events(events, _) => Some(
-                events
-                    .into_iter()
-                    .map(|e| match e {
-                        Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
-                        Event::ServiceGone(key) => format!("-{}", key.name),
-                        Event::Slice(s) => format!("slice {}", s.key.name),
-                        Event::SliceGone(key) => format!("-slice {}", key.name),
-                    })
-                    .collect(),
-            ),
+            SourceMessage::Events(events, _) => Some(events.iter().map(brief).collect()),
         }
     }
 

@@ -45,8 +45,7 @@ impl Told {
             reserved: vec![],
             mask: MarkMask::default(),
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let access = runtime.block_on(kube::config(Some(kubeconfig)))?;
+        let access = kube::config(Some(kubeconfig))?;
         let (sender, messages) = channel();
         kube::watch(access, config, node.is_some(), sender)?;
         Ok(Told { messages, events: Vec::new(), problems: Vec::new(), addresses: None, synced: false })
@@ -138,12 +137,18 @@ fn apply(cluster: &Cluster, text: &str) -> Result<()> {
     cluster.kubectl(&["apply", "-f", "-"], text)?.good().map(|_| ())
 }
 
-fn changes(cluster: &Cluster) -> Result<()> {
+/// `web` with one endpoint in a namespace of the case's own, and a source that has told of it.
+fn web_is_known(cluster: &Cluster, namespace_name: &str) -> Result<Told> {
     cluster.install_crds()?;
-    namespace(cluster, "changes")?;
-    apply(cluster, &(web("changes", 80) + &slice("changes", &["10.244.1.1"])))?;
+    namespace(cluster, namespace_name)?;
+    apply(cluster, &(web(namespace_name, 80) + &slice(namespace_name, &["10.244.1.1"])))?;
     let mut told = Told::begin(&cluster.kubeconfig(), None)?;
     told.until("synced", PATIENCE, |t| t.synced)?;
+    Ok(told)
+}
+
+fn changes(cluster: &Cluster) -> Result<()> {
+    let mut told = web_is_known(cluster, "changes")?;
     for event in ["changes/web:80 no VIP", "slice changes/web-1 1"] {
         ensure!(told.events.iter().any(|e| e == event), "no {event}: {:?}", told.events);
     }
@@ -164,11 +169,7 @@ fn changes(cluster: &Cluster) -> Result<()> {
 }
 
 fn goes_and_comes_back(cluster: &Cluster) -> Result<()> {
-    cluster.install_crds()?;
-    namespace(cluster, "outage")?;
-    apply(cluster, &(web("outage", 80) + &slice("outage", &["10.244.1.1"])))?;
-    let mut told = Told::begin(&cluster.kubeconfig(), None)?;
-    told.until("synced", PATIENCE, |t| t.synced)?;
+    let mut told = web_is_known(cluster, "outage")?;
     told.events.clear();
     cluster.hold("kube-apiserver", true)?;
     let noticed = told.until("told that it can't be reached", PATIENCE, |t| t.says("can't be reached"));
