@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-unit test-kernel test-cluster demo bench vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster demo bench vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ fmt: ## formats the sources
 
 test: setup ## all tests: units here, kernel tests here or in a VM
 	@.ci/run unit kernel
+
+test-full: setup ## the same, every kernel case with both flavours of iptables, and the control plane
+	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel
+	@tests/cluster/run.sh
 
 test-unit: setup ## the tests that need no kernel
 	@.ci/run unit

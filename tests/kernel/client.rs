@@ -30,8 +30,10 @@ pub struct Probe {
     pub timeout: Duration,
     /// The source address.
     pub bind: Option<IpAddr>,
-    /// The source port. Such connections end with a reset, so that the next one can have the port.
+    /// The source port.
     pub source_port: Option<u16>,
+    /// TCP: ends with a reset, so that the next one to the same place can have the source port.
+    pub reset: bool,
     /// Bytes that are sent, and must come back.
     pub payload: usize,
     /// The pause between two.
@@ -53,6 +55,7 @@ impl Probe {
             timeout: Duration::from_secs(5),
             bind: None,
             source_port: None,
+            reset: false,
             payload: 0,
             pause: Duration::ZERO,
             tries: 1,
@@ -72,9 +75,16 @@ impl Probe {
         self
     }
 
-    /// From this port.
+    /// From this port; TCP ends with a reset.
     pub fn bound_port(mut self, port: u16) -> Probe {
         self.source_port = Some(port);
+        self.reset = true;
+        self
+    }
+
+    /// TCP: closed as usual, from a given source port too.
+    pub fn closed(mut self) -> Probe {
+        self.reset = false;
         self
     }
 
@@ -114,14 +124,13 @@ impl Probe {
         let any: IpAddr = if self.dst.is_ipv4() { [0; 4].into() } else { [0_u16; 8].into() };
         let from = self.bind.unwrap_or(any);
         match self.source_port {
-            None if self.proto == Proto::Udp => bind_fresh(&socket, from)?,
-            None if self.bind.is_none() => {}
+            None => bind_fresh(&socket, from)?,
             port => {
                 socket.set_reuse_address(true)?;
                 socket.bind(&SocketAddr::new(from, port.unwrap_or(0)).into())?;
             }
         }
-        if self.source_port.is_some() && self.proto == Proto::Tcp {
+        if self.reset && self.proto == Proto::Tcp {
             socket.set_linger(Some(Duration::ZERO))?;
         }
         Ok(socket)
@@ -531,13 +540,14 @@ fn ping_here(dst: IpAddr, timeout: Duration) -> Result<Duration, String> {
     }
 }
 
-/// A source port that no datagram of this run has had: the kernel draws them by lot, and one that it draws twice within the
-/// five minutes for which IPVS remembers a UDP flow goes where it went before, which no count of a scheduler's turns expects.
+/// A source port that nothing in this run has had lately: the kernel draws them by lot, and one that it draws twice while IPVS
+/// remembers the first flow (TCP two minutes after its end, UDP five after its last packet) goes where that went, which no count
+/// of a scheduler's turns expects, or has answers in that one's name (docs/coexistence.md, known limits).
 fn bind_fresh(socket: &Socket, from: IpAddr) -> io::Result<()> {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     const FIRST: u16 = 32768;
     const PORTS: u16 = 28232; // net.ipv4.ip_local_port_range ends at 60999
-    for _ in 0..100 {
+    for _ in 0..PORTS {
         let port = FIRST + NEXT.fetch_add(1, Ordering::Relaxed) % PORTS;
         match socket.bind(&SocketAddr::new(from, port).into()) {
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => {}

@@ -19,6 +19,7 @@ mod check;
 mod client;
 mod demo;
 mod manifests;
+mod matrix;
 mod ns;
 mod program;
 mod reference;

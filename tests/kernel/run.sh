@@ -10,6 +10,7 @@
 #
 # MESHLB_KERNEL_PROGRAM=reference  programs the nodes by tests/kernel/reference.rs instead of meshlb
 # MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
+# MESHLB_KERNEL_FULL=1             also without a FILTER every case with both flavours of iptables, not with one of them
 # MESHLB_KERNEL_SECONDS            the limit for the whole run (4300)
 # MESHLB_KERNEL_UNLOAD=1           on a host: also the tests that unload ip_vs
 # Details of failed cases end up in target/kernel-test/.
@@ -84,7 +85,8 @@ if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
   cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"; prometheus=1
 fi
 set +e
-MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_FIREWALLD" \
+MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
+  MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/cases" ${codec_bin:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/

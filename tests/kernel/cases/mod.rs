@@ -16,6 +16,7 @@ mod reload;
 mod renderer;
 mod restart;
 mod scrape;
+mod source_ports;
 mod step;
 mod support;
 mod telling;
@@ -30,6 +31,7 @@ pub fn register(suite: &mut Suite) {
     errors::register(suite);
     idle::begin(suite);
     basics::register(suite);
+    source_ports::register(suite);
     guard::register(suite);
     neighbours::register(suite);
     renderer::register(suite);
