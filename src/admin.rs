@@ -24,6 +24,8 @@ use crate::metrics::Metrics;
 /// What `/livez` and `/readyz` answer from. Clones are handles to the same state.
 #[derive(Clone)]
 pub struct Health {
+    /// What has to be in order.
+    subject: &'static str,
     stalled_after: Duration,
     state: Arc<Mutex<HealthState>>,
 }
@@ -39,12 +41,17 @@ impl Health {
     /// Alive now, not ready yet. `stalled_after` is how long the reconcile loop may go without
     /// [`Health::beat`]: longer than its idle wait and its slowest round together.
     pub fn new(stalled_after: Duration) -> Self {
+        Self::of("kernel", stalled_after)
+    }
+
+    /// The same, of something else than the kernel.
+    pub fn of(subject: &'static str, stalled_after: Duration) -> Self {
         let state = HealthState {
             synced: false,
             in_sync: Err("nothing has been programmed yet".into()),
             last_beat: Instant::now(),
         };
-        Self { stalled_after, state: Arc::new(Mutex::new(state)) }
+        Self { subject, stalled_after, state: Arc::new(Mutex::new(state)) }
     }
 
     /// Whether every source has delivered everything once.
@@ -85,8 +92,8 @@ impl Health {
         self.with(|s| {
             let synced = if s.synced { "[+] sources: read\n" } else { "[-] sources: not all read yet\n" };
             let in_sync = match &s.in_sync {
-                Ok(()) => "[+] kernel: as it should be\n".to_owned(),
-                Err(reason) => format!("[-] kernel: {reason}\n"),
+                Ok(()) => format!("[+] {}: as it should be\n", self.subject),
+                Err(reason) => format!("[-] {}: {reason}\n", self.subject),
             };
             (s.synced && s.in_sync.is_ok(), format!("{synced}{in_sync}"))
         })
@@ -109,7 +116,7 @@ impl AdminServer {
     ///
     /// # Errors
     /// When the address can't be listened on, or no thread can be made; one line for people.
-    pub fn start(addr: SocketAddr, metrics: Metrics, health: Health) -> io::Result<Self> {
+    pub fn start(addr: SocketAddr, metrics: Option<Metrics>, health: Health) -> io::Result<Self> {
         let failed = |e: io::Error| {
             let line = format!("can't serve metrics on {addr}: {e}; choose another --metrics-listen");
             io::Error::new(e.kind(), line)
@@ -160,13 +167,17 @@ impl Drop for AdminServer {
     }
 }
 
-fn router(metrics: Metrics, health: Health) -> Router {
-    Router::new().route("/metrics", get(serve_metrics)).with_state(metrics).merge(
-        Router::new()
-            .route("/livez", get(|State(h): State<Health>| async move { answer(h.live()) }))
-            .route("/readyz", get(|State(h): State<Health>| async move { answer(h.ready()) }))
-            .with_state(health),
-    )
+fn router(metrics: Option<Metrics>, health: Health) -> Router {
+    let router = Router::new()
+        .route("/livez", get(|State(h): State<Health>| async move { answer(h.live()) }))
+        .route("/readyz", get(|State(h): State<Health>| async move { answer(h.ready()) }))
+        .with_state(health);
+    match metrics {
+        Some(metrics) => {
+            router.merge(Router::new().route("/metrics", get(serve_metrics)).with_state(metrics))
+        }
+        None => router,
+    }
 }
 
 async fn serve_metrics(State(metrics): State<Metrics>, headers: HeaderMap) -> Response {
@@ -209,7 +220,7 @@ mod tests {
     fn start(stalled_after: Duration) -> (AdminServer, Metrics, Health) {
         let (metrics, health) = (Metrics::new(), Health::new(stalled_after));
         let any = "127.0.0.1:0".parse().unwrap();
-        (AdminServer::start(any, metrics.clone(), health.clone()).unwrap(), metrics, health)
+        (AdminServer::start(any, Some(metrics.clone()), health.clone()).unwrap(), metrics, health)
     }
 
     #[test]
@@ -276,10 +287,10 @@ mod tests {
         let (server, metrics, health) = start(Duration::from_secs(30));
         let addr = server.addr();
         let open = TcpStream::connect(addr).unwrap();
-        let error = AdminServer::start(addr, metrics.clone(), health.clone()).err().unwrap();
+        let error = AdminServer::start(addr, Some(metrics.clone()), health.clone()).err().unwrap();
         assert!(error.to_string().contains("--metrics-listen"), "{error}");
         drop(server);
         drop(open);
-        drop(AdminServer::start(addr, metrics, health).unwrap());
+        drop(AdminServer::start(addr, Some(metrics), health).unwrap());
     }
 }

@@ -14,6 +14,7 @@ pub mod allocate;
 pub mod api;
 pub mod cli;
 pub mod compile;
+pub mod controller;
 pub mod dataplane;
 pub mod instance;
 pub mod metrics;

@@ -8,7 +8,7 @@
 //! | value | explicit in the manifest | in the lock file | automatic |
 //! |---|---|---|---|
 //! | beats | lock file and automatic | automatic | – |
-//! | two of one rank | the first key wins, the other has none | never happens | – |
+//! | two of one rank | the older wins, of equal age the first key; the other has none | never happens | – |
 //! | a loser | is told by whom, and heals | becomes automatic | moves, and says so |
 
 pub mod conflict;
@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 
 pub use conflict::Conflict;
 pub use lock::Lock;
+pub use wants::offset;
 
 use crate::model::{
     ids::{Family, Mark, PerFamily, PortId, Protocol, Scope, ServiceKey},
@@ -35,7 +36,7 @@ use crate::model::{
     service::Service,
 };
 use marks::{MarkOwner, Marks};
-use pool::{Claimant, Outcome, Pool};
+use pool::{Claimant, Outcome, Pool, Want};
 
 /// What one service has.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
@@ -98,6 +99,10 @@ pub struct Allocator {
     marks: Marks,
     current: HashMap<ServiceKey, ServiceAllocation>,
     known: HashMap<ServiceKey, Arc<Service>>,
+    /// For a whole mesh: marks are each node's own.
+    without_marks: bool,
+    /// Ports that something else has on every node, and what.
+    outside: BTreeMap<(Protocol, u16), ServiceKey>,
 }
 
 impl Allocator {
@@ -120,11 +125,42 @@ impl Allocator {
             previous,
             current: HashMap::new(),
             known: HashMap::new(),
+            without_marks: false,
+            outside: BTreeMap::new(),
         };
         allocator.put_lock(lock);
         let services: Vec<ServiceKey> = allocator.previous.services.keys().cloned().collect();
         services.iter().for_each(|service| allocator.for_kept_numbers(service, Pool::keep));
         allocator
+    }
+
+    /// An allocator for all nodes: virtual IPs and published ports, and no marks, which are each node's own.
+    pub fn for_mesh(config: NodeConfig, previous: Allocations) -> Self {
+        let allocator = Self::new(config, previous, Lock::default(), BTreeSet::new());
+        Self { without_marks: true, ..allocator }
+    }
+
+    /// Takes in which ports something else has on every node (node ports of core Services), and what that is called: claims
+    /// on them lose. Takes effect with the next [`Self::update`].
+    pub fn set_outside(&mut self, outside: BTreeMap<(Protocol, u16), ServiceKey>) {
+        let claimant = |protocol: Protocol, number: u16, who: &ServiceKey| Claimant {
+            service: who.clone(),
+            port: Some(PortId { port: number, protocol }),
+        };
+        for ((protocol, number), who) in &self.outside {
+            if outside.get(&(*protocol, *number)) != Some(who)
+                && let Some(pool) = self.ports.get_mut(protocol)
+            {
+                pool.claim(&claimant(*protocol, *number, who), None, None);
+            }
+        }
+        for ((protocol, number), who) in &outside {
+            if let Some(pool) = self.ports.get_mut(protocol) {
+                let want = Want::Outside { number: (*number).into() };
+                pool.claim(&claimant(*protocol, *number, who), Some(want), None);
+            }
+        }
+        self.outside = outside;
     }
 
     /// Every number that an earlier run gave to a service, with its pool.
@@ -202,7 +238,7 @@ impl Allocator {
                 self.for_kept_numbers(key, |pool, number, who| pool.forget(number, &who));
             }
             self.state_claims(key, old.as_deref(), new.map(Arc::as_ref));
-            if let Some(old) = old {
+            if let Some(old) = old.filter(|_| !self.without_marks) {
                 // Before anything is taken; what is given back stays out until the kernel no longer has it.
                 self.release_marks(&old, new.map(Arc::as_ref));
             }
@@ -274,7 +310,8 @@ impl Allocator {
             let outcome = self.ports.get(&port.protocol).and_then(|pool| pool.outcome(&who));
             self.collect_port(port.id(), outcome.cloned(), &mut found);
         }
-        for (scopes, owner) in wants::marks(service, &self.config) {
+        let marks = if self.without_marks { Vec::new() } else { wants::marks(service, &self.config) };
+        for (scopes, owner) in marks {
             match self.marks.claim(&owner) {
                 Some(mark) => found.marks.extend(scopes.into_iter().map(|scope| ((owner.port, scope), mark))),
                 None => {

@@ -23,8 +23,10 @@ pub struct Claimant {
 /// Where a firm claim comes from; the first wins.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub enum Rank {
-    /// The manifest.
-    Explicit,
+    /// Something that does not ask us, as the node port of a core Service.
+    Outside,
+    /// The manifest: of two the one whose object is older ([`crate::model::service::Service::created`]).
+    Explicit(u64),
     /// The lock file.
     Locked,
 }
@@ -55,6 +57,13 @@ pub enum Want {
         first: u128,
         /// How many.
         count: u128,
+        /// When the object that asks was created.
+        created: u64,
+    },
+    /// This one, whoever else asks for it.
+    Outside {
+        /// The number.
+        number: u128,
     },
     /// Any number; the hash says where the search begins.
     Automatic {
@@ -202,8 +211,11 @@ impl Pool {
     pub fn claim(&mut self, who: &Claimant, want: Option<Want>, sticky: Option<u128>) {
         let (firm, auto) = match want {
             None => return self.withdraw(who),
-            Some(Want::Explicit { first, count }) => {
-                (Some(Firm { rank: Rank::Explicit, first, count }), None)
+            Some(Want::Explicit { first, count, created }) => {
+                (Some(Firm { rank: Rank::Explicit(created), first, count }), None)
+            }
+            Some(Want::Outside { number }) => {
+                (Some(Firm { rank: Rank::Outside, first: number, count: 1 }), None)
             }
             Some(Want::Automatic { hash, locked }) => {
                 let locked = locked.filter(|n| self.usable(*n));
@@ -224,9 +236,10 @@ impl Pool {
         };
         if old != firm {
             self.unregister(who, old);
-            for number in firm.into_iter().flat_map(Firm::numbers) {
-                let rank = firm.map_or(Rank::Explicit, |f| f.rank);
-                self.firm.entry(number).or_default().insert((rank, who.clone()));
+            if let Some(firm) = firm {
+                for number in firm.numbers() {
+                    self.firm.entry(number).or_default().insert((firm.rank, who.clone()));
+                }
             }
         }
         // An explicit value that turns automatic keeps its number; anything else is given up in settle.
@@ -242,9 +255,6 @@ impl Pool {
         self.unregister(who, entry.firm);
         self.starving.remove(who);
         self.auto_work.remove(who);
-        for rank in [Rank::Explicit, Rank::Locked] {
-            self.firm_work.remove(&(rank, who.clone()));
-        }
     }
 
     /// Removes a firm claim from the index; the others on its numbers have to be looked at again.

@@ -38,6 +38,7 @@ fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: std::time::Duration::ZERO,
+        created: 0,
         granted: None,
     }
 }

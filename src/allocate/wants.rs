@@ -103,20 +103,20 @@ pub fn vip(service: &Service, family: Family, config: &NodeConfig, locked: Optio
     }
     let range = config.ranges.get(family)?;
     if let Some(granted) = &service.granted {
-        return usable(granted.vips.get(family)?, range);
+        return usable(granted.vips.get(family)?, range, service.created);
     }
     if let Some(explicit) = service.vips.iter().find(|vip| Family::of(vip) == family) {
-        return usable(explicit, range);
+        return usable(explicit, range, service.created);
     }
     let locked = locked.and_then(|l| offset(range, l.vips.get(family)?));
     Some(Want::Automatic { hash: hash::stable(&service.key.to_string()), locked })
 }
 
 /// A claim on a certain VIP, if it is one that may be given out.
-fn usable(vip: &IpAddr, range: &IpNet) -> Option<Want> {
+fn usable(vip: &IpAddr, range: &IpNet, created: u64) -> Option<Want> {
     let first = offset(range, vip)?;
     let broadcast = vip.is_ipv4() && *vip == range.broadcast();
-    (first > 2 && !broadcast).then_some(Want::Explicit { first, count: 1 })
+    (first > 2 && !broadcast).then_some(Want::Explicit { first, count: 1, created })
 }
 
 /// A port's claim on a published port.
@@ -135,7 +135,8 @@ pub fn published(
         None => publish.port,
     };
     if let Some(first) = firm {
-        return Some(Want::Explicit { first: first.into(), count: port.span().max(1).into() });
+        let count = port.span().max(1).into();
+        return Some(Want::Explicit { first: first.into(), count, created: service.created });
     }
     let id = port.id();
     let locked = locked.and_then(|l| l.published.get(&id)).map(|n| u128::from(*n));

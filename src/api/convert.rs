@@ -6,6 +6,7 @@ use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::{
     error::{FieldError, Reason},
+    status::MeshServiceStatus,
     v1alpha1::{self as api, MeshService},
 };
 use crate::model::{
@@ -26,37 +27,46 @@ const FLAG_PORT: u32 = 0x10;
 /// The fields that this program does not act on yet ([`Reason::NotSupportedYet`]): such a service is not
 /// served at all, since nothing is silently ignored. Values out of range are errors too, but the schema has
 /// refused those before.
-pub fn to_service(object: &MeshService) -> Result<Service, Vec<FieldError>> {
+///
+/// `in_kubernetes` there is a controller that keeps a Service for `spec.selector`.
+pub fn to_service(object: &MeshService, in_kubernetes: bool) -> Result<Service, Vec<FieldError>> {
     let mut errors = Vec::new();
-    not_supported_yet(&object.spec, &mut errors);
+    not_supported_yet(&object.spec, in_kubernetes, &mut errors);
     let service = convert(object, &mut errors);
     if errors.is_empty() { Ok(service) } else { Err(errors) }
 }
 
 /// What the controller has written into a MeshService's `status`. What can't be read is not granted.
 pub fn granted(status: &serde_json::Value) -> Granted {
-    let mut out = Granted::default();
-    for vip in status["vips"].as_array().into_iter().flatten() {
-        if let Some(vip) = vip.as_str().and_then(|text| text.parse::<IpAddr>().ok()) {
-            out.vips.set(Family::of(&vip), Some(vip));
-        }
+    fn readable<T: serde::de::DeserializeOwned>(list: &serde_json::Value) -> Vec<T> {
+        let items = list.as_array().into_iter().flatten();
+        items.filter_map(|item| T::deserialize(item).ok()).collect()
     }
-    for port in status["ports"].as_array().into_iter().flatten() {
-        let number = |field: &str| port[field].as_u64().and_then(|n| u16::try_from(n).ok());
-        let protocol = port["protocol"].as_str().and_then(|text| text.parse::<Protocol>().ok());
-        if let (Some(protocol), Some(number), Some(published)) =
-            (protocol, number("port"), number("publishedPort"))
-        {
-            out.published.insert(PortId { port: number, protocol }, published);
+    granted_of(&MeshServiceStatus {
+        vips: readable(&status["vips"]),
+        ports: readable(&status["ports"]),
+        ..MeshServiceStatus::default()
+    })
+}
+
+/// The same of a status that was read as a whole.
+pub fn granted_of(status: &MeshServiceStatus) -> Granted {
+    let mut out = Granted::default();
+    for vip in status.vips.iter().filter_map(|vip| vip.0.parse::<IpAddr>().ok()) {
+        out.vips.set(Family::of(&vip), Some(vip));
+    }
+    for port in &status.ports {
+        let number = |n: i32| u16::try_from(n).ok();
+        if let (Some(number), Some(published)) = (number(port.port), port.published_port.and_then(number)) {
+            out.published.insert(PortId { port: number, protocol: protocol(port.protocol) }, published);
         }
     }
     out
 }
 
-fn not_supported_yet(spec: &api::MeshServiceSpec, errors: &mut Vec<FieldError>) {
+fn not_supported_yet(spec: &api::MeshServiceSpec, in_kubernetes: bool, errors: &mut Vec<FieldError>) {
     let default_dns = api::Dns::default();
     let asked = [
-        ("selector", !spec.selector.is_empty()),
         ("publishNotReadyAddresses", spec.publish_not_ready_addresses),
         ("forwarding", spec.forwarding != api::Forwarding::Masquerade),
         ("sessionAffinity", spec.session_affinity != api::SessionAffinity::None),
@@ -72,6 +82,10 @@ fn not_supported_yet(spec: &api::MeshServiceSpec, errors: &mut Vec<FieldError>) 
         let publish = port.publish.as_ref()?;
         (!publish.node_selector.is_empty()).then(|| format!("spec.ports[{i}].publish.nodeSelector"))
     });
+    if !in_kubernetes && !spec.selector.is_empty() {
+        let message = "needs Kubernetes, where the controller keeps a Service for it: give serviceName here";
+        errors.push(FieldError::new("spec.selector", Reason::NotSupportedYet, message));
+    }
     for field in asked.chain(selectors) {
         let message = "is not supported yet; the service is not served while it is set";
         errors.push(FieldError::new(field, Reason::NotSupportedYet, message));
@@ -113,6 +127,7 @@ fn convert(object: &MeshService, errors: &mut Vec<FieldError>) -> Service {
         internal_policy: policy(spec.internal_traffic_policy),
         external_policy: policy(spec.external_traffic_policy),
         drain: Duration::from_secs(u64::try_from(spec.drain.timeout_seconds).unwrap_or(0)),
+        created: 0,
         granted: None,
     }
 }

@@ -61,15 +61,15 @@ pub fn run(options: &Options, source: &str) -> Result<ExitCode> {
     let traffic = Traffic::open()?;
     metrics.set_traffic_source(Box::new(traffic.clone()));
     if let Some(addr) = options.metrics_listen.0 {
-        serve_admin(addr, metrics.clone(), health.clone())?;
+        serve_admin(addr, Some(metrics.clone()), health.clone())?;
     }
     let watcher = Watcher::new(session.keeper, metrics, health, traffic);
     Agent::new(session.engine, watcher, pace).run(&inputs);
     Ok(ExitCode::SUCCESS)
 }
 
-/// Serves metrics and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
-fn serve_admin(addr: SocketAddr, metrics: Metrics, health: Health) -> Result<()> {
+/// Serves metrics, where there are any, and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
+pub fn serve_admin(addr: SocketAddr, metrics: Option<Metrics>, health: Health) -> Result<()> {
     let start = move || AdminServer::start(addr, metrics.clone(), health.clone());
     let first = start();
     if let Err(e) = &first {

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod apply;
 pub mod check;
 pub mod cleanup;
+pub mod controller;
 pub mod explain;
 #[cfg(test)]
 mod golden;
@@ -52,6 +53,15 @@ pub enum Command {
         /// Folder with MeshService and EndpointSlice YAML, or `kube` for the API server
         #[arg(long, env = "MESHLB_SOURCE", value_name = "DIR|kube")]
         source: String,
+    },
+    /// Run the controller, in Kubernetes: give services their virtual IPs and published ports
+    Controller {
+        /// Where its Lease and the pool objects are [default: the pod's own]
+        #[arg(long, env = "MESHLB_NAMESPACE")]
+        namespace: Option<String>,
+        /// Its name among controllers [default: host name and process id]
+        #[arg(long, env = "MESHLB_IDENTITY")]
+        identity: Option<String>,
     },
     /// Make the kernel as a folder says, once
     Apply {
@@ -174,6 +184,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let options = cli.options;
     match cli.command {
         Command::Agent { source } => agent::run(&options, &source),
+        Command::Controller { namespace, identity } => controller::run(&options, namespace, identity),
         Command::Apply { dir } => apply::run(&options, &dir),
         Command::Plan { dir, output } => plan::run(&options, dir.as_deref(), output),
         Command::Check { files } => check::run(&files),

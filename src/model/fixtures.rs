@@ -27,6 +27,7 @@ pub fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: Duration::from_secs(30),
+        created: 0,
         granted: None,
     }
 }

@@ -31,6 +31,9 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// How long established TCP connections of a removed endpoint may go on.
     pub drain: Duration,
+    /// When its object was created, in seconds since 1970: of two claims on one value the older wins. 0 where age does
+    /// not count, as in a folder.
+    pub created: u64,
     /// What the mesh's allocator gave it; `None` where each node allocates by itself.
     pub granted: Option<Granted>,
 }

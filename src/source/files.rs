@@ -241,7 +241,10 @@ impl Reader<'_> {
             let message = format!("is defined twice; the one in line {} is used", first.line);
             return self.problem(node.line, Some(label), None, message, Severity::Refused);
         }
-        let Judgement { verdict, findings, severity } = judge(kind, node.to_json(), self.config);
+        // Without a node it is `check`, which says what an API server would.
+        let in_kubernetes = self.config.is_none();
+        let Judgement { verdict, findings, severity } =
+            judge(kind, node.to_json(), self.config, in_kubernetes);
         for finding in findings {
             let line = node.line_of(&finding.field);
             self.problem(line, Some(label.clone()), Some(finding.field), finding.message, severity);

@@ -25,15 +25,16 @@ pub struct Judgement {
 }
 
 /// Judges an object. With a `config`, the rules that depend on it (VIP ranges, reserved ports) are applied too.
-pub fn judge(kind: Kind, value: Value, config: Option<&NodeConfig>) -> Judgement {
+/// `in_kubernetes` a controller does what a folder can't.
+pub fn judge(kind: Kind, value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
     match kind {
-        Kind::Service => service(value, config),
+        Kind::Service => service(value, config, in_kubernetes),
         Kind::Slice => slice(value),
     }
 }
 
-fn service(value: Value, config: Option<&NodeConfig>) -> Judgement {
-    let service = api::parse_mesh_service(value).and_then(|object| api::to_service(&object));
+fn service(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
+    let service = api::parse_mesh_service(value).and_then(|object| api::to_service(&object, in_kubernetes));
     let service = service.and_then(|service| {
         let forbidden = config.map_or_else(Vec::new, |c| api::check_against_node(&service, c));
         if forbidden.is_empty() { Ok(service) } else { Err(forbidden) }

@@ -2,7 +2,7 @@
 
 use std::{
     io::Write as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -20,7 +20,7 @@ pub struct Output {
 }
 
 /// A control plane that `tests/cluster/up.sh` has started.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Cluster {
     dir: PathBuf,
     bin: PathBuf,
@@ -46,6 +46,16 @@ impl Cluster {
         let mut command = Command::new(&self.meshlb);
         command.args(args).env("KUBECONFIG", self.kubeconfig());
         run(command, stdin)
+    }
+
+    /// The meshlb that is tested.
+    pub fn program(&self) -> &Path {
+        &self.meshlb
+    }
+
+    /// Applies manifests.
+    pub fn apply(&self, text: &str) -> Result<()> {
+        self.kubectl(&["apply", "-f", "-"], text)?.good().map(drop)
     }
 
     /// The administrator's kubeconfig.

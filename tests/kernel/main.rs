@@ -18,6 +18,7 @@ mod cases;
 mod check;
 mod client;
 mod demo;
+mod kube;
 mod manifests;
 mod matrix;
 mod ns;

@@ -86,7 +86,8 @@ if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
 fi
 set +e
 MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
-  MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD" \
+  MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} \
+  MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS" \
   "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/cases" ${codec_bin:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/

@@ -293,6 +293,7 @@ impl Args {
                 "--skip" => args.skip.extend(words.next()),
                 "--format" | "--test-threads" | "--color" | "--logfile" | "-Z" => drop(words.next()),
                 flag if flag.starts_with('-') => {}
+                "" => {}
                 filter => args.filters.push(filter.to_owned()),
             }
         }

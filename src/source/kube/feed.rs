@@ -88,7 +88,7 @@ impl Feed {
     fn put(&mut self, id: ObjectId, object: DynamicObject) -> Option<Event> {
         let value = without_bulk(id.kind, object);
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
-        let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config));
+        let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config), true);
         let problem = |finding: api::FieldError| Problem {
             file: None,
             line: None,
@@ -135,7 +135,7 @@ fn key_of(object: &DynamicObject) -> ServiceKey {
 }
 
 /// The object without what nobody here reads and what can be larger than all the rest.
-fn without_bulk(kind: Kind, mut object: DynamicObject) -> Value {
+pub fn without_bulk(kind: Kind, mut object: DynamicObject) -> Value {
     object.metadata.managed_fields = None;
     object.metadata.annotations = None;
     // A list names the type once, for all of its objects.

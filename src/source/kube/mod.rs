@@ -39,6 +39,7 @@ use crate::{
         node::NodeConfig,
     },
 };
+pub use feed::without_bulk;
 use feed::{Feed, KINDS};
 
 /// First and longest pause after a watch has failed. An API server that is back is noticed within the longest.
@@ -201,7 +202,7 @@ impl Follower {
                 }
                 Said::Node(event) => self.take_node(*event)?,
                 Said::Failed(watch, error) => {
-                    if let Some(message) = why(&self.url, watch, &error) {
+                    if let Some(message) = why(&self.url, watch.resource(), &error) {
                         self.broken.insert(watch, (message, seen));
                     }
                 }
@@ -296,7 +297,8 @@ fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
     })
 }
 
-fn pause() -> impl kube::runtime::utils::Backoff {
+/// The pauses between tries of a watch.
+pub fn pause() -> impl kube::runtime::utils::Backoff {
     // With jitter: the agents of all nodes lose the same API server.
     let growing =
         backon::ExponentialBuilder::default().with_min_delay(PAUSE.0).with_max_delay(PAUSE.1).with_jitter();
@@ -317,23 +319,23 @@ fn internal_ips(node: &Node) -> PerFamily<IpAddr> {
     out
 }
 
-/// Why a watch does not go on, for people. None where it goes on all the same.
-fn why(url: &str, watch: Watch, error: &watcher::Error) -> Option<String> {
+/// Why a watch of `what` does not go on, for people. None where it goes on all the same.
+pub fn why(url: &str, what: &str, error: &watcher::Error) -> Option<String> {
     let status = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
         | watcher::Error::WatchFailed(kube::Error::Api(status))
         | watcher::Error::WatchError(status) => status,
-        _ => return Some(unreachable(url, watch, error)),
+        _ => return Some(unreachable(url, what, error)),
     };
     // 410: what it wanted to resume at is gone, and it lists again at once.
-    (status.code != 410).then(|| refused(url, watch, status))
+    (status.code != 410).then(|| refused(url, what, status))
 }
 
-fn refused(url: &str, watch: Watch, status: &kube::core::Status) -> String {
-    let (what, message) = (watch.resource(), &status.message);
+fn refused(url: &str, what: &str, status: &kube::core::Status) -> String {
+    let message = &status.message;
     match status.code {
-        404 if watch == Watch::Objects(Kind::Service) => {
+        404 if what == Watch::Objects(Kind::Service).resource() => {
             format!("the API server {url} has no {what}: install the CRD (`meshlb crd | kubectl apply -f -`)")
         }
         401 => format!("the API server {url} does not accept our credentials (401)"),
@@ -342,8 +344,8 @@ fn refused(url: &str, watch: Watch, status: &kube::core::Status) -> String {
     }
 }
 
-fn unreachable(url: &str, watch: Watch, error: &dyn std::error::Error) -> String {
-    format!("{}: the API server {url} can't be reached: {}", watch.resource(), chain(error))
+fn unreachable(url: &str, what: &str, error: &dyn std::error::Error) -> String {
+    format!("{what}: the API server {url} can't be reached: {}", chain(error))
 }
 
 /// The last cause is the one that says something.
@@ -374,7 +376,7 @@ async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
         params.label_selector = selector(kind).map(Into::into);
         loop {
             let page = api.list(&params).await.map_err(|e| {
-                let watch = Watch::Objects(kind);
+                let watch = Watch::Objects(kind).resource();
                 anyhow::Error::msg(match &e {
                     kube::Error::Api(status) => refused(&url, watch, status),
                     other => unreachable(&url, watch, other),

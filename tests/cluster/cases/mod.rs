@@ -2,6 +2,7 @@
 
 use crate::Case;
 
+mod controller;
 mod crd;
 mod source;
 
@@ -10,5 +11,6 @@ pub fn all() -> Vec<Case> {
     let mut cases = Vec::new();
     cases.extend(crd::CASES);
     cases.extend(source::CASES);
+    cases.extend(controller::CASES);
     cases
 }

@@ -133,15 +133,11 @@ fn slice(namespace: &str, addresses: &[&str]) -> String {
     )
 }
 
-fn apply(cluster: &Cluster, text: &str) -> Result<()> {
-    cluster.kubectl(&["apply", "-f", "-"], text)?.good().map(|_| ())
-}
-
 /// `web` with one endpoint in a namespace of the case's own, and a source that has told of it.
 fn web_is_known(cluster: &Cluster, namespace_name: &str) -> Result<Told> {
     cluster.install_crds()?;
     namespace(cluster, namespace_name)?;
-    apply(cluster, &(web(namespace_name, 80) + &slice(namespace_name, &["10.244.1.1"])))?;
+    cluster.apply(&(web(namespace_name, 80) + &slice(namespace_name, &["10.244.1.1"])))?;
     let mut told = Told::begin(&cluster.kubeconfig(), None)?;
     told.until("synced", PATIENCE, |t| t.synced)?;
     Ok(told)
@@ -153,7 +149,7 @@ fn changes(cluster: &Cluster) -> Result<()> {
         ensure!(told.events.iter().any(|e| e == event), "no {event}: {:?}", told.events);
     }
     told.events.clear();
-    apply(cluster, &slice("changes", &["10.244.1.1", "10.244.1.2"]))?;
+    cluster.apply(&slice("changes", &["10.244.1.1", "10.244.1.2"]))?;
     told.until("one endpoint more", PATIENCE, |t| t.events == ["slice changes/web-1 2"])?;
     told.events.clear();
     let status = r#"{"status": {"vips": ["10.200.7.7"]}}"#;
@@ -178,7 +174,7 @@ fn goes_and_comes_back(cluster: &Cluster) -> Result<()> {
     noticed?;
     ensure!(told.events.is_empty(), "told while it was away: {:?}", told.events);
     cluster.wait_ready()?;
-    apply(cluster, &web("outage", 81))?;
+    cluster.apply(&web("outage", 81))?;
     told.until("a change afterwards", Duration::from_secs(30), |t| {
         t.events.contains(&"outage/web:81 no VIP".to_owned())
     })?;
@@ -223,7 +219,7 @@ fn node_addresses(cluster: &Cluster) -> Result<()> {
     let mut told = Told::begin(&cluster.kubeconfig(), Some("n7"))?;
     told.until("told that there is no such Node", PATIENCE, |t| t.says("there is no Node n7"))?;
     ensure!(!told.synced, "synced without its own Node");
-    apply(cluster, "{apiVersion: v1, kind: Node, metadata: {name: n7}}")?;
+    cluster.apply("{apiVersion: v1, kind: Node, metadata: {name: n7}}")?;
     let status = r#"{"status": {"addresses": [{"type": "Hostname", "address": "n7"}, {"type": "InternalIP", "address": "192.168.50.7"},
         {"type": "InternalIP", "address": "fd00:50::7"}, {"type": "InternalIP", "address": "192.168.51.7"}]}}"#;
     cluster

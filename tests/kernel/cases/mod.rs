@@ -9,6 +9,7 @@ mod harness;
 mod healing;
 mod host_network;
 mod idle;
+mod kube;
 mod lifecycle;
 mod many;
 mod neighbours;
@@ -47,5 +48,6 @@ pub fn register(suite: &mut Suite) {
     reload::register(suite);
     step::register(suite);
     firewalld::register(suite);
+    kube::register(suite);
     idle::end(suite);
 }

@@ -1,0 +1,99 @@
+{{- define "meshlb.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* Prefix of object names: short enough for what is appended to it. */}}
+{{- define "meshlb.fullname" -}}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- $name := include "meshlb.name" . }}
+{{- if contains $name .Release.Name }}
+{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* Cluster-wide objects carry the namespace too, or releases of one name would take each other's. */}}
+{{- define "meshlb.clusterName" -}}
+{{- printf "%s-%s" .Release.Namespace (include "meshlb.fullname" .) }}
+{{- end }}
+
+{{- define "meshlb.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/part-of: meshlb
+{{ include "meshlb.instanceLabels" . }}
+{{- end }}
+
+{{- define "meshlb.instanceLabels" -}}
+app.kubernetes.io/name: {{ include "meshlb.name" . }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "meshlb.agent.selector" -}}
+{{ include "meshlb.instanceLabels" . }}
+app.kubernetes.io/component: agent
+{{- end }}
+
+{{- define "meshlb.controller.selector" -}}
+{{ include "meshlb.instanceLabels" . }}
+app.kubernetes.io/component: controller
+{{- end }}
+
+{{- define "meshlb.agent.serviceAccount" -}}
+{{- with .Values.agent.serviceAccount }}{{ .name | default (ternary (printf "%s-agent" (include "meshlb.fullname" $)) "default" .create) }}{{ end }}
+{{- end }}
+
+{{- define "meshlb.controller.serviceAccount" -}}
+{{- with .Values.controller.serviceAccount }}{{ .name | default (ternary (printf "%s-controller" (include "meshlb.fullname" $)) "default" .create) }}{{ end }}
+{{- end }}
+
+{{- define "meshlb.image" -}}
+{{- with .Values.image }}{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}{{ end }}
+{{- end }}
+
+{{- /* ADDRESS:PORT of a role's values. */}}
+{{- define "meshlb.listen" -}}
+{{- if contains ":" .address }}[{{ .address }}]{{ else }}{{ .address }}{{ end }}:{{ .port }}
+{{- end }}
+
+{{- /* The --config files. An empty list is a flag that is not given. */}}
+{{- define "meshlb.config" -}}
+{{- range $flag, $value := . }}
+{{- if or (not (kindIs "slice" $value)) $value }}
+{{ $flag }}: {{ $value | toJson }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "meshlb.agent.config" -}}
+{{- $own := dict
+  "metrics-listen" (include "meshlb.listen" .Values.agent.metrics)
+  "proc-sys" "/host/proc/sys"
+  "run-dir" "/run/meshlb"
+  "state-dir" "/var/lib/meshlb" }}
+{{- include "meshlb.config" (merge $own .Values.config) | trim }}
+{{- end }}
+
+{{- define "meshlb.controller.config" -}}
+{{- $own := dict "metrics-listen" (include "meshlb.listen" .Values.controller.health) }}
+{{- include "meshlb.config" (merge $own .Values.config) | trim }}
+{{- end }}
+
+{{- define "meshlb.apiServerEnv" -}}
+{{- with .Values.apiServer }}{{ if .host }}
+- name: KUBERNETES_SERVICE_HOST
+  value: {{ .host | quote }}
+- name: KUBERNETES_SERVICE_PORT
+  value: {{ .port | quote }}
+{{- end }}{{ end }}
+{{- end }}
+
+{{- /* PodMonitor: the name that Prometheus gives the job. */}}
+{{- define "meshlb.job" -}}
+{{ .Release.Namespace }}/{{ include "meshlb.fullname" . }}
+{{- end }}

@@ -1,0 +1,56 @@
+//! `meshlb controller`: gives services their virtual IPs and published ports, in Kubernetes.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing::info;
+
+use super::{agent::serve_admin, options::Options};
+use crate::{
+    admin::Health,
+    controller::{self, Settings},
+    source,
+};
+
+/// `/livez` fails when the election has not come round for this long: a request to an API server that hangs may take a while.
+const STALLED_AFTER: Duration = Duration::from_secs(120);
+/// Where a pod finds its namespace.
+const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
+
+/// Runs until SIGTERM or SIGINT, then gives the Lease up.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(options: &Options, namespace: Option<String>, identity: Option<String>) -> Result<ExitCode> {
+    super::log(options)?;
+    let access = source::kube::config(options.kubeconfig.as_deref())?;
+    let node = options.settings()?.node;
+    let namespace = namespace
+        .or_else(|| std::fs::read_to_string(NAMESPACE_FILE).ok().map(|text| text.trim().to_owned()))
+        .filter(|text| !text.is_empty())
+        .context("in which namespace are the Lease and the pool objects? Give --namespace")?;
+    let identity = identity.unwrap_or_else(|| format!("{}_{}", node.name, std::process::id()));
+    let url = access.cluster_url.to_string();
+    let ranges: Vec<String> = node.ranges.iter().map(|(_, range)| range.to_string()).collect();
+    info!(%identity, namespace, ranges = ranges.join(" "), "controller starts");
+    let health = Health::of("election", STALLED_AFTER);
+    health.set_synced(true);
+    health.set_in_sync(true, "");
+    if let Some(addr) = options.metrics_listen.0 {
+        serve_admin(addr, None, health.clone())?;
+    }
+    let settings = Settings { node, namespace, identity, url };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let stop = async move {
+            tokio::select! {
+                _ = term.recv() => {}
+                _ = int.recv() => {}
+            }
+        };
+        controller::run(access, settings, stop, |_| health.beat()).await
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,515 @@
+//! What the leader does: follows the API server, gives out numbers, writes statuses.
+
+use std::{
+    cell::Cell,
+    collections::{BTreeSet, HashMap, HashSet},
+    convert::Infallible,
+    rc::Rc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use futures::{Stream, StreamExt, stream};
+use k8s_openapi::api::{
+    core::v1::{ObjectReference, Service as CoreService},
+    discovery::v1::EndpointSlice,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ApiResource, DeleteParams, Patch, PatchParams, Preconditions},
+    core::{DynamicObject, ObjectMeta},
+    runtime::{
+        WatchStreamExt,
+        events::{Event, EventType, Recorder, Reporter},
+        watcher,
+    },
+};
+use serde_json::{Value, json};
+use tracing::{debug, info, warn};
+
+use super::{
+    Settings,
+    mesh::{Core, Mesh, Meta},
+    pools::Pools,
+    status,
+};
+use crate::{
+    api::{self, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
+    model::ids::{Protocol, ServiceKey},
+    source::{
+        judge::judge,
+        kube::{pause, why, without_bulk},
+        object::{Kind, Object, Verdict},
+    },
+};
+
+/// Field manager of all that the controller applies.
+pub const MANAGER: &str = "meshlb-controller";
+/// A status of which only counts have changed is written at most this often.
+const COUNTS_EVERY: Duration = Duration::from_secs(5);
+/// What could not be written is tried again after this long.
+const AGAIN: Duration = Duration::from_secs(1);
+/// So many changes are taken in together, at most.
+const CHUNK: usize = 1000;
+/// So many requests are under way at once.
+const AT_ONCE: usize = 16;
+
+/// Until when this controller may act as the leader.
+#[derive(Clone)]
+pub struct Fence(Rc<Cell<Instant>>);
+
+impl Fence {
+    /// Until then.
+    pub fn new(until: Instant) -> Self {
+        Self(Rc::new(Cell::new(until)))
+    }
+
+    /// The lease has been renewed.
+    pub fn extend(&self, until: Instant) {
+        self.0.set(until);
+    }
+
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        Instant::now() >= self.0.get()
+    }
+}
+
+enum Said {
+    Service(watcher::Event<DynamicObject>),
+    Slice(watcher::Event<DynamicObject>),
+    Core(Box<watcher::Event<CoreService>>),
+    Failed(&'static str, watcher::Error),
+}
+
+/// The list that is being read, and whether one has been read to its end.
+#[derive(Default)]
+struct Listing {
+    seen: Option<HashSet<ServiceKey>>,
+    complete: bool,
+}
+
+impl Listing {
+    fn seen(&mut self, key: &ServiceKey) {
+        if let Some(seen) = &mut self.seen {
+            seen.insert(key.clone());
+        }
+    }
+
+    /// At its end: those of `known` that it did not have.
+    fn end<'a>(&mut self, known: impl Iterator<Item = &'a ServiceKey>) -> Vec<ServiceKey> {
+        self.complete = true;
+        let seen = self.seen.take().unwrap_or_default();
+        known.filter(|key| !seen.contains(*key)).cloned().collect()
+    }
+}
+
+/// Leads until the lease is over, or somebody else turns out to lead.
+///
+/// # Errors
+/// Why it can't go on; to be tried again by election.
+pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<Infallible> {
+    let pools = Pools::take(client.clone(), &settings.namespace, settings.node.clone(), &settings.identity)
+        .await
+        .context("the pool objects can't be taken over")?;
+    let reporter = Reporter { controller: "meshlb".into(), instance: Some(settings.identity.clone()) };
+    let leader = Leader {
+        url: settings.url.clone(),
+        mesh: Mesh::new(settings.node.clone()),
+        recorder: Recorder::new(client.clone(), reporter),
+        client: client.clone(),
+        pools,
+        fence,
+        listings: Default::default(),
+        broken: HashMap::new(),
+        synced: false,
+        written: HashMap::new(),
+        applied: HashMap::new(),
+        told: None,
+    };
+    leader.run().await
+}
+
+struct Leader {
+    url: String,
+    client: Client,
+    mesh: Mesh,
+    pools: Pools,
+    fence: Fence,
+    recorder: Recorder,
+    /// Of MeshServices, slices and core Services.
+    listings: [Listing; 3],
+    broken: HashMap<&'static str, String>,
+    synced: bool,
+    /// When a service's status was last written.
+    written: HashMap<ServiceKey, Instant>,
+    /// Headless Services as they were last applied.
+    applied: HashMap<ServiceKey, Value>,
+    told: Option<String>,
+}
+
+impl Leader {
+    async fn run(mut self) -> Result<Infallible> {
+        let services = ApiResource::erase::<MeshService>(&());
+        let slices = ApiResource::erase::<EndpointSlice>(&());
+        let plain = watcher::Config::default().page_size(500);
+        let labelled = plain.clone().labels(SERVICE_NAME_LABEL);
+        let streams: Vec<stream::BoxStream<'static, Said>> = vec![
+            follow(
+                Api::all_with(self.client.clone(), &services),
+                plain.clone(),
+                "meshservices.meshlb.dev",
+                Said::Service,
+            ),
+            follow(
+                Api::all_with(self.client.clone(), &slices),
+                labelled,
+                "endpointslices.discovery.k8s.io",
+                Said::Slice,
+            ),
+            follow(Api::<CoreService>::all(self.client.clone()), plain, "services", |e| {
+                Said::Core(Box::new(e))
+            }),
+        ];
+        let mut said = stream::select_all(streams).ready_chunks(CHUNK);
+        let mut tick = tokio::time::interval(AGAIN);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let chunk = tokio::select! {
+                chunk = said.next() => chunk.context("the watches have ended")?,
+                _ = tick.tick() => Vec::new(),
+            };
+            chunk.into_iter().for_each(|said| self.take(said));
+            if self.fence.is_over() {
+                bail!("the lease could not be renewed in time");
+            }
+            if self.synced {
+                self.turn().await?;
+            }
+        }
+    }
+
+    fn take(&mut self, said: Said) {
+        match said {
+            Said::Service(event) => {
+                self.broken.remove("meshservices.meshlb.dev");
+                self.take_service(event);
+            }
+            Said::Slice(event) => {
+                self.broken.remove("endpointslices.discovery.k8s.io");
+                self.take_slice(event);
+            }
+            Said::Core(event) => {
+                self.broken.remove("services");
+                self.take_core(*event);
+            }
+            Said::Failed(what, error) => {
+                if let Some(message) = why(&self.url, what, &error)
+                    && self.broken.insert(what, message.clone()).as_ref() != Some(&message)
+                {
+                    warn!("{message}");
+                }
+            }
+        }
+        if !self.synced && self.listings.iter().all(|l| l.complete) {
+            self.synced = true;
+            self.mesh.begin(&self.pools.used());
+            info!(services = self.mesh.keys().count(), "everything has been read");
+        }
+    }
+
+    fn take_service(&mut self, event: watcher::Event<DynamicObject>) {
+        match event {
+            watcher::Event::Init => self.listings[0].seen = Some(HashSet::new()),
+            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
+                let key = key_of(&object.metadata);
+                self.listings[0].seen(&key);
+                let meta = meta_of(&object.metadata);
+                self.mesh.put_service(&key, meta, without_bulk(Kind::Service, object));
+            }
+            watcher::Event::InitDone => {
+                for key in self.listings[0].end(self.mesh.keys()) {
+                    self.forget(&key);
+                }
+            }
+            watcher::Event::Delete(object) => self.forget(&key_of(&object.metadata)),
+        }
+    }
+
+    fn forget(&mut self, key: &ServiceKey) {
+        self.mesh.remove_service(key);
+        self.written.remove(key);
+        self.applied.remove(key);
+    }
+
+    fn take_slice(&mut self, event: watcher::Event<DynamicObject>) {
+        match event {
+            watcher::Event::Init => self.listings[1].seen = Some(HashSet::new()),
+            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
+                let key = key_of(&object.metadata);
+                self.listings[1].seen(&key);
+                let verdict = judge(Kind::Slice, without_bulk(Kind::Slice, object), None, true).verdict;
+                let slice = match &verdict {
+                    Verdict::Good(Object::Slice(slice)) => Some(&**slice),
+                    _ => None,
+                };
+                self.mesh.put_slice(&key, slice);
+            }
+            watcher::Event::InitDone => {
+                for key in self.listings[1].end(self.mesh.slice_keys()) {
+                    self.mesh.put_slice(&key, None);
+                }
+            }
+            watcher::Event::Delete(object) => self.mesh.put_slice(&key_of(&object.metadata), None),
+        }
+    }
+
+    fn take_core(&mut self, event: watcher::Event<CoreService>) {
+        match event {
+            watcher::Event::Init => self.listings[2].seen = Some(HashSet::new()),
+            watcher::Event::InitApply(service) | watcher::Event::Apply(service) => {
+                let key = key_of(&service.metadata);
+                self.listings[2].seen(&key);
+                self.mesh.put_core(&key, Some(core_of(&service)));
+            }
+            watcher::Event::InitDone => {
+                for key in self.listings[2].end(self.mesh.cores().map(|(key, _)| key)) {
+                    self.mesh.put_core(&key, None);
+                }
+            }
+            watcher::Event::Delete(service) => self.mesh.put_core(&key_of(&service.metadata), None),
+        }
+    }
+
+    /// Brings everything that is not as it should be closer to that.
+    async fn turn(&mut self) -> Result<()> {
+        self.mesh.allocate();
+        let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default();
+        let mut writes = Vec::new();
+        let mut clean = Vec::new();
+        let mut later = false;
+        for key in self.mesh.dirty() {
+            let (Some(entry), Some(new)) = (self.mesh.entry(key), self.mesh.desired(key, now)) else {
+                continue;
+            };
+            if new == entry.status {
+                clean.push(key.clone());
+            } else if only_counts(&entry.status, &new)
+                && self.written.get(key).is_some_and(|at| at.elapsed() < COUNTS_EVERY)
+            {
+                later = true;
+            } else {
+                writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
+            }
+        }
+        let looked_at: BTreeSet<ServiceKey> = self.mesh.dirty().cloned().collect();
+        self.keep_headless(&looked_at).await;
+        clean.iter().for_each(|key| self.mesh.clean(key));
+        if !writes.is_empty() {
+            // First the pools: a number that is in a status was entered before.
+            self.pools.write(&self.mesh.used()).await.context("the pool objects can't be written")?;
+            self.write_statuses(writes).await?;
+        }
+        if self.mesh.dirty().next().is_none() && !later {
+            self.told = None;
+            if self.mesh.has_orphans() {
+                self.mesh.free_orphans();
+                self.mesh.allocate();
+            }
+            if self.mesh.dirty().next().is_none() {
+                self.pools.write(&self.mesh.used()).await.context("the pool objects can't be written")?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_statuses(
+        &mut self,
+        writes: Vec<(ServiceKey, Meta, MeshServiceStatus, MeshServiceStatus)>,
+    ) -> Result<()> {
+        let (client, fence) = (&self.client, &self.fence);
+        let mut done = stream::iter(writes)
+            .map(|(key, meta, old, new)| async move {
+                // The last look before it is sent.
+                let result =
+                    if fence.is_over() { None } else { Some(write(client, &key, &meta, &new).await) };
+                (key, meta, old, new, result)
+            })
+            .buffer_unordered(AT_ONCE);
+        let mut problem = None;
+        let mut events = Vec::new();
+        while let Some((key, meta, old, new, result)) = done.next().await {
+            match result {
+                None => bail!("the lease could not be renewed in time"),
+                Some(Ok(version)) => {
+                    events.push((key.clone(), meta, status::news(&old, &new)));
+                    self.written.insert(key.clone(), Instant::now());
+                    self.mesh.written(&key, new, version);
+                }
+                // It has changed, or is gone: the watch says how.
+                Some(Err(kube::Error::Api(s))) if s.code == 409 || s.code == 404 => {
+                    debug!("{key}: {}", s.message)
+                }
+                Some(Err(e)) => problem = Some(format!("the status of {key} can't be written: {e}")),
+            }
+        }
+        drop(done);
+        if let Some(problem) = problem
+            && self.told.as_ref() != Some(&problem)
+        {
+            warn!("{problem}; it is tried again");
+            self.told = Some(problem);
+        }
+        for (key, meta, news) in events {
+            self.publish(&key, &meta, news).await;
+        }
+        Ok(())
+    }
+
+    async fn publish(&self, key: &ServiceKey, meta: &Meta, news: Vec<status::News>) {
+        let about = ObjectReference {
+            api_version: Some(api::API_VERSION.to_owned()),
+            kind: Some(api::KIND.to_owned()),
+            namespace: Some(key.namespace.to_string()),
+            name: Some(key.name.to_string()),
+            uid: Some(meta.uid.clone()),
+            ..ObjectReference::default()
+        };
+        for news in news {
+            info!("{key}: {}: {}", news.reason, news.message);
+            let event = Event {
+                type_: if news.good { EventType::Normal } else { EventType::Warning },
+                reason: news.reason,
+                // At most 1 kB.
+                note: Some(news.message.chars().take(250).collect()),
+                action: "Allocate".into(),
+                secondary: None,
+            };
+            if let Err(e) = self.recorder.publish(&event, &about).await {
+                debug!("an Event about {key} can't be written: {e}");
+            }
+        }
+    }
+
+    /// Makes, changes and deletes the headless Services of these MeshServices.
+    async fn keep_headless(&mut self, keys: &BTreeSet<ServiceKey>) {
+        for key in keys {
+            let Some(entry) = self.mesh.entry(key) else { continue };
+            let core = self.mesh.core(key);
+            let ours = core.is_some_and(|core| core.owner.as_deref() == Some(&entry.meta.uid));
+            let api: Api<CoreService> = Api::namespaced(self.client.clone(), &key.namespace);
+            let result = match &entry.headless {
+                Some(wanted) if core.is_none() || (ours && self.applied.get(key) != Some(wanted)) => {
+                    let wanted = wanted.clone();
+                    let params = PatchParams::apply(MANAGER).force();
+                    let result = api.patch(&key.name, &params, &Patch::Apply(&wanted)).await;
+                    if result.is_ok() {
+                        self.applied.insert(key.clone(), wanted);
+                    }
+                    result.map(drop)
+                }
+                None if ours => {
+                    let uid = core.map(|core| core.uid.clone());
+                    let params = DeleteParams {
+                        preconditions: Some(Preconditions { uid, resource_version: None }),
+                        ..DeleteParams::default()
+                    };
+                    self.applied.remove(key);
+                    api.delete(&key.name, &params).await.map(drop)
+                }
+                _ => continue,
+            };
+            if let Err(e) = result {
+                warn!("the headless Service of {key} can't be kept: {e}");
+            }
+        }
+    }
+}
+
+/// Writes a status, unless the object has changed since. Returns its new version.
+async fn write(
+    client: &Client,
+    key: &ServiceKey,
+    meta: &Meta,
+    status: &MeshServiceStatus,
+) -> Result<Option<String>, kube::Error> {
+    let resource = ApiResource::erase::<MeshService>(&());
+    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
+    let body = json!({
+        "apiVersion": api::API_VERSION,
+        "kind": api::KIND,
+        "metadata": {"name": &*key.name, "namespace": &*key.namespace, "resourceVersion": meta.resource_version},
+        "status": status,
+    });
+    let params = PatchParams::apply(MANAGER).force();
+    let object = api.patch_status(&key.name, &params, &Patch::Apply(&body)).await?;
+    Ok(object.resource_version())
+}
+
+/// Whether nothing but the numbers of endpoints differs.
+fn only_counts(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    let without = |status: &MeshServiceStatus| {
+        let mut status = status.clone();
+        status.endpoints = None;
+        if let Some(summary) = &mut status.summary {
+            summary.endpoints = String::new();
+        }
+        status
+    };
+    without(old) == without(new)
+}
+
+fn follow<T, F>(
+    api: Api<T>,
+    config: watcher::Config,
+    what: &'static str,
+    say: F,
+) -> stream::BoxStream<'static, Said>
+where
+    T: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned + Send + 'static,
+    F: Fn(watcher::Event<T>) -> Said + Send + 'static,
+{
+    let events: std::pin::Pin<Box<dyn Stream<Item = _> + Send>> =
+        Box::pin(watcher(api, config).backoff(pause()));
+    events
+        .map(move |said| match said {
+            Ok(event) => say(event),
+            Err(e) => Said::Failed(what, e),
+        })
+        .boxed()
+}
+
+fn key_of(meta: &ObjectMeta) -> ServiceKey {
+    ServiceKey::new(meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
+}
+
+fn meta_of(meta: &ObjectMeta) -> Meta {
+    let created = meta.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second());
+    Meta {
+        uid: meta.uid.clone().unwrap_or_default(),
+        resource_version: meta.resource_version.clone().unwrap_or_default(),
+        generation: meta.generation,
+        created: u64::try_from(created).unwrap_or(0),
+    }
+}
+
+fn core_of(service: &CoreService) -> Core {
+    let owner = service
+        .metadata
+        .owner_references
+        .iter()
+        .flatten()
+        .find(|o| o.controller == Some(true) && o.kind == api::KIND && o.api_version == api::API_VERSION);
+    let spec = service.spec.as_ref();
+    let number = |n: i32| u16::try_from(n).ok().filter(|n| *n > 0);
+    let ports = spec.iter().flat_map(|s| s.ports.iter().flatten()).filter_map(|port| {
+        let protocol: Protocol = port.protocol.as_deref().unwrap_or("TCP").parse().ok()?;
+        Some((protocol, number(port.node_port?)?))
+    });
+    let health = spec.and_then(|s| s.health_check_node_port).and_then(number).map(|n| (Protocol::Tcp, n));
+    Core {
+        uid: service.metadata.uid.clone().unwrap_or_default(),
+        owner: owner.map(|o| o.uid.clone()),
+        node_ports: ports.chain(health).collect(),
+    }
+}

@@ -1,0 +1,434 @@
+//! All MeshServices of a cluster, and what each is to have. Pure: no clock, no network.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
+
+use serde_json::Value;
+
+use super::{
+    headless,
+    numbers::Numbers,
+    pools::{PoolId, Used},
+    status::{self, Known},
+};
+use crate::{
+    allocate::{Allocations, Allocator, Kept, offset},
+    api::{
+        self, FieldError,
+        status::{EndpointCounts, MeshServiceStatus},
+    },
+    model::{
+        endpoints::Slice,
+        ids::{Family, PortId, Protocol, ServiceKey},
+        node::{NodeConfig, nth_address},
+        service::Service,
+    },
+    source::{
+        judge::judge,
+        object::{Kind, Object, Verdict},
+    },
+};
+
+/// What the API server says about an object besides its content.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Meta {
+    /// `metadata.uid`.
+    pub uid: String,
+    /// `metadata.resourceVersion`.
+    pub resource_version: String,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// `metadata.creationTimestamp`, in seconds since 1970.
+    pub created: u64,
+}
+
+/// A MeshService.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its metadata.
+    pub meta: Meta,
+    /// The status that it has, as far as known.
+    pub status: MeshServiceStatus,
+    /// The core Service that it is to have.
+    pub headless: Option<Value>,
+    service: Option<Arc<Service>>,
+    errors: Vec<FieldError>,
+    withheld: bool,
+}
+
+impl Entry {
+    /// It is wrong, and was when it was first seen: what its last good version had is still its own.
+    fn is_unknown(&self) -> bool {
+        self.service.is_none() && !self.withheld
+    }
+}
+
+/// A core Service, as far as it matters here.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Core {
+    /// `metadata.uid`.
+    pub uid: String,
+    /// The uid of the MeshService that owns it.
+    pub owner: Option<String>,
+    /// Ports that it has on every node.
+    pub node_ports: Vec<(Protocol, u16)>,
+}
+
+/// The whole of it.
+#[derive(Debug)]
+pub struct Mesh {
+    config: NodeConfig,
+    entries: HashMap<ServiceKey, Entry>,
+    /// Those that are served.
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    /// By the name that slices give.
+    users: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    slices: HashMap<ServiceKey, (ServiceKey, Vec<(Arc<str>, bool)>)>,
+    by_service: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    cores: HashMap<ServiceKey, Core>,
+    cores_changed: bool,
+    /// Nothing is given out before everything is known.
+    allocator: Option<Allocator>,
+    orphans: BTreeSet<ServiceKey>,
+    changed: BTreeSet<ServiceKey>,
+    dirty: BTreeSet<ServiceKey>,
+}
+
+impl Mesh {
+    /// Of which nothing is known yet.
+    pub fn new(config: NodeConfig) -> Self {
+        Self {
+            config,
+            entries: HashMap::new(),
+            services: BTreeMap::new(),
+            users: HashMap::new(),
+            slices: HashMap::new(),
+            by_service: HashMap::new(),
+            cores: HashMap::new(),
+            cores_changed: false,
+            allocator: None,
+            orphans: BTreeSet::new(),
+            changed: BTreeSet::new(),
+            dirty: BTreeSet::new(),
+        }
+    }
+
+    /// Takes in a MeshService: new, changed, or only with another status.
+    pub fn put_service(&mut self, key: &ServiceKey, meta: Meta, value: Value) {
+        let status: MeshServiceStatus = serde_json::from_value(value["status"].clone()).unwrap_or_default();
+        if let Some(entry) = self.entries.get_mut(key)
+            && entry.meta.uid == meta.uid
+        {
+            if older(&meta.resource_version, &entry.meta.resource_version) {
+                return;
+            }
+            if entry.meta.generation == meta.generation && meta.generation.is_some() {
+                if entry.status != status {
+                    entry.status = status;
+                    self.dirty.insert(key.clone());
+                }
+                entry.meta = meta;
+                return;
+            }
+        }
+        self.dirty.insert(key.clone());
+        let headless = headless::desired(key, &meta.uid, &value);
+        let judgement = judge(Kind::Service, value, Some(&self.config), true);
+        let old = self.entries.remove(key);
+        if let Some(old) = old.as_ref().and_then(|old| old.service.as_ref()) {
+            let name = slices_of(old);
+            if let Some(users) = self.users.get_mut(&name) {
+                users.remove(key);
+            }
+        }
+        let same_object = old.filter(|old| old.meta.uid == meta.uid);
+        let (service, withheld) = match judgement.verdict {
+            Verdict::Good(Object::Service(mut service)) => {
+                Arc::make_mut(&mut service).created = meta.created;
+                (Some(service), false)
+            }
+            Verdict::Withheld => (None, true),
+            // The last good version goes on.
+            Verdict::Wrong | Verdict::Good(_) => (same_object.and_then(|old| old.service), false),
+        };
+        if let Some(service) = &service {
+            self.users.entry(slices_of(service)).or_default().insert(key.clone());
+        }
+        let entry = Entry { meta, status, headless, service, errors: judgement.findings, withheld };
+        if !entry.is_unknown() {
+            self.changed.insert(key.clone());
+        }
+        self.entries.insert(key.clone(), entry);
+        self.sort(key);
+    }
+
+    /// Whether a service is one of those that are served.
+    fn sort(&mut self, key: &ServiceKey) {
+        let entry = self.entries.get(key);
+        let service =
+            entry.filter(|e| !e.withheld && !self.name_taken(key, e)).and_then(|e| e.service.clone());
+        match service {
+            Some(service) => drop(self.services.insert(key.clone(), service)),
+            None => drop(self.services.remove(key)),
+        }
+    }
+
+    fn name_taken(&self, key: &ServiceKey, entry: &Entry) -> bool {
+        entry.headless.is_some()
+            && self.cores.get(key).is_some_and(|core| core.owner.as_deref() != Some(&entry.meta.uid))
+    }
+
+    /// A MeshService is gone.
+    pub fn remove_service(&mut self, key: &ServiceKey) {
+        let Some(entry) = self.entries.remove(key) else { return };
+        if let Some(service) = &entry.service
+            && let Some(users) = self.users.get_mut(&slices_of(service))
+        {
+            users.remove(key);
+        }
+        self.services.remove(key);
+        self.dirty.remove(key);
+        self.changed.insert(key.clone());
+    }
+
+    /// Takes in an EndpointSlice, or that it is gone.
+    pub fn put_slice(&mut self, key: &ServiceKey, slice: Option<&Slice>) {
+        if let Some((name, _)) = self.slices.remove(key) {
+            if let Some(keys) = self.by_service.get_mut(&name) {
+                keys.remove(key);
+            }
+            self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
+        }
+        let Some(slice) = slice else { return };
+        let name = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
+        let endpoint = |e: &crate::model::endpoints::Endpoint| {
+            let id = e.target.clone().unwrap_or_else(|| e.address.to_string().into());
+            (id, e.ready && !e.terminating)
+        };
+        self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
+        self.by_service.entry(name.clone()).or_default().insert(key.clone());
+        self.slices.insert(key.clone(), (name, slice.endpoints.iter().map(endpoint).collect()));
+    }
+
+    /// Takes in a core Service, or that it is gone.
+    pub fn put_core(&mut self, key: &ServiceKey, core: Option<Core>) {
+        let old = match core.clone() {
+            Some(core) => self.cores.insert(key.clone(), core),
+            None => self.cores.remove(key),
+        };
+        let ports = |core: &Option<Core>| core.as_ref().map(|c| c.node_ports.clone()).unwrap_or_default();
+        self.cores_changed |= ports(&old) != ports(&core);
+        let owner = |core: &Option<Core>| core.as_ref().map(|c| c.owner.clone());
+        if owner(&old) != owner(&core) && self.entries.contains_key(key) {
+            self.sort(key);
+            self.changed.insert(key.clone());
+            self.dirty.insert(key.clone());
+        }
+    }
+
+    /// Everything is known. `entered` numbers are in the pool objects: those that no status has may still be on their way
+    /// into one, and are given to nobody until [`Self::free_orphans`].
+    pub fn begin(&mut self, entered: &Used) {
+        let mut previous = Allocations::default();
+        for (key, entry) in &self.entries {
+            let granted = api::granted_of(&entry.status);
+            let kept = Kept { vips: granted.vips, published: granted.published, ..Kept::default() };
+            if kept != Kept::default() {
+                previous.services.insert(key.clone(), kept);
+            }
+        }
+        let in_status = self.in_statuses();
+        for (pool, numbers) in entered {
+            let known = in_status.get(pool).cloned().unwrap_or_default();
+            for number in numbers.0.difference(&known.0) {
+                // No namespace has a space in its name.
+                let key = ServiceKey::new("no service", format!("{}/{number}", pool.object()));
+                let mut kept = Kept::default();
+                match pool {
+                    PoolId::Vips(family) => {
+                        let address = self.config.ranges.get(*family).and_then(|r| nth_address(r, *number));
+                        kept.vips.set(*family, address);
+                    }
+                    PoolId::Ports(protocol) => {
+                        let Ok(port) = u16::try_from(*number) else { continue };
+                        kept.published.insert(PortId { port, protocol: *protocol }, port);
+                    }
+                }
+                previous.services.insert(key.clone(), kept);
+                self.orphans.insert(key);
+            }
+        }
+        self.allocator = Some(Allocator::for_mesh(self.config.clone(), previous));
+        self.cores_changed = true;
+        self.changed.extend(self.entries.iter().filter(|(_, e)| !e.is_unknown()).map(|(key, _)| key.clone()));
+        self.dirty.extend(self.entries.keys().cloned());
+    }
+
+    /// Numbers that were entered, and that no status has after all, can be given out.
+    pub fn free_orphans(&mut self) {
+        if let Some(allocator) = &mut self.allocator {
+            allocator.forget(&self.orphans);
+        }
+        self.orphans.clear();
+    }
+
+    /// Whether [`Self::free_orphans`] has anything to do.
+    pub fn has_orphans(&self) -> bool {
+        !self.orphans.is_empty()
+    }
+
+    /// Works out who has what. Those whose status may differ are [`Self::dirty`] then.
+    pub fn allocate(&mut self) {
+        let Some(allocator) = &mut self.allocator else { return };
+        if std::mem::take(&mut self.cores_changed) {
+            let mut outside = BTreeMap::new();
+            for (key, core) in &self.cores {
+                let who = ServiceKey::new(format!("Service {}", key.namespace), key.name.clone());
+                outside.extend(core.node_ports.iter().map(|port| (*port, who.clone())));
+            }
+            allocator.set_outside(outside);
+        }
+        let changed = std::mem::take(&mut self.changed);
+        let different = allocator.update(&changed, &self.services);
+        self.dirty.extend(different.into_iter().filter(|key| self.entries.contains_key(key)));
+    }
+
+    /// Services whose status may not be as it should.
+    pub fn dirty(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.dirty.iter()
+    }
+
+    /// Its status is as it should be.
+    pub fn clean(&mut self, key: &ServiceKey) {
+        self.dirty.remove(key);
+    }
+
+    /// A service.
+    pub fn entry(&self, key: &ServiceKey) -> Option<&Entry> {
+        self.entries.get(key)
+    }
+
+    /// Names of all services.
+    pub fn keys(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.entries.keys()
+    }
+
+    /// Names of all slices.
+    pub fn slice_keys(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.slices.keys()
+    }
+
+    /// The core Service of a name.
+    pub fn core(&self, key: &ServiceKey) -> Option<&Core> {
+        self.cores.get(key)
+    }
+
+    /// All core Services.
+    pub fn cores(&self) -> impl Iterator<Item = (&ServiceKey, &Core)> {
+        self.cores.iter()
+    }
+
+    /// A service's status has been written.
+    pub fn written(&mut self, key: &ServiceKey, status: MeshServiceStatus, resource_version: Option<String>) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        entry.status = status;
+        if let Some(version) = resource_version {
+            entry.meta.resource_version = version;
+        }
+        self.dirty.remove(key);
+    }
+
+    /// The status that a service is to have.
+    pub fn desired(&self, key: &ServiceKey, now: jiff::Timestamp) -> Option<MeshServiceStatus> {
+        let entry = self.entries.get(key)?;
+        let verdict = match &entry.service {
+            _ if entry.withheld => status::Verdict::Withheld(&entry.errors),
+            _ if self.name_taken(key, entry) => status::Verdict::NameTaken,
+            Some(service) if entry.errors.is_empty() => {
+                status::Verdict::Served(service, self.allocator.as_ref().and_then(|a| a.get(key)))
+            }
+            _ => status::Verdict::Wrong(&entry.errors),
+        };
+        let endpoints = self.count(entry);
+        Some(status::status(
+            &Known { generation: entry.meta.generation, verdict, endpoints, now },
+            &entry.status,
+        ))
+    }
+
+    fn count(&self, entry: &Entry) -> EndpointCounts {
+        // An endpoint with an address of each family is in two slices.
+        let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
+        let keys = entry.service.as_ref().and_then(|service| self.by_service.get(&slices_of(service)));
+        for (_, endpoints) in keys.into_iter().flatten().filter_map(|key| self.slices.get(key)) {
+            for (id, is_ready) in endpoints {
+                *ready.entry(id).or_default() |= is_ready;
+            }
+        }
+        let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+        EndpointCounts { ready: count(ready.values().filter(|r| **r).count()), total: count(ready.len()) }
+    }
+
+    /// Every number that must not be given to anybody else: what services have, what statuses still say, orphans.
+    pub fn used(&self) -> Used {
+        let mut used = self.in_statuses();
+        let Some(allocator) = &self.allocator else { return used };
+        for (key, allocation) in allocator.iter() {
+            let ports = allocation.published.iter().map(|(id, first)| (*id, *first));
+            self.add(key, allocation.vips.iter().map(|(f, v)| (f, *v)), ports, &mut used);
+        }
+        used
+    }
+
+    fn in_statuses(&self) -> Used {
+        let mut used: Used =
+            PoolId::all(&self.config).into_iter().map(|id| (id, Numbers::default())).collect();
+        for (key, entry) in &self.entries {
+            let granted = api::granted_of(&entry.status);
+            self.add(
+                key,
+                granted.vips.iter().map(|(f, v)| (f, *v)),
+                granted.published.into_iter(),
+                &mut used,
+            );
+        }
+        used
+    }
+
+    fn add(
+        &self,
+        key: &ServiceKey,
+        vips: impl Iterator<Item = (Family, std::net::IpAddr)>,
+        ports: impl Iterator<Item = (PortId, u16)>,
+        used: &mut Used,
+    ) {
+        for (family, vip) in vips {
+            let number = self.config.ranges.get(family).and_then(|range| offset(range, &vip));
+            if let (Some(number), Some(numbers)) = (number, used.get_mut(&PoolId::Vips(family))) {
+                numbers.0.insert(number);
+            }
+        }
+        let service = self.entries.get(key).and_then(|e| e.service.as_ref());
+        for (id, first) in ports {
+            let span = service.and_then(|s| s.ports.iter().find(|p| p.id() == id)).map_or(1, |p| p.span());
+            if let Some(numbers) = used.get_mut(&PoolId::Ports(id.protocol)) {
+                numbers.0.extend((first..=first.saturating_add(span.max(1) - 1)).map(u128::from));
+            }
+        }
+    }
+}
+
+/// The name that its slices carry.
+fn slices_of(service: &Service) -> ServiceKey {
+    ServiceKey::new(service.key.namespace.clone(), service.service_name.clone())
+}
+
+/// Whether a version is surely older: they are decimal numbers that grow (KEP-5504).
+fn older(version: &str, than: &str) -> bool {
+    match (version.parse::<u64>(), than.parse::<u64>()) {
+        (Ok(version), Ok(than)) => version < than,
+        _ => false,
+    }
+}

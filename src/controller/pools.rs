@@ -1,0 +1,152 @@
+//! The pool objects: one ConfigMap a pool, with all numbers that may be in use.
+//!
+//! A number is entered here before it is written into any status, and taken out only when no status has it. Each write
+//! names the version that it replaces, and a new leader begins by writing every pool: what an earlier leader still had in
+//! mind is refused from then on.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::{
+    Api, Client,
+    api::{ObjectMeta, PostParams},
+};
+use tracing::warn;
+
+use super::numbers::Numbers;
+use crate::model::{
+    ids::{Family, Protocol},
+    node::NodeConfig,
+};
+
+/// Which pool.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum PoolId {
+    /// Offsets in the VIP range of a family.
+    Vips(Family),
+    /// Published ports of a protocol.
+    Ports(Protocol),
+}
+
+impl PoolId {
+    /// All pools that a configuration has.
+    pub fn all(config: &NodeConfig) -> Vec<Self> {
+        let vips = config.ranges.iter().map(|(family, _)| Self::Vips(family));
+        vips.chain(Protocol::ALL.into_iter().map(Self::Ports)).collect()
+    }
+
+    /// The name of its object.
+    pub fn object(self) -> String {
+        match self {
+            Self::Vips(family) => format!("meshlb-pool-ipv{}", family.digit()),
+            Self::Ports(protocol) => format!("meshlb-pool-{}", protocol.lower()),
+        }
+    }
+
+    /// What its numbers count from.
+    fn range(self, config: &NodeConfig) -> String {
+        match self {
+            Self::Vips(family) => config.ranges.get(family).map(ToString::to_string).unwrap_or_default(),
+            Self::Ports(protocol) => format!("ports/{}", protocol.lower()),
+        }
+    }
+}
+
+/// Numbers by pool.
+pub type Used = BTreeMap<PoolId, Numbers>;
+
+/// The pool objects as this leader last wrote them.
+pub struct Pools {
+    api: Api<ConfigMap>,
+    config: NodeConfig,
+    objects: BTreeMap<PoolId, (ConfigMap, Numbers)>,
+}
+
+const NUMBERS: &str = "numbers";
+const RANGE: &str = "range";
+const LEADER: &str = "meshlb.dev/leader";
+
+impl Pools {
+    /// Takes the pools over: reads each and writes it anew in this leader's name.
+    ///
+    /// # Errors
+    /// The API server can't be asked, does not allow it, or somebody else writes them too.
+    pub async fn take(
+        client: Client,
+        namespace: &str,
+        config: NodeConfig,
+        identity: &str,
+    ) -> Result<Self, kube::Error> {
+        let api: Api<ConfigMap> = Api::namespaced(client, namespace);
+        let mut objects = BTreeMap::new();
+        for id in PoolId::all(&config) {
+            let name = id.object();
+            let old = api.get_opt(&name).await?;
+            let range = id.range(&config);
+            let numbers = old.as_ref().map_or_else(Numbers::default, |old| read(old, &range));
+            let mut new = object(&name, &range, identity, &numbers);
+            let written = match old {
+                Some(old) => {
+                    new.metadata.resource_version = old.metadata.resource_version;
+                    api.replace(&name, &PostParams::default(), &new).await?
+                }
+                None => api.create(&PostParams::default(), &new).await?,
+            };
+            objects.insert(id, (written, numbers));
+        }
+        Ok(Self { api, config, objects })
+    }
+
+    /// The numbers that are entered.
+    pub fn used(&self) -> Used {
+        self.objects.iter().map(|(id, (_, numbers))| (*id, numbers.clone())).collect()
+    }
+
+    /// Makes the objects hold these numbers. One that has changed since is a leader's that came after this one: nothing
+    /// may be given out then.
+    ///
+    /// # Errors
+    /// As [`Self::take`].
+    pub async fn write(&mut self, used: &Used) -> Result<(), kube::Error> {
+        for (id, (object, had)) in &mut self.objects {
+            let none = Numbers::default();
+            let numbers = used.get(id).unwrap_or(&none);
+            if numbers == had {
+                continue;
+            }
+            let mut new = object.clone();
+            let data = new.data.get_or_insert_default();
+            data.insert(NUMBERS.to_owned(), numbers.to_string());
+            data.insert(RANGE.to_owned(), id.range(&self.config));
+            *object = self.api.replace(&id.object(), &PostParams::default(), &new).await?;
+            had.clone_from(numbers);
+        }
+        Ok(())
+    }
+}
+
+fn read(object: &ConfigMap, range: &str) -> Numbers {
+    let field = |name: &str| object.data.as_ref().and_then(|data| data.get(name)).map_or("", String::as_str);
+    if field(RANGE) != range {
+        return Numbers::default();
+    }
+    field(NUMBERS).parse().unwrap_or_else(|e| {
+        let name = object.metadata.name.as_deref().unwrap_or_default();
+        warn!("ConfigMap {name}: data.{NUMBERS}: {e}; it is made anew from the services' statuses");
+        Numbers::default()
+    })
+}
+
+fn object(name: &str, range: &str, identity: &str, numbers: &Numbers) -> ConfigMap {
+    let data = [(RANGE, range.to_owned()), (NUMBERS, numbers.to_string())];
+    ConfigMap {
+        metadata: ObjectMeta {
+            name: Some(name.to_owned()),
+            labels: Some([("app.kubernetes.io/managed-by".to_owned(), "meshlb".to_owned())].into()),
+            annotations: Some([(LEADER.to_owned(), identity.to_owned())].into()),
+            ..ObjectMeta::default()
+        },
+        data: Some(data.map(|(k, v)| (k.to_owned(), v)).into()),
+        ..ConfigMap::default()
+    }
+}

@@ -1,0 +1,241 @@
+//! The status of a MeshService: pure, from what is known of it.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use crate::{
+    allocate::ServiceAllocation,
+    api::{
+        FieldError, Reason,
+        status::{EndpointCounts, MeshServiceStatus, PortStatus, Summary},
+        values::{IpText, Protocol as ApiProtocol},
+    },
+    model::{ids::Protocol, service::Service},
+};
+
+/// What is known of a service.
+pub struct Known<'a> {
+    /// Its `metadata.generation`.
+    pub generation: Option<i64>,
+    /// What its spec comes to.
+    pub verdict: Verdict<'a>,
+    /// Its endpoints.
+    pub endpoints: EndpointCounts,
+    /// Now.
+    pub now: jiff::Timestamp,
+}
+
+/// What a spec comes to.
+pub enum Verdict<'a> {
+    /// It is served, with this.
+    Served(&'a Service, Option<&'a ServiceAllocation>),
+    /// It is wrong, and its last good version goes on.
+    Wrong(&'a [FieldError]),
+    /// It asks for what can't be done, and is not served.
+    Withheld(&'a [FieldError]),
+    /// A core Service of its name is somebody else's, and so would be its endpoints.
+    NameTaken,
+}
+
+/// The status that a service is to have; `old` is the one that it has.
+pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
+    let mut new = MeshServiceStatus {
+        endpoints: Some(known.endpoints.clone()),
+        observed_generation: known.generation,
+        ..MeshServiceStatus::default()
+    };
+    let mut conditions =
+        Conditions { old: &old.conditions, generation: known.generation, now: known.now, new: Vec::new() };
+    match &known.verdict {
+        Verdict::Served(service, allocation) => {
+            conditions.set("Accepted", true, "Accepted", "the spec is valid");
+            served(service, *allocation, &mut new, &mut conditions, &known.endpoints);
+        }
+        Verdict::Wrong(errors) => {
+            // Nothing that worked is lost.
+            (new.vips, new.ports, new.summary) = (old.vips.clone(), old.ports.clone(), old.summary.clone());
+            conditions.set(
+                "Accepted",
+                false,
+                "Invalid",
+                &format!("{}; the last valid version stays in force", join(errors)),
+            );
+            conditions.keep("Allocated");
+            conditions.keep("Ready");
+        }
+        Verdict::Withheld(errors) => {
+            let known = errors.iter().all(|e| e.reason == Reason::NotSupportedYet);
+            conditions.set(
+                "Accepted",
+                false,
+                if known { "NotSupportedYet" } else { "Refused" },
+                &join(errors),
+            );
+            not_accepted(&mut conditions);
+        }
+        Verdict::NameTaken => {
+            let message = "there is a Service of this name that belongs to somebody else: rename one of them, or give \
+                           serviceName instead of selector";
+            conditions.set("Accepted", false, "ServiceNameTaken", message);
+            not_accepted(&mut conditions);
+        }
+    }
+    if let Some(summary) = &mut new.summary {
+        summary.endpoints = format!("{}/{}", known.endpoints.ready, known.endpoints.total);
+    }
+    new.conditions = conditions.new;
+    new
+}
+
+fn not_accepted(conditions: &mut Conditions<'_>) {
+    conditions.set(
+        "Allocated",
+        false,
+        "NotAccepted",
+        "nothing is allocated for a service that is not accepted",
+    );
+    conditions.set("Ready", false, "NotAccepted", "the service is not served");
+}
+
+fn served(
+    service: &Service,
+    allocation: Option<&ServiceAllocation>,
+    new: &mut MeshServiceStatus,
+    conditions: &mut Conditions<'_>,
+    endpoints: &EndpointCounts,
+) {
+    let none = ServiceAllocation::default();
+    let allocation = allocation.unwrap_or(&none);
+    // The primary family first, as in spec.ipFamilies.
+    let vips = service.families.iter().filter_map(|family| allocation.vips.get(*family));
+    new.vips = vips.map(|vip| IpText(vip.to_string())).collect();
+    new.ports = service
+        .ports
+        .iter()
+        .map(|port| PortStatus {
+            name: port.name.as_ref().map(ToString::to_string),
+            protocol: protocol(port.protocol),
+            port: port.port.into(),
+            published_port: allocation.published.get(&port.id()).map(|n| i32::from(*n)),
+        })
+        .collect();
+    let span = |port: u16, span: u16| {
+        if span > 1 { format!("{port}-{}", port.saturating_add(span - 1)) } else { port.to_string() }
+    };
+    let ports = service.ports.iter().map(|p| format!("{}/{}", span(p.port, p.span()), p.protocol));
+    let published = service.ports.iter().filter_map(|p| {
+        Some(format!("{}/{}", span(*allocation.published.get(&p.id())?, p.span()), p.protocol))
+    });
+    new.summary =
+        Some(Summary { ports: short(ports), published: short(published), endpoints: String::new() });
+    let blocking: Vec<_> = allocation.conflicts.iter().filter(|c| c.is_blocking()).collect();
+    let notes: Vec<String> = allocation.conflicts.iter().map(ToString::to_string).collect();
+    match (blocking.first(), allocation.conflicts.first()) {
+        (Some(first), _) => conditions.set("Allocated", false, first.reason(), &notes.join("; ")),
+        (None, Some(first)) => conditions.set("Allocated", true, first.reason(), &notes.join("; ")),
+        (None, None) => conditions.set("Allocated", true, "Allocated", "all that was asked for is allocated"),
+    }
+    if let Some(first) = blocking.first() {
+        conditions.set("Ready", false, first.reason(), "not all that was asked for is allocated");
+    } else if endpoints.ready == 0 {
+        let message = if endpoints.total == 0 { "there are no endpoints" } else { "no endpoint is ready" };
+        conditions.set("Ready", false, "NoEndpoints", message);
+    } else {
+        conditions.set("Ready", true, "Serving", "allocated, and there are endpoints");
+    }
+}
+
+/// At most what the schema allows.
+fn short(parts: impl Iterator<Item = String>) -> String {
+    let mut out = String::new();
+    for part in parts {
+        if out.len() + part.len() > 4000 {
+            return out + ",…";
+        }
+        if !out.is_empty() {
+            out.push(',');
+        }
+        out += &part;
+    }
+    out
+}
+
+fn protocol(protocol: Protocol) -> ApiProtocol {
+    match protocol {
+        Protocol::Tcp => ApiProtocol::Tcp,
+        Protocol::Udp => ApiProtocol::Udp,
+        Protocol::Sctp => ApiProtocol::Sctp,
+    }
+}
+
+fn join(errors: &[FieldError]) -> String {
+    let all: Vec<String> = errors.iter().map(|e| format!("{}: {}", e.field, e.message)).collect();
+    all.join("; ")
+}
+
+struct Conditions<'a> {
+    old: &'a [Condition],
+    generation: Option<i64>,
+    now: jiff::Timestamp,
+    new: Vec<Condition>,
+}
+
+impl Conditions<'_> {
+    fn set(&mut self, type_: &str, true_: bool, reason: &str, message: &str) {
+        let status = if true_ { "True" } else { "False" };
+        let old = self.old.iter().find(|c| c.type_ == type_ && c.status == status);
+        self.new.push(Condition {
+            type_: type_.to_owned(),
+            status: status.to_owned(),
+            reason: reason.to_owned(),
+            // maxLength of a condition's message in the API.
+            message: message.chars().take(32_000).collect(),
+            observed_generation: self.generation,
+            last_transition_time: old.map_or(Time(self.now), |c| c.last_transition_time.clone()),
+        });
+    }
+
+    fn keep(&mut self, type_: &str) {
+        self.new.extend(self.old.iter().find(|c| c.type_ == type_).cloned());
+    }
+}
+
+/// Something that a person wants to know of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct News {
+    /// Whether it is as one would like it.
+    pub good: bool,
+    /// In one word, as conditions and Events write it.
+    pub reason: String,
+    /// In a sentence.
+    pub message: String,
+}
+
+/// What is worth an Event in a change of a status: what was allocated, and every condition that is not met and says something new.
+pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
+    let find = |status: &MeshServiceStatus, type_: &str| {
+        status.conditions.iter().find(|c| c.type_ == type_).cloned()
+    };
+    let mut out = Vec::new();
+    for type_ in ["Accepted", "Allocated"] {
+        let (before, Some(after)) = (find(old, type_), find(new, type_)) else { continue };
+        let told = before.is_some_and(|b| {
+            (b.status, b.reason, b.message)
+                == (after.status.clone(), after.reason.clone(), after.message.clone())
+        });
+        let plain = after.status == "True" && after.reason == type_;
+        if !told && !plain && after.reason != "NotAccepted" {
+            out.push(News { good: after.status == "True", reason: after.reason, message: after.message });
+        }
+    }
+    if (&old.vips, &old.ports) != (&new.vips, &new.ports) {
+        let vips = new.vips.iter().map(|vip| format!("virtual IP {}", vip.0));
+        let ports = new.ports.iter().filter_map(|p| {
+            Some(format!("{}/{} published on {}", p.port, p.protocol.as_str(), p.published_port?))
+        });
+        let parts: Vec<String> = vips.chain(ports).collect();
+        if !parts.is_empty() {
+            out.push(News { good: true, reason: "Allocated".into(), message: parts.join(", ") });
+        }
+    }
+    out
+}

@@ -1,0 +1,281 @@
+use serde_json::{Value, json};
+
+use super::{
+    mesh::{Core, Mesh, Meta},
+    numbers::Numbers,
+    pools::{PoolId, Used},
+    status::news,
+};
+use crate::{
+    api::status::MeshServiceStatus,
+    model::{
+        endpoints::{Endpoint, Slice},
+        fixtures::config,
+        ids::{Family, Protocol, ServiceKey},
+    },
+};
+
+fn now() -> jiff::Timestamp {
+    jiff::Timestamp::from_second(1_800_000_000).unwrap()
+}
+
+fn key(name: &str) -> ServiceKey {
+    ServiceKey::new("default", name)
+}
+
+/// MeshServices as an API server would keep them.
+#[derive(Default)]
+struct Stored(std::collections::BTreeMap<String, (Meta, Value)>);
+
+impl Stored {
+    fn apply(&mut self, name: &str, created: u64, spec: Value) {
+        let version = self.0.get(name).map_or(1, |(meta, _)| meta.generation.unwrap() + 1);
+        let status = self.0.get(name).map_or(Value::Null, |(_, value)| value["status"].clone());
+        let meta = Meta {
+            uid: format!("uid-{name}"),
+            resource_version: format!("{}", 100 * version),
+            generation: Some(version),
+            created,
+        };
+        let value = json!({"apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshService",
+            "metadata": {"name": name, "namespace": "default"}, "spec": spec, "status": status});
+        self.0.insert(name.to_owned(), (meta, value));
+    }
+
+    /// What a controller that has just begun to lead knows.
+    fn mesh(&self, entered: &Used) -> Mesh {
+        let mut mesh = Mesh::new(config());
+        for name in self.0.keys() {
+            self.show(name, &mut mesh);
+        }
+        mesh.begin(entered);
+        mesh.allocate();
+        mesh
+    }
+
+    fn show(&self, name: &str, mesh: &mut Mesh) {
+        let (meta, value) = &self.0[name];
+        mesh.put_service(&key(name), meta.clone(), value.clone());
+    }
+
+    /// Writes all statuses that are not as they should be; returns whose.
+    fn write(&mut self, mesh: &mut Mesh) -> Vec<String> {
+        mesh.allocate();
+        let dirty: Vec<ServiceKey> = mesh.dirty().cloned().collect();
+        let mut written = Vec::new();
+        for key in dirty {
+            let status = mesh.desired(&key, now()).unwrap();
+            if status != mesh.entry(&key).unwrap().status {
+                self.0.get_mut(&*key.name).unwrap().1["status"] = serde_json::to_value(&status).unwrap();
+                written.push(key.name.to_string());
+            }
+            mesh.written(&key, status, None);
+        }
+        written
+    }
+
+    fn status(&self, name: &str) -> MeshServiceStatus {
+        serde_json::from_value(self.0[name].1["status"].clone()).unwrap()
+    }
+
+    fn vip(&self, name: &str) -> String {
+        self.status(name).vips.first().map(|vip| vip.0.clone()).unwrap_or_default()
+    }
+
+    fn condition(&self, name: &str, type_: &str) -> String {
+        let status = self.status(name);
+        let c = status.conditions.iter().find(|c| c.type_ == type_).unwrap();
+        format!("{} {}: {}", c.status, c.reason, c.message)
+    }
+}
+
+fn plain() -> Value {
+    json!({"ports": [{"port": 80, "publish": {}}]})
+}
+
+#[test]
+fn what_was_given_is_kept_by_the_next_leader() {
+    let mut stored = Stored::default();
+    for name in ["a", "b", "c"] {
+        stored.apply(name, 1, plain());
+    }
+    let mut mesh = stored.mesh(&Used::new());
+    assert_eq!(stored.write(&mut mesh), ["a", "b", "c"]);
+    assert_eq!(stored.condition("a", "Accepted"), "True Accepted: the spec is valid");
+    assert_eq!(stored.condition("a", "Ready"), "False NoEndpoints: there are no endpoints");
+    let vips: std::collections::BTreeSet<String> = ["a", "b", "c"].map(|n| stored.vip(n)).into();
+    assert_eq!(vips.len(), 3, "{vips:?}");
+    let used = mesh.used();
+    let mut next = stored.mesh(&used);
+    assert!(!next.has_orphans());
+    assert!(stored.write(&mut next).is_empty());
+    assert_eq!(next.used(), used);
+}
+
+#[test]
+fn of_two_explicit_claims_the_older_wins() {
+    let mut stored = Stored::default();
+    let explicit = json!({"vips": ["10.200.9.9"], "ports": [{"port": 80}]});
+    stored.apply("a", 20, explicit.clone());
+    stored.apply("b", 10, explicit);
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    assert_eq!(stored.vip("b"), "10.200.9.9");
+    assert_eq!(
+        stored.condition("a", "Allocated"),
+        "False VIPTaken: virtual IP 10.200.9.9 belongs to default/b"
+    );
+    // It heals by itself.
+    stored.0.remove("b");
+    mesh.remove_service(&key("b"));
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    assert_eq!(stored.vip("a"), "10.200.9.9");
+}
+
+#[test]
+fn numbers_that_an_earlier_leader_entered_are_given_to_nobody_at_first() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    // It dies when the pools are written and the status is not.
+    let entered = mesh.used();
+    let number = |mesh: &Mesh| mesh.used()[&PoolId::Vips(Family::V4)].clone();
+    let first = number(&mesh);
+    let mut next = stored.mesh(&entered);
+    assert!(next.has_orphans());
+    stored.write(&mut next);
+    assert_ne!(number(&next), first, "the number may still be on its way into the status");
+    next.free_orphans();
+    assert!(!next.has_orphans());
+    // From here on it is free again: as the hash of the same name asks for it, a new service of that name gets it.
+    stored.0.clear();
+    next.remove_service(&key("a"));
+    next.allocate();
+    stored.apply("a", 2, plain());
+    stored.show("a", &mut next);
+    stored.write(&mut next);
+    assert_eq!(number(&next), first);
+    mesh.allocate();
+}
+
+#[test]
+fn node_ports_of_core_services_are_refused_by_name() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, json!({"ports": [{"port": 80, "publish": {"port": 30080}}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").ports[0].published_port, Some(30080));
+    let core = Core { uid: "x".into(), owner: None, node_ports: vec![(Protocol::Tcp, 30080)] };
+    mesh.put_core(&ServiceKey::new("default", "other"), Some(core));
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").ports[0].published_port, None);
+    let message = stored.condition("a", "Allocated");
+    assert!(message.contains("PublishedPortTaken") && message.contains("Service default/other"), "{message}");
+    mesh.put_core(&ServiceKey::new("default", "other"), None);
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").ports[0].published_port, Some(30080));
+}
+
+#[test]
+fn what_is_wrong_keeps_what_it_has_over_a_change_of_leaders() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let vip = stored.vip("a");
+    stored.apply("a", 1, json!({"ports": [{"port": 70_000}]}));
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    assert_eq!(stored.vip("a"), vip);
+    assert!(
+        stored.condition("a", "Accepted").contains("spec.ports[0].port"),
+        "{}",
+        stored.condition("a", "Accepted")
+    );
+    let used = mesh.used();
+    stored.apply("b", 2, json!({"vips": [vip.clone()], "ports": [{"port": 80}]}));
+    let mut next = stored.mesh(&used);
+    stored.write(&mut next);
+    assert_eq!(stored.vip("a"), vip);
+    stored.apply("a", 1, plain());
+    stored.show("a", &mut next);
+    stored.write(&mut next);
+    // What b asks for explicitly is b's; a, whose own was by chance, has another one: never both the same.
+    assert_ne!(stored.vip("a"), stored.vip("b"));
+}
+
+#[test]
+fn a_name_that_is_somebody_elses_is_told() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, json!({"selector": {"app": "a"}, "ports": [{"port": 80}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    assert!(mesh.entry(&key("a")).unwrap().headless.is_some());
+    stored.write(&mut mesh);
+    assert!(!stored.vip("a").is_empty());
+    mesh.put_core(&key("a"), Some(Core { uid: "1".into(), owner: None, node_ports: vec![] }));
+    stored.write(&mut mesh);
+    assert_eq!(stored.vip("a"), "");
+    assert!(stored.condition("a", "Accepted").starts_with("False ServiceNameTaken"));
+    mesh.put_core(&key("a"), Some(Core { uid: "2".into(), owner: Some("uid-a".into()), node_ports: vec![] }));
+    stored.write(&mut mesh);
+    assert!(!stored.vip("a").is_empty());
+}
+
+#[test]
+fn endpoints_are_counted_once() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    let endpoint = |address: &str, target: &str, ready: bool| Endpoint {
+        address: address.parse().unwrap(),
+        ready,
+        serving: ready,
+        terminating: false,
+        node: None,
+        zone: None,
+        target: Some(target.into()),
+    };
+    for (name, family, endpoints) in [
+        ("a-4", Family::V4, vec![endpoint("10.0.0.1", "p1", true), endpoint("10.0.0.2", "p2", false)]),
+        ("a-6", Family::V6, vec![endpoint("fd00::1", "p1", true)]),
+    ] {
+        let slice = Slice { key: key(name), service_name: "a".into(), family, ports: vec![], endpoints };
+        mesh.put_slice(&key(name), Some(&slice));
+    }
+    stored.write(&mut mesh);
+    let counts = stored.status("a").endpoints.unwrap();
+    assert_eq!((counts.ready, counts.total), (1, 2));
+    assert_eq!(stored.status("a").summary.unwrap().endpoints, "1/2");
+    assert!(stored.condition("a", "Ready").starts_with("True Serving"));
+    mesh.put_slice(&key("a-4"), None);
+    mesh.put_slice(&key("a-6"), None);
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    assert!(stored.condition("a", "Ready").starts_with("False NoEndpoints"));
+}
+
+#[test]
+fn ranges_enter_all_of_their_numbers() {
+    let mut stored = Stored::default();
+    let range = json!({"ports": [{"port": 31000, "endPort": 31009, "publish": {"port": 31000}}]});
+    stored.apply("a", 1, range);
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    assert_eq!(mesh.used()[&PoolId::Ports(Protocol::Tcp)], Numbers((31000..=31009).collect()));
+    assert_eq!(stored.status("a").summary.unwrap().published, "31000-31009/TCP");
+}
+
+#[test]
+fn news_is_what_was_not_told_yet() {
+    let mut stored = Stored::default();
+    stored.apply(
+        "a",
+        1,
+        json!({"vips": ["10.200.9.9"], "ports": [{"port": 80, "publish": {"port": 30080}}]}),
+    );
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let old = MeshServiceStatus::default();
+    let told: Vec<String> = news(&old, &stored.status("a")).into_iter().map(|n| n.message).collect();
+    assert_eq!(told, ["virtual IP 10.200.9.9, 80/TCP published on 30080"]);
+    assert!(news(&stored.status("a"), &stored.status("a")).is_empty());
+}

@@ -1,0 +1,582 @@
+#!/usr/bin/env python3
+"""Cases of run.sh, which sets HELM, KUBECTL, PROMTOOL, MESHLB_BIN and, for those on a control plane, KUBECONFIG."""
+
+import http.server
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CHART = "charts/meshlb"
+VALUES = sorted((ROOT / "tests/chart/values").glob("*.yaml"))
+EVERYTHING = ("-f", "tests/chart/values/everything.yaml")
+LEAST = ("-f", "tests/chart/values/least.yaml")
+HELM = os.environ["HELM"]
+KUBECTL = os.environ["KUBECTL"]
+NAMESPACE = "meshlb-system"
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, as the API server does."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep) for key, _ in node.value]
+        double = {key for key in keys if keys.count(key) > 1}
+        assert not double, f"twice at {node.start_mark}: {double}"
+        return super().construct_mapping(node, deep)
+
+
+def load(text):
+    return [d for d in yaml.load_all(text, Loader) if d is not None]
+
+
+def run(*command, ok=True, env=None, stdin=None):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **(env or {})}, input=stdin)
+    if ok:
+        assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stderr or done.stdout}"
+    return done
+
+
+def template(*flags, release="meshlb", chart=CHART, ok=True):
+    # Without a version, Helm takes Kubernetes for whatever it was built with.
+    return run(HELM, "template", release, chart, "-n", NAMESPACE, "--kube-version", "1.30.0", *flags, ok=ok)
+
+
+def render(*flags):
+    """Objects by (kind, name)."""
+    text = template(*flags).stdout
+    out = {}
+    for d in load(text):
+        key = d["kind"], d["metadata"]["name"]
+        assert key not in out, key
+        out[key] = d
+    return out
+
+
+def pod(objects, kind, name):
+    return objects[kind, name]["spec"]["template"]["spec"]
+
+
+def config(objects, role):
+    return load(objects["ConfigMap", "meshlb"]["data"][f"{role}.yaml"])[0]
+
+
+def equal(have, want):
+    assert have == want, f"\n  have {json.dumps(have, sort_keys=True)}\n  want {json.dumps(want, sort_keys=True)}"
+
+
+# Without a control plane.
+
+
+def lints():
+    for flags in [(), *(("-f", str(v)) for v in VALUES)]:
+        run(HELM, "lint", "--strict", "--kube-version", "1.30.0", CHART, *flags)
+
+
+def default_objects():
+    kinds = sorted(key for key in render("--skip-tests"))
+    equal([list(k) for k in kinds], [list(k) for k in sorted([
+        ("ClusterRole", "meshlb-system-meshlb-agent"),
+        ("ClusterRole", "meshlb-system-meshlb-controller"),
+        ("ClusterRoleBinding", "meshlb-system-meshlb-agent"),
+        ("ClusterRoleBinding", "meshlb-system-meshlb-controller"),
+        ("ConfigMap", "meshlb"),
+        ("CustomResourceDefinition", "meshservices.meshlb.dev"),
+        ("DaemonSet", "meshlb-agent"),
+        ("Deployment", "meshlb-controller"),
+        ("PodDisruptionBudget", "meshlb-controller"),
+        ("Role", "meshlb-controller"),
+        ("RoleBinding", "meshlb-controller"),
+        ("Service", "meshlb-agent-metrics"),
+        ("Service", "meshlb-controller-health"),
+        ("ServiceAccount", "meshlb-agent"),
+        ("ServiceAccount", "meshlb-controller"),
+    ])])
+
+
+def switches():
+    more = set(render(*EVERYTHING)) - set(render())
+    equal(sorted(map(list, more)), [["NetworkPolicy", "meshlb-controller"], ["PodMonitor", "meshlb"], ["PrometheusRule", "meshlb"]])
+    least = render(*LEAST)
+    equal(sorted(kind for kind, _ in least), ["ConfigMap", "DaemonSet", "Deployment"])
+    names = {kind: name for kind, name in least}
+    for kind, account in [("DaemonSet", "agent-account"), ("Deployment", "controller-account")]:
+        equal(pod(least, kind, names[kind])["serviceAccountName"], account)
+
+
+def labels_and_namespaces():
+    standard = {"name", "instance", "version", "managed-by", "part-of"}
+    cluster_wide = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+    for flags in [(), *(("-f", str(v)) for v in VALUES)]:
+        for (kind, name), d in render(*flags).items():
+            have = {label.removeprefix("app.kubernetes.io/") for label in d["metadata"]["labels"]}
+            assert standard <= have, f"{kind} {name} is without {standard - have}"
+            want = None if kind in cluster_wide else NAMESPACE
+            assert d["metadata"].get("namespace") == want, f"{kind} {name}: namespace"
+            template = d["spec"].get("template") if kind in ("DaemonSet", "Deployment") else None
+            if template:
+                selector = d["spec"]["selector"]["matchLabels"]
+                assert selector.items() <= template["metadata"]["labels"].items(), f"{kind} {name}: selector"
+                assert set(selector) == {f"app.kubernetes.io/{x}" for x in ("name", "instance", "component")}, selector
+
+
+def two_releases_do_not_meet():
+    a = set(render())
+    text = template("--set", "crds.install=false", release="other").stdout
+    b = {(d["kind"], d["metadata"]["name"]) for d in load(text)}
+    equal(sorted(a & b), [])
+
+
+def crd_is_the_repositorys():
+    want = (ROOT / "crds/meshservice.yaml").read_text()
+    assert (ROOT / CHART / "files/meshservice.yaml").read_text() == want, \
+        "cp crds/meshservice.yaml charts/meshlb/files/meshservice.yaml && deploy/generate.sh"
+    have = render()["CustomResourceDefinition", "meshservices.meshlb.dev"]
+    # Uninstalling must not take MeshServices with it.
+    equal(have["metadata"].pop("annotations"), {"helm.sh/resource-policy": "keep"})
+    have["metadata"].pop("labels")
+    equal(have, load(want)[0])
+
+
+def versions_are_one():
+    cargo = re.search(r'\[workspace\.package\]\s+version = "(.*)"', (ROOT / "Cargo.toml").read_text())[1]
+    chart = load((ROOT / CHART / "Chart.yaml").read_text())[0]
+    equal(chart["appVersion"], cargo)
+    equal(re.search(r"^ARG VERSION=(.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1], cargo)
+    equal(pod(render(), "DaemonSet", "meshlb-agent")["containers"][0]["image"], f"meshlb:{cargo}")
+    digest = pod(render(*EVERYTHING), "DaemonSet", "meshlb-agent")["containers"][0]["image"]
+    assert digest.startswith("registry.example.com/mesh/meshlb@sha256:"), digest
+
+
+def deploy_is_the_chart():
+    run("deploy/generate.sh", "--check")
+    have = load((ROOT / "deploy/meshlb.yaml").read_text())
+    built = load(run(KUBECTL, "kustomize", "deploy").stdout)
+    order = lambda d: (d["kind"], d["metadata"]["name"])
+    equal(sorted(built, key=order), sorted(have, key=order))
+    text = (ROOT / "deploy/meshlb.yaml").read_text()
+    for word in ("helm", "Helm"):
+        assert word not in text, f"deploy/meshlb.yaml says {word}"
+
+
+def rights():
+    objects = render()
+    role = lambda kind, name: [(r["apiGroups"], r["resources"], r.get("resourceNames"), r["verbs"]) for r in objects[kind, name]["rules"]]
+    pools = [f"meshlb-pool-{p}" for p in ("ipv4", "ipv6", "tcp", "udp", "sctp")]
+    equal(role("ClusterRole", "meshlb-system-meshlb-agent"), [
+        (["meshlb.dev"], ["meshservices"], None, ["list", "watch"]),
+        (["discovery.k8s.io"], ["endpointslices"], None, ["list", "watch"]),
+        ([""], ["nodes"], None, ["list", "watch"]),
+    ])
+    equal(role("ClusterRole", "meshlb-system-meshlb-controller"), [
+        (["meshlb.dev"], ["meshservices"], None, ["list", "watch"]),
+        (["meshlb.dev"], ["meshservices/status"], None, ["patch"]),
+        (["discovery.k8s.io"], ["endpointslices"], None, ["list", "watch"]),
+        ([""], ["services"], None, ["list", "watch", "create", "patch", "delete"]),
+        (["events.k8s.io"], ["events"], None, ["create", "patch"]),
+    ])
+    equal(role("Role", "meshlb-controller"), [
+        (["coordination.k8s.io"], ["leases"], None, ["create"]),
+        (["coordination.k8s.io"], ["leases"], ["meshlb-controller"], ["get", "update"]),
+        ([""], ["configmaps"], None, ["create"]),
+        ([""], ["configmaps"], pools, ["get", "update"]),
+    ])
+    for kind, name in [("ClusterRoleBinding", "meshlb-system-meshlb-agent"), ("ClusterRoleBinding", "meshlb-system-meshlb-controller"), ("RoleBinding", "meshlb-controller")]:
+        binding = objects[kind, name]
+        equal(binding["roleRef"]["name"], name)
+        account = "meshlb-" + name.rsplit("-", 1)[1]
+        equal(binding["subjects"], [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}])
+
+
+def agents_pod():
+    for flags, state in [((), "/var/lib/meshlb"), (EVERYTHING, "/srv/meshlb")]:
+        objects = render(*flags)
+        spec = pod(objects, "DaemonSet", "meshlb-agent")
+        (container,) = spec["containers"]
+        security = container["securityContext"]
+        equal(security["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]})
+        assert not security["privileged"] and not security["allowPrivilegeEscalation"] and security["readOnlyRootFilesystem"]
+        equal(spec["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
+        assert spec["hostNetwork"] and not spec.get("hostPID") and not spec.get("hostIPC")
+        equal({v["name"]: (v["hostPath"]["path"], v["hostPath"].get("type")) for v in spec["volumes"] if "hostPath" in v}, {
+            "state": (state, "DirectoryOrCreate"),
+            "run": ("/run/meshlb", "DirectoryOrCreate"),
+            "xtables-lock": ("/run/xtables.lock", "FileOrCreate"),
+            "sysctls": ("/proc/sys/net", "Directory"),
+            "modules": ("/lib/modules", None),
+        })
+        mounts = {m["name"]: m for m in container["volumeMounts"]}
+        equal(set(mounts) == {v["name"] for v in spec["volumes"]}, True)
+        assert all(mounts[m].get("readOnly") for m in ("config", "modules"))
+        # Every path that the program is told of is a mount.
+        flags_ = config(objects, "agent")
+        equal(mounts["state"]["mountPath"], flags_["state-dir"])
+        equal(mounts["run"]["mountPath"], flags_["run-dir"])
+        equal(mounts["sysctls"]["mountPath"], flags_["proc-sys"] + "/net")
+        env = {e["name"]: e for e in container["env"]}
+        equal(env["MESHLB_CONFIG"]["value"], mounts["config"]["mountPath"] + "/agent.yaml")
+        equal(env["MESHLB_NODE"]["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName")
+        equal(container["args"], ["agent", "--source=kube"])
+        equal(spec["priorityClassName"], "system-node-critical")
+        assert container["resources"]["requests"]
+        listen = flags_["metrics-listen"]
+        host = None if listen.startswith("0.0.0.0") else listen.rsplit(":", 1)[0]
+        for probe, path in [("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")]:
+            want = {"path": path, "port": "metrics"} | ({"host": host} if host else {})
+            equal(container[probe]["httpGet"], want)
+        equal(container["ports"][0]["containerPort"], int(listen.rsplit(":", 1)[1]))
+    equal(pod(render(), "DaemonSet", "meshlb-agent")["tolerations"], [{"operator": "Exists"}])
+
+
+def controllers_pod():
+    for flags in [(), EVERYTHING]:
+        objects = render(*flags)
+        spec = pod(objects, "Deployment", "meshlb-controller")
+        (container,) = spec["containers"]
+        equal(container["securityContext"]["capabilities"], {"drop": ["ALL"]})
+        assert spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+        assert not spec.get("hostNetwork") and not any("hostPath" in v for v in spec["volumes"])
+        equal(container["args"], ["controller", "--namespace=$(POD_NAMESPACE)"])
+        assert spec["affinity"]["podAntiAffinity"] and spec["topologySpreadConstraints"]
+    assert ("PodDisruptionBudget", "meshlb-controller") not in render("--set", "controller.replicas=1")
+    host = {e["name"]: e.get("value") for e in pod(render(*EVERYTHING), "Deployment", "meshlb-controller")["containers"][0]["env"]}
+    equal((host["KUBERNETES_SERVICE_HOST"], host["KUBERNETES_SERVICE_PORT"]), ("api.example.com", "6443"))
+
+
+def configuration_is_flags():
+    options = (ROOT / "src/cli/options.rs").read_text().split("pub struct Options {")[1].split("\n}")[0]
+    known = {name.replace("_", "-") for name in re.findall(r"^    pub (\w+):", options, re.M)}
+    for flags in [(), *(("-f", str(v)) for v in VALUES)]:
+        objects = render(*flags)
+        name = next(name for kind, name in objects if kind == "ConfigMap")
+        for role in ("agent", "controller"):
+            text = objects["ConfigMap", name]["data"][f"{role}.yaml"]
+            unknown = set(load(text)[0]) - known
+            assert not unknown, f"no flags: {unknown}"
+            if os.environ.get("MESHLB_BIN"):
+                with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+                    file.write(text)
+                    file.flush()
+                    # `crd` needs nothing, and every command looks at all flags first.
+                    run(os.environ["MESHLB_BIN"], "--config", file.name, "--node", "n1", "crd")
+    equal(config(render(), "agent")["metrics-listen"], "0.0.0.0:9477")
+    six = render("-f", "tests/chart/values/ipv6.yaml")
+    equal(config(six, "agent")["metrics-listen"], "[::]:9477")
+    assert "publish-addresses" not in config(six, "agent")
+
+
+def defaults_are_the_programs():
+    """But for those that a comment in values.yaml gives a reason for."""
+    options = (ROOT / "src/cli/options.rs").read_text()
+    values = load((ROOT / CHART / "values.yaml").read_text())[0]["config"]
+    for flag, value in values.items():
+        variable = "MESHLB_" + flag.upper().replace("-", "_")
+        attribute = re.search(rf'env = "{variable}".*?\n    pub ', options, re.S)[0]
+        default = re.search(r'default_value = "(.*?)"', attribute)
+        have = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        if flag == "vip-cidr":
+            assert default[1].startswith(have + ","), default[1]
+        else:
+            equal(have, default[1] if default else "")
+
+
+def changed_configuration_restarts_pods():
+    sum_ = lambda kind, *flags: next(d for (k, _), d in render(*flags).items() if k == kind)["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
+    for kind in ("DaemonSet", "Deployment"):
+        assert sum_(kind) == sum_(kind, "--set", "podMonitor.enabled=true")
+        assert sum_(kind) != sum_(kind, "--set", "config.log-level=debug")
+    # The agents' own settings are no reason to restart controllers.
+    assert sum_("Deployment") == sum_("Deployment", "--set", "agent.metrics.port=9999")
+
+
+def wrong_values_are_refused():
+    for flag, word in [
+        ("agnet.metrics.port=1", "agnet"),
+        ("config.vip-cird={10.0.0.0/8}", "vip-cird"),
+        ("config.vip-cidr=10.0.0.0/8", "vip-cidr"),
+        ("config.vip-cidr={10.0.0.0}", "vip-cidr"),
+        ("config.vip-cidr={10.0.0.0/8,10.1.0.0/16,fd00::/112}", "vip-cidr"),
+        ("config.renderer=ipvs", "renderer"),
+        ("config.mark-mask=0xzz", "mark-mask"),
+        ("config.publish-range=30000", "publish-range"),
+        ("config.publish-reserved={ssh}", "publish-reserved"),
+        ("config.ipvs-timeouts=1h", "ipvs-timeouts"),
+        ("config.resync=0", "resync"),
+        ("config.log-format=xml", "log-format"),
+        ("config.metrics-listen=:1", "metrics-listen"),
+        ("agent.metrics.port=70000", "port"),
+        ("agent.metrics.address=eth0", "address"),
+        ("agent.maxUnavailable=0", "maxUnavailable"),
+        ("agent.stateDir=var", "stateDir"),
+        ("controller.replicas=0", "replicas"),
+        ("controller.health.address=127.0.0.1", "address"),
+        ("image.pullPolicy=Sometimes", "pullPolicy"),
+        ("image.digest=latest", "digest"),
+        ("podMonitor.interval=often", "interval"),
+        ("networkPolicy.apiServerCIDRs={10.0.0.1}", "apiServerCIDRs"),
+        ("crds.install=maybe", "install"),
+    ]:
+        done = template("--set", flag, ok=False)
+        assert done.returncode != 0 and word in done.stderr, f"{flag}: {done.stderr or 'accepted'}"
+
+
+def values_are_documented_and_in_the_schema():
+    schema = json.loads((ROOT / CHART / "values.schema.json").read_text())
+    values = load((ROOT / CHART / "values.yaml").read_text())[0]
+
+    def compare(have, known, path):
+        extra = set(known.get("properties", {})) - set(have) - {"global"}
+        assert not extra, f"in the schema only: {path} {extra}"
+        for key, value in have.items():
+            assert key in known["properties"], f"not in the schema: {path}.{key}"
+            if isinstance(value, dict) and known["properties"][key].get("properties"):
+                compare(value, known["properties"][key], f"{path}.{key}")
+
+    compare(values, schema, "")
+    lines = (ROOT / CHART / "values.yaml").read_text().splitlines()
+    top_only = {"image", "crds", "rbac", "metrics", "health", "apiServer", "services", "podMonitor", "prometheusRule", "networkPolicy",
+                "serviceAccount", "podDisruptionBudget", "podLabels"}
+    inside = None
+    for before, line in zip(lines, lines[1:]):
+        key = re.match(r"( *)([\w-]+):", line)
+        if not key:
+            continue
+        indent = len(key[1])
+        # What is inside resources is Kubernetes', not ours.
+        if inside is not None and indent > inside:
+            continue
+        inside = indent if key[2] == "resources" else None
+        assert key[2] in top_only or before.strip().startswith("#"), f"no comment: {line}"
+
+
+def alerts():
+    rules = render(*EVERYTHING)["PrometheusRule", "meshlb"]["spec"]
+    documented = (ROOT / "docs/metrics.md").read_text()
+    for rule in rules["groups"][0]["rules"]:
+        for name in re.findall(r"meshlb_\w+", re.sub(r'job="[^"]*"', "", rule["expr"])):
+            assert name.removesuffix("_bucket") in documented, f"no such series: {name}"
+        assert rule["labels"]["team"] == "network" and set(rule["annotations"]) == {"summary", "description"}
+        assert f'job="{NAMESPACE}/meshlb"' in rule["expr"], rule["expr"]
+    assert os.environ["PROMTOOL"], "no promtool: tests/vm/setup.sh unpacks it"
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(rules, file)
+        file.flush()
+        run(os.environ["PROMTOOL"], "check", "rules", file.name)
+
+
+def notes_are_right():
+    # Helm shows them only after it has asked a cluster for its version: here they are a template like others.
+    with tempfile.TemporaryDirectory() as dir_:
+        chart = pathlib.Path(dir_) / "meshlb"
+        shutil.copytree(ROOT / CHART, chart)
+        (chart / "templates/NOTES.txt").rename(chart / "files/NOTES.txt")
+        (chart / "templates/notes.yaml").write_text('kind: Notes\ntext: {{ tpl (.Files.Get "files/NOTES.txt") . | toJson }}\n')
+        (notes,) = (d["text"] for d in load(template(chart=chart).stdout) if d["kind"] == "Notes")
+    objects = render()
+    for kind, name in re.findall(r"(daemonset)/(\S+)", notes):
+        assert ("DaemonSet", name) in objects, name
+    for file in re.findall(r"deploy/\S+", notes):
+        assert (ROOT / file).exists(), file
+    assert "10.200.0.0/16" in notes and NAMESPACE in notes
+
+
+def helm_test_asks_both():
+    """The script of the test's pod, against servers that say what it is to hear."""
+    ready, asked = set(), []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            port = self.server.server_address[1]
+            asked.append((port, self.path))
+            self.send_response(200 if port in ready else 503)
+            self.end_headers()
+            self.wfile.write(b"[-] kernel: not as it should be\n")
+
+        def log_message(self, *_):
+            pass
+
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    ports = [s.server_address[1] for s in servers]
+    objects = render("--set", f"agent.metrics.port={ports[0]},controller.health.port={ports[1]}")
+    (container,) = objects["Pod", "meshlb-test-ready"]["spec"]["containers"]
+    equal(container["command"], ["bash", "-c"])
+    env = {e["name"]: e.get("value") for e in container["env"]}
+    equal(env["CONTROLLERS"], "$(MESHLB_CONTROLLER_HEALTH_SERVICE_HOST)")
+    script = container["args"][0]
+    here = {"HOST_IP": "127.0.0.1", "CONTROLLERS": "127.0.0.1"}
+    ready.update(ports)
+    out = run("bash", "-c", script, env=here)
+    assert "agent at 127.0.0.1 is ready" in out.stdout and "controller at 127.0.0.1 is ready" in out.stdout, out.stdout
+    equal(sorted(asked), sorted((port, "/readyz") for port in ports))
+    # It does not wait two minutes here.
+    ready.remove(ports[0])
+    out = run("bash", "-c", script.replace("-gt 120", "-gt 3"), env=here, ok=False)
+    assert out.returncode == 1 and "agent at 127.0.0.1 is not ready" in out.stdout and "[-] kernel" in out.stdout, out.stdout
+    assert "not asked" in render(*EVERYTHING)["Pod", "meshlb-test-ready"]["spec"]["containers"][0]["args"][0]
+    for server in servers:
+        server.shutdown()
+
+
+def examples_are_valid():
+    for file in sorted((ROOT / "deploy/examples").glob("*.yaml")):
+        assert load(file.read_text()), file
+        if os.environ.get("MESHLB_BIN"):
+            run(os.environ["MESHLB_BIN"], "check", str(file))
+
+
+# On a control plane.
+
+
+def kubectl(*args, ok=True, stdin=None):
+    return run(KUBECTL, *args, ok=ok, stdin=stdin)
+
+
+def get(*args):
+    return json.loads(kubectl("get", *args, "-o", "json").stdout)
+
+
+def until(what, seconds=60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if result := what():
+                return result
+        except AssertionError:
+            if time.monotonic() > end:
+                raise
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.5)
+
+
+NODE = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": "chart-node", "labels": {"kubernetes.io/os": "linux", "kubernetes.io/hostname": "chart-node"}}}
+
+
+def server_install_upgrade_uninstall():
+    kubectl("apply", "-f", "-", stdin=json.dumps(NODE))
+    room = {"status": {"capacity": {"cpu": "4", "memory": "8Gi", "pods": "110"}, "allocatable": {"cpu": "4", "memory": "8Gi", "pods": "110"},
+                       "conditions": [{"type": "Ready", "status": "True", "reason": "x", "message": "", "lastHeartbeatTime": None, "lastTransitionTime": None}]}}
+    kubectl("patch", "node", "chart-node", "--subresource=status", "--type=merge", "-p", json.dumps(room))
+    # An earlier CRD of the chart: the upgrade must reach it.
+    run(HELM, "install", "meshlb", CHART, "-n", NAMESPACE, "--create-namespace")
+    crd = "meshservices.meshlb.dev"
+    kubectl("patch", "crd", crd, "--type=json", "-p", '[{"op": "remove", "path": "/spec/versions/0/additionalPrinterColumns/0"}]')
+    kubectl("label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=privileged")
+    # The API server admits the pods, the scheduler places them: nothing runs them here.
+    def placed(component, count):
+        pods = get("pods", "-n", NAMESPACE, "-l", f"app.kubernetes.io/component={component}")["items"]
+        return len(pods) == count and all(p["spec"].get("nodeName") == "chart-node" for p in pods) and pods
+    agent = until(lambda: placed("agent", 1))[0]
+    controller = until(lambda: placed("controller", 2))[0]
+    assert agent["spec"]["priority"] > controller["spec"]["priority"] > 1_000_000_000
+
+    run(HELM, "upgrade", "meshlb", CHART, "-n", NAMESPACE, "--set", "networkPolicy.enabled=true,config.log-level=debug")
+    columns = get("crd", crd)["spec"]["versions"][0]["additionalPrinterColumns"]
+    equal(columns[0]["name"], "Mode")
+    rights_on_the_server()
+
+    kubectl("apply", "-f", "-", stdin='{"apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshService", "metadata": {"name": "stays", "namespace": "default"}, "spec": {"ports": [{"port": 80}]}}')
+    run(HELM, "uninstall", "meshlb", "-n", NAMESPACE)
+    kubectl("get", "meshservice", "stays")
+    kinds = "deployment,daemonset,replicaset,service,configmap,serviceaccount,role,rolebinding,networkpolicy,pdb,clusterrole,clusterrolebinding"
+    # Replica sets go with a moment's delay. (Pods end with a kubelet's help: not here.)
+    until(lambda: not kubectl("get", kinds, "-A", "-l", "app.kubernetes.io/part-of=meshlb", "-o", "name").stdout.strip())
+    # And once more, with the CRD that stayed.
+    run(HELM, "install", "meshlb", CHART, "-n", NAMESPACE)
+    run(HELM, "uninstall", "meshlb", "-n", NAMESPACE)
+    kubectl("delete", "meshservice", "stays")
+    kubectl("delete", "node", "chart-node")
+    kubectl("delete", "pods", "-n", NAMESPACE, "--all", "--force", "--grace-period=0")
+
+
+def rights_on_the_server():
+    def may(account, verb, resource, *more):
+        return kubectl("auth", "can-i", verb, resource, "--as", f"system:serviceaccount:{NAMESPACE}:meshlb-{account}", *more, ok=False).stdout.strip() == "yes"
+
+    own, other = ("-n", NAMESPACE), ("-n", "default")
+    for account, verb, resource, more, want in [
+        ("agent", "watch", "meshservices.meshlb.dev", ("-A",), True),
+        ("agent", "list", "endpointslices.discovery.k8s.io", ("-A",), True),
+        ("agent", "list", "nodes", (), True),
+        ("agent", "get", "secrets", own, False),
+        ("agent", "patch", "meshservices.meshlb.dev/status", other, False),
+        ("agent", "update", "nodes", (), False),
+        ("agent", "create", "events.events.k8s.io", other, False),
+        ("controller", "watch", "services", ("-A",), True),
+        ("controller", "create", "services", other, True),
+        ("controller", "patch", "meshservices.meshlb.dev/status", other, True),
+        ("controller", "update", "meshservices.meshlb.dev", other, False),
+        ("controller", "update", "leases.coordination.k8s.io/meshlb-controller", own, True),
+        ("controller", "update", "leases.coordination.k8s.io/other", own, False),
+        ("controller", "update", "configmaps/meshlb-pool-tcp", own, True),
+        ("controller", "update", "configmaps/meshlb", own, False),
+        ("controller", "create", "configmaps", own, True),
+        ("controller", "create", "configmaps", other, False),
+        ("controller", "get", "secrets", own, False),
+        ("controller", "create", "events.events.k8s.io", other, True),
+        ("controller", "list", "pods", ("-A",), False),
+    ]:
+        # can-i reads TYPE/NAME as a name, and a subresource by its own flag.
+        if "/status" in resource:
+            resource, more = resource.removesuffix("/status"), (*more, "--subresource=status")
+        assert may(account, verb, resource, *more) == want, f"{account}: {verb} {resource} {more}: not {want}"
+
+
+def server_takes_manifests():
+    kubectl("create", "namespace", NAMESPACE, ok=False)
+    # Pods are refused before it is there.
+    until(lambda: kubectl("get", "serviceaccount", "default", "-n", NAMESPACE))
+    for flags in [(), ("-f", "tests/chart/values/ipv6.yaml", "--set", "prometheusRule.enabled=false"),
+                  (*EVERYTHING, "--set", "podMonitor.enabled=false,prometheusRule.enabled=false")]:
+        text = template(*flags).stdout
+        kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
+    kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "deploy/meshlb.yaml")
+    kubectl("apply", "--dry-run=server", "-k", "deploy")
+    kubectl("apply", "-f", "crds/meshservice.yaml")
+    kubectl("wait", "--for=condition=Established", "crd/meshservices.meshlb.dev")
+    kubectl("create", "namespace", "vote", ok=False)
+    for file in sorted((ROOT / "deploy/examples").glob("*.yaml")):
+        kubectl("apply", "--dry-run=server", "--validate=strict", "-f", str(file))
+    kubectl("delete", "crd", "meshservices.meshlb.dev")
+
+
+CASES = [lints, default_objects, switches, labels_and_namespaces, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one,
+         deploy_is_the_chart, rights, agents_pod, controllers_pod, configuration_is_flags, defaults_are_the_programs,
+         changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
+         helm_test_asks_both, examples_are_valid]
+SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall]
+
+
+def main():
+    cases = CASES + (SERVER_CASES if os.environ.get("MESHLB_CHART_SERVER") else [])
+    filters = sys.argv[1:]
+    passed = failed = 0
+    for case in cases:
+        if filters and not any(f in case.__name__ for f in filters):
+            continue
+        start = time.monotonic()
+        try:
+            case()
+        except Exception as e:  # every case is run, whatever an earlier one did
+            failed += 1
+            where = traceback.extract_tb(e.__traceback__)[-1]
+            print(f"FAILED chart::{case.__name__} ({where.name}:{where.lineno}): {e}")
+        else:
+            passed += 1
+            print(f"ok chart::{case.__name__} ({time.monotonic() - start:.1f} s)")
+    print(f"chart tests: {passed} passed, {failed} failed")
+    return 1 if failed or not passed else 0
+
+
+sys.exit(main())

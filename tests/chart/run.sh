@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Tests of charts/meshlb, deploy/ and what belongs to them. The last line is the sum.
+#
+#   tests/chart/run.sh [--server] [FILTER…]
+#
+# --server  also installs, upgrades and removes the chart on a real control plane (tests/cluster), started and ended here
+# HELM=FILE, KUBE_BIN=DIR (with kubectl; with --server the control plane's programs too): instead of building them
+# MESHLB_BIN=FILE: the program that is to understand the configuration [default: target/debug/meshlb, if it is there]
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+# A control plane of our own: `helm install` makes cluster-wide objects.
+export MESHLB_CLUSTER_NAME=chart
+"$here/../cluster/setup.sh"
+. "$here/../cluster/lib.sh"
+cd "$here/../.."
+
+helm_version=v3.18.6
+HELM=${HELM:-$cache/helm/$helm_version/helm}
+if [ ! -x "$HELM" ]; then
+  say "chart: building Helm $helm_version (from the Go module proxy) into $cache/helm: it renders and installs the chart"
+  mkdir -p "$cache/helm/$helm_version"
+  CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=$cache/helm/$helm_version nice -n 10 "$(go_bin)" install \
+    -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
+fi
+python3 -c 'import yaml' 2>/dev/null || {
+  say "chart: installing python3-yaml from Debian: the checks read what is rendered with it"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-yaml >/dev/null
+}
+MESHLB_BIN=${MESHLB_BIN:-target/debug/meshlb}; [ -x "$MESHLB_BIN" ] || MESHLB_BIN=
+PROMTOOL=$(d=$(prometheus_dir) && echo "$d/promtool") || PROMTOOL=
+export HELM MESHLB_BIN PROMTOOL KUBECTL=${KUBE_BIN:-$(kube_dir)}/kubectl
+
+if [ "${1:-}" = --server ]; then
+  shift
+  if ! running >/dev/null; then
+    trap '"$here/../cluster/up.sh" --stop' EXIT
+    "$here/../cluster/up.sh"
+  fi
+  export KUBECONFIG=$dir/kubeconfig MESHLB_CHART_SERVER=1
+fi
+python3 "$here/cases.py" "$@"

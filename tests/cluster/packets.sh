@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The kernel tests that need a control plane: it runs here, at full speed; controller, agents, kernels and pods live in the VM,
+# or here too where this kernel has IPVS.
+#
+#   tests/cluster/packets.sh [FILTER…]        (default: kube::)
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+"$here/setup.sh"
+. "$here/lib.sh"
+cd "$here/../.."
+[ $# -gt 0 ] || set -- kube::
+if ! running >/dev/null; then
+  trap '"$here/up.sh" --stop' EXIT
+  "$here/up.sh"
+fi
+kubectl() { "${KUBE_BIN:-$(kube_dir)}/kubectl" --kubeconfig "$dir/kubeconfig" "$@"; }
+kubectl apply --server-side -f crds/ >/dev/null
+kubectl create namespace meshlb-system --dry-run=client -o yaml | kubectl apply -f - >/dev/null
+kubectl wait --for=condition=Established --timeout=30s crd/meshservices.meshlb.dev >/dev/null
+kubectl delete lease --all -n meshlb-system >/dev/null
+port=$(cat "$dir/port")
+# The certificate in the file, since the VM sees another root.
+ca=$(base64 -w0 <"$dir/pki/ca.crt")
+given=$dir/kubeconfig-packets-$$
+config() { sed -e "s|https://127.0.0.1:$port|https://$1|" -e "s|certificate-authority: [^ }]*|certificate-authority-data: $ca|" "$dir/kubeconfig"; }
+if [ "$(id -u)" = 0 ] && { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }; then
+  config "127.0.0.1:$port" >"$given"
+  MESHLB_KUBECONFIG_FOR_TESTS=$given tests/kernel/run.sh --host "$@"
+else
+  config 10.0.2.100:6443 >"$given"
+  printf '#!/bin/sh\nexec nc 127.0.0.1 %s\n' "$port" >"$dir/to-apiserver"; chmod +x "$dir/to-apiserver"
+  # Everything is shut but the API server.
+  export MESHLB_VM=${MESHLB_VM_NAME:-kube} MESHLB_VM_QEMU_OPTS="-netdev user,id=host,restrict=on,guestfwd=tcp:10.0.2.100:6443-cmd:$dir/to-apiserver -device virtio-net-pci,netdev=host"
+  tests/vm/up.sh
+  trap 'tests/vm/down.sh; "$here/up.sh" --stop' EXIT
+  tests/vm/run.sh <<'V'
+set -e
+modprobe virtio_net
+for _ in $(seq 50); do link=$(ls -d /sys/bus/virtio/drivers/virtio_net/virtio*/net/* 2>/dev/null | head -1) && [ -n "$link" ] && break; sleep 0.1; done
+# Not eth0: that is what links in namespaces are called while they are made.
+ip link set "${link##*/}" down; ip link set "${link##*/}" name host0; ip addr add 10.0.2.15/24 dev host0; ip link set host0 up
+V
+  MESHLB_KUBECONFIG_FOR_TESTS=/host$given tests/kernel/run.sh --vm "$@"
+fi
