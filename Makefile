@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster demo bench vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart demo bench vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,9 +24,11 @@ fmt: ## formats the sources
 test: setup ## all tests: units here, kernel tests here or in a VM
 	@.ci/run unit kernel
 
-test-full: setup ## the same, every kernel case with both flavours of iptables, and the control plane
+test-full: setup ## the same with both flavours of iptables everywhere, the control plane and the chart
 	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel
 	@tests/cluster/run.sh
+	@tests/cluster/packets.sh
+	@tests/chart/run.sh --server
 
 test-unit: setup ## the tests that need no kernel
 	@.ci/run unit
@@ -34,8 +36,12 @@ test-unit: setup ## the tests that need no kernel
 test-kernel: ## the kernel tests whose name contains FILTER: make test-kernel FILTER=vip::hairpin
 	@tests/kernel/run.sh $(FILTER)
 
-test-cluster: ## the CRD on a real control plane, built from Go modules the first time (ten minutes); not part of `test` yet
+test-cluster: ## CRD, source and controller on a real control plane, built from Go modules the first time (ten minutes); not part of `test` yet
 	@tests/cluster/run.sh $(FILTER)
+	@tests/cluster/packets.sh
+
+test-chart: ## the chart and deploy/: lint, schema, rights, installed on a real control plane; builds helm the first time
+	@tests/chart/run.sh --server $(FILTER)
 
 demo: setup ## shows what meshlb does, in network namespaces
 	@tests/demo.sh

@@ -44,7 +44,7 @@ pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
             "labels": {MANAGED_BY.0: MANAGED_BY.1},
             "ownerReferences": [{
                 "apiVersion": api::API_VERSION, "kind": api::KIND, "name": &*key.name, "uid": uid,
-                "controller": true, "blockOwnerDeletion": true,
+                "controller": true,
             }],
         },
         "spec": {

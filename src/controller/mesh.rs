@@ -76,6 +76,15 @@ pub struct Core {
     pub node_ports: Vec<(Protocol, u16)>,
 }
 
+/// What is kept of an EndpointSlice.
+#[derive(Debug)]
+struct Counted {
+    /// The service that it names.
+    service: ServiceKey,
+    /// Its endpoints, and whether each is ready.
+    endpoints: Vec<(Arc<str>, bool)>,
+}
+
 /// The whole of it.
 #[derive(Debug)]
 pub struct Mesh {
@@ -85,7 +94,7 @@ pub struct Mesh {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     /// By the name that slices give.
     users: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
-    slices: HashMap<ServiceKey, (ServiceKey, Vec<(Arc<str>, bool)>)>,
+    slices: HashMap<ServiceKey, Counted>,
     by_service: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
     cores: HashMap<ServiceKey, Core>,
     cores_changed: bool,
@@ -195,11 +204,11 @@ impl Mesh {
 
     /// Takes in an EndpointSlice, or that it is gone.
     pub fn put_slice(&mut self, key: &ServiceKey, slice: Option<&Slice>) {
-        if let Some((name, _)) = self.slices.remove(key) {
-            if let Some(keys) = self.by_service.get_mut(&name) {
+        if let Some(old) = self.slices.remove(key) {
+            if let Some(keys) = self.by_service.get_mut(&old.service) {
                 keys.remove(key);
             }
-            self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
+            self.dirty.extend(self.users.get(&old.service).into_iter().flatten().cloned());
         }
         let Some(slice) = slice else { return };
         let name = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
@@ -209,7 +218,8 @@ impl Mesh {
         };
         self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
         self.by_service.entry(name.clone()).or_default().insert(key.clone());
-        self.slices.insert(key.clone(), (name, slice.endpoints.iter().map(endpoint).collect()));
+        let endpoints = slice.endpoints.iter().map(endpoint).collect();
+        self.slices.insert(key.clone(), Counted { service: name, endpoints });
     }
 
     /// Takes in a core Service, or that it is gone.
@@ -362,8 +372,8 @@ impl Mesh {
         // An endpoint with an address of each family is in two slices.
         let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
         let keys = entry.service.as_ref().and_then(|service| self.by_service.get(&slices_of(service)));
-        for (_, endpoints) in keys.into_iter().flatten().filter_map(|key| self.slices.get(key)) {
-            for (id, is_ready) in endpoints {
+        for slice in keys.into_iter().flatten().filter_map(|key| self.slices.get(key)) {
+            for (id, is_ready) in &slice.endpoints {
                 *ready.entry(id).or_default() |= is_ready;
             }
         }

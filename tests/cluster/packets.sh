@@ -28,13 +28,21 @@ if [ "$(id -u)" = 0 ] && { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/
   MESHLB_KUBECONFIG_FOR_TESTS=$given tests/kernel/run.sh --host "$@"
 else
   config 10.0.2.100:6443 >"$given"
-  printf '#!/bin/sh\nexec nc 127.0.0.1 %s\n' "$port" >"$dir/to-apiserver"; chmod +x "$dir/to-apiserver"
+  # QEMU starts one for each connection.
+  cat >"$dir/to-apiserver" <<R
+#!$BASH
+exec 3<>/dev/tcp/127.0.0.1/$port
+cat <&3 & cat >&3
+kill \$!
+R
+  chmod +x "$dir/to-apiserver"
   # Everything is shut but the API server.
   export MESHLB_VM=${MESHLB_VM_NAME:-kube} MESHLB_VM_QEMU_OPTS="-netdev user,id=host,restrict=on,guestfwd=tcp:10.0.2.100:6443-cmd:$dir/to-apiserver -device virtio-net-pci,netdev=host"
   tests/vm/up.sh
   trap 'tests/vm/down.sh; "$here/up.sh" --stop' EXIT
   tests/vm/run.sh <<'V'
 set -e
+[ ! -e /sys/class/net/host0 ] || exit 0
 modprobe virtio_net
 for _ in $(seq 50); do link=$(ls -d /sys/bus/virtio/drivers/virtio_net/virtio*/net/* 2>/dev/null | head -1) && [ -n "$link" ] && break; sleep 0.1; done
 # Not eth0: that is what links in namespaces are called while they are made.

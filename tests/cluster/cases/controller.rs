@@ -243,6 +243,7 @@ fn selector(cluster: &Cluster) -> Result<()> {
     until("the headless Service", PATIENCE, || Ok(find().is_ok()))?;
     let made = find()?;
     ensure!(made["spec"]["clusterIP"] == "None" && made["spec"]["selector"]["app"] == "vote", "{made:#}");
+    cluster.apply("{apiVersion: v1, kind: Node, metadata: {name: n1}}")?;
     // A pod, without a kubelet: the controllers of Kubernetes make it an endpoint.
     cluster.apply(
         "{apiVersion: v1, kind: Pod, metadata: {name: vote-1, namespace: selector, labels: {app: vote}}, \
@@ -279,6 +280,7 @@ fn selector(cluster: &Cluster) -> Result<()> {
         "{mine:#}"
     );
     cluster.kubectl(&["delete", "pod", "vote-1", "-n", "selector", "--force", "--grace-period=0"], "")?;
+    cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
     Ok(())
 }
 
