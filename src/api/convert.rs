@@ -3,6 +3,7 @@
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use serde::Deserialize;
 
 use super::{
     error::{FieldError, Reason},
@@ -38,11 +39,16 @@ pub fn to_service(object: &MeshService, in_kubernetes: bool) -> Result<Service, 
 
 /// What the controller has written into a MeshService's `status`. What can't be read is not granted.
 pub fn granted(status: &serde_json::Value) -> Granted {
+    granted_of(&readable_status(status))
+}
+
+/// A status, or of one that can't be read as a whole what can: virtual IPs and ports.
+pub fn readable_status(status: &serde_json::Value) -> MeshServiceStatus {
     fn readable<T: serde::de::DeserializeOwned>(list: &serde_json::Value) -> Vec<T> {
         let items = list.as_array().into_iter().flatten();
         items.filter_map(|item| T::deserialize(item).ok()).collect()
     }
-    granted_of(&MeshServiceStatus {
+    MeshServiceStatus::deserialize(status).unwrap_or_else(|_| MeshServiceStatus {
         vips: readable(&status["vips"]),
         ports: readable(&status["ports"]),
         ..MeshServiceStatus::default()

@@ -19,7 +19,7 @@ pub mod v1alpha1;
 pub mod validate;
 pub mod values;
 
-pub use convert::{granted, granted_of, to_service};
+pub use convert::{granted, granted_of, readable_status, to_service};
 pub use error::{FieldError, Reason};
 pub use node_checks::check_against_node;
 pub use slice::to_slice;

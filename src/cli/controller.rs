@@ -30,7 +30,11 @@ pub fn run(options: &Options, namespace: Option<String>, identity: Option<String
         .or_else(|| std::fs::read_to_string(NAMESPACE_FILE).ok().map(|text| text.trim().to_owned()))
         .filter(|text| !text.is_empty())
         .context("in which namespace are the Lease and the pool objects? Give --namespace")?;
-    let identity = identity.unwrap_or_else(|| format!("{}_{}", node.name, std::process::id()));
+    // No two may have the same, and in containers names and process ids can be.
+    let identity = identity.unwrap_or_else(|| {
+        let chance = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), std::process::id());
+        format!("{}_{:08x}", node.name, chance >> 32)
+    });
     let url = access.cluster_url.to_string();
     let ranges: Vec<String> = node.ranges.iter().map(|(_, range)| range.to_string()).collect();
     info!(%identity, namespace, ranges = ranges.join(" "), "controller starts");

@@ -59,7 +59,7 @@ pub enum Command {
         /// Where its Lease and the pool objects are [default: the pod's own]
         #[arg(long, env = "MESHLB_NAMESPACE")]
         namespace: Option<String>,
-        /// Its name among controllers [default: host name and process id]
+        /// Its name among controllers [default: host name and something random]
         #[arg(long, env = "MESHLB_IDENTITY")]
         identity: Option<String>,
     },

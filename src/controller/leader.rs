@@ -16,7 +16,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{ApiResource, DeleteParams, Patch, PatchParams, Preconditions},
+    api::{ApiResource, DeleteParams, Patch, PatchParams, PostParams, Preconditions},
     core::{DynamicObject, ObjectMeta},
     runtime::{
         WatchStreamExt,
@@ -25,13 +25,15 @@ use kube::{
     },
 };
 use serde_json::{Value, json};
+use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    Settings,
+    PATIENCE, Settings,
     mesh::{Core, Mesh, Meta},
     pools::Pools,
-    status,
+    status::{self, News},
+    timed,
 };
 use crate::{
     api::{self, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
@@ -45,10 +47,18 @@ use crate::{
 
 /// Field manager of all that the controller applies.
 pub const MANAGER: &str = "meshlb-controller";
-/// A status of which only counts have changed is written at most this often.
-const COUNTS_EVERY: Duration = Duration::from_secs(5);
+/// A status of which nothing has changed but what its endpoints do is written at most this often.
+const ENDPOINTS_EVERY: Duration = Duration::from_secs(5);
 /// What could not be written is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Changes that come within this time of one another are one turn.
+const TOGETHER: Duration = Duration::from_millis(100);
+/// A headless Service that could not be kept is tried again after this long.
+const HEADLESS_AGAIN: Duration = Duration::from_secs(10);
+/// Numbers that an earlier leader had entered are held back for this long at least: longer than a request may take.
+const HOLD_BACK: Duration = Duration::from_secs(30);
+/// So many Events wait to be written, at most; more are lost.
+const EVENTS: usize = 1000;
 /// So many changes are taken in together, at most.
 const CHUNK: usize = 1000;
 /// So many requests are under way at once.
@@ -113,10 +123,14 @@ pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<I
         .await
         .context("the pool objects can't be taken over")?;
     let reporter = Reporter { controller: "meshlb".into(), instance: Some(settings.identity.clone()) };
+    let (events, queue) = mpsc::channel(EVENTS);
+    // It ends with the leader, which has the other end.
+    tokio::spawn(publish(client.clone(), reporter, queue));
     let leader = Leader {
         url: settings.url.clone(),
         mesh: Mesh::new(settings.node.clone()),
-        recorder: Recorder::new(client.clone(), reporter),
+        events,
+        since: Instant::now(),
         client: client.clone(),
         pools,
         fence,
@@ -124,7 +138,8 @@ pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<I
         broken: HashMap::new(),
         synced: false,
         written: HashMap::new(),
-        applied: HashMap::new(),
+        failed: HashMap::new(),
+        headless_failed: HashMap::new(),
         told: None,
     };
     leader.run().await
@@ -136,15 +151,18 @@ struct Leader {
     mesh: Mesh,
     pools: Pools,
     fence: Fence,
-    recorder: Recorder,
+    events: mpsc::Sender<(News, ObjectReference)>,
+    since: Instant,
     /// Of MeshServices, slices and core Services.
     listings: [Listing; 3],
     broken: HashMap<&'static str, String>,
     synced: bool,
     /// When a service's status was last written.
     written: HashMap<ServiceKey, Instant>,
-    /// Headless Services as they were last applied.
-    applied: HashMap<ServiceKey, Value>,
+    /// Services whose status could not be written, with the version that this was tried for, and when.
+    failed: HashMap<ServiceKey, (String, Instant)>,
+    /// Services whose headless Service could not be kept, and when that was.
+    headless_failed: HashMap<ServiceKey, Instant>,
     told: Option<String>,
 }
 
@@ -179,7 +197,14 @@ impl Leader {
                 chunk = said.next() => chunk.context("the watches have ended")?,
                 _ = tick.tick() => Vec::new(),
             };
-            chunk.into_iter().for_each(|said| self.take(said));
+            if !chunk.is_empty() {
+                chunk.into_iter().for_each(|said| self.take(said));
+                // What comes with it is one turn with it.
+                let end = tokio::time::Instant::now() + TOGETHER;
+                while let Ok(chunk) = tokio::time::timeout_at(end, said.next()).await {
+                    chunk.context("the watches have ended")?.into_iter().for_each(|said| self.take(said));
+                }
+            }
             if self.fence.is_over() {
                 bail!("the lease could not be renewed in time");
             }
@@ -192,15 +217,15 @@ impl Leader {
     fn take(&mut self, said: Said) {
         match said {
             Said::Service(event) => {
-                self.broken.remove("meshservices.meshlb.dev");
+                self.goes_on("meshservices.meshlb.dev", &event);
                 self.take_service(event);
             }
             Said::Slice(event) => {
-                self.broken.remove("endpointslices.discovery.k8s.io");
+                self.goes_on("endpointslices.discovery.k8s.io", &event);
                 self.take_slice(event);
             }
             Said::Core(event) => {
-                self.broken.remove("services");
+                self.goes_on("services", &event);
                 self.take_core(*event);
             }
             Said::Failed(what, error) => {
@@ -215,6 +240,13 @@ impl Leader {
             self.synced = true;
             self.mesh.begin(&self.pools.used());
             info!(services = self.mesh.keys().count(), "everything has been read");
+        }
+    }
+
+    fn goes_on<T>(&mut self, what: &'static str, event: &watcher::Event<T>) {
+        // It says that it begins before it has asked.
+        if !matches!(event, watcher::Event::Init) {
+            self.broken.remove(what);
         }
     }
 
@@ -239,7 +271,8 @@ impl Leader {
     fn forget(&mut self, key: &ServiceKey) {
         self.mesh.remove_service(key);
         self.written.remove(key);
-        self.applied.remove(key);
+        self.failed.remove(key);
+        self.headless_failed.remove(key);
     }
 
     fn take_slice(&mut self, event: watcher::Event<DynamicObject>) {
@@ -292,35 +325,75 @@ impl Leader {
             let (Some(entry), Some(new)) = (self.mesh.entry(key), self.mesh.desired(key, now)) else {
                 continue;
             };
+            let soon = |at: &Instant, pause: Duration| at.elapsed() < pause;
             if new == entry.status {
                 clean.push(key.clone());
-            } else if only_counts(&entry.status, &new)
-                && self.written.get(key).is_some_and(|at| at.elapsed() < COUNTS_EVERY)
+            } else if only_endpoints(&entry.status, &new)
+                && self.written.get(key).is_some_and(|at| soon(at, ENDPOINTS_EVERY))
+            {
+                later = true;
+            } else if self
+                .failed
+                .get(key)
+                .is_some_and(|(version, at)| *version == entry.meta.resource_version && soon(at, AGAIN))
             {
                 later = true;
             } else {
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
             }
         }
-        let looked_at: BTreeSet<ServiceKey> = self.mesh.dirty().cloned().collect();
-        self.keep_headless(&looked_at).await;
+        let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);
+        let looked_at: BTreeSet<ServiceKey> =
+            self.mesh.dirty().chain(again.map(|(key, _)| key)).cloned().collect();
+        self.keep_headless(&looked_at).await?;
         clean.iter().for_each(|key| self.mesh.clean(key));
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
-            self.pools.write(&self.mesh.used()).await.context("the pool objects can't be written")?;
-            self.write_statuses(writes).await?;
+            if !self.write_pools().await? {
+                return Ok(());
+            }
+            // What one service gives up another one gets only then.
+            let (giving, taking): (Vec<_>, Vec<_>) = writes.into_iter().partition(|w| gives_up(&w.2, &w.3));
+            self.write_statuses(giving).await?;
+            let new: Vec<_> =
+                taking.iter().filter(|w| differ(&w.2, &w.3)).map(|w| (w.0.clone(), w.3.clone())).collect();
+            let early = if new.is_empty() { BTreeSet::new() } else { self.mesh.too_early(&new) };
+            later |= !early.is_empty();
+            self.write_statuses(taking.into_iter().filter(|w| !early.contains(&w.0)).collect()).await?;
         }
         if self.mesh.dirty().next().is_none() && !later {
             self.told = None;
-            if self.mesh.has_orphans() {
+            if self.mesh.has_orphans() && self.since.elapsed() > HOLD_BACK {
                 self.mesh.free_orphans();
                 self.mesh.allocate();
             }
-            if self.mesh.dirty().next().is_none() {
-                self.pools.write(&self.mesh.used()).await.context("the pool objects can't be written")?;
+            if self.mesh.dirty().next().is_none() && self.mesh.is_freed() && self.write_pools().await? {
+                self.mesh.all_is_entered();
             }
         }
         Ok(())
+    }
+
+    /// Enters all that is in use. Whether that went well; what did not is tried again.
+    async fn write_pools(&mut self) -> Result<bool> {
+        match self.pools.write(&self.mesh.used()).await {
+            Ok(()) => Ok(true),
+            // Another one has written it, or it was deleted: it has to be taken over anew.
+            Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => {
+                bail!("the pool objects have changed: {}", status.message)
+            }
+            Err(e) => {
+                self.tell(format!("the pool objects can't be written: {e}"));
+                Ok(false)
+            }
+        }
+    }
+
+    fn tell(&mut self, problem: String) {
+        if self.told.as_ref() != Some(&problem) {
+            warn!("{problem}; it is tried again");
+            self.told = Some(problem);
+        }
     }
 
     async fn write_statuses(
@@ -344,6 +417,7 @@ impl Leader {
                 Some(Ok(version)) => {
                     events.push((key.clone(), meta, status::news(&old, &new)));
                     self.written.insert(key.clone(), Instant::now());
+                    self.failed.remove(&key);
                     self.mesh.written(&key, new, version);
                 }
                 // It has changed, or is gone: the watch says how.
@@ -354,19 +428,16 @@ impl Leader {
             }
         }
         drop(done);
-        if let Some(problem) = problem
-            && self.told.as_ref() != Some(&problem)
-        {
-            warn!("{problem}; it is tried again");
-            self.told = Some(problem);
+        if let Some(problem) = problem {
+            self.tell(problem);
         }
         for (key, meta, news) in events {
-            self.publish(&key, &meta, news).await;
+            self.announce(&key, &meta, news);
         }
         Ok(())
     }
 
-    async fn publish(&self, key: &ServiceKey, meta: &Meta, news: Vec<status::News>) {
+    fn announce(&self, key: &ServiceKey, meta: &Meta, news: Vec<News>) {
         let about = ObjectReference {
             api_version: Some(api::API_VERSION.to_owned()),
             kind: Some(api::KIND.to_owned()),
@@ -377,53 +448,140 @@ impl Leader {
         };
         for news in news {
             info!("{key}: {}: {}", news.reason, news.message);
-            let event = Event {
-                type_: if news.good { EventType::Normal } else { EventType::Warning },
-                reason: news.reason,
-                // At most 1 kB.
-                note: Some(news.message.chars().take(250).collect()),
-                action: "Allocate".into(),
-                secondary: None,
-            };
-            if let Err(e) = self.recorder.publish(&event, &about).await {
-                debug!("an Event about {key} can't be written: {e}");
+            if self.events.try_send((news, about.clone())).is_err() {
+                debug!("{key}: there are too many Events");
             }
         }
     }
 
     /// Makes, changes and deletes the headless Services of these MeshServices.
-    async fn keep_headless(&mut self, keys: &BTreeSet<ServiceKey>) {
-        for key in keys {
-            let Some(entry) = self.mesh.entry(key) else { continue };
-            let core = self.mesh.core(key);
-            let ours = core.is_some_and(|core| core.owner.as_deref() == Some(&entry.meta.uid));
-            let api: Api<CoreService> = Api::namespaced(self.client.clone(), &key.namespace);
-            let result = match &entry.headless {
-                Some(wanted) if core.is_none() || (ours && self.applied.get(key) != Some(wanted)) => {
-                    let wanted = wanted.clone();
-                    let params = PatchParams::apply(MANAGER).force();
-                    let result = api.patch(&key.name, &params, &Patch::Apply(&wanted)).await;
-                    if result.is_ok() {
-                        self.applied.insert(key.clone(), wanted);
-                    }
-                    result.map(drop)
+    async fn keep_headless(&mut self, keys: &BTreeSet<ServiceKey>) -> Result<()> {
+        let work: Vec<(ServiceKey, Todo)> =
+            keys.iter().filter_map(|key| Some((key.clone(), self.todo(key)?))).collect();
+        let idle: Vec<ServiceKey> =
+            keys.iter().filter(|key| work.iter().all(|(k, _)| k != *key)).cloned().collect();
+        for key in idle {
+            self.headless_failed.remove(&key);
+            self.mesh.headless_problem(&key, None);
+        }
+        let (client, fence) = (&self.client, &self.fence);
+        let mut done = stream::iter(work)
+            .map(|(key, todo)| async move {
+                let result = if fence.is_over() { None } else { Some(do_headless(client, &key, todo).await) };
+                (key, result)
+            })
+            .buffer_unordered(AT_ONCE);
+        let mut results = Vec::new();
+        while let Some(result) = done.next().await {
+            results.push(result);
+        }
+        drop(done);
+        for (key, result) in results {
+            match result {
+                None => bail!("the lease could not be renewed in time"),
+                Some(Ok(())) => {
+                    self.headless_failed.remove(&key);
+                    self.mesh.headless_problem(&key, None);
                 }
-                None if ours => {
-                    let uid = core.map(|core| core.uid.clone());
-                    let params = DeleteParams {
-                        preconditions: Some(Preconditions { uid, resource_version: None }),
-                        ..DeleteParams::default()
-                    };
-                    self.applied.remove(key);
-                    api.delete(&key.name, &params).await.map(drop)
+                // There is one, or another one: the watch says which.
+                Some(Err(kube::Error::Api(s))) if s.code == 409 || s.code == 404 => {
+                    self.headless_failed.insert(key, Instant::now());
                 }
-                _ => continue,
-            };
-            if let Err(e) = result {
-                warn!("the headless Service of {key} can't be kept: {e}");
+                Some(Err(e)) => {
+                    let problem = format!("the headless Service can't be kept: {e}");
+                    self.headless_failed.insert(key.clone(), Instant::now());
+                    self.mesh.headless_problem(&key, Some(problem));
+                }
             }
         }
+        Ok(())
     }
+
+    /// What a MeshService's headless Service is in need of.
+    fn todo(&self, key: &ServiceKey) -> Option<Todo> {
+        let entry = self.mesh.entry(key)?;
+        if self.headless_failed.get(key).is_some_and(|at| at.elapsed() < HEADLESS_AGAIN) {
+            return None;
+        }
+        let ours = |core: &&Core| core.owner.as_deref() == Some(&entry.meta.uid);
+        match (&entry.headless, self.mesh.core(key)) {
+            (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
+            (Some(wanted), Some(core)) if ours(&core) && core.spec != part_of(&wanted["spec"]) => {
+                Some(Todo::Change(core.uid.clone(), wanted.clone()))
+            }
+            (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
+            _ => None,
+        }
+    }
+}
+
+/// Something to do about a headless Service; of one that is there its uid is known.
+enum Todo {
+    Create(Value),
+    Change(String, Value),
+    Delete(String),
+}
+
+/// Only what is surely ours is changed or deleted: making never takes over, and the others name the uid.
+async fn do_headless(client: &Client, key: &ServiceKey, todo: Todo) -> Result<(), kube::Error> {
+    let resource = ApiResource::erase::<CoreService>(&());
+    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
+    match todo {
+        Todo::Create(wanted) => {
+            let object: DynamicObject = serde_json::from_value(wanted).map_err(kube::Error::SerdeError)?;
+            let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+            timed(PATIENCE, api.create(&params, &object)).await.map(drop)
+        }
+        Todo::Change(uid, mut wanted) => {
+            wanted["metadata"]["uid"] = uid.into();
+            let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+            timed(PATIENCE, api.patch(&key.name, &params, &Patch::Merge(&wanted))).await.map(drop)
+        }
+        Todo::Delete(uid) => {
+            let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });
+            let params = DeleteParams { preconditions, ..DeleteParams::default() };
+            timed(PATIENCE, api.delete(&key.name, &params)).await.map(drop)
+        }
+    }
+}
+
+/// What of a Service's spec is compared.
+fn part_of(spec: &Value) -> Value {
+    json!({"selector": spec["selector"], "ports": spec["ports"]})
+}
+
+/// Writes Events, one after another.
+async fn publish(client: Client, reporter: Reporter, mut queue: mpsc::Receiver<(News, ObjectReference)>) {
+    while let Some((news, about)) = queue.recv().await {
+        // A new one each time: one that remembers would repeat the text of the first Event of a reason.
+        let recorder = Recorder::new(client.clone(), reporter.clone());
+        let event = Event {
+            type_: if news.good { EventType::Normal } else { EventType::Warning },
+            reason: news.reason,
+            // At most 1 kB.
+            note: Some(news.message.chars().take(250).collect()),
+            action: "Allocate".into(),
+            secondary: None,
+        };
+        if let Err(e) = timed(PATIENCE, recorder.publish(&event, &about)).await {
+            debug!("an Event can't be written: {e}");
+        }
+    }
+}
+
+/// Whether a service has no longer what it had.
+fn gives_up(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    let published = |status: &MeshServiceStatus| -> Vec<_> {
+        status.ports.iter().filter_map(|p| Some((p.protocol, p.published_port?))).collect()
+    };
+    let (new_vips, new_ports) = (&new.vips, published(new));
+    old.vips.iter().any(|vip| !new_vips.contains(vip))
+        || published(old).iter().any(|port| !new_ports.contains(port))
+}
+
+/// Whether a service has something else than it had.
+fn differ(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    (&old.vips, &old.ports) != (&new.vips, &new.ports)
 }
 
 /// Writes a status, unless the object has changed since. Returns its new version.
@@ -442,15 +600,16 @@ async fn write(
         "status": status,
     });
     let params = PatchParams::apply(MANAGER).force();
-    let object = api.patch_status(&key.name, &params, &Patch::Apply(&body)).await?;
+    let object = timed(PATIENCE, api.patch_status(&key.name, &params, &Patch::Apply(&body))).await?;
     Ok(object.resource_version())
 }
 
-/// Whether nothing but the numbers of endpoints differs.
-fn only_counts(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+/// Whether nothing differs but what endpoints do: their numbers, and whether there is one.
+fn only_endpoints(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
     let without = |status: &MeshServiceStatus| {
         let mut status = status.clone();
         status.endpoints = None;
+        status.conditions.retain(|c| c.type_ != "Ready");
         if let Some(summary) = &mut status.summary {
             summary.endpoints = String::new();
         }
@@ -500,7 +659,7 @@ fn core_of(service: &CoreService) -> Core {
         .iter()
         .flatten()
         .find(|o| o.controller == Some(true) && o.kind == api::KIND && o.api_version == api::API_VERSION);
-    let spec = service.spec.as_ref();
+    let (spec, ours) = (service.spec.as_ref(), owner.is_some());
     let number = |n: i32| u16::try_from(n).ok().filter(|n| *n > 0);
     let ports = spec.iter().flat_map(|s| s.ports.iter().flatten()).filter_map(|port| {
         let protocol: Protocol = port.protocol.as_deref().unwrap_or("TCP").parse().ok()?;
@@ -511,5 +670,6 @@ fn core_of(service: &CoreService) -> Core {
         uid: service.metadata.uid.clone().unwrap_or_default(),
         owner: owner.map(|o| o.uid.clone()),
         node_ports: ports.chain(health).collect(),
+        spec: if ours { part_of(&serde_json::to_value(spec).unwrap_or_default()) } else { Value::Null },
     }
 }

@@ -14,6 +14,8 @@ use kube::{
     api::{ObjectMeta, PostParams},
 };
 
+use super::{PATIENCE, timed};
+
 /// Name of the Lease, in the controller's own namespace.
 pub const NAME: &str = "meshlb-controller";
 /// How long a lease is respected after it was last renewed (client-go's default).
@@ -51,6 +53,10 @@ impl Elector {
     /// # Errors
     /// The API server can't be asked or does not allow it.
     pub async fn hold(&mut self) -> Result<Held, kube::Error> {
+        timed(PATIENCE, self.try_to_hold()).await
+    }
+
+    async fn try_to_hold(&mut self) -> Result<Held, kube::Error> {
         // Counted from before the request: what the API server notes is later.
         let asked = Instant::now();
         let ours = Held::Ours(asked + DEADLINE);
@@ -92,6 +98,10 @@ impl Elector {
     /// # Errors
     /// The API server can't be asked; the lease then runs out.
     pub async fn release(&self) -> Result<(), kube::Error> {
+        timed(PATIENCE, self.give_up()).await
+    }
+
+    async fn give_up(&self) -> Result<(), kube::Error> {
         let Some(mut lease) = self.api.get_opt(NAME).await? else { return Ok(()) };
         let Some(spec) = lease.spec.as_mut().filter(|s| s.holder_identity.as_deref() == Some(&self.identity))
         else {

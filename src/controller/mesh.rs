@@ -23,7 +23,10 @@ use crate::{
         endpoints::Slice,
         ids::{Family, PortId, Protocol, ServiceKey},
         node::{NodeConfig, nth_address},
-        service::Service,
+        service::{
+            FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
+            TrafficPolicy,
+        },
     },
     source::{
         judge::judge,
@@ -53,16 +56,11 @@ pub struct Entry {
     pub status: MeshServiceStatus,
     /// The core Service that it is to have.
     pub headless: Option<Value>,
+    /// Why it does not have that Service.
+    headless_problem: Option<String>,
     service: Option<Arc<Service>>,
     errors: Vec<FieldError>,
     withheld: bool,
-}
-
-impl Entry {
-    /// It is wrong, and was when it was first seen: what its last good version had is still its own.
-    fn is_unknown(&self) -> bool {
-        self.service.is_none() && !self.withheld
-    }
 }
 
 /// A core Service, as far as it matters here.
@@ -74,6 +72,8 @@ pub struct Core {
     pub owner: Option<String>,
     /// Ports that it has on every node.
     pub node_ports: Vec<(Protocol, u16)>,
+    /// What of it a headless Service of ours has to have.
+    pub spec: Value,
 }
 
 /// What is kept of an EndpointSlice.
@@ -81,6 +81,7 @@ pub struct Core {
 struct Counted {
     /// The service that it names.
     service: ServiceKey,
+    family: Family,
     /// Its endpoints, and whether each is ready.
     endpoints: Vec<(Arc<str>, bool)>,
 }
@@ -101,6 +102,8 @@ pub struct Mesh {
     /// Nothing is given out before everything is known.
     allocator: Option<Allocator>,
     orphans: BTreeSet<ServiceKey>,
+    /// Something that is entered may be in use no longer.
+    freed: bool,
     changed: BTreeSet<ServiceKey>,
     dirty: BTreeSet<ServiceKey>,
 }
@@ -119,6 +122,7 @@ impl Mesh {
             cores_changed: false,
             allocator: None,
             orphans: BTreeSet::new(),
+            freed: true,
             changed: BTreeSet::new(),
             dirty: BTreeSet::new(),
         }
@@ -126,7 +130,7 @@ impl Mesh {
 
     /// Takes in a MeshService: new, changed, or only with another status.
     pub fn put_service(&mut self, key: &ServiceKey, meta: Meta, value: Value) {
-        let status: MeshServiceStatus = serde_json::from_value(value["status"].clone()).unwrap_or_default();
+        let status = api::readable_status(&value["status"]);
         if let Some(entry) = self.entries.get_mut(key)
             && entry.meta.uid == meta.uid
         {
@@ -159,16 +163,25 @@ impl Mesh {
                 (Some(service), false)
             }
             Verdict::Withheld => (None, true),
-            // The last good version goes on.
-            Verdict::Wrong | Verdict::Good(_) => (same_object.and_then(|old| old.service), false),
+            // The last good version goes on, with what it has: as the oldest, nobody takes that away.
+            Verdict::Wrong | Verdict::Good(_) => {
+                let last = same_object.and_then(|old| old.service);
+                (pinned(key, last.as_deref(), &status).map(Arc::new), false)
+            }
         };
         if let Some(service) = &service {
             self.users.entry(slices_of(service)).or_default().insert(key.clone());
         }
-        let entry = Entry { meta, status, headless, service, errors: judgement.findings, withheld };
-        if !entry.is_unknown() {
-            self.changed.insert(key.clone());
-        }
+        self.changed.insert(key.clone());
+        let entry = Entry {
+            meta,
+            status,
+            headless,
+            headless_problem: None,
+            service,
+            errors: judgement.findings,
+            withheld,
+        };
         self.entries.insert(key.clone(), entry);
         self.sort(key);
     }
@@ -186,7 +199,8 @@ impl Mesh {
 
     fn name_taken(&self, key: &ServiceKey, entry: &Entry) -> bool {
         entry.headless.is_some()
-            && self.cores.get(key).is_some_and(|core| core.owner.as_deref() != Some(&entry.meta.uid))
+            // One of an earlier object of this name goes away by itself.
+            && self.cores.get(key).is_some_and(|core| core.owner.is_none())
     }
 
     /// A MeshService is gone.
@@ -199,6 +213,7 @@ impl Mesh {
         }
         self.services.remove(key);
         self.dirty.remove(key);
+        self.freed = true;
         self.changed.insert(key.clone());
     }
 
@@ -219,7 +234,7 @@ impl Mesh {
         self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
         self.by_service.entry(name.clone()).or_default().insert(key.clone());
         let endpoints = slice.endpoints.iter().map(endpoint).collect();
-        self.slices.insert(key.clone(), Counted { service: name, endpoints });
+        self.slices.insert(key.clone(), Counted { service: name, family: slice.family, endpoints });
     }
 
     /// Takes in a core Service, or that it is gone.
@@ -230,8 +245,8 @@ impl Mesh {
         };
         let ports = |core: &Option<Core>| core.as_ref().map(|c| c.node_ports.clone()).unwrap_or_default();
         self.cores_changed |= ports(&old) != ports(&core);
-        let owner = |core: &Option<Core>| core.as_ref().map(|c| c.owner.clone());
-        if owner(&old) != owner(&core) && self.entries.contains_key(key) {
+        let ours = |core: &Option<Core>| core.as_ref().map(|c| (c.owner.clone(), c.spec.clone()));
+        if ours(&old) != ours(&core) && self.entries.contains_key(key) {
             self.sort(key);
             self.changed.insert(key.clone());
             self.dirty.insert(key.clone());
@@ -272,7 +287,7 @@ impl Mesh {
         }
         self.allocator = Some(Allocator::for_mesh(self.config.clone(), previous));
         self.cores_changed = true;
-        self.changed.extend(self.entries.iter().filter(|(_, e)| !e.is_unknown()).map(|(key, _)| key.clone()));
+        self.changed.extend(self.entries.keys().cloned());
         self.dirty.extend(self.entries.keys().cloned());
     }
 
@@ -282,6 +297,17 @@ impl Mesh {
             allocator.forget(&self.orphans);
         }
         self.orphans.clear();
+        self.freed = true;
+    }
+
+    /// Whether the pool objects may hold more than is in use.
+    pub fn is_freed(&self) -> bool {
+        self.freed
+    }
+
+    /// They hold just that.
+    pub fn all_is_entered(&mut self) {
+        self.freed = false;
     }
 
     /// Whether [`Self::free_orphans`] has anything to do.
@@ -343,11 +369,47 @@ impl Mesh {
     /// A service's status has been written.
     pub fn written(&mut self, key: &ServiceKey, status: MeshServiceStatus, resource_version: Option<String>) {
         let Some(entry) = self.entries.get_mut(key) else { return };
+        self.freed |= entry.status.vips != status.vips || entry.status.ports != status.ports;
         entry.status = status;
         if let Some(version) = resource_version {
             entry.meta.resource_version = version;
         }
         self.dirty.remove(key);
+    }
+
+    /// Its headless Service could not be kept, or could again.
+    pub fn headless_problem(&mut self, key: &ServiceKey, problem: Option<String>) {
+        if let Some(entry) = self.entries.get_mut(key)
+            && entry.headless_problem != problem
+        {
+            entry.headless_problem = problem;
+            self.dirty.insert(key.clone());
+        }
+    }
+
+    /// Of these new statuses those that hold something which the status of another service still says: they have to wait
+    /// until that one is written.
+    pub fn too_early(&self, new: &[(ServiceKey, MeshServiceStatus)]) -> BTreeSet<ServiceKey> {
+        let values = |status: &MeshServiceStatus| -> Vec<String> {
+            let ports = status
+                .ports
+                .iter()
+                .filter_map(|p| Some(format!("{}/{}", p.published_port?, p.protocol.as_str())));
+            status.vips.iter().map(|vip| vip.0.clone()).chain(ports).collect()
+        };
+        let mut wanted: HashMap<String, &ServiceKey> = HashMap::new();
+        for (key, status) in new {
+            wanted.extend(values(status).into_iter().map(|value| (value, key)));
+        }
+        let mut out = BTreeSet::new();
+        for (key, entry) in &self.entries {
+            for value in values(&entry.status) {
+                if let Some(other) = wanted.get(&value).filter(|other| **other != key) {
+                    out.insert((*other).clone());
+                }
+            }
+        }
+        out
     }
 
     /// The status that a service is to have.
@@ -357,9 +419,10 @@ impl Mesh {
             _ if entry.withheld => status::Verdict::Withheld(&entry.errors),
             _ if self.name_taken(key, entry) => status::Verdict::NameTaken,
             Some(service) if entry.errors.is_empty() => {
-                status::Verdict::Served(service, self.allocator.as_ref().and_then(|a| a.get(key)))
+                let allocation = self.allocator.as_ref().and_then(|a| a.get(key));
+                status::Verdict::Served(service, allocation, entry.headless_problem.as_deref())
             }
-            _ => status::Verdict::Wrong(&entry.errors),
+            last_good => status::Verdict::Wrong(&entry.errors, last_good.is_some()),
         };
         let endpoints = self.count(entry);
         Some(status::status(
@@ -371,8 +434,10 @@ impl Mesh {
     fn count(&self, entry: &Entry) -> EndpointCounts {
         // An endpoint with an address of each family is in two slices.
         let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
-        let keys = entry.service.as_ref().and_then(|service| self.by_service.get(&slices_of(service)));
-        for slice in keys.into_iter().flatten().filter_map(|key| self.slices.get(key)) {
+        let Some(service) = &entry.service else { return EndpointCounts::default() };
+        let keys = self.by_service.get(&slices_of(service));
+        let slices = keys.into_iter().flatten().filter_map(|key| self.slices.get(key));
+        for slice in slices.filter(|slice| service.families.contains(&slice.family)) {
             for (id, is_ready) in &slice.endpoints {
                 *ready.entry(id).or_default() |= is_ready;
             }
@@ -428,6 +493,45 @@ impl Mesh {
             }
         }
     }
+}
+
+/// A service that is wrong as it is now: its last good version, or what is known of that, with a claim on what its status says.
+fn pinned(key: &ServiceKey, last: Option<&Service>, status: &MeshServiceStatus) -> Option<Service> {
+    let granted = api::granted_of(status);
+    if let Some(last) = last {
+        return Some(Service { created: 0, granted: Some(granted), ..last.clone() });
+    }
+    if granted == Granted::default() {
+        return None;
+    }
+    let port = |id: &PortId| ServicePort {
+        name: None,
+        protocol: id.protocol,
+        port: id.port,
+        end_port: None,
+        target: TargetPort::Inferred,
+        publish: Some(Publish { mode: PublishMode::Ingress, port: None, addresses: Vec::new() }),
+    };
+    Some(Service {
+        key: key.clone(),
+        mode: if granted.vips.is_empty() { Mode::Dnsrr } else { Mode::Vip },
+        service_name: key.name.clone(),
+        vips: Vec::new(),
+        families: granted.vips.iter().map(|(family, _)| family).collect(),
+        family_policy: if granted.vips.v4.is_some() && granted.vips.v6.is_some() {
+            FamilyPolicy::PreferDualStack
+        } else {
+            FamilyPolicy::SingleStack
+        },
+        weights: BTreeMap::new(),
+        ports: granted.published.keys().map(port).collect(),
+        scheduler: Scheduler::default(),
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        drain: std::time::Duration::ZERO,
+        created: 0,
+        granted: Some(granted),
+    })
 }
 
 /// The name that its slices carry.

@@ -15,7 +15,10 @@ pub mod status;
 #[cfg(test)]
 mod tests;
 
-use std::{future::Future, time::Instant};
+use std::{
+    future::Future,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result};
 use kube::{Client, Config};
@@ -24,6 +27,9 @@ use tracing::{error, info, warn};
 use crate::model::node::NodeConfig;
 use leader::Fence;
 use lease::{Elector, Held, RETRY};
+
+/// A request that has no answer by then has failed; less than the lease is respected beyond its deadline.
+pub const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a controller needs to know.
 #[derive(Clone, Debug)]
@@ -36,6 +42,20 @@ pub struct Settings {
     pub identity: String,
     /// The API server, for messages.
     pub url: String,
+}
+
+/// A request that fails when there is no answer in time: a connection that is dead without anybody having said so would hang.
+///
+/// # Errors
+/// The request's own, or that there was no answer.
+pub async fn timed<T>(
+    within: Duration,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, kube::Error> {
+    match tokio::time::timeout(within, request).await {
+        Ok(done) => done,
+        Err(_) => Err(kube::Error::Service(format!("no answer within {} s", within.as_secs()).into())),
+    }
 }
 
 /// Runs until `stop` is there: waits for the Lease, leads, and gives the Lease up at the end. `beat` is called whenever it has
@@ -61,15 +81,21 @@ pub async fn run(
         };
         match held {
             Ok(Held::Ours(until)) => {
-                told.clear();
                 other.clear();
-                info!(identity = settings.identity, "this controller leads");
+                // One that fails at once tries again and again, and says so once.
+                if told.is_empty() {
+                    info!(identity = settings.identity, "this controller leads");
+                }
                 let ended = tokio::select! {
                     () = &mut stop => None,
                     why = reign(&client, &settings, &mut elector, until, &beat) => Some(why),
                 };
                 let Some(why) = ended else { break };
-                error!("this controller leads no longer: {why:#}");
+                let message = format!("this controller leads no longer: {why:#}");
+                if message != told {
+                    error!("{message}");
+                    told = message;
+                }
             }
             Ok(Held::Others(holder)) => {
                 told.clear();

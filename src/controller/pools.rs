@@ -13,7 +13,7 @@ use kube::{
 };
 use tracing::warn;
 
-use super::numbers::Numbers;
+use super::{PATIENCE, numbers::Numbers, timed};
 use crate::model::{
     ids::{Family, Protocol},
     node::NodeConfig,
@@ -81,16 +81,16 @@ impl Pools {
         let mut objects = BTreeMap::new();
         for id in PoolId::all(&config) {
             let name = id.object();
-            let old = api.get_opt(&name).await?;
+            let old = timed(PATIENCE, api.get_opt(&name)).await?;
             let range = id.range(&config);
             let numbers = old.as_ref().map_or_else(Numbers::default, |old| read(old, &range));
             let mut new = object(&name, &range, identity, &numbers);
             let written = match old {
                 Some(old) => {
                     new.metadata.resource_version = old.metadata.resource_version;
-                    api.replace(&name, &PostParams::default(), &new).await?
+                    timed(PATIENCE, api.replace(&name, &PostParams::default(), &new)).await?
                 }
-                None => api.create(&PostParams::default(), &new).await?,
+                None => timed(PATIENCE, api.create(&PostParams::default(), &new)).await?,
             };
             objects.insert(id, (written, numbers));
         }
@@ -118,7 +118,7 @@ impl Pools {
             let data = new.data.get_or_insert_default();
             data.insert(NUMBERS.to_owned(), numbers.to_string());
             data.insert(RANGE.to_owned(), id.range(&self.config));
-            *object = self.api.replace(&id.object(), &PostParams::default(), &new).await?;
+            *object = timed(PATIENCE, self.api.replace(&id.object(), &PostParams::default(), &new)).await?;
             had.clone_from(numbers);
         }
         Ok(())

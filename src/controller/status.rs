@@ -5,7 +5,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     allocate::ServiceAllocation,
     api::{
-        FieldError, Reason,
+        FieldError,
         status::{EndpointCounts, MeshServiceStatus, PortStatus, Summary},
         values::{IpText, Protocol as ApiProtocol},
     },
@@ -26,10 +26,10 @@ pub struct Known<'a> {
 
 /// What a spec comes to.
 pub enum Verdict<'a> {
-    /// It is served, with this.
-    Served(&'a Service, Option<&'a ServiceAllocation>),
-    /// It is wrong, and its last good version goes on.
-    Wrong(&'a [FieldError]),
+    /// It is served, with this; why it has no headless Service, if it should have one.
+    Served(&'a Service, Option<&'a ServiceAllocation>, Option<&'a str>),
+    /// It is wrong; whether a last good version goes on.
+    Wrong(&'a [FieldError], bool),
     /// It asks for what can't be done, and is not served.
     Withheld(&'a [FieldError]),
     /// A core Service of its name is somebody else's, and so would be its endpoints.
@@ -46,30 +46,24 @@ pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
     let mut conditions =
         Conditions { old: &old.conditions, generation: known.generation, now: known.now, new: Vec::new() };
     match &known.verdict {
-        Verdict::Served(service, allocation) => {
+        Verdict::Served(service, allocation, problem) => {
             conditions.set("Accepted", true, "Accepted", "the spec is valid");
-            served(service, *allocation, &mut new, &mut conditions, &known.endpoints);
+            served(service, *allocation, *problem, &mut new, &mut conditions, &known.endpoints);
         }
-        Verdict::Wrong(errors) => {
+        Verdict::Wrong(errors, goes_on) => {
             // Nothing that worked is lost.
             (new.vips, new.ports, new.summary) = (old.vips.clone(), old.ports.clone(), old.summary.clone());
-            conditions.set(
-                "Accepted",
-                false,
-                "Invalid",
-                &format!("{}; the last valid version stays in force", join(errors)),
-            );
-            conditions.keep("Allocated");
-            conditions.keep("Ready");
+            let end = if *goes_on { "; the last valid version stays in force" } else { "" };
+            conditions.set("Accepted", false, "Invalid", &(join(errors) + end));
+            if *goes_on {
+                conditions.keep("Allocated");
+                conditions.keep("Ready");
+            } else {
+                not_accepted(&mut conditions);
+            }
         }
         Verdict::Withheld(errors) => {
-            let known = errors.iter().all(|e| e.reason == Reason::NotSupportedYet);
-            conditions.set(
-                "Accepted",
-                false,
-                if known { "NotSupportedYet" } else { "Refused" },
-                &join(errors),
-            );
+            conditions.set("Accepted", false, "NotSupportedYet", &join(errors));
             not_accepted(&mut conditions);
         }
         Verdict::NameTaken => {
@@ -99,6 +93,7 @@ fn not_accepted(conditions: &mut Conditions<'_>) {
 fn served(
     service: &Service,
     allocation: Option<&ServiceAllocation>,
+    headless_problem: Option<&str>,
     new: &mut MeshServiceStatus,
     conditions: &mut Conditions<'_>,
     endpoints: &EndpointCounts,
@@ -136,6 +131,8 @@ fn served(
     }
     if let Some(first) = blocking.first() {
         conditions.set("Ready", false, first.reason(), "not all that was asked for is allocated");
+    } else if let Some(problem) = headless_problem {
+        conditions.set("Ready", false, "HeadlessServiceFailed", problem);
     } else if endpoints.ready == 0 {
         let message = if endpoints.total == 0 { "there are no endpoints" } else { "no endpoint is ready" };
         conditions.set("Ready", false, "NoEndpoints", message);

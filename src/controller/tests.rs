@@ -165,7 +165,8 @@ fn node_ports_of_core_services_are_refused_by_name() {
     let mut mesh = stored.mesh(&Used::new());
     stored.write(&mut mesh);
     assert_eq!(stored.status("a").ports[0].published_port, Some(30080));
-    let core = Core { uid: "x".into(), owner: None, node_ports: vec![(Protocol::Tcp, 30080)] };
+    let core =
+        Core { uid: "x".into(), owner: None, node_ports: vec![(Protocol::Tcp, 30080)], ..Core::default() };
     mesh.put_core(&ServiceKey::new("default", "other"), Some(core));
     stored.write(&mut mesh);
     assert_eq!(stored.status("a").ports[0].published_port, None);
@@ -197,11 +198,68 @@ fn what_is_wrong_keeps_what_it_has_over_a_change_of_leaders() {
     let mut next = stored.mesh(&used);
     stored.write(&mut next);
     assert_eq!(stored.vip("a"), vip);
+    assert!(
+        stored.condition("b", "Allocated").contains("VIPTaken"),
+        "{}",
+        stored.condition("b", "Allocated")
+    );
     stored.apply("a", 1, plain());
     stored.show("a", &mut next);
     stored.write(&mut next);
-    // What b asks for explicitly is b's; a, whose own was by chance, has another one: never both the same.
-    assert_ne!(stored.vip("a"), stored.vip("b"));
+    // In order again, it has what it had by chance: what b asks for explicitly is b's then, and a moves.
+    assert_ne!(stored.vip("a"), vip);
+    assert_eq!(stored.vip("b"), vip);
+}
+
+#[test]
+fn what_is_wrong_loses_nothing_to_who_asks_for_it() {
+    let mut stored = Stored::default();
+    stored.apply("a", 5, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let vip = stored.vip("a");
+    // Outside the range, which no schema can know.
+    stored.apply("a", 5, json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]}));
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    stored.apply("b", 1, json!({"vips": [vip.clone()], "ports": [{"port": 80}]}));
+    stored.show("b", &mut mesh);
+    stored.write(&mut mesh);
+    assert_eq!((stored.vip("a"), stored.vip("b")), (vip.clone(), String::new()));
+    assert!(stored.condition("b", "Allocated").contains("belongs to default/a"));
+    // Nor over a change of leaders.
+    let mut next = stored.mesh(&mesh.used());
+    assert!(stored.write(&mut next).is_empty());
+    assert_eq!(stored.vip("a"), vip);
+}
+
+#[test]
+fn what_was_never_right_has_nothing() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let accepted = stored.condition("a", "Accepted");
+    assert!(accepted.contains("spec.vips") && !accepted.contains("stays in force"), "{accepted}");
+    assert!(stored.condition("a", "Ready").starts_with("False NotAccepted"));
+}
+
+#[test]
+fn what_moves_is_given_up_before_it_is_given() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    stored.apply("b", 2, json!({"vips": [stored.vip("a")], "ports": [{"port": 80}]}));
+    stored.show("b", &mut mesh);
+    mesh.allocate();
+    let desired = |mesh: &Mesh, name: &str| mesh.desired(&key(name), now()).unwrap();
+    let (a, b) = (desired(&mesh, "a"), desired(&mesh, "b"));
+    assert_eq!(b.vips[0].0, stored.vip("a"));
+    let new = [(key("b"), b)];
+    assert_eq!(mesh.too_early(&new), [key("b")].into());
+    mesh.written(&key("a"), a, None);
+    assert!(mesh.too_early(&new).is_empty());
 }
 
 #[test]
@@ -212,11 +270,11 @@ fn a_name_that_is_somebody_elses_is_told() {
     assert!(mesh.entry(&key("a")).unwrap().headless.is_some());
     stored.write(&mut mesh);
     assert!(!stored.vip("a").is_empty());
-    mesh.put_core(&key("a"), Some(Core { uid: "1".into(), owner: None, node_ports: vec![] }));
+    mesh.put_core(&key("a"), Some(Core { uid: "1".into(), owner: None, ..Core::default() }));
     stored.write(&mut mesh);
     assert_eq!(stored.vip("a"), "");
     assert!(stored.condition("a", "Accepted").starts_with("False ServiceNameTaken"));
-    mesh.put_core(&key("a"), Some(Core { uid: "2".into(), owner: Some("uid-a".into()), node_ports: vec![] }));
+    mesh.put_core(&key("a"), Some(Core { uid: "2".into(), owner: Some("uid-a".into()), ..Core::default() }));
     stored.write(&mut mesh);
     assert!(!stored.vip("a").is_empty());
 }

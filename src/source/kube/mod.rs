@@ -86,6 +86,8 @@ async fn find_config(kubeconfig: Option<&Path>) -> Result<Config> {
     // A connection that hangs must be noticed; a watch may be quiet for as long as the API server keeps it open.
     config.connect_timeout = Some(Duration::from_secs(10));
     config.read_timeout = None;
+    // Whoever asks tries again at a pace of its own; the client's own way may wait for minutes.
+    config.default_retry = false;
     Ok(config)
 }
 

@@ -9,14 +9,25 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use meshlb::{
+    controller::{
+        numbers::Numbers,
+        pools::{PoolId, Pools},
+    },
+    model::{
+        ids::{Family, PerFamily},
+        node::{MarkMask, NodeConfig},
+    },
+};
 use serde_json::Value;
 
 use crate::{Case, kubectl::Cluster};
 
-pub const CASES: [Case; 6] = [
+pub const CASES: [Case; 7] = [
     ("controller::gives_and_tells", gives_and_tells),
     ("controller::conflicts_name_the_other", conflicts),
     ("controller::selector_keeps_a_headless_service", selector),
+    ("controller::earlier_leader_is_refused", refused),
     ("controller::gives_the_lease_up", gives_up),
     ("controller::dies_while_it_gives_out_500", dies),
     ("controller::stopped_past_its_lease", stopped),
@@ -256,6 +267,10 @@ fn selector(cluster: &Cluster) -> Result<()> {
         .good()?;
     let vote = until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
     ensure!(vote["status"]["summary"]["endpoints"] == "1/1", "{:#}", vote["status"]);
+    // What somebody changes is put right.
+    let patch = r#"{"spec": {"selector": {"app": "wrong"}}}"#;
+    cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
+    until("its own selector again", PATIENCE, || Ok(find()?["spec"]["selector"]["app"] == "vote"))?;
     // It is made again, changed, and goes with the selector.
     cluster.kubectl(&["delete", "service", "vote", "-n", "selector"], "")?.good()?;
     until("the headless Service again", PATIENCE, || Ok(find().is_ok()))?;
@@ -321,18 +336,68 @@ fn five_hundred(namespace: &str) -> String {
     (0..500).map(|i| manifest(namespace, &format!("s{i}"), "{ports: [{port: 80, publish: {}}]}")).collect()
 }
 
+/// Begins to create them, and returns when some of them have been given something.
+fn begin_five_hundred(
+    cluster: &Cluster,
+    namespace: &'static str,
+) -> Result<std::thread::JoinHandle<Result<String>>> {
+    let (cluster_too, text) = (cluster.clone(), five_hundred(namespace));
+    let create = std::thread::spawn(move || cluster_too.kubectl(&["create", "-f", "-"], &text)?.good());
+    until("some are given", PATIENCE, || {
+        let list = get(cluster, &["msvc", "-n", namespace])?;
+        Ok(list["items"]
+            .as_array()
+            .is_some_and(|items| items.iter().filter(|i| i["status"]["vips"][0].is_string()).count() > 20))
+    })?;
+    Ok(create)
+}
+
+/// The fence itself: who took the pools before somebody else did can write them no more.
+fn refused(cluster: &Cluster) -> Result<()> {
+    prepare(cluster, "refused")?;
+    let config = NodeConfig {
+        name: "n1".into(),
+        ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
+        publish_range: 30000..=32767,
+        reserved: vec![],
+        mask: MarkMask::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let access = meshlb::source::kube::config(Some(&cluster.kubeconfig()))?;
+    runtime.block_on(async {
+        let client = kube::Client::try_from(access)?;
+        let take = |who| Pools::take(client.clone(), NAMESPACE, config.clone(), who);
+        let mut first = take("one").await?;
+        let mut used = first.used();
+        used.insert(PoolId::Vips(Family::V4), Numbers([7].into()));
+        first.write(&used).await?;
+        let mut second = take("two").await?;
+        ensure!(second.used() == used, "what was entered is gone");
+        used.insert(PoolId::Vips(Family::V4), Numbers([7, 8].into()));
+        match first.write(&used).await {
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            other => bail!("the first one can still write: {other:?}"),
+        }
+        second.write(&used).await?;
+        Ok(())
+    })?;
+    cluster.kubectl(&["delete", "configmap", "--all", "-n", NAMESPACE], "")?.good()?;
+    Ok(())
+}
+
 fn dies(cluster: &Cluster) -> Result<()> {
     prepare(cluster, "dies")?;
     let first = Controller::start(cluster, "one")?;
     first.until_it_says("everything has been read")?;
     let second = Controller::start(cluster, "two")?;
-    cluster.kubectl(&["create", "-f", "-"], &five_hundred("dies"))?.good()?;
-    // In the middle of it, or soon after: the next one has both to take over and to finish.
+    let create = begin_five_hundred(cluster, "dies")?;
     first.signal("-KILL")?;
-    second.until_it_says("this controller leads")?;
+    let led = second.until_it_says("this controller leads");
+    create.join().map_err(|_| anyhow::anyhow!("panicked"))??;
+    led?;
     until("all have all", Duration::from_secs(90), || all_different(cluster, "dies", 500))?;
     cluster.kubectl(&["delete", "msvc", "--all", "-n", "dies"], "")?.good()?;
-    until("all is given back", PATIENCE, || Ok(pool(cluster, "tcp")?.is_empty()))?;
+    until("all is given back", Duration::from_secs(60), || Ok(pool(cluster, "tcp")?.is_empty()))?;
     Ok(())
 }
 
@@ -341,23 +406,11 @@ fn stopped(cluster: &Cluster) -> Result<()> {
     let first = Controller::start(cluster, "one")?;
     first.until_it_says("everything has been read")?;
     let second = Controller::start(cluster, "two")?;
-    let mut create = {
-        let text = five_hundred("stopped");
-        let cluster = cluster.clone();
-        Some(std::thread::spawn(move || cluster.kubectl(&["create", "-f", "-"], &text)?.good()))
-    };
     // Stopped while it gives out.
-    until("some are given", PATIENCE, || {
-        let list = get(cluster, &["msvc", "-n", "stopped"])?;
-        Ok(list["items"]
-            .as_array()
-            .is_some_and(|items| items.iter().any(|i| i["status"]["vips"][0].is_string())))
-    })?;
+    let create = begin_five_hundred(cluster, "stopped")?;
     first.signal("-STOP")?;
     let led = second.until_it_says("this controller leads");
-    if let Some(create) = create.take() {
-        create.join().map_err(|_| anyhow::anyhow!("panicked"))??;
-    }
+    create.join().map_err(|_| anyhow::anyhow!("panicked"))??;
     led?;
     until("all have all", Duration::from_secs(90), || all_different(cluster, "stopped", 500))?;
     let before = get(cluster, &["msvc", "-n", "stopped"])?;
