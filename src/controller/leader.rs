@@ -317,6 +317,11 @@ impl Leader {
     /// Brings everything that is not as it should be closer to that.
     async fn turn(&mut self) -> Result<()> {
         self.mesh.allocate();
+        // Before the statuses, which say what comes of it.
+        let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);
+        let looked_at: BTreeSet<ServiceKey> =
+            self.mesh.dirty().chain(again.map(|(key, _)| key)).cloned().collect();
+        self.keep_headless(&looked_at).await?;
         let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default();
         let mut writes = Vec::new();
         let mut clean = Vec::new();
@@ -326,26 +331,19 @@ impl Leader {
                 continue;
             };
             let soon = |at: &Instant, pause: Duration| at.elapsed() < pause;
+            let just_written = || self.written.get(key).is_some_and(|at| soon(at, ENDPOINTS_EVERY));
+            let just_failed = || {
+                let failed = self.failed.get(key);
+                failed.is_some_and(|(version, at)| *version == entry.meta.resource_version && soon(at, AGAIN))
+            };
             if new == entry.status {
                 clean.push(key.clone());
-            } else if only_endpoints(&entry.status, &new)
-                && self.written.get(key).is_some_and(|at| soon(at, ENDPOINTS_EVERY))
-            {
-                later = true;
-            } else if self
-                .failed
-                .get(key)
-                .is_some_and(|(version, at)| *version == entry.meta.resource_version && soon(at, AGAIN))
-            {
+            } else if just_failed() || (only_endpoints(&entry.status, &new) && just_written()) {
                 later = true;
             } else {
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
             }
         }
-        let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);
-        let looked_at: BTreeSet<ServiceKey> =
-            self.mesh.dirty().chain(again.map(|(key, _)| key)).cloned().collect();
-        self.keep_headless(&looked_at).await?;
         clean.iter().for_each(|key| self.mesh.clean(key));
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
