@@ -15,25 +15,21 @@ use k8s_openapi::api::{
     discovery::v1::EndpointSlice,
 };
 use kube::{
-    Api, Client, ResourceExt,
-    api::{ApiResource, DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    Api, Client,
+    api::ApiResource,
     core::{DynamicObject, ObjectMeta},
-    runtime::{
-        WatchStreamExt,
-        events::{Event, EventType, Recorder, Reporter},
-        watcher,
-    },
+    runtime::{WatchStreamExt, events::Reporter, watcher},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    PATIENCE, Settings,
+    Settings,
     mesh::{Core, Mesh, Meta},
     pools::Pools,
+    requests::{self, Todo},
     status::{self, News},
-    timed,
 };
 use crate::{
     api::{self, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
@@ -45,8 +41,6 @@ use crate::{
     },
 };
 
-/// Field manager of all that the controller applies.
-pub const MANAGER: &str = "meshlb-controller";
 /// A status of which nothing has changed but what its endpoints do is written at most this often.
 const ENDPOINTS_EVERY: Duration = Duration::from_secs(5);
 /// What could not be written is tried again after this long.
@@ -125,7 +119,7 @@ pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<I
     let reporter = Reporter { controller: "meshlb".into(), instance: Some(settings.identity.clone()) };
     let (events, queue) = mpsc::channel(EVENTS);
     // It ends with the leader, which has the other end.
-    tokio::spawn(publish(client.clone(), reporter, queue));
+    tokio::spawn(requests::publish(client.clone(), reporter, queue));
     let leader = Leader {
         url: settings.url.clone(),
         mesh: Mesh::new(settings.node.clone()),
@@ -338,7 +332,7 @@ impl Leader {
             };
             if new == entry.status {
                 clean.push(key.clone());
-            } else if just_failed() || (only_endpoints(&entry.status, &new) && just_written()) {
+            } else if just_failed() || (status::only_endpoints(&entry.status, &new) && just_written()) {
                 later = true;
             } else {
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
@@ -351,10 +345,14 @@ impl Leader {
                 return Ok(());
             }
             // What one service gives up another one gets only then.
-            let (giving, taking): (Vec<_>, Vec<_>) = writes.into_iter().partition(|w| gives_up(&w.2, &w.3));
+            let (giving, taking): (Vec<_>, Vec<_>) =
+                writes.into_iter().partition(|w| status::gives_up(&w.2, &w.3));
             self.write_statuses(giving).await?;
-            let new: Vec<_> =
-                taking.iter().filter(|w| differ(&w.2, &w.3)).map(|w| (w.0.clone(), w.3.clone())).collect();
+            let new: Vec<_> = taking
+                .iter()
+                .filter(|w| status::differ(&w.2, &w.3))
+                .map(|w| (w.0.clone(), w.3.clone()))
+                .collect();
             let early = if new.is_empty() { BTreeSet::new() } else { self.mesh.too_early(&new) };
             later |= !early.is_empty();
             self.write_statuses(taking.into_iter().filter(|w| !early.contains(&w.0)).collect()).await?;
@@ -402,8 +400,11 @@ impl Leader {
         let mut done = stream::iter(writes)
             .map(|(key, meta, old, new)| async move {
                 // The last look before it is sent.
-                let result =
-                    if fence.is_over() { None } else { Some(write(client, &key, &meta, &new).await) };
+                let result = if fence.is_over() {
+                    None
+                } else {
+                    Some(requests::write(client, &key, &meta, &new).await)
+                };
                 (key, meta, old, new, result)
             })
             .buffer_unordered(AT_ONCE);
@@ -465,7 +466,11 @@ impl Leader {
         let (client, fence) = (&self.client, &self.fence);
         let mut done = stream::iter(work)
             .map(|(key, todo)| async move {
-                let result = if fence.is_over() { None } else { Some(do_headless(client, &key, todo).await) };
+                let result = if fence.is_over() {
+                    None
+                } else {
+                    Some(requests::keep_headless(client, &key, todo).await)
+                };
                 (key, result)
             })
             .buffer_unordered(AT_ONCE);
@@ -504,116 +509,13 @@ impl Leader {
         let ours = |core: &&Core| core.owner.as_deref() == Some(&entry.meta.uid);
         match (&entry.headless, self.mesh.core(key)) {
             (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
-            (Some(wanted), Some(core)) if ours(&core) && core.spec != part_of(&wanted["spec"]) => {
+            (Some(wanted), Some(core)) if ours(&core) && core.spec != requests::part_of(&wanted["spec"]) => {
                 Some(Todo::Change(core.uid.clone(), wanted.clone()))
             }
             (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
             _ => None,
         }
     }
-}
-
-/// Something to do about a headless Service; of one that is there its uid is known.
-enum Todo {
-    Create(Value),
-    Change(String, Value),
-    Delete(String),
-}
-
-/// Only what is surely ours is changed or deleted: making never takes over, and the others name the uid.
-async fn do_headless(client: &Client, key: &ServiceKey, todo: Todo) -> Result<(), kube::Error> {
-    let resource = ApiResource::erase::<CoreService>(&());
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
-    match todo {
-        Todo::Create(wanted) => {
-            let object: DynamicObject = serde_json::from_value(wanted).map_err(kube::Error::SerdeError)?;
-            let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
-            timed(PATIENCE, api.create(&params, &object)).await.map(drop)
-        }
-        Todo::Change(uid, mut wanted) => {
-            wanted["metadata"]["uid"] = uid.into();
-            let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-            timed(PATIENCE, api.patch(&key.name, &params, &Patch::Merge(&wanted))).await.map(drop)
-        }
-        Todo::Delete(uid) => {
-            let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });
-            let params = DeleteParams { preconditions, ..DeleteParams::default() };
-            timed(PATIENCE, api.delete(&key.name, &params)).await.map(drop)
-        }
-    }
-}
-
-/// What of a Service's spec is compared.
-fn part_of(spec: &Value) -> Value {
-    json!({"selector": spec["selector"], "ports": spec["ports"]})
-}
-
-/// Writes Events, one after another.
-async fn publish(client: Client, reporter: Reporter, mut queue: mpsc::Receiver<(News, ObjectReference)>) {
-    while let Some((news, about)) = queue.recv().await {
-        // A new one each time: one that remembers would repeat the text of the first Event of a reason.
-        let recorder = Recorder::new(client.clone(), reporter.clone());
-        let event = Event {
-            type_: if news.good { EventType::Normal } else { EventType::Warning },
-            reason: news.reason,
-            // At most 1 kB.
-            note: Some(news.message.chars().take(250).collect()),
-            action: "Allocate".into(),
-            secondary: None,
-        };
-        if let Err(e) = timed(PATIENCE, recorder.publish(&event, &about)).await {
-            debug!("an Event can't be written: {e}");
-        }
-    }
-}
-
-/// Whether a service has no longer what it had.
-fn gives_up(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
-    let published = |status: &MeshServiceStatus| -> Vec<_> {
-        status.ports.iter().filter_map(|p| Some((p.protocol, p.published_port?))).collect()
-    };
-    let (new_vips, new_ports) = (&new.vips, published(new));
-    old.vips.iter().any(|vip| !new_vips.contains(vip))
-        || published(old).iter().any(|port| !new_ports.contains(port))
-}
-
-/// Whether a service has something else than it had.
-fn differ(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
-    (&old.vips, &old.ports) != (&new.vips, &new.ports)
-}
-
-/// Writes a status, unless the object has changed since. Returns its new version.
-async fn write(
-    client: &Client,
-    key: &ServiceKey,
-    meta: &Meta,
-    status: &MeshServiceStatus,
-) -> Result<Option<String>, kube::Error> {
-    let resource = ApiResource::erase::<MeshService>(&());
-    let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &key.namespace, &resource);
-    let body = json!({
-        "apiVersion": api::API_VERSION,
-        "kind": api::KIND,
-        "metadata": {"name": &*key.name, "namespace": &*key.namespace, "resourceVersion": meta.resource_version},
-        "status": status,
-    });
-    let params = PatchParams::apply(MANAGER).force();
-    let object = timed(PATIENCE, api.patch_status(&key.name, &params, &Patch::Apply(&body))).await?;
-    Ok(object.resource_version())
-}
-
-/// Whether nothing differs but what endpoints do: their numbers, and whether there is one.
-fn only_endpoints(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
-    let without = |status: &MeshServiceStatus| {
-        let mut status = status.clone();
-        status.endpoints = None;
-        status.conditions.retain(|c| c.type_ != "Ready");
-        if let Some(summary) = &mut status.summary {
-            summary.endpoints = String::new();
-        }
-        status
-    };
-    without(old) == without(new)
 }
 
 fn follow<T, F>(
@@ -668,6 +570,10 @@ fn core_of(service: &CoreService) -> Core {
         uid: service.metadata.uid.clone().unwrap_or_default(),
         owner: owner.map(|o| o.uid.clone()),
         node_ports: ports.chain(health).collect(),
-        spec: if ours { part_of(&serde_json::to_value(spec).unwrap_or_default()) } else { Value::Null },
+        spec: if ours {
+            requests::part_of(&serde_json::to_value(spec).unwrap_or_default())
+        } else {
+            Value::Null
+        },
     }
 }

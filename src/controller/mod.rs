@@ -11,6 +11,7 @@ pub mod lease;
 pub mod mesh;
 pub mod numbers;
 pub mod pools;
+pub mod requests;
 pub mod status;
 #[cfg(test)]
 mod tests;

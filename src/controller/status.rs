@@ -236,3 +236,32 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     }
     out
 }
+
+/// Whether a service has no longer what it had.
+pub fn gives_up(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    let published = |status: &MeshServiceStatus| -> Vec<_> {
+        status.ports.iter().filter_map(|p| Some((p.protocol, p.published_port?))).collect()
+    };
+    let (new_vips, new_ports) = (&new.vips, published(new));
+    old.vips.iter().any(|vip| !new_vips.contains(vip))
+        || published(old).iter().any(|port| !new_ports.contains(port))
+}
+
+/// Whether a service has something else than it had.
+pub fn differ(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    (&old.vips, &old.ports) != (&new.vips, &new.ports)
+}
+
+/// Whether nothing differs but what endpoints do: their numbers, and whether there is one.
+pub fn only_endpoints(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+    let without = |status: &MeshServiceStatus| {
+        let mut status = status.clone();
+        status.endpoints = None;
+        status.conditions.retain(|c| c.type_ != "Ready");
+        if let Some(summary) = &mut status.summary {
+            summary.endpoints = String::new();
+        }
+        status
+    };
+    without(old) == without(new)
+}

@@ -81,7 +81,8 @@ cp "$test_bin" "$run/cases"
 for f in "$run/cases" ${codec_bin:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
 # 100 MB, so only for those who ask for it.
 prometheus=
-if "$test_bin" --list ${args[@]+"${args[@]}"} | grep -q '^scrape::'; then
+# Not by a pipe: grep ends at the first line, and a program that can't say the rest has failed.
+if grep -q '^scrape::' <<<"$("$test_bin" --list ${args[@]+"${args[@]}"})"; then
   cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"; prometheus=1
 fi
 set +e
