@@ -54,7 +54,7 @@ pub fn run(options: &Options, namespace: Option<String>, identity: Option<String
                 _ = int.recv() => {}
             }
         };
-        controller::run(access, settings, stop, |_| health.beat()).await
+        controller::run(access, settings, stop, || health.beat()).await
     })?;
     Ok(ExitCode::SUCCESS)
 }

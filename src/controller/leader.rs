@@ -77,6 +77,11 @@ impl Fence {
     pub fn is_over(&self) -> bool {
         Instant::now() >= self.0.get()
     }
+
+    /// Makes a request unless it is over, with the last look just before it.
+    async fn within<T>(&self, request: impl Future<Output = T>) -> Option<T> {
+        if self.is_over() { None } else { Some(request.await) }
+    }
 }
 
 enum Said {
@@ -341,7 +346,8 @@ impl Leader {
         clean.iter().for_each(|key| self.mesh.clean(key));
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
-            if !self.write_pools().await? {
+            let gives = writes.iter().any(|w| status::differ(&w.2, &w.3));
+            if gives && !self.write_pools().await? {
                 return Ok(());
             }
             // What one service gives up another one gets only then.
@@ -375,9 +381,7 @@ impl Leader {
         match self.pools.write(&self.mesh.used()).await {
             Ok(()) => Ok(true),
             // Another one has written it, or it was deleted: it has to be taken over anew.
-            Err(kube::Error::Api(status)) if status.code == 409 || status.code == 404 => {
-                bail!("the pool objects have changed: {}", status.message)
-            }
+            Err(e) if requests::has_changed(&e) => bail!("the pool objects have changed: {e}"),
             Err(e) => {
                 self.tell(format!("the pool objects can't be written: {e}"));
                 Ok(false)
@@ -399,12 +403,7 @@ impl Leader {
         let (client, fence) = (&self.client, &self.fence);
         let mut done = stream::iter(writes)
             .map(|(key, meta, old, new)| async move {
-                // The last look before it is sent.
-                let result = if fence.is_over() {
-                    None
-                } else {
-                    Some(requests::write(client, &key, &meta, &new).await)
-                };
+                let result = fence.within(requests::write(client, &key, &meta, &new)).await;
                 (key, meta, old, new, result)
             })
             .buffer_unordered(AT_ONCE);
@@ -419,11 +418,14 @@ impl Leader {
                     self.failed.remove(&key);
                     self.mesh.written(&key, new, version);
                 }
-                // It has changed, or is gone: the watch says how.
-                Some(Err(kube::Error::Api(s))) if s.code == 409 || s.code == 404 => {
-                    debug!("{key}: {}", s.message)
+                Some(Err(e)) => {
+                    if requests::has_changed(&e) {
+                        debug!("{key}: {e}");
+                    } else {
+                        problem = Some(format!("the status of {key} can't be written: {e}"));
+                    }
+                    self.failed.insert(key, (meta.resource_version, Instant::now()));
                 }
-                Some(Err(e)) => problem = Some(format!("the status of {key} can't be written: {e}")),
             }
         }
         drop(done);
@@ -455,22 +457,20 @@ impl Leader {
 
     /// Makes, changes and deletes the headless Services of these MeshServices.
     async fn keep_headless(&mut self, keys: &BTreeSet<ServiceKey>) -> Result<()> {
-        let work: Vec<(ServiceKey, Todo)> =
-            keys.iter().filter_map(|key| Some((key.clone(), self.todo(key)?))).collect();
-        let idle: Vec<ServiceKey> =
-            keys.iter().filter(|key| work.iter().all(|(k, _)| k != *key)).cloned().collect();
-        for key in idle {
-            self.headless_failed.remove(&key);
-            self.mesh.headless_problem(&key, None);
+        let mut work: Vec<(ServiceKey, Todo)> = Vec::new();
+        for key in keys {
+            if self.headless_failed.get(key).is_some_and(|at| at.elapsed() < HEADLESS_AGAIN) {
+                continue;
+            }
+            match self.todo(key) {
+                Some(todo) => work.push((key.clone(), todo)),
+                None => self.headless_is_kept(key),
+            }
         }
         let (client, fence) = (&self.client, &self.fence);
         let mut done = stream::iter(work)
             .map(|(key, todo)| async move {
-                let result = if fence.is_over() {
-                    None
-                } else {
-                    Some(requests::keep_headless(client, &key, todo).await)
-                };
+                let result = fence.within(requests::keep_headless(client, &key, todo)).await;
                 (key, result)
             })
             .buffer_unordered(AT_ONCE);
@@ -482,30 +482,28 @@ impl Leader {
         for (key, result) in results {
             match result {
                 None => bail!("the lease could not be renewed in time"),
-                Some(Ok(())) => {
-                    self.headless_failed.remove(&key);
-                    self.mesh.headless_problem(&key, None);
-                }
-                // There is one, or another one: the watch says which.
-                Some(Err(kube::Error::Api(s))) if s.code == 409 || s.code == 404 => {
-                    self.headless_failed.insert(key, Instant::now());
-                }
+                Some(Ok(())) => self.headless_is_kept(&key),
                 Some(Err(e)) => {
-                    let problem = format!("the headless Service can't be kept: {e}");
-                    self.headless_failed.insert(key.clone(), Instant::now());
-                    self.mesh.headless_problem(&key, Some(problem));
+                    // There is one, or another one: the watch says which.
+                    if !requests::has_changed(&e) {
+                        let problem = format!("the headless Service can't be kept: {e}");
+                        self.mesh.headless_problem(&key, Some(problem));
+                    }
+                    self.headless_failed.insert(key, Instant::now());
                 }
             }
         }
         Ok(())
     }
 
+    fn headless_is_kept(&mut self, key: &ServiceKey) {
+        self.headless_failed.remove(key);
+        self.mesh.headless_problem(key, None);
+    }
+
     /// What a MeshService's headless Service is in need of.
     fn todo(&self, key: &ServiceKey) -> Option<Todo> {
         let entry = self.mesh.entry(key)?;
-        if self.headless_failed.get(key).is_some_and(|at| at.elapsed() < HEADLESS_AGAIN) {
-            return None;
-        }
         let ours = |core: &&Core| core.owner.as_deref() == Some(&entry.meta.uid);
         match (&entry.headless, self.mesh.core(key)) {
             (Some(wanted), None) => Some(Todo::Create(wanted.clone())),

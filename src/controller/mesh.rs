@@ -149,13 +149,7 @@ impl Mesh {
         self.dirty.insert(key.clone());
         let headless = headless::desired(key, &meta.uid, &value);
         let judgement = judge(Kind::Service, value, Some(&self.config), true);
-        let old = self.entries.remove(key);
-        if let Some(old) = old.as_ref().and_then(|old| old.service.as_ref()) {
-            let name = slices_of(old);
-            if let Some(users) = self.users.get_mut(&name) {
-                users.remove(key);
-            }
-        }
+        let old = self.take_out(key);
         let same_object = old.filter(|old| old.meta.uid == meta.uid);
         let (service, withheld) = match judgement.verdict {
             Verdict::Good(Object::Service(mut service)) => {
@@ -203,13 +197,19 @@ impl Mesh {
             && self.cores.get(key).is_some_and(|core| core.owner.is_none())
     }
 
+    fn take_out(&mut self, key: &ServiceKey) -> Option<Entry> {
+        let entry = self.entries.remove(key)?;
+        let name = entry.service.as_deref().map(slices_of);
+        if let Some(users) = name.and_then(|name| self.users.get_mut(&name)) {
+            users.remove(key);
+        }
+        Some(entry)
+    }
+
     /// A MeshService is gone.
     pub fn remove_service(&mut self, key: &ServiceKey) {
-        let Some(entry) = self.entries.remove(key) else { return };
-        if let Some(service) = &entry.service
-            && let Some(users) = self.users.get_mut(&slices_of(service))
-        {
-            users.remove(key);
+        if self.take_out(key).is_none() {
+            return;
         }
         self.services.remove(key);
         self.dirty.remove(key);
@@ -239,14 +239,15 @@ impl Mesh {
 
     /// Takes in a core Service, or that it is gone.
     pub fn put_core(&mut self, key: &ServiceKey, core: Option<Core>) {
-        let old = match core.clone() {
-            Some(core) => self.cores.insert(key.clone(), core),
-            None => self.cores.remove(key),
-        };
-        let ports = |core: &Option<Core>| core.as_ref().map(|c| c.node_ports.clone()).unwrap_or_default();
-        self.cores_changed |= ports(&old) != ports(&core);
-        let ours = |core: &Option<Core>| core.as_ref().map(|c| (c.owner.clone(), c.spec.clone()));
-        if ours(&old) != ours(&core) && self.entries.contains_key(key) {
+        let (old, new) = (self.cores.get(key), core.as_ref());
+        let ports = |core: Option<&Core>| core.map(|c| c.node_ports.clone()).unwrap_or_default();
+        self.cores_changed |= ports(old) != ports(new);
+        let ours = old.map(|c| (&c.owner, &c.spec)) != new.map(|c| (&c.owner, &c.spec));
+        match core {
+            Some(core) => drop(self.cores.insert(key.clone(), core)),
+            None => drop(self.cores.remove(key)),
+        }
+        if ours && self.entries.contains_key(key) {
             self.sort(key);
             self.changed.insert(key.clone());
             self.dirty.insert(key.clone());
@@ -367,10 +368,10 @@ impl Mesh {
     }
 
     /// A service's status has been written.
-    pub fn written(&mut self, key: &ServiceKey, status: MeshServiceStatus, resource_version: Option<String>) {
+    pub fn written(&mut self, key: &ServiceKey, new: MeshServiceStatus, resource_version: Option<String>) {
         let Some(entry) = self.entries.get_mut(key) else { return };
-        self.freed |= entry.status.vips != status.vips || entry.status.ports != status.ports;
-        entry.status = status;
+        self.freed |= status::differ(&entry.status, &new);
+        entry.status = new;
         if let Some(version) = resource_version {
             entry.meta.resource_version = version;
         }
@@ -390,20 +391,13 @@ impl Mesh {
     /// Of these new statuses those that hold something which the status of another service still says: they have to wait
     /// until that one is written.
     pub fn too_early(&self, new: &[(ServiceKey, MeshServiceStatus)]) -> BTreeSet<ServiceKey> {
-        let values = |status: &MeshServiceStatus| -> Vec<String> {
-            let ports = status
-                .ports
-                .iter()
-                .filter_map(|p| Some(format!("{}/{}", p.published_port?, p.protocol.as_str())));
-            status.vips.iter().map(|vip| vip.0.clone()).chain(ports).collect()
-        };
         let mut wanted: HashMap<String, &ServiceKey> = HashMap::new();
         for (key, status) in new {
-            wanted.extend(values(status).into_iter().map(|value| (value, key)));
+            wanted.extend(status::held(status).into_iter().map(|value| (value, key)));
         }
         let mut out = BTreeSet::new();
         for (key, entry) in &self.entries {
-            for value in values(&entry.status) {
+            for value in status::held(&entry.status) {
                 if let Some(other) = wanted.get(&value).filter(|other| **other != key) {
                     out.insert((*other).clone());
                 }

@@ -68,7 +68,7 @@ pub async fn run(
     access: Config,
     settings: Settings,
     stop: impl Future<Output = ()>,
-    beat: impl Fn(bool),
+    beat: impl Fn(),
 ) -> Result<()> {
     let client = Client::try_from(access).with_context(|| format!("API server {}", settings.url))?;
     let mut elector = Elector::new(client.clone(), &settings.namespace, &settings.identity);
@@ -114,7 +114,7 @@ pub async fn run(
                 }
             }
         }
-        beat(false);
+        beat();
         tokio::select! {
             () = &mut stop => return Ok(()),
             () = tokio::time::sleep(RETRY) => {}
@@ -132,7 +132,7 @@ async fn reign(
     settings: &Settings,
     elector: &mut Elector,
     until: Instant,
-    beat: &impl Fn(bool),
+    beat: &impl Fn(),
 ) -> anyhow::Error {
     let fence = Fence::new(until);
     let renew = async {
@@ -141,7 +141,7 @@ async fn reign(
             match elector.hold().await {
                 Ok(Held::Ours(until)) => {
                     fence.extend(until);
-                    beat(true);
+                    beat();
                 }
                 Ok(Held::Others(holder)) => return anyhow::anyhow!("{holder} has the Lease"),
                 Err(e) if fence.is_over() => return anyhow::anyhow!("the Lease can't be renewed: {e}"),

@@ -20,6 +20,11 @@ use crate::{
 /// Field manager of all that the controller writes.
 pub const MANAGER: &str = "meshlb-controller";
 
+/// Whether a request was refused because its object has changed, has gone or is there already.
+pub fn has_changed(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409 || status.code == 404)
+}
+
 /// Writes a status, unless the object has changed since. Returns its new version.
 ///
 /// # Errors

@@ -1,5 +1,7 @@
 //! The status of a MeshService: pure, from what is known of it.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
@@ -224,7 +226,7 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
             out.push(News { good: after.status == "True", reason: after.reason, message: after.message });
         }
     }
-    if (&old.vips, &old.ports) != (&new.vips, &new.ports) {
+    if differ(old, new) {
         let vips = new.vips.iter().map(|vip| format!("virtual IP {}", vip.0));
         let ports = new.ports.iter().filter_map(|p| {
             Some(format!("{}/{} published on {}", p.port, p.protocol.as_str(), p.published_port?))
@@ -237,14 +239,16 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     out
 }
 
-/// Whether a service has no longer what it had.
+/// Virtual IPs and published ports that a status gives, each as a text.
+pub fn held(status: &MeshServiceStatus) -> BTreeSet<String> {
+    let ports = status.ports.iter();
+    let ports = ports.filter_map(|p| Some(format!("{}/{}", p.published_port?, p.protocol.as_str())));
+    status.vips.iter().map(|vip| vip.0.clone()).chain(ports).collect()
+}
+
+/// Whether a service has no longer all that it had.
 pub fn gives_up(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
-    let published = |status: &MeshServiceStatus| -> Vec<_> {
-        status.ports.iter().filter_map(|p| Some((p.protocol, p.published_port?))).collect()
-    };
-    let (new_vips, new_ports) = (&new.vips, published(new));
-    old.vips.iter().any(|vip| !new_vips.contains(vip))
-        || published(old).iter().any(|port| !new_ports.contains(port))
+    !held(old).is_subset(&held(new))
 }
 
 /// Whether a service has something else than it had.

@@ -13,9 +13,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use kube::api::{ApiResource, DeleteParams, Patch, PatchParams};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::core::DynamicObject;
-use kube::{Api, Client, Config};
+use kube::{Api, Client};
 use serde_json::Value;
 
 use crate::ns::Netns;
@@ -39,15 +38,10 @@ impl Kube {
     pub fn find() -> Result<Kube> {
         let kubeconfig =
             PathBuf::from(std::env::var_os(KUBECONFIG).context("tests/cluster/packets.sh runs these")?);
-        let text = fs::read_to_string(&kubeconfig).with_context(|| kubeconfig.display().to_string())?;
-        let server = text.split("https://").nth(1).context("no server in the kubeconfig")?;
-        let address = server.split(['"', '\n', ' ']).next().unwrap_or_default().to_owned();
+        let access = meshlb::source::kube::config(Some(&kubeconfig))?;
+        let address = access.cluster_url.authority().context("no server in the kubeconfig")?.to_string();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let config = Kubeconfig::read_from(&kubeconfig)?;
-        let client = runtime.block_on(async {
-            let config = Config::from_custom_kubeconfig(config, &KubeConfigOptions::default()).await?;
-            anyhow::Ok(Client::try_from(config)?)
-        })?;
+        let client = runtime.block_on(async { Client::try_from(access) })?;
         Ok(Kube { runtime, client, kubeconfig, address })
     }
 
