@@ -2,7 +2,7 @@
 
 use std::{
     cell::Cell,
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     convert::Infallible,
     rc::Rc,
     time::{Duration, Instant},
@@ -36,7 +36,7 @@ use crate::{
     model::ids::{Protocol, ServiceKey},
     source::{
         judge::judge,
-        kube::{pause, why, without_bulk},
+        kube::{listing::Listing, pause, why, without_bulk},
         object::{Kind, Object, Verdict},
     },
 };
@@ -89,28 +89,6 @@ enum Said {
     Slice(watcher::Event<DynamicObject>),
     Core(Box<watcher::Event<CoreService>>),
     Failed(&'static str, watcher::Error),
-}
-
-/// The list that is being read, and whether one has been read to its end.
-#[derive(Default)]
-struct Listing {
-    seen: Option<HashSet<ServiceKey>>,
-    complete: bool,
-}
-
-impl Listing {
-    fn seen(&mut self, key: &ServiceKey) {
-        if let Some(seen) = &mut self.seen {
-            seen.insert(key.clone());
-        }
-    }
-
-    /// At its end: those of `known` that it did not have.
-    fn end<'a>(&mut self, known: impl Iterator<Item = &'a ServiceKey>) -> Vec<ServiceKey> {
-        self.complete = true;
-        let seen = self.seen.take().unwrap_or_default();
-        known.filter(|key| !seen.contains(*key)).cloned().collect()
-    }
 }
 
 /// Leads until the lease is over, or somebody else turns out to lead.
@@ -235,7 +213,7 @@ impl Leader {
                 }
             }
         }
-        if !self.synced && self.listings.iter().all(|l| l.complete) {
+        if !self.synced && self.listings.iter().all(Listing::is_complete) {
             self.synced = true;
             self.mesh.begin(&self.pools.used());
             info!(services = self.mesh.keys().count(), "everything has been read");
@@ -250,67 +228,38 @@ impl Leader {
     }
 
     fn take_service(&mut self, event: watcher::Event<DynamicObject>) {
-        match event {
-            watcher::Event::Init => self.listings[0].seen = Some(HashSet::new()),
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                let key = key_of(&object.metadata);
-                self.listings[0].seen(&key);
-                let meta = meta_of(&object.metadata);
-                self.mesh.put_service(&key, meta, without_bulk(Kind::Service, object));
-            }
-            watcher::Event::InitDone => {
-                for key in self.listings[0].end(self.mesh.keys()) {
-                    self.forget(&key);
-                }
-            }
-            watcher::Event::Delete(object) => self.forget(&key_of(&object.metadata)),
+        let change = self.listings[0].take(event, self.mesh.keys());
+        if let Some((key, object)) = change.put {
+            let meta = meta_of(&object.metadata);
+            self.mesh.put_service(&key, meta, without_bulk(Kind::Service, object));
         }
-    }
-
-    fn forget(&mut self, key: &ServiceKey) {
-        self.mesh.remove_service(key);
-        self.written.remove(key);
-        self.failed.remove(key);
-        self.headless_failed.remove(key);
+        for key in change.gone {
+            self.mesh.remove_service(&key);
+            self.written.remove(&key);
+            self.failed.remove(&key);
+            self.headless_failed.remove(&key);
+        }
     }
 
     fn take_slice(&mut self, event: watcher::Event<DynamicObject>) {
-        match event {
-            watcher::Event::Init => self.listings[1].seen = Some(HashSet::new()),
-            watcher::Event::InitApply(object) | watcher::Event::Apply(object) => {
-                let key = key_of(&object.metadata);
-                self.listings[1].seen(&key);
-                let verdict = judge(Kind::Slice, without_bulk(Kind::Slice, object), None, true).verdict;
-                let slice = match &verdict {
-                    Verdict::Good(Object::Slice(slice)) => Some(&**slice),
-                    _ => None,
-                };
-                self.mesh.put_slice(&key, slice);
-            }
-            watcher::Event::InitDone => {
-                for key in self.listings[1].end(self.mesh.slice_keys()) {
-                    self.mesh.put_slice(&key, None);
-                }
-            }
-            watcher::Event::Delete(object) => self.mesh.put_slice(&key_of(&object.metadata), None),
+        let change = self.listings[1].take(event, self.mesh.slice_keys());
+        if let Some((key, object)) = change.put {
+            let verdict = judge(Kind::Slice, without_bulk(Kind::Slice, object), None, true).verdict;
+            let slice = match &verdict {
+                Verdict::Good(Object::Slice(slice)) => Some(&**slice),
+                _ => None,
+            };
+            self.mesh.put_slice(&key, slice);
         }
+        change.gone.iter().for_each(|key| self.mesh.put_slice(key, None));
     }
 
     fn take_core(&mut self, event: watcher::Event<CoreService>) {
-        match event {
-            watcher::Event::Init => self.listings[2].seen = Some(HashSet::new()),
-            watcher::Event::InitApply(service) | watcher::Event::Apply(service) => {
-                let key = key_of(&service.metadata);
-                self.listings[2].seen(&key);
-                self.mesh.put_core(&key, Some(core_of(&service)));
-            }
-            watcher::Event::InitDone => {
-                for key in self.listings[2].end(self.mesh.cores().map(|(key, _)| key)) {
-                    self.mesh.put_core(&key, None);
-                }
-            }
-            watcher::Event::Delete(service) => self.mesh.put_core(&key_of(&service.metadata), None),
+        let change = self.listings[2].take(event, self.mesh.core_keys());
+        if let Some((key, service)) = change.put {
+            self.mesh.put_core(&key, Some(core_of(&service)));
         }
+        change.gone.iter().for_each(|key| self.mesh.put_core(key, None));
     }
 
     /// Brings everything that is not as it should be closer to that.
@@ -534,10 +483,6 @@ where
             Err(e) => Said::Failed(what, e),
         })
         .boxed()
-}
-
-fn key_of(meta: &ObjectMeta) -> ServiceKey {
-    ServiceKey::new(meta.namespace.clone().unwrap_or_default(), meta.name.clone().unwrap_or_default())
 }
 
 fn meta_of(meta: &ObjectMeta) -> Meta {

@@ -362,9 +362,9 @@ impl Mesh {
         self.cores.get(key)
     }
 
-    /// All core Services.
-    pub fn cores(&self) -> impl Iterator<Item = (&ServiceKey, &Core)> {
-        self.cores.iter()
+    /// Names of all core Services.
+    pub fn core_keys(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.cores.keys()
     }
 
     /// A service's status has been written.

@@ -8,9 +8,10 @@ use kube::{
 };
 use serde_json::Value;
 
+use super::listing::Listing;
 use crate::{
     api,
-    model::{ids::ServiceKey, node::NodeConfig, snapshot::Event},
+    model::{node::NodeConfig, snapshot::Event},
     source::{
         judge::{Judgement, judge},
         object::{Kind, Object, ObjectId, Verdict},
@@ -25,9 +26,7 @@ pub struct Feed {
     in_force: HashSet<ObjectId>,
     /// What is wrong, of objects with which something is.
     problems: BTreeMap<ObjectId, Vec<Problem>>,
-    /// Names that the list which is being read has had so far, by kind.
-    listing: BTreeMap<Kind, HashSet<ServiceKey>>,
-    listed: HashSet<Kind>,
+    listings: BTreeMap<Kind, Listing>,
 }
 
 /// The kinds that are watched.
@@ -36,18 +35,12 @@ pub const KINDS: [Kind; 2] = [Kind::Service, Kind::Slice];
 impl Feed {
     /// A feed that knows of nothing yet. `config` judges VIPs and published ports.
     pub fn new(config: NodeConfig) -> Self {
-        Self {
-            config,
-            in_force: HashSet::new(),
-            problems: BTreeMap::new(),
-            listing: BTreeMap::new(),
-            listed: HashSet::new(),
-        }
+        Self { config, in_force: HashSet::new(), problems: BTreeMap::new(), listings: BTreeMap::new() }
     }
 
     /// Whether every kind has been listed to its end once.
     pub fn is_synced(&self) -> bool {
-        KINDS.iter().all(|kind| self.listed.contains(kind))
+        KINDS.iter().all(|kind| self.listings.get(kind).is_some_and(Listing::is_complete))
     }
 
     /// All that is wrong with objects now.
@@ -57,32 +50,13 @@ impl Feed {
 
     /// Takes in what a watch says; appends what changes by it.
     pub fn take(&mut self, kind: Kind, said: Watched<DynamicObject>, out: &mut Vec<Event>) {
-        match said {
-            Watched::Init => drop(self.listing.insert(kind, HashSet::new())),
-            Watched::InitApply(object) => {
-                let key = key_of(&object);
-                if let Some(names) = self.listing.get_mut(&kind) {
-                    names.insert(key.clone());
-                }
-                out.extend(self.put(ObjectId { kind, key }, object));
-            }
-            Watched::InitDone => {
-                let names = self.listing.remove(&kind).unwrap_or_default();
-                let gone = |id: &&ObjectId| id.kind == kind && !names.contains(&id.key);
-                let known = self.in_force.iter().chain(self.problems.keys());
-                let gone: HashSet<ObjectId> = known.filter(gone).cloned().collect();
-                out.extend(gone.into_iter().filter_map(|id| self.remove(id)));
-                self.listed.insert(kind);
-            }
-            Watched::Apply(object) => {
-                let key = key_of(&object);
-                out.extend(self.put(ObjectId { kind, key }, object));
-            }
-            Watched::Delete(object) => {
-                let key = key_of(&object);
-                out.extend(self.remove(ObjectId { kind, key }));
-            }
+        let known = self.in_force.iter().chain(self.problems.keys());
+        let known = known.filter(|id| id.kind == kind).map(|id| &id.key);
+        let change = self.listings.entry(kind).or_default().take(said, known);
+        if let Some((key, object)) = change.put {
+            out.extend(self.put(ObjectId { kind, key }, object));
         }
+        out.extend(change.gone.into_iter().filter_map(|key| self.remove(ObjectId { kind, key })));
     }
 
     fn put(&mut self, id: ObjectId, object: DynamicObject) -> Option<Event> {
@@ -127,11 +101,6 @@ impl Feed {
             Kind::Slice => Event::SliceGone(id.key.clone()),
         })
     }
-}
-
-fn key_of(object: &DynamicObject) -> ServiceKey {
-    let text = |text: &Option<String>| text.clone().unwrap_or_default();
-    ServiceKey::new(text(&object.metadata.namespace), text(&object.metadata.name))
 }
 
 /// The object without what nobody here reads and what can be larger than all the rest.

@@ -5,6 +5,7 @@
 //! Changes are passed on as they arrive, those that are there together as one message: no change waits for another.
 
 mod feed;
+pub mod listing;
 
 use std::{
     collections::BTreeMap,
