@@ -1,14 +1,14 @@
-//! Compiles what is dirty; the first time while the kernel is read.
+//! Allocates and compiles what is dirty; the first time while the kernel is read.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     thread,
 };
 
 use jiff::Timestamp;
 
-use super::{Engine, Settings, marks::Others};
+use super::{Engine, Served, Settings, marks::Others};
 use crate::{
     allocate::Allocator,
     compile::{
@@ -19,27 +19,50 @@ use crate::{
     dataplane::{Error, executor::Dataplane},
     model::{
         ids::{Mark, Protocol, ServiceKey},
-        kernel::{KernelState, VirtualServer, VirtualServerKey},
+        kernel::KernelState,
         node::NodeFacts,
         snapshot::Snapshot,
     },
     plan::Observed,
 };
 
-/// All that compiling needs of an engine: nothing of the kernel.
-struct Compiling<'a> {
-    settings: &'a Settings,
-    facts: &'a NodeFacts,
-    snapshot: &'a Snapshot,
-    allocator: &'a Allocator,
-    blocked: &'a BTreeMap<(Protocol, u16), ServiceKey>,
-    present: &'a HashMap<VirtualServerKey, VirtualServer>,
+/// All that allocating and compiling need of an engine: nothing of the kernel.
+pub(super) struct Compiling<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) facts: &'a NodeFacts,
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) known: &'a KernelState,
+    pub(super) allocator: &'a mut Allocator,
+    pub(super) generation: &'a mut u64,
+    pub(super) ours: &'a mut BTreeSet<Mark>,
+    pub(super) served: &'a mut Served,
+    pub(super) blocked: &'a mut BTreeMap<(Protocol, u16), ServiceKey>,
+    settled: &'a mut BTreeSet<ServiceKey>,
     drains: &'a mut Drains,
     kept: &'a mut Kept,
     merged: &'a mut Merged,
 }
 
 impl Compiling<'_> {
+    /// Allocates for services that are dirty, and adds those that have to be compiled for it. False where that is not over
+    /// because the `kernel` has to be asked and can't be now: then it is to be done again.
+    fn allocate(
+        &mut self,
+        dirty: &mut BTreeSet<ServiceKey>,
+        others: Others,
+        mut kernel: Option<&mut Dataplane>,
+    ) -> Result<bool, Error> {
+        let changed = self.allocator.update(dirty, self.snapshot.services());
+        *self.generation += u64::from(!changed.is_empty());
+        dirty.extend(changed);
+        let done =
+            self.take_marks(dirty, others, kernel.as_deref_mut())? && self.find_blocked(dirty, kernel)?;
+        if done {
+            self.settled.extend(dirty.iter().cloned());
+        }
+        Ok(done)
+    }
+
     fn run(mut self, dirty: BTreeSet<ServiceKey>, now: Timestamp) -> Touched {
         let mut touched = Touched::default();
         for key in dirty {
@@ -62,7 +85,7 @@ impl Compiling<'_> {
         let inputs = Inputs {
             config: &self.settings.node,
             facts: self.facts,
-            present: self.present,
+            present: &self.known.virtual_servers,
             drains: self.drains,
             kept: self.kept,
             blocked: &|protocol, port| self.blocked.contains_key(&(protocol, port)),
@@ -104,73 +127,75 @@ impl Engine {
         if self.dirty.is_empty() {
             return Ok(Touched::default());
         }
-        let dirty = self.allocate(now, others)?;
-        Ok(self.divide().0.run(dirty, now))
+        self.note_overdue(now);
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let (mut compiling, dataplane) = self.divide();
+        if let Err(e) = compiling.allocate(&mut dirty, others, Some(dataplane)) {
+            self.dirty = dirty;
+            return Err(e);
+        }
+        Ok(compiling.run(dirty, now))
     }
 
-    /// Reads the kernel, and compiles in another thread meanwhile: with thousands of services, both take long.
+    /// Reads the kernel, and allocates and compiles in another thread meanwhile: with thousands of services, all of it takes
+    /// long.
     pub(super) fn observe_while_compiling(&mut self, now: Timestamp) -> Result<Observed, Error> {
         if self.merged.state().program.is_none() {
             self.set_base();
         }
-        let dirty = self.allocate(now, Others::Ask)?;
-        let keys = dirty.clone();
         let base = self.merged.state();
         let wanted = KernelState {
             program: base.program.clone(),
             sysctls: base.sysctls.clone(),
             ..Default::default()
         };
-        let (compiling, dataplane, ours) = self.divide();
+        let (ours, all) = (self.ours.clone(), self.dirty.clone());
+        let mut dirty = std::mem::take(&mut self.dirty);
+        let (mut compiling, dataplane) = self.divide();
         let settings = compiling.settings;
-        let observed = thread::scope(|scope| {
-            let thread = thread::Builder::new().name("compile".into());
-            let begun = thread.spawn_scoped(scope, || compiling.run(dirty, now));
-            if let Err(e) = begun {
-                return Err(Error::Failed { object: "a thread to compile in".into(), reason: e.to_string() });
-            }
-            dataplane.observe(&wanted, &settings.node.ranges, &|mark| Self::is_ours(ours, settings, mark))
+        let (observed, done) = thread::scope(|scope| {
+            let begun = thread::Builder::new().name("compile".into()).spawn_scoped(scope, move || {
+                let done = compiling.allocate(&mut dirty, Others::Ask, None)?;
+                if done {
+                    compiling.run(dirty, now);
+                }
+                Ok(done)
+            });
+            let observed = dataplane
+                .observe(&wanted, &settings.node.ranges, &|mark| Self::is_ours(&ours, settings, mark));
+            let done = match begun.map(thread::ScopedJoinHandle::join) {
+                Ok(Ok(done)) => done,
+                Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                Err(e) => {
+                    Err(Error::Failed { object: "a thread to compile in".into(), reason: e.to_string() })
+                }
+            };
+            (observed, done)
         });
-        if self.merged.services().is_empty() {
-            // The thread has not begun.
-            self.dirty.extend(keys);
+        if !matches!(done, Ok(true)) {
+            self.dirty.extend(all);
         }
+        done?;
         observed
     }
 
-    /// What compiles, and what reads the kernel: the one does not need the other.
-    fn divide(&mut self) -> (Compiling<'_>, &mut Dataplane, &BTreeSet<Mark>) {
+    /// Everything but the kernel, and the kernel: the one can work without the other.
+    pub(super) fn divide(&mut self) -> (Compiling<'_>, &mut Dataplane) {
         let compiling = Compiling {
             settings: &self.settings,
             facts: &self.facts,
             snapshot: &self.snapshot,
-            allocator: &self.allocator,
-            blocked: &self.blocked,
-            present: &self.known.virtual_servers,
+            known: &self.known,
+            allocator: &mut self.allocator,
+            generation: &mut self.generation,
+            ours: &mut self.ours,
+            served: &mut self.served,
+            blocked: &mut self.blocked,
+            settled: &mut self.settled,
             drains: &mut self.drains,
             kept: &mut self.kept,
             merged: &mut self.merged,
         };
-        (compiling, &mut self.dataplane, &self.ours)
-    }
-
-    /// Allocates for whatever is dirty; gives the services to compile.
-    fn allocate(&mut self, now: Timestamp, others: Others) -> Result<BTreeSet<ServiceKey>, Error> {
-        let due: Vec<_> =
-            self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
-        let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
-        let flows: Vec<_> = flows.collect();
-        self.overdue.extend(flows);
-        let mut dirty = std::mem::take(&mut self.dirty);
-        let changed = self.allocator.update(&dirty, self.snapshot.services());
-        self.generation += u64::from(!changed.is_empty());
-        dirty.extend(changed);
-        let settled = self.take_marks(&mut dirty, others).and_then(|()| self.find_blocked(&dirty));
-        if let Err(e) = settled {
-            self.dirty = dirty;
-            return Err(e);
-        }
-        self.settled.extend(dirty.iter().cloned());
-        Ok(dirty)
+        (compiling, &mut self.dataplane)
     }
 }

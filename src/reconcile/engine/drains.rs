@@ -59,6 +59,15 @@ impl Engine {
         Ok(())
     }
 
+    /// Connections of drains whose time is up are cut with the next changes.
+    pub(super) fn note_overdue(&mut self, now: Timestamp) {
+        let due: Vec<_> =
+            self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
+        let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
+        let flows: Vec<_> = flows.collect();
+        self.overdue.extend(flows);
+    }
+
     /// Connections to a real server by the published ports that lead to it.
     pub(super) fn published_flows(
         &self,

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::Engine;
+use super::{Engine, compiling::Compiling};
 use crate::{
-    dataplane::Error,
+    dataplane::{Error, executor::Dataplane},
     model::{
         ids::{Family, Mark, ServiceKey},
         kernel::VirtualServerKey,
@@ -31,10 +31,12 @@ impl Engine {
                     && self.allocator.remembered_ports(&service.key).all(|port| served.contains(&port))
             })
     }
+}
 
+impl Compiling<'_> {
     /// Marks that these services are given for the first time become ours, unless another program has an IPVS service
     /// with one of them since the kernel was read last: then they are given another. Adds to `services` whatever has
-    /// to be compiled for it.
+    /// to be compiled for it. False where the kernel would have to be asked and can't be now.
     ///
     /// # Errors
     /// When the kernel can't be asked.
@@ -42,7 +44,8 @@ impl Engine {
         &mut self,
         services: &mut BTreeSet<ServiceKey>,
         others: Others,
-    ) -> Result<(), Error> {
+        mut kernel: Option<&mut Dataplane>,
+    ) -> Result<bool, Error> {
         loop {
             let allocations = services.iter().filter_map(|key| self.allocator.get(key));
             let new: BTreeSet<Mark> = allocations
@@ -51,10 +54,11 @@ impl Engine {
                 .copied()
                 .collect();
             let mut taken = BTreeSet::new();
-            if others == Others::Ask {
+            if others == Others::Ask && !new.is_empty() {
+                let Some(kernel) = kernel.as_deref_mut() else { return Ok(false) };
                 for mark in &new {
                     for family in Family::ALL {
-                        if self.dataplane.ipvs.has_service(VirtualServerKey { family, mark: *mark })? {
+                        if kernel.ipvs.has_service(VirtualServerKey { family, mark: *mark })? {
                             taken.insert(*mark);
                         }
                     }
@@ -62,12 +66,12 @@ impl Engine {
             }
             if taken.is_empty() {
                 self.ours.extend(new);
-                return Ok(());
+                return Ok(true);
             }
             taken.extend(self.allocator.foreign_marks());
             let evicted = self.allocator.set_foreign_marks(taken);
             services.extend(self.allocator.update(&evicted, self.snapshot.services()));
-            self.generation += 1;
+            *self.generation += 1;
         }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Engine, Served};
+use super::{Engine, Served, compiling::Compiling};
 use crate::{
-    dataplane::{Error, Listener},
+    dataplane::{Error, Listener, executor::Dataplane},
     model::{
         ids::{Protocol, ServiceKey},
         kernel::{Element, Target},
@@ -12,25 +12,14 @@ use crate::{
     reconcile::listeners::held,
 };
 
-impl Engine {
-    /// Published ports that earlier runs served.
-    pub fn set_served(&mut self, served: Served) {
-        self.served = served;
-    }
-
-    /// Published ports that are served here, by service.
-    pub fn served(&self) -> &Served {
-        &self.served
-    }
-
-    /// Published ports that a host socket keeps us from serving here, with their services.
-    pub fn blocked(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
-        &self.blocked
-    }
-
+impl Compiling<'_> {
     /// Published ports that are about to be programmed for the first time, while a socket of the host
-    /// holds them, are not taken from it.
-    pub(super) fn find_blocked(&mut self, dirty: &BTreeSet<ServiceKey>) -> Result<(), Error> {
+    /// holds them, are not taken from it. False where the kernel would have to be asked and can't be now.
+    pub(super) fn find_blocked(
+        &mut self,
+        dirty: &BTreeSet<ServiceKey>,
+        kernel: Option<&mut Dataplane>,
+    ) -> Result<bool, Error> {
         let mut wanted: BTreeMap<(Protocol, u16), ServiceKey> = BTreeMap::new();
         let mut ports: Vec<(&ServiceKey, BTreeSet<(Protocol, u16)>)> = Vec::new();
         // A port that changes hands is ours all along.
@@ -56,9 +45,10 @@ impl Engine {
         }
         let mut found = BTreeSet::new();
         if !wanted.is_empty() {
-            let listeners = self.dataplane.host.listeners()?;
+            let Some(kernel) = kernel else { return Ok(false) };
+            let listeners = kernel.host.listeners()?;
             let asked: BTreeSet<_> = wanted.keys().copied().collect();
-            found = held(&asked, &listeners, &self.facts, |protocol, port| {
+            found = held(&asked, &listeners, self.facts, |protocol, port| {
                 wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
             });
         }
@@ -71,7 +61,7 @@ impl Engine {
         for key in dirty {
             let new = served.remove(key);
             if self.served.get(key) != new.as_ref() {
-                self.generation += 1;
+                *self.generation += 1;
             }
             match new {
                 Some(new) => self.served.insert(key.clone(), new),
@@ -83,11 +73,11 @@ impl Engine {
                 self.blocked.insert(port, owner);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
-    pub(super) fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
+    fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
         self.facts.published_addresses.iter().any(|&addr| {
             self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
         })
@@ -100,6 +90,23 @@ impl Engine {
             let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
             listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
         })
+    }
+}
+
+impl Engine {
+    /// Published ports that earlier runs served.
+    pub fn set_served(&mut self, served: Served) {
+        self.served = served;
+    }
+
+    /// Published ports that are served here, by service.
+    pub fn served(&self) -> &Served {
+        &self.served
+    }
+
+    /// Published ports that a host socket keeps us from serving here, with their services.
+    pub fn blocked(&self) -> &BTreeMap<(Protocol, u16), ServiceKey> {
+        &self.blocked
     }
 
     /// Served ports that a socket of the host holds too: it came later, and gets nothing of what is sent to the published
@@ -133,8 +140,9 @@ impl Engine {
             }
         }
         let asked: BTreeSet<_> = late.keys().copied().collect();
-        let found = held(&asked, &listeners, &self.facts, |protocol, port| {
-            late.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+        let (compiling, _) = self.divide();
+        let found = held(&asked, &listeners, compiling.facts, |protocol, port| {
+            late.get(&(protocol, port)).is_some_and(|key| compiling.has_own_endpoint(key, protocol, port))
         });
         late.retain(|port, _| found.contains(port));
         if late != self.late {
