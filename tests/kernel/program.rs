@@ -77,7 +77,7 @@ impl Meshlb {
         Ok(Meshlb { renderer, binary: binary(), path, flags: Vec::new(), choice: None })
     }
 
-    /// With one more flag; `--NAME=VALUE` takes the place of one that tests give otherwise.
+    /// With one more flag; `--NAME=VALUE` takes the place of one that tests give otherwise, and `--NAME=` leaves that one out.
     pub fn flag(mut self, flag: &str) -> Self {
         self.flags.push(flag.to_owned());
         self
@@ -99,7 +99,7 @@ impl Meshlb {
                 command.extend([flag.to_owned(), value]);
             }
         }
-        command.extend(self.flags.iter().cloned());
+        command.extend(self.flags.iter().filter(|f| !f.ends_with('=')).cloned());
         command
     }
 
