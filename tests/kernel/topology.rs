@@ -130,6 +130,11 @@ impl Builder {
         self
     }
 
+    /// Whether packets between pods of two nodes go through a tunnel.
+    pub fn is_overlay(&self) -> bool {
+        self.underlay != Underlay::Plain
+    }
+
     /// Builds it. Only one can be there at a time.
     pub fn build(&self, dir: &Path) -> Result<Topology> {
         let topology = self.lay(dir).context("building the topology")?;

@@ -121,14 +121,19 @@ fn own_addresses(cx: &mut Cx) -> Result<()> {
     for family in Family::ALL {
         let docker: IpAddr = family.pick("172.17.0.1", "fd00:172::1").parse()?;
         for proto in [Proto::Tcp, Proto::Udp] {
-            let places =
-                [vip(family, 80)?, n1.at(family, 30080), SocketAddr::new(docker, 30080), t.node(2).at(family, 30080)];
+            let places = [
+                vip(family, 80)?,
+                n1.at(family, 30080),
+                SocketAddr::new(docker, 30080),
+                t.node(2).at(family, 30080),
+            ];
             for to in places {
                 // To the other node it goes as it is, and that one has no way back.
                 let from = (to != t.node(2).at(family, 30080)).then_some(docker);
                 let mut probe = Probe::new(proto, to).times(4);
                 probe.bind = from;
-                check::even(&n1.probe(&probe)?, &["p11", "p21"]).with_context(|| format!("{from:?} -> {to}"))?;
+                check::even(&n1.probe(&probe)?, &["p11", "p21"])
+                    .with_context(|| format!("{from:?} -> {to}"))?;
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::client::Probe;
 use crate::manifests::Manifests;
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::everywhere;
-use crate::topology::{Builder, Host, Node, Topology};
+use crate::topology::{Builder, Host, Node, PodNetwork, Topology, Underlay};
 
 const PROTOS: [Proto; 2] = [Proto::Tcp, Proto::Udp];
 /// Where the endpoints listen.
@@ -43,6 +43,7 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("host_network::from_everywhere", &all, limit, from_everywhere);
         suite.add_slow("host_network::held_by_a_socket", &one, limit, held);
     }
+    suite.add_slow("host_network::on_an_overlay", &Matrix::pair(), limit * 2, on_an_overlay);
 }
 
 /// Every pod and node listens on both ports; the outside client has a route to the virtual addresses by `n1`.
@@ -110,6 +111,29 @@ fn set_up(cx: &Cx) -> Result<Arc<Topology>> {
 fn from_everywhere(cx: &mut Cx) -> Result<()> {
     let (proto, family) = (cx.proto()?, cx.family());
     let t = set_up(cx)?;
+    ask_from_everywhere(&t, proto, family)
+}
+
+/// The same where pods are behind bridges and reach each other through a tunnel, and nodes do not: what goes to an endpoint of
+/// the host network goes past the tunnel.
+fn on_an_overlay(cx: &mut Cx) -> Result<()> {
+    let bridge = PodNetwork::Bridge { br_netfilter: true };
+    let spec = spec().pod_network(bridge).underlay(Underlay::Vxlan).cni_masquerade().rp_filter(1);
+    let t = cx.topology(&spec)?;
+    serve(&t)?;
+    let mut m = cx.manifests()?;
+    describe(&t, &mut m)?;
+    cx.apply(&t, &mut m)?;
+    for family in Family::ALL {
+        for proto in PROTOS {
+            ask_from_everywhere(&t, proto, family).with_context(|| format!("{proto}, {family}"))?;
+        }
+    }
+    t.nodes.iter().for_each(|n| n.stop_serving(&server_name(&n.name)));
+    Ok(())
+}
+
+fn ask_from_everywhere(t: &Topology, proto: Proto, family: Family) -> Result<()> {
     let (n1, n2) = (t.node(1), t.node(2));
     for (name, last, published, target, endpoints) in SERVICES {
         let servers: Vec<String> = endpoints.iter().map(|e| server_name(e)).collect();
@@ -135,7 +159,11 @@ fn from_everywhere(cx: &mut Cx) -> Result<()> {
             let asked = if dst == by_n2 || (from.name == "n2" && dst == local) { 2 } else { 1 };
             if from.name == "ext" && dst.ip() != address.ip() {
                 for endpoint in endpoints {
-                    let at = host(&t, endpoint);
+                    let at = host(t, endpoint);
+                    // Through a tunnel it is the tunnel's address.
+                    if t.spec.is_overlay() && endpoint.starts_with('p') && at.node != asked {
+                        continue;
+                    }
                     let node = if asked == 1 { n1 } else { n2 };
                     let seen = if at.node == asked { t.ext.ip(family) } else { node.ip(family) };
                     check::server_saw(&tally, &server_name(endpoint), seen)

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use serde_json::json;
 
-use super::{Cluster, PROTOS, serve_from, two_nodes, vip, wait_until, web};
+use super::{Cluster, PROTOS, VIPS, serve_from, two_nodes, vip, wait_until, web};
 use crate::check;
 use crate::client::{FlowReport, Flows, Probe};
 use crate::manifests::Endpoint;
@@ -17,6 +17,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::drain_to_the_deadline", &Matrix::pair().families(), drain_to_the_deadline);
     suite.add("lifecycle::drain_ends_early", &Matrix::pair(), drain_ends_early);
     suite.add("lifecycle::drain_over_a_restart", &Matrix::pair(), drain_over_restart);
+    suite.add("lifecycle::sctp_drains", &Matrix::pair(), sctp_drains);
     suite.add("lifecycle::udp_client_moves", &Matrix::pair(), udp_moves);
 }
 
@@ -119,6 +120,43 @@ fn drain_to_the_deadline(cx: &mut Cx) -> Result<()> {
                 first.is_some_and(|at| at > Duration::from_secs(14)),
                 "{what}: must go on to the deadline and then end: {flow:?}"
             );
+        }
+    }
+    c.in_sync()
+}
+
+/// An association over SCTP goes on to the deadline, as a TCP connection does, and new ones go elsewhere.
+fn sctp_drains(cx: &mut Cx) -> Result<()> {
+    if !Proto::Sctp.available() {
+        cx.note("this kernel has no SCTP");
+        return Ok(());
+    }
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        let service = m.service("web").vips(&VIPS)?;
+        service.port(Proto::Sctp, 80, 8080, Some(30080)).set("drain", json!({"timeoutSeconds": 8}));
+        serve_from(t, m, "web", &["p11", "p21"]);
+        Ok(())
+    })?;
+    let inside = slow(&c, c.t.pod("p11"), Proto::Sctp, Family::V4, false, 2)?;
+    let outside = slow(&c, &c.t.ext, Proto::Sctp, Family::V4, true, 2)?;
+    let begun = Instant::now();
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11"]);
+        Ok(())
+    })?;
+    let address = vip(Family::V4, 80)?;
+    check::only(&c.t.pod("p12").connect(Proto::Sctp, address, 4)?, "p11")?;
+    wait_until("the drained endpoint is out of IPVS", Duration::from_secs(20), || {
+        Ok(!c.has_real(1, c.t.pod("p21").ip(Family::V4))?)
+    })?;
+    let over = begun.elapsed();
+    ensure!(over > Duration::from_secs(7), "the drain ended early: {over:?}");
+    for (what, flows) in [("inside", inside.stop()?), ("outside", outside.stop()?)] {
+        ensure!(of(&flows, "p11").count() == 1 && of(&flows, "p21").count() == 1, "{what}: {flows:?}");
+        for flow in &flows {
+            let first = flow.errors.first().map(|(at, _)| *at);
+            let early = first.is_some_and(|at| at < Duration::from_secs(7));
+            ensure!(!early && flow.servers.len() == 1, "{what}: a flow ended before the deadline: {flow:?}");
         }
     }
     c.in_sync()
