@@ -306,7 +306,7 @@ fn add_virtual_server(
         );
         let_in(out, port, *real, *local, inputs);
     }
-    keep_unread(out, port, key, &mut reals, inputs);
+    keep_unread(out, port, slices, key, &mut reals, inputs);
     drain_removed(out, service, port, key, &mut reals, inputs);
     let config =
         VirtualServerConfig { scheduler: service.scheduler.name.clone(), flags: service.scheduler.flags };
@@ -328,10 +328,11 @@ fn let_in(out: &mut Draft, port: &ServicePort, real: RealServerKey, local: bool,
     }
 }
 
-/// Real servers of which nobody can say whether they are still wanted.
+/// Real servers of which nobody can say whether they are still wanted: no slice names them, in any condition.
 fn keep_unread(
     out: &mut Draft,
     port: &ServicePort,
+    slices: &[Arc<Slice>],
     key: VirtualServerKey,
     reals: &mut BTreeMap<RealServerKey, RealServerConfig>,
     inputs: &Inputs<'_>,
@@ -340,7 +341,8 @@ fn keep_unread(
         return;
     }
     let Some(present) = inputs.present.get(&key) else { return };
-    for (real, config) in present.reals.iter() {
+    let named: BTreeSet<IpAddr> = slices.iter().flat_map(|s| &s.endpoints).map(|e| e.address).collect();
+    for (real, config) in present.reals.iter().filter(|(real, _)| !named.contains(&real.addr)) {
         let Some(local) = inputs.kept.get(&(key, *real)) else { continue };
         if reals.contains_key(real) {
             continue;

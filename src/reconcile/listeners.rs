@@ -1,32 +1,43 @@
 //! Published ports that a socket of the host holds already (design decision 5).
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use crate::{
     dataplane::Listener,
-    model::{ids::Protocol, node::NodeFacts},
+    model::{ids::Protocol, node::NodeFacts, service::Publish},
 };
 
-/// Those of `ports` that a socket holds and that are not the service's own host-network endpoint.
+/// The addresses of this node that a published port answers on: its own and 127.0.0.1 and ::1, or those of them that
+/// the port names.
+pub fn answering(publish: Option<&Publish>, facts: &NodeFacts) -> BTreeSet<IpAddr> {
+    let (v4, v6) = (facts.primary.v4.is_some(), facts.primary.v6.is_some());
+    let loopback = [v4.then_some(Ipv4Addr::LOCALHOST.into()), v6.then_some(Ipv6Addr::LOCALHOST.into())];
+    let all = facts.published_addresses.iter().copied().chain(loopback.into_iter().flatten());
+    let wanted = |addr: &IpAddr| publish.is_none_or(|p| p.addresses.is_empty() || p.addresses.contains(addr));
+    all.filter(wanted).collect()
+}
+
+/// Those of `ports` that a socket holds, on an address that `on` says, and that are not the service's own host-network
+/// endpoint.
 pub fn held(
     ports: &BTreeSet<(Protocol, u16)>,
     listeners: &[Listener],
-    facts: &NodeFacts,
+    on: impl Fn(Protocol, u16) -> BTreeSet<IpAddr>,
     own: impl Fn(Protocol, u16) -> bool,
 ) -> BTreeSet<(Protocol, u16)> {
     let mut by_port: BTreeMap<(Protocol, u16), Vec<&Listener>> = BTreeMap::new();
     for listener in listeners {
         by_port.entry((listener.protocol, listener.port)).or_default().push(listener);
     }
-    let takes = |listener: &Listener| {
-        facts.published_addresses.iter().any(|addr| listener.takes(*addr, listener.protocol, listener.port))
-    };
-    ports
-        .iter()
-        .filter(|(protocol, port)| {
-            by_port.get(&(*protocol, *port)).is_some_and(|all| all.iter().any(|l| takes(l)))
-                && !own(*protocol, *port)
+    let taken = |protocol, port| {
+        by_port.get(&(protocol, port)).is_some_and(|all| {
+            let addresses = on(protocol, port);
+            all.iter().any(|l| addresses.iter().any(|addr| l.takes(*addr, protocol, port)))
         })
-        .copied()
-        .collect()
+    };
+    let holds = |(protocol, port): &&(Protocol, u16)| taken(*protocol, *port) && !own(*protocol, *port);
+    ports.iter().filter(holds).copied().collect()
 }

@@ -587,3 +587,59 @@ fn a_published_port_that_a_host_socket_holds_waits_until_it_is_free() {
     assert!(ops.iter().any(|op| op.starts_with("+ set published")), "{ops:?}");
     assert!(again.blocked().is_empty());
 }
+
+#[test]
+fn a_socket_on_loopback_alone_keeps_its_port_unless_only_other_addresses_are_published() {
+    let kernel = FakeKernel::default();
+    let socket = Listener { protocol: Protocol::Tcp, addr: "127.0.0.1".parse().unwrap(), port: 30080 };
+    kernel.lock().listeners = vec![socket.clone()];
+    let mut first = vote(&kernel, Allocations::default());
+    let ops = turn(&mut first, true);
+    assert!(!ops.iter().any(|op| op.contains("published") || op.contains("loopback")), "{ops:?}");
+    assert_eq!(first.blocked().len(), 1);
+
+    // Where the manifest leaves loopback out, nobody is in anybody's way.
+    let mut port = published(80, 8080, Some(30080));
+    port.publish.as_mut().unwrap().addresses = vec![facts().primary.v4.unwrap()];
+    first.feed([service_with("vote", port)]);
+    let ops = turn(&mut first, false);
+    assert!(ops.iter().any(|op| op.starts_with("+ set published")), "{ops:?}");
+    assert!(!ops.iter().any(|op| op.contains("loopback")), "{ops:?}");
+    assert!(first.blocked().is_empty());
+
+    let kernel = FakeKernel::default();
+    let mut later = vote(&kernel, Allocations::default());
+    turn(&mut later, true);
+    kernel.lock().listeners = vec![socket];
+    later.recheck_listeners().unwrap();
+    assert_eq!(later.late_listeners().len(), 1);
+}
+
+#[test]
+fn what_a_slice_says_is_not_ready_is_not_kept_because_something_else_cannot_be_read() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let mut second = engine(&kernel, first.allocator().allocations());
+    let not_ready =
+        crate::model::endpoints::Endpoint { ready: false, serving: false, ..endpoint("10.244.1.12", "n1") };
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        Event::Slice(slice("vote", vec![endpoint("10.244.1.11", "n1"), not_ready])),
+    ]);
+    second.synced(false);
+    let ops = turn(&mut second, true);
+    assert!(ops.iter().any(|op| op.contains("10.244.1.12:8080") && op.contains("weight")), "{ops:?}");
+    assert!(second.kept().is_empty(), "{:?}", second.kept());
+    // Nor later, when the slice can't be read either.
+    second.feed([Event::SliceGone(crate::model::ids::ServiceKey::new("default", "vote-1"))]);
+    turn(&mut second, false);
+    let state = kernel.lock().state.clone();
+    let weights: Vec<u32> = state
+        .virtual_servers
+        .values()
+        .flat_map(|server| server.reals.iter().filter(|(real, _)| real.addr.to_string() == "10.244.1.12"))
+        .map(|(_, config)| config.weight)
+        .collect();
+    assert!(weights.iter().all(|weight| *weight == 0), "{weights:?}");
+}

@@ -8,8 +8,9 @@ use crate::{
     model::{
         ids::{Protocol, ServiceKey},
         kernel::{Element, Target},
+        service::{Publish, ServicePort},
     },
-    reconcile::listeners::held,
+    reconcile::listeners::{answering, held},
 };
 
 impl Compiling<'_> {
@@ -48,9 +49,7 @@ impl Compiling<'_> {
             let Some(kernel) = kernel else { return Ok(false) };
             let listeners = kernel.host.listeners()?;
             let asked: BTreeSet<_> = wanted.keys().copied().collect();
-            found = held(&asked, &listeners, self.facts, |protocol, port| {
-                wanted.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
-            });
+            found = self.held(&asked, &listeners, &wanted);
         }
         self.blocked.retain(|_, owner| !dirty.contains(owner));
         let mut served = Served::new();
@@ -74,6 +73,35 @@ impl Compiling<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Those of these ports that a socket of the host holds, where the service answers; not its own endpoint's.
+    fn held(
+        &self,
+        asked: &BTreeSet<(Protocol, u16)>,
+        listeners: &[Listener],
+        owners: &BTreeMap<(Protocol, u16), ServiceKey>,
+    ) -> BTreeSet<(Protocol, u16)> {
+        let own = |protocol, port| {
+            owners.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
+        };
+        let on = |protocol, port| {
+            let publish = owners.get(&(protocol, port)).and_then(|key| self.publish_of(key, protocol, port));
+            answering(publish, self.facts)
+        };
+        held(asked, listeners, on, own)
+    }
+
+    /// How a service publishes a port by this number.
+    fn publish_of(&self, key: &ServiceKey, protocol: Protocol, number: u16) -> Option<&Publish> {
+        let published = &self.allocator.get(key)?.published;
+        let service = self.snapshot.services().get(key)?;
+        let covers = |port: &&ServicePort| {
+            let first = published.get(&port.id());
+            port.protocol == protocol
+                && first.is_some_and(|first| (*first..first.saturating_add(port.span())).contains(&number))
+        };
+        service.ports.iter().find(covers)?.publish.as_ref()
     }
 
     /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
@@ -126,7 +154,8 @@ impl Engine {
         }
         let listeners: Vec<Listener> = self.dataplane.host.listeners()?;
         let ports: BTreeSet<_> = self.blocked.keys().copied().collect();
-        let still = held(&ports, &listeners, &self.facts, |_, _| false);
+        let (compiling, _) = self.divide();
+        let still = compiling.held(&ports, &listeners, compiling.blocked);
         for (port, owner) in &self.blocked {
             if !still.contains(port) {
                 self.dirty.insert(owner.clone());
@@ -140,10 +169,7 @@ impl Engine {
             }
         }
         let asked: BTreeSet<_> = late.keys().copied().collect();
-        let (compiling, _) = self.divide();
-        let found = held(&asked, &listeners, compiling.facts, |protocol, port| {
-            late.get(&(protocol, port)).is_some_and(|key| compiling.has_own_endpoint(key, protocol, port))
-        });
+        let found = self.divide().0.held(&asked, &listeners, &late);
         late.retain(|port, _| found.contains(port));
         if late != self.late {
             self.dirty.extend(late.values().chain(self.late.values()).cloned());

@@ -399,16 +399,37 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
         Ok(())
     };
     ours("the first socket is gone")?;
-    n1.serve_as("LATER", &everywhere(&[30080], false))?;
-    ours("a socket came later")?;
-    cx.apply_on(n1, &m)?;
-    ours("a socket came later, and another turn")?;
-    let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
-    let later = "a socket of this host that came later";
-    let told = |proto: &str| show.stdout.lines().any(|l| l.contains(later) && l.contains(proto));
-    ensure!(told("TCP") && told("UDP"), "show does not speak of both: {show}");
-    n1.stop_serving("LATER");
+    for (name, listen) in [("LATER", everywhere(&[30080], false)), ("LATER-LO", on_loopback(30080))] {
+        n1.serve_as(name, &listen)?;
+        ours("a socket came later")?;
+        cx.apply_on(n1, &m)?;
+        ours("a socket came later, and another turn")?;
+        let show = meshlb.run(n1, &["show", "-o", "wide"])?.ok()?;
+        let later = "a socket of this host that came later";
+        let told = |proto: &str| show.stdout.lines().any(|l| l.contains(later) && l.contains(proto));
+        ensure!(told("TCP") && told("UDP"), "show does not speak of both: {show}");
+        n1.stop_serving(name);
+    }
+    // One that listens on loopback alone was first.
+    n1.serve_as("LOOPBACK", &on_loopback(30099))?;
+    m.service("vote").port(Proto::Tcp, 81, 8080, Some(30099)).port(Proto::Udp, 81, 8080, Some(30099));
+    m.write()?;
+    let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
+    let held = ["TCP", "UDP"].map(|proto| format!("{proto} 30099 is held by a socket of this host"));
+    ensure!(held.iter().all(|h| out.stderr.contains(h)), "apply does not speak of both ports: {out}");
+    for family in Family::ALL {
+        for proto in BOTH {
+            check::only(&n1.connect(proto, SocketAddr::new(family.localhost(), 30099), 2)?, "LOOPBACK")?;
+        }
+    }
+    n1.stop_serving("LOOPBACK");
     Ok(())
+}
+
+/// TCP and UDP on this host's loopback addresses and nowhere else.
+fn on_loopback(port: u16) -> Vec<Listen> {
+    let at = |proto| move |family: Family| Listen { proto, addr: SocketAddr::new(family.localhost(), port) };
+    BOTH.into_iter().flat_map(|proto| Family::ALL.map(at(proto))).collect()
 }
 
 /// The second is refused, by name, and the first goes on.
