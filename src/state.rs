@@ -47,6 +47,9 @@ pub struct State {
     /// Kubeconfig file, where one was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,
+    /// Other flags that decide what is programmed, as they were given: `node_ip`, `zone` and so on.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub flags: BTreeMap<String, String>,
     /// Who has what.
     pub allocations: Allocations,
     /// Values of sysctls before we changed them, by name.

@@ -177,7 +177,9 @@ fn parse() -> anyhow::Result<Cli> {
         command = options::with_config_file(command, &file)?;
     }
     let matches = command.get_matches();
-    Cli::from_arg_matches(&matches).map_err(|e| e.exit())
+    let mut cli = Cli::from_arg_matches(&matches).map_err(|e| e.exit())?;
+    cli.options.remembered = options::remembered(&matches);
+    Ok(cli)
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {

@@ -1,6 +1,7 @@
 //! Flags that every command shares, and what they mean together.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::PathBuf,
@@ -193,6 +194,21 @@ pub struct Options {
         help_heading = "Process"
     )]
     pub log_format: LogFormat,
+    /// Values of [`REMEMBERED`], as text.
+    #[arg(skip)]
+    pub remembered: BTreeMap<String, String>,
+}
+
+/// Flags that decide what is programmed and that the state keeps as they were given. (Others it has in fields of their own.)
+const REMEMBERED: [&str; 5] = ["node_ip", "publish_addresses", "publish_range", "publish_reserved", "zone"];
+
+/// The values of [`REMEMBERED`] that a command line has, given or by default.
+pub fn remembered(matches: &clap::ArgMatches) -> BTreeMap<String, String> {
+    let text = |id: &str| {
+        let values = matches.get_raw(id)?;
+        Some(values.map(|value| value.to_string_lossy()).collect::<Vec<_>>().join(","))
+    };
+    REMEMBERED.iter().filter_map(|id| Some(((*id).to_owned(), text(id)?))).collect()
 }
 
 /// IPVS timeouts, or the kernel's own.
@@ -317,7 +333,7 @@ impl Options {
 /// The file can't be read, is no mapping, or names a flag that does not exist.
 pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> Result<clap::Command> {
     let text = std::fs::read_to_string(file).with_context(|| format!("--config {}", file.display()))?;
-    let values: std::collections::BTreeMap<String, serde_json::Value> =
+    let values: BTreeMap<String, serde_json::Value> =
         serde_saphyr::from_str(&text).with_context(|| format!("--config {}", file.display()))?;
     for (name, value) in values {
         let text = match value {
@@ -358,6 +374,12 @@ pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
     ] {
         if !value.is_empty() {
             command = command.mut_arg(id, |arg| arg.default_value(value));
+        }
+    }
+    for (id, value) in &state.flags {
+        // A file of another version may name one that this one does not have.
+        if let Some(known) = REMEMBERED.iter().find(|known| *known == id) {
+            command = command.mut_arg(known, |arg| arg.default_value(value.clone()));
         }
     }
     command

@@ -149,7 +149,8 @@ pub struct EndpointReport {
     pub node: Option<String>,
     /// IPVS weight.
     pub weight: u32,
-    /// `ready`, `draining`, `missing` (in the kernel), `unexpected` (in the kernel) or `wrong weight N`.
+    /// `ready`, `draining`, `missing` (in the kernel), `unexpected` (in the kernel), `wrong weight N` or
+    /// `wrong forwarding method or connection limits`.
     pub state: String,
     /// Established connections.
     pub active_connections: u32,
@@ -385,6 +386,9 @@ fn endpoint_report(
         (Some(want), Some((have, _))) if want.weight != have.weight => match info.map(|i| i.state) {
             // It was in the kernel before us, and nobody wants it.
             Some(RealState::Draining(_)) if want.weight < have.weight => "unexpected".to_owned(),
+            _ if have.weight == crate::dataplane::ipvs::ALTERED => {
+                "wrong forwarding method or connection limits".to_owned()
+            }
             _ => format!("wrong weight {}", have.weight),
         },
         _ => match info.map(|i| i.state) {

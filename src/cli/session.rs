@@ -50,9 +50,18 @@ pub struct Keeper {
     /// The engine's generation that is in the file.
     generation: Option<u64>,
     written: Option<Written>,
+    /// Whether there is a file, if not the newest: what was in the kernel before us is in it.
+    on_disk: bool,
 }
 
 impl Keeper {
+    /// Whether an earlier state is on disk. Where a newer one can't be written, it is better to go on with that than to
+    /// leave the kernel with endpoints that are dead: what a restart then does not find is which automatic values
+    /// depended on history, and drains.
+    pub fn on_disk(&self) -> bool {
+        self.on_disk
+    }
+
     /// Writes the engine's allocations, drains and fingerprints down, where they changed.
     ///
     /// # Errors
@@ -86,6 +95,7 @@ impl Keeper {
             }
             self.generation = Some(engine.generation());
             self.written = Some(written);
+            self.on_disk = true;
         }
         let drains: Vec<Drain> = engine.drains().iter().map(kept).collect();
         self.dir.save_drains(&drains).context("drains.json can't be written")?;
@@ -277,8 +287,13 @@ impl Session {
             problems,
             keeper: Keeper {
                 dir: state_dir,
+                on_disk: !state.node.is_empty(),
                 record: Record::new(&options.run_dir),
-                state: State { kubeconfig: options.kubeconfig.clone(), ..state },
+                state: State {
+                    kubeconfig: options.kubeconfig.clone(),
+                    flags: options.remembered.clone(),
+                    ..state
+                },
                 source,
                 generation: None,
                 written: None,

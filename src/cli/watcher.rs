@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 use super::{
     report::firewall_advice,
@@ -44,6 +44,8 @@ pub struct Watcher {
     /// What only the owner of this host's firewall can do, and when that was looked at.
     firewall: Vec<String>,
     firewall_seen: Option<Instant>,
+    /// Why the state can't be written.
+    unsaved: Vec<String>,
 }
 
 impl Watcher {
@@ -57,6 +59,7 @@ impl Watcher {
             told: BTreeMap::new(),
             firewall: Vec::new(),
             firewall_seen: None,
+            unsaved: Vec::new(),
             reason: "the source has not been read yet".into(),
             written: [0; 3],
             turns: 0,
@@ -87,6 +90,16 @@ impl Watcher {
         self.firewall = now;
     }
 
+    /// Writes the state; what stands in the way is told once, and counted while it lasts.
+    fn save(&mut self, engine: &Engine) -> Result<(), String> {
+        let saved = self.keeper.save(engine).map_err(|e| format!("{e:#}"));
+        let now: Vec<String> = saved.as_ref().err().cloned().into_iter().collect();
+        tell_changes("", &self.unsaved, &now);
+        self.metrics.problems("state", now.len());
+        self.unsaved = now;
+        saved
+    }
+
     fn count_writes(&mut self, engine: &Engine) {
         let dataplane = &engine.dataplane;
         let now = [dataplane.ipvs.writes(), dataplane.netfilter.writes(), dataplane.host.writes()];
@@ -109,7 +122,11 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
-        self.keeper.save(engine).map_err(|e| format!("{e:#}"))
+        match self.save(engine) {
+            // Endpoints that are gone must not stay because a disk is full.
+            Err(_) if self.keeper.on_disk() => Ok(()),
+            saved => saved,
+        }
     }
 
     fn drifted(&mut self, drift: &Drift) {
@@ -119,9 +136,8 @@ impl Observer for Watcher {
     }
 
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>) {
-        if let Err(e) = self.keeper.save(engine) {
-            error!("{e:#}");
-        }
+        // Whatever went wrong has been told.
+        let _ = self.save(engine);
         for key in &turn.services {
             self.tell(engine, key);
             self.traffic.set(key, engine.merged().services().get(key));

@@ -214,13 +214,38 @@ fn real_key(id: &DestinationId) -> RealServerKey {
     RealServerKey { addr, port: id.port }
 }
 
-/// A destination with another forwarding method than masquerading is not as we want it, whatever its
-/// weight: a weight that we never write makes the comparison say so.
+/// The weight by which a destination is known that somebody has changed in ways that we never do. (Weights are less:
+/// the kernel refuses those of 2^31 and more.)
+pub const ALTERED: u32 = u32::MAX;
+
+/// A destination with another forwarding method than masquerading, or with a limit to its connections, is not as
+/// we want it, whatever its weight: one that we never write makes the comparison say so.
 fn real_config(config: &DestinationConfig) -> RealServerConfig {
+    let limited = config.upper_threshold != 0 || config.lower_threshold != 0;
     match config.forwarding {
-        Forwarding::Masquerade | Forwarding::Local => {
+        Forwarding::Masquerade | Forwarding::Local if !limited => {
             RealServerConfig { weight: u32::try_from(config.weight).unwrap_or(0) }
         }
-        _ => RealServerConfig { weight: u32::MAX },
+        _ => RealServerConfig { weight: ALTERED },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_destination_that_somebody_limits_or_forwards_otherwise_is_not_as_we_want_it() {
+        let config = |forwarding| DestinationConfig::new(forwarding, 1);
+        let ours = RealServerConfig { weight: 1 };
+        assert_eq!(real_config(&config(Forwarding::Masquerade)), ours);
+        assert_eq!(real_config(&config(Forwarding::Local)), ours);
+        for altered in [
+            config(Forwarding::DirectRoute),
+            DestinationConfig { upper_threshold: 1, ..config(Forwarding::Masquerade) },
+            DestinationConfig { lower_threshold: 1, ..config(Forwarding::Masquerade) },
+        ] {
+            assert_ne!(real_config(&altered), ours, "{altered:?}");
+        }
     }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use super::guard::sh;
 use super::support::{
     ADMIN, http, metric, one_node, ready, served, start, unanswered, vip, wait_until, web_on_one_node,
     wrapped,
@@ -24,6 +25,7 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("restart::writes_nothing", &Matrix::pair(), limit, writes_nothing);
     suite.add_slow("restart::unread_folder_deletes_nothing", &Matrix::pair(), limit, unread);
     suite.add("restart::orphan_is_collected", &Matrix::pair(), orphan);
+    suite.add("restart::full_disk_stops_nothing", &Matrix::pair(), full_disk);
     suite.add("restart::lock_file_is_followed", &Matrix::once(), lock_file);
 }
 
@@ -339,4 +341,37 @@ fn lock_file(cx: &mut Cx) -> Result<()> {
     sleep(Duration::from_secs(1));
     ensure!(answered("10.200.7.34:80")?, "the address went with the lock file");
     Ok(())
+}
+
+/// A state file that can't be written any more is told, and what is dead goes out of service all the same.
+fn full_disk(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    let dir = n1.state_dir();
+    std::fs::create_dir_all(&dir)?;
+    let place = dir.to_string_lossy().into_owned();
+    sh(cx, n1, &format!("mount -t tmpfs -o size=64k meshlb-test {place}"))?;
+    let result = (|| {
+        let mut agent = start(cx, &meshlb, &t, &m)?;
+        sh(cx, n1, &format!("dd if=/dev/zero of={place}/full bs=4k 2>/dev/null || true; df {place}"))?;
+        let hosts = [t.pod("p11")];
+        m.endpoints("web", &hosts);
+        m.write()?;
+        agent.wait_for_log("can't be written", Duration::from_secs(10))?;
+        served(&t, &["p11"])?;
+        ensure!(metric(n1, "meshlb_problems{of=\"state\"}")? > 0.0, "the metric says nothing of it");
+        ready(n1, &mut agent)?;
+        // There is room again: it is written with the next change.
+        std::fs::remove_file(dir.join("full"))?;
+        m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+        m.write()?;
+        agent.wait_for_log("no longer: ", Duration::from_secs(10))?;
+        served(&t, &["p11", "p12"])?;
+        ensure!(agent.terminate(Duration::from_secs(5))? == 0, "the agent ended badly");
+        cx.cleanup(&t)
+    })();
+    sh(cx, n1, &format!("umount {place}"))?;
+    result
 }

@@ -59,6 +59,10 @@ fn hops(cx: &mut Cx) -> Result<()> {
         ),
         ("nft flush chain inet meshlb guard".to_owned(), "  ! rules: "),
         ("ipvsadm -D -f 16383".to_owned(), "ipvs: the sentinel FWM 16383 IPv4 is missing"),
+        (
+            format!("ipvsadm -e -f {mark} -r 10.244.1.11:8080 -m -w 1 -x 2 -y 1"),
+            ": wrong forwarding method or connection limits",
+        ),
     ];
     for two in breakages.chunks(2) {
         let (commands, texts): (Vec<&str>, Vec<&str>) = two.iter().map(|(c, t)| (c.as_str(), *t)).unzip();
@@ -103,13 +107,21 @@ fn flags(cx: &mut Cx) -> Result<()> {
         .clone()
         .flag("--vip-cidr=10.201.0.0/16,fd00:201::/112")
         .flag("--mark-mask=0xffc000")
-        .flag("--ipvs-timeouts=100,101,102");
+        .flag("--ipvs-timeouts=100,101,102")
+        .flag("--node-ip=192.168.50.77,fd00:50::1")
+        .flag("--publish-addresses=192.168.50.0/24,fd00:50::/64")
+        .flag("--publish-range=31000-31100")
+        .flag("--publish-reserved=9999")
+        .flag("--zone=mesh.test");
     let t = cx.topology(&one_node())?;
     let n1 = t.node(1);
+    n1.ip_batch("addr add 192.168.50.77/24 dev eth0\n")?;
     let timeouts = || -> Result<String> { Ok(n1.ns.run(&["ipvsadm", "-L", "--timeout"])?.ok()?.stdout) };
     let before = timeouts()?;
     let mut m = cx.manifests()?;
-    m.service("web").vips(&["10.201.0.5", "fd00:201::5"])?.port(Proto::Tcp, 80, 8080, Some(30080));
+    let service = m.service("web").vips(&["10.201.0.5", "fd00:201::5"])?;
+    // A number that is reserved by default.
+    service.port(Proto::Tcp, 80, 8080, Some(30080)).port(Proto::Tcp, 81, 8080, Some(179));
     m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
     m.write()?;
     cx.will_clean(n1);
@@ -120,6 +132,10 @@ fn flags(cx: &mut Cx) -> Result<()> {
     for args in [&["show"][..], &["explain", "web"], &["plan"]] {
         let out = bare(&meshlb, n1, args)?;
         ensure!(out.status == 0 && !out.stdout.contains("! "), "{args:?}: {out}");
+        ensure!(
+            args != ["explain", "web"] || out.stdout.contains("web.default.mesh.test"),
+            "{args:?}: {out}"
+        );
     }
     // A file of another version, or a damaged one, is the agent's business alone.
     let state = n1.state_dir().join("state.json");
@@ -134,6 +150,7 @@ fn flags(cx: &mut Cx) -> Result<()> {
     let left = n1.ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
     ensure!(left.trim().is_empty(), "IPVS services are left:\n{left}");
     ensure!(timeouts()? == before, "the timeouts are not as before: {} {before}", timeouts()?);
+    n1.ip_batch("addr del 192.168.50.77/24 dev eth0\n")?;
     check::nothing_left(&t)
 }
 
