@@ -69,10 +69,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if let Some(Err(e)) = netfilter.as_mut().map(|netfilter| netfilter.remove()) {
         errors.push(e.to_string());
     }
-    if let Some(ipvs) = &mut ipvs {
-        let foreign = remove_services(ipvs, &marks, &mut errors);
-        restore(&mut host, ipvs, &state, foreign, &mut errors);
-    }
+    // Without the module nobody has a service.
+    let foreign = ipvs.as_mut().is_some_and(|ipvs| remove_services(ipvs, &marks, &mut errors));
+    restore(&mut host, ipvs.as_mut(), &state, foreign, &mut errors);
     if errors.is_empty() {
         dir.clear()?;
         super::record::Record::new(&options.run_dir).clear()?;
@@ -110,7 +109,7 @@ fn remove_services(ipvs: &mut KernelIpvs, marks: &BTreeSet<Mark>, errors: &mut V
 /// (design decision 9); the same for timeouts.
 fn restore(
     host: &mut LinuxHost,
-    ipvs: &mut KernelIpvs,
+    ipvs: Option<&mut KernelIpvs>,
     state: &crate::state::State,
     foreign: bool,
     errors: &mut Vec<String>,
@@ -128,7 +127,7 @@ fn restore(
             errors.push(e.to_string());
         }
     }
-    if let (Some((ours, before)), false) = (state.ipvs_timeouts, foreign)
+    if let (Some((ours, before)), Some(ipvs), false) = (state.ipvs_timeouts, ipvs, foreign)
         && ipvs.timeouts().is_ok_and(|now| now == ours)
         && let Err(e) = ipvs.set_timeouts(before)
     {

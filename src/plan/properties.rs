@@ -131,10 +131,13 @@ prop_compose! {
     }
 }
 
+/// Another program's service, in our field of the mark: it is in the kernel, and in what was observed only as a mark.
+const FOREIGN: VirtualServerKey = VirtualServerKey { family: Family::V4, mark: Mark(999) };
+
 fn observed(state: &KernelState) -> Observed {
     Observed {
         virtual_servers: state.virtual_servers.clone(),
-        foreign_marks: [Mark(300)].into(),
+        foreign_marks: [FOREIGN.mark].into(),
         elements: state.elements.clone(),
         program: if state.program.is_some() { ProgramState::Installed } else { ProgramState::Absent },
         leftovers: vec![],
@@ -212,6 +215,14 @@ fn entries(states: [&KernelState; 2]) -> BTreeSet<Element> {
 
 fn check(desired: &KernelState, old: &KernelState, ops: &[Op]) {
     let mut now = old.clone();
+    let real = RealServerKey { addr: "10.99.0.1".parse().unwrap(), port: 81 };
+    let foreign = VirtualServer {
+        config: VirtualServerConfig { scheduler: "rr".into(), flags: 0 },
+        protocol: None,
+        reals: Arc::new([(real, RealServerConfig { weight: 1 })].into_iter().collect()),
+    };
+    now.virtual_servers.insert(FOREIGN, foreign.clone());
+    now.sysctls.insert("net/ipv4/somebody".into(), "7".into());
     // A random state may lack the route that its entries need; where one of the two has it, the way there is the same.
     let routed = |state: &KernelState| {
         let routes =
@@ -235,6 +246,12 @@ fn check(desired: &KernelState, old: &KernelState, ops: &[Op]) {
             assert!(unguarded || !now_unguarded, "after {op}: {packet:?} reaches a socket of the host");
         }
     }
+    assert_eq!(now.virtual_servers.remove(&FOREIGN), Some(foreign), "another program's service was touched");
+    assert_eq!(
+        now.sysctls.remove("net/ipv4/somebody").as_deref(),
+        Some("7"),
+        "another program's sysctl was touched"
+    );
     let elements: &Elements = &desired.elements;
     assert_eq!(&now.elements, elements);
     let configured = |state: &KernelState| -> BTreeMap<VirtualServerKey, (VirtualServerConfig, Vec<_>)> {

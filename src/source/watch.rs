@@ -247,9 +247,15 @@ impl Follower {
             _ => false,
         };
         todo.everything |= event.need_rescan() || event.paths.is_empty();
+        let concerns = |path: &PathBuf| *path == self.dir || path.parent() == Some(&self.dir);
+        if !event.paths.is_empty() && !event.paths.iter().any(concerns) {
+            return None;
+        }
         for path in &event.paths {
             match path.file_name() {
                 _ if *path == self.dir => (todo.everything, todo.folder) = (true, true),
+                // Beside the link that leads to our folder.
+                _ if path.parent() != Some(&self.dir) => {}
                 Some(name) if name == FILE_NAME => todo.lock = true,
                 Some(name) if is_manifest(name) => drop(todo.names.insert(name.to_owned())),
                 // `..data` of a ConfigMap: every file may have changed.
@@ -277,6 +283,10 @@ impl Follower {
         })
         .and_then(|mut watcher| {
             watcher.watch(&self.dir, RecursiveMode::NonRecursive)?;
+            // The folder itself is not told of when a link leads to another one: that happens where the link is.
+            if let Some(parent) = self.dir.parent().filter(|_| self.dir.is_symlink()) {
+                watcher.watch(parent, RecursiveMode::NonRecursive)?;
+            }
             Ok(watcher)
         });
         self.unwatched = match watcher {

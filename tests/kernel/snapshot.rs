@@ -104,8 +104,8 @@ impl Snapshot {
         for name in names {
             let (a, b) =
                 (self.sections.get(name).unwrap_or(&none), after.sections.get(name).unwrap_or(&none));
-            out.extend(a.iter().filter(|l| !b.contains(l)).map(|l| format!("-[{name}] {l}")));
-            out.extend(b.iter().filter(|l| !a.contains(l)).map(|l| format!("+[{name}] {l}")));
+            out.extend(more(a, b).map(|l| format!("-[{name}] {l}")));
+            out.extend(more(b, a).map(|l| format!("+[{name}] {l}")));
         }
         out
     }
@@ -119,6 +119,18 @@ impl Snapshot {
     pub fn is_empty(&self) -> bool {
         self.lines().next().is_none()
     }
+}
+
+/// Lines that are in `a` more often than in `b`: a rule that is there twice is not as it was.
+fn more<'a>(a: &'a [String], b: &'a [String]) -> impl Iterator<Item = &'a String> {
+    let mut left = b.to_vec();
+    a.iter().filter(move |line| match left.iter().position(|l| l == *line) {
+        Some(at) => {
+            left.swap_remove(at);
+            false
+        }
+        None => true,
+    })
 }
 
 impl fmt::Debug for Snapshot {

@@ -222,19 +222,37 @@ fn an_unreadable_file_keeps_what_it_had() {
 #[test]
 fn a_rescan_finds_what_nobody_told() {
     let base = tempfile::tempdir().unwrap();
+    let (dir, outside) = (base.path().join("dir"), base.path().join("outside.yaml"));
+    fs::create_dir(&dir).unwrap();
+    fs::write(&outside, service("x", 1)).unwrap();
+    std::os::unix::fs::symlink(&outside, dir.join("a.yaml")).unwrap();
+    let mut watched = Watched::new(&dir, Timing { rescan: Duration::from_millis(100), ..TIMING });
+    watched.expect(&[&["x:1"], &["synced"]]);
+    // What a link leads to is changed where it is.
+    fs::write(&outside, service("x", 2)).unwrap();
+    watched.expect(&[&["x:2"]]);
+}
+
+#[test]
+fn a_link_that_leads_to_another_folder_is_followed_at_once() {
+    let base = tempfile::tempdir().unwrap();
     let (real, link) = (base.path().join("real"), base.path().join("link"));
     fs::create_dir(&real).unwrap();
     fs::write(real.join("a.yaml"), service("x", 1)).unwrap();
     std::os::unix::fs::symlink(&real, &link).unwrap();
-    let mut watched = Watched::new(&link, Timing { rescan: Duration::from_millis(100), ..TIMING });
+    let mut watched = Watched::new(&link, TIMING);
     watched.expect(&[&["x:1"], &["synced"]]);
-    // The link leads elsewhere: no event of the folder that we watch says so.
     let other = base.path().join("other");
     fs::create_dir(&other).unwrap();
     fs::write(other.join("a.yaml"), service("x", 2)).unwrap();
     std::os::unix::fs::symlink(&other, base.path().join("new")).unwrap();
+    // What else happens beside it is nobody's business.
+    fs::write(base.path().join("a.yaml"), service("x", 3)).unwrap();
     fs::rename(base.path().join("new"), &link).unwrap();
     watched.expect(&[&["x:2"]]);
+    fs::write(other.join("a.yaml"), service("x", 4)).unwrap();
+    watched.expect(&[&["x:4"]]);
+    watched.expect_nothing();
 }
 
 #[test]

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use super::support::{one_node, served, start, vip, wait_until, web, web_on_one_node};
 use crate::check;
 use crate::client::Probe;
-use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Skip, Suite};
 use crate::topology::{Host, Topology};
 
 pub fn register(suite: &mut Suite) {
@@ -73,8 +73,7 @@ fn addresses(cx: &mut Cx) -> Result<()> {
 
 fn sctp(cx: &mut Cx) -> Result<()> {
     if !Proto::Sctp.available() {
-        cx.note("this kernel has no SCTP");
-        return Ok(());
+        return Err(Skip("this kernel has no SCTP".to_owned()).into());
     }
     let (t, mut m) = web_on_one_node(cx, &["p11"])?;
     m.service("s").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Sctp, 80, 8080, Some(30090));

@@ -9,7 +9,7 @@ use super::{Cluster, PROTOS, VIPS, serve_from, two_nodes, vip, wait_until, web};
 use crate::check;
 use crate::client::{FlowReport, Flows, Probe};
 use crate::manifests::Endpoint;
-use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Skip, Suite};
 use crate::topology::Host;
 
 pub fn register(suite: &mut Suite) {
@@ -128,8 +128,7 @@ fn drain_to_the_deadline(cx: &mut Cx) -> Result<()> {
 /// An association over SCTP goes on to the deadline, as a TCP connection does, and new ones go elsewhere.
 fn sctp_drains(cx: &mut Cx) -> Result<()> {
     if !Proto::Sctp.available() {
-        cx.note("this kernel has no SCTP");
-        return Ok(());
+        return Err(Skip("this kernel has no SCTP".to_owned()).into());
     }
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
         let service = m.service("web").vips(&VIPS)?;
