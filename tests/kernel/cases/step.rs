@@ -17,12 +17,13 @@ use serde_json::json;
 use super::guard::ask;
 use super::restart::is_change;
 use super::support::wrapped;
+use crate::check;
 use crate::client::Probe;
 use crate::manifests::Manifests;
 use crate::program::{Agent, Meshlb};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::everywhere;
-use crate::topology::{Host, Topology};
+use crate::topology::{Builder, Host, Topology};
 
 const LATE: &str = "HOST-late";
 
@@ -34,6 +35,8 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("step::handover", &two, limit, |cx| handover(cx, false));
     suite.add_slow("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
     suite.add_slow("step::external_policy", &two, limit, external_policy);
+    suite.add_slow("step::first_install", &two, limit, first_install);
+    suite.add_slow("step::cleanup", &two, limit, cleanup);
 }
 
 /// A service with one port, over TCP and UDP.
@@ -123,15 +126,94 @@ fn describe(t: &Topology, m: &mut Manifests, services: &[Service]) -> Result<()>
     m.write()
 }
 
+fn spec() -> Builder {
+    Topology::builder().nodes(2).pods_per_node(3).ports(&[8080, 8081]).host_ports(&[22, 80, 81, 8080, 8081])
+}
+
+/// From a kernel that knows nothing of us: a virtual address is nobody's until its rules are there.
+fn first_install(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&spec())?;
+    let mut m = cx.manifests()?;
+    describe(&t, &mut m, &[WEB])?;
+    cx.will_clean(t.node(1));
+    let dir = m.dir.to_string_lossy().into_owned();
+    let new = answers(&[WEB]);
+    let prepare = || cx.cleanup(&t);
+    let finish = || {
+        cx.apply_on(t.node(1), &m)?;
+        let plan = meshlb.run(t.node(1), &["plan", &dir])?;
+        ensure!(plan.status == 0, "not in sync: {plan}");
+        among(&t, &new, &new, true)
+    };
+    ends(cx, &t, &["apply", &dir], &new, &prepare, &finish)
+}
+
+/// To a kernel that knows nothing of us: on the way no socket of the node gets what is for a virtual address, and on published
+/// numbers they get what is theirs again.
+fn cleanup(cx: &mut Cx) -> Result<()> {
+    let t = cx.topology(&spec())?;
+    let mut m = cx.manifests()?;
+    describe(&t, &mut m, &[WEB])?;
+    let n1 = t.node(1);
+    let mut may = answers(&[WEB]);
+    let own = (LATE, WEB.published);
+    may.entry(Place::Published(WEB.published)).or_default().insert(own);
+    let prepare = || {
+        n1.stop_serving(LATE);
+        cx.apply_on(n1, &m)?;
+        n1.serve_as(LATE, &everywhere(&[WEB.published], false))
+    };
+    let finish = || {
+        cx.cleanup(&t)?;
+        check::nothing_left(&t)?;
+        let only_own = Answers::from([(Place::Published(WEB.published), BTreeSet::from([own]))]);
+        among_or_unreachable(&t, &only_own, &may)
+    };
+    let result = ends(cx, &t, &["cleanup"], &may, &prepare, &finish);
+    n1.stop_serving(LATE);
+    result
+}
+
+/// Steps through a command that begins or ends with nothing of ours in the kernel; then kills it after some of its changes.
+fn ends(
+    cx: &Cx,
+    t: &Topology,
+    command: &[&str],
+    may: &Answers,
+    prepare: &dyn Fn() -> Result<()>,
+    finish: &dyn Fn() -> Result<()>,
+) -> Result<()> {
+    prepare()?;
+    let mut changes = Vec::new();
+    let mut stepped = Stepped::start(cx, t, command)?;
+    while let Some(line) = stepped.next_change()? {
+        changes.push(line);
+        among_or_unreachable(t, may, may)
+            .with_context(|| format!("after {} changes:\n{}", changes.len(), changes.join("\n")))?;
+    }
+    cx.note(format!("{} changes:\n{}", changes.len(), changes.join("\n")));
+    ensure!(changes.len() > 3, "only {} changes: {changes:#?}", changes.len());
+    finish().context("not killed at all")?;
+    for kill_after in [1, changes.len() / 2, changes.len() - 1] {
+        prepare()?;
+        let mut stepped = Stepped::start(cx, t, command)?;
+        for _ in 0..kill_after {
+            if stepped.next_change()?.is_none() {
+                break;
+            }
+        }
+        stepped.kill();
+        among_or_unreachable(t, may, may).with_context(|| format!("killed after {kill_after} changes"))?;
+        finish().with_context(|| format!("killed after {kill_after} changes, and done again"))?;
+    }
+    Ok(())
+}
+
 /// Goes from one state to the other: once stopping after every change and looking, then killed after some of them.
 fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<()> {
     cx.meshlb()?;
-    let spec = Topology::builder()
-        .nodes(2)
-        .pods_per_node(3)
-        .ports(&[8080, 8081])
-        .host_ports(&[22, 80, 81, 8080, 8081]);
-    let t = cx.topology(&spec)?;
+    let t = cx.topology(&spec())?;
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
     let (old, new) = (answers(from), answers(to));
@@ -157,7 +239,7 @@ fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<(
         if forget {
             fs::remove_dir_all(n1.state_dir())?;
         }
-        Stepped::start(cx, &t, m)
+        Stepped::start(cx, &t, &["apply", &m.dir.to_string_lossy()])
     };
     let begun = Instant::now();
     let mut changes = Vec::new();
@@ -199,9 +281,18 @@ fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<(
 
 /// Everything is answered by those who may; with `all`, places that somebody has are, and by nobody but them.
 fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()> {
+    asked(t, may, places, all, &["ECONNREFUSED", "EPERM"])
+}
+
+/// The same where a virtual address may be unknown to the node, which then has no route to it.
+fn among_or_unreachable(t: &Topology, may: &Answers, places: &Answers) -> Result<()> {
+    asked(t, may, places, false, &["ECONNREFUSED", "EPERM", "ENETUNREACH", "EHOSTUNREACH"])
+}
+
+fn asked(t: &Topology, may: &Answers, places: &Answers, all: bool, known: &[&str]) -> Result<()> {
     let n1 = t.node(1);
     let mut jobs: Vec<(&Host, Probe)> = Vec::new();
-    let mut asked = Vec::new();
+    let mut of = Vec::new();
     for place in places.keys() {
         for family in Family::ALL {
             for proto in [Proto::Tcp, Proto::Udp] {
@@ -214,19 +305,18 @@ fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()>
                 };
                 for host in hosts {
                     jobs.push((host, Probe::new(proto, dst).within(Duration::from_millis(1500))));
-                    asked.push(*place);
+                    of.push(*place);
                 }
             }
         }
     }
-    for (place, tally) in asked.iter().zip(ask(&jobs)?) {
+    for (place, tally) in of.iter().zip(ask(&jobs)?) {
         let may = may.get(place);
         for answer in &tally.answers {
             let who = (answer.server.as_str(), answer.local.port());
             let fine = may.is_some_and(|may| may.iter().any(|m| *m == who));
             ensure!(fine, "{place:?} is answered by {who:?}, not by one of {may:?}: {tally}");
         }
-        let known = ["ECONNREFUSED", "EPERM"];
         ensure!(
             tally.errors.keys().all(|e| known.contains(&e.as_str())),
             "{place:?} is not refused: {tally}"
@@ -236,7 +326,7 @@ fn among(t: &Topology, may: &Answers, places: &Answers, all: bool) -> Result<()>
     Ok(())
 }
 
-/// `meshlb apply` that stops after every message that it, or a program that it has started, sends.
+/// A `meshlb` command that stops after every message that it, or a program that it has started, sends.
 struct Stepped {
     apply: Agent,
     log: PathBuf,
@@ -251,7 +341,7 @@ struct Stepped {
 }
 
 impl Stepped {
-    fn start(cx: &Cx, t: &Topology, m: &Manifests) -> Result<Stepped> {
+    fn start(cx: &Cx, t: &Topology, command: &[&str]) -> Result<Stepped> {
         let log = cx.dir.join("step.log");
         let _ = fs::remove_file(&log);
         // No --seccomp-bpf: with it strace 6.1 sends no signals.
@@ -261,7 +351,7 @@ impl Stepped {
             log.display()
         );
         let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
-        let apply = meshlb.start(t.node(1), &["apply", &m.dir.to_string_lossy()], "step-out.log")?;
+        let apply = meshlb.start(t.node(1), command, "step-out.log")?;
         let (processes, split) = Default::default();
         Ok(Stepped { apply, log, read: 0, processes, split, stopped: None })
     }
