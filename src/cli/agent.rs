@@ -71,7 +71,7 @@ pub fn run(options: &Options, source: &str, namespace: Option<String>) -> Result
         }
     }
     if node.request() == Request::Uninstall {
-        return super::uninstall::hold_off(options, &node, &health, &inputs);
+        return super::uninstall::hold_off(options, &node, (&metrics, &health), &inputs);
     }
     ran
 }

@@ -31,6 +31,7 @@ use crate::{
         Report, State, UNINSTALL,
         writer::{Handle, Request},
     },
+    metrics::Metrics,
     reconcile::agent::Input,
     source::{self, kube::timed},
 };
@@ -238,13 +239,15 @@ fn left(status: &MeshNodeStatus) -> Option<String> {
 pub fn hold_off(
     options: &Options,
     node: &Handle,
-    health: &Health,
+    (metrics, health): (&Metrics, &Health),
     inputs: &Receiver<Input>,
 ) -> Result<ExitCode> {
     info!(
         "an uninstallation is asked for (ConfigMap {UNINSTALL}): everything is removed, and nothing programmed"
     );
     health.set_in_sync(false, "held off for an uninstallation");
+    metrics.in_sync(false);
+    metrics.services(0);
     let mut clean = false;
     let mut next = Instant::now();
     let mut told = String::new();

@@ -297,7 +297,7 @@ impl Leader {
     }
 
     fn take_report(&mut self, event: watcher::Event<DynamicObject>) {
-        let known: Vec<ServiceKey> = self.mesh.nodes().said_names().map(|name| of_node(name)).collect();
+        let known = of_nodes(&event, self.mesh.nodes().said_names());
         let change = self.listings[3].take(event, known.iter());
         if let Some((key, object)) = change.put {
             let owners = object.metadata.owner_references.iter().flatten();
@@ -310,7 +310,7 @@ impl Leader {
     }
 
     fn take_node(&mut self, event: watcher::Event<PartialObjectMeta<Node>>) {
-        let known: Vec<ServiceKey> = self.mesh.nodes().node_names().map(|name| of_node(name)).collect();
+        let known = of_nodes(&event, self.mesh.nodes().node_names());
         let change = self.listings[4].take(event, known.iter());
         if let Some((key, node)) = change.put {
             self.mesh.put_node(&key.name, node.metadata.uid);
@@ -579,9 +579,12 @@ fn is_absent(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if matches!(status.code, 403 | 404))
 }
 
-/// A cluster-wide object, as listings name it.
-fn of_node(name: &str) -> ServiceKey {
-    ServiceKey::new("", name)
+/// Cluster-wide objects, as listings name them; they are asked for at the end of a list only.
+fn of_nodes<'a, T>(event: &watcher::Event<T>, names: impl Iterator<Item = &'a String>) -> Vec<ServiceKey> {
+    match event {
+        watcher::Event::InitDone => names.map(|name| ServiceKey::new("", name.as_str())).collect(),
+        _ => Vec::new(),
+    }
 }
 
 fn meta_of(meta: &ObjectMeta) -> Meta {

@@ -8,8 +8,11 @@ use meshlb::{
         Fault, Report, State,
         writer::{self, Handle, Request},
     },
-    model::ids::ServiceKey,
-    source::kube,
+    model::{
+        ids::{PerFamily, ServiceKey},
+        node::{MarkMask, NodeConfig},
+    },
+    source::{SourceMessage, kube},
 };
 use serde_json::Value;
 
@@ -18,10 +21,11 @@ use super::controller::{
 };
 use crate::{Case, island::Islander, kubectl::Cluster};
 
-pub const CASES: [Case; 4] = [
+pub const CASES: [Case; 5] = [
     ("nodes::what_fails_on_a_node_is_in_the_status", fails_and_heals),
     ("nodes::agent_that_cannot_start_says_so", cannot_start),
     ("nodes::report_waits_for_the_api_server", waits),
+    ("nodes::agents_use_the_charts_rights_and_no_others", rights),
     ("nodes::uninstall_names_who_has_not_cleaned_up", uninstall),
 ];
 
@@ -193,6 +197,110 @@ fn waits(cluster: &Cluster) -> Result<()> {
         Ok(mesh_node(cluster, "n1").is_ok_and(|n| n["status"]["failing"]["count"] == 0))
     })?;
     cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
+    Ok(())
+}
+
+/// What of the chart is an agent's, but for the DaemonSet.
+fn agents_objects() -> Result<String> {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/meshlb.yaml"))?;
+    let kinds = ["ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"];
+    let policies = ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"];
+    let wanted = |object: &&str| {
+        let mut kind = kinds.iter().chain(&policies);
+        kind.any(|kind| object.contains(&format!("\nkind: {kind}\n"))) && object.contains("component: agent")
+    };
+    let objects: Vec<&str> = text.split("\n---\n").filter(wanted).collect();
+    ensure!(objects.len() == 7, "{} objects of the agent's in deploy/meshlb.yaml", objects.len());
+    Ok(objects.join("\n---\n"))
+}
+
+/// The source and the writer with the account that the chart gives to an agent.
+fn rights(cluster: &Cluster) -> Result<()> {
+    alone(cluster, "rights")?;
+    for name in ["n1", "n2"] {
+        node(cluster, name)?;
+    }
+    cluster.apply(&agents_objects()?)?;
+    cluster.apply(&format!(
+        "{{apiVersion: v1, kind: Pod, metadata: {{name: agent-n1, namespace: {NAMESPACE}}}, spec: {{nodeName: n1, \
+         serviceAccountName: meshlb-agent, containers: [{{name: c, image: c}}]}}}}"
+    ))?;
+    let from = cluster.audited();
+    let bound = ["--bound-object-kind=Pod", "--bound-object-name=agent-n1"];
+    let kubeconfig = cluster.kubeconfig_of(NAMESPACE, "meshlb-agent", &bound)?;
+    let access = || kube::config(Some(kubeconfig.path()));
+    let (sender, messages) = std::sync::mpsc::channel();
+    let config = NodeConfig {
+        name: "n1".into(),
+        ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
+        publish_range: 30000..=32767,
+        reserved: vec![],
+        mask: MarkMask::default(),
+    };
+    kube::watch(access()?, config, true, sender)?;
+    loop {
+        match messages.recv_timeout(PATIENCE).context("the source is not read")? {
+            SourceMessage::Synced => break,
+            SourceMessage::Problems(problems) => ensure!(problems.is_empty(), "{problems:?}"),
+            _ => {}
+        }
+    }
+    let write = |name: &str| -> Result<Handle> {
+        let settings = writer::Settings { node: name.into(), namespace: Some(NAMESPACE.to_owned()) };
+        let writer = writer::start(access()?, settings, || {})?;
+        writer.report(serving(&[]));
+        Ok(writer)
+    };
+    let own = write("n1")?;
+    until("its own MeshNode is written", PATIENCE, || Ok(own.flush(Duration::ZERO)))?;
+    ensure!(
+        matches!(own.wait_for_request(PATIENCE), Request::None(_)),
+        "it does not know whether it is asked"
+    );
+    // Of another node it may not.
+    let other = write("n2")?;
+    ensure!(
+        !other.flush(Duration::from_secs(8)) && mesh_node(cluster, "n2").is_err(),
+        "another node's is written"
+    );
+    drop((other, messages));
+    // Every right is used. Server-side apply is `patch` in the audit log, also where it makes an object.
+    let asked = cluster.asked_by("meshlb-agent", from)?;
+    let mut unused = Vec::new();
+    for (kind, name) in [("clusterrole", "meshlb-system-meshlb-agent"), ("role", "meshlb-agent")] {
+        let role = get(cluster, &[kind, name, "-n", NAMESPACE])?;
+        for rule in role["rules"].as_array().context("no rules")? {
+            let texts = |field: &str| -> Vec<String> {
+                let all = rule[field].as_array().into_iter().flatten();
+                all.filter_map(|text| text.as_str().map(str::to_owned)).collect()
+            };
+            for resource in texts("resources") {
+                let used =
+                    |verb: &String| asked.iter().any(|a| a.starts_with(&format!("{verb} {resource} ")));
+                let left = texts("verbs").into_iter().filter(|verb| !used(verb));
+                unused.extend(left.map(|verb| format!("{verb} {resource}")));
+            }
+        }
+    }
+    ensure!(unused == ["create meshnodes"], "not used: {unused:?}; asked for: {asked:?}");
+    // That one is: without it none is made.
+    drop(own);
+    cluster.kubectl(&["delete", "meshnode", "n1"], "")?.good()?;
+    let role = get(cluster, &["clusterrole", "meshlb-system-meshlb-agent"])?;
+    let less = serde_json::to_string(&role)?.replace("\"create\",", "");
+    ensure!(less != role.to_string(), "{role:#}");
+    cluster.kubectl(&["replace", "-f", "-"], &less)?.good()?;
+    std::thread::sleep(Duration::from_secs(1));
+    let own = write("n1")?;
+    ensure!(!own.flush(Duration::from_secs(8)), "made without the right to");
+    cluster.apply(&agents_objects()?)?;
+    until("it is made when it may be", Duration::from_secs(30), || Ok(own.flush(Duration::ZERO)))?;
+    drop(own);
+    cluster
+        .kubectl(&["delete", "pod", "agent-n1", "-n", NAMESPACE, "--force", "--grace-period=0"], "")?
+        .good()?;
+    cluster.kubectl(&["delete", "-f", "-"], &agents_objects()?)?.good()?;
+    cluster.kubectl(&["delete", "node", "n1", "n2"], "")?.good()?;
     Ok(())
 }
 
