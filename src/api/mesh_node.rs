@@ -1,6 +1,9 @@
 //! The `MeshNode` object, `meshlb.dev/v1alpha1`: what a node's agent says about its node. It is written when that changes and
 //! not when all goes well, so that a cluster at rest writes nothing.
 
+// Each column has a type of its own.
+#![allow(clippy::duplicated_attributes)]
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;

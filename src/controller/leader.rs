@@ -353,14 +353,13 @@ impl Leader {
             };
             if new == entry.status {
                 clean.push(key.clone());
-            } else if just_failed() {
-                later = true;
-            } else if status::only_counts(&entry.status, &new) && (just_written() || counts == 0) {
+                continue;
+            }
+            let of_counts = status::only_counts(&entry.status, &new);
+            if just_failed() || (of_counts && (just_written() || counts == 0)) {
                 later = true;
             } else {
-                if status::only_counts(&entry.status, &new) {
-                    counts -= 1;
-                }
+                counts -= u32::from(of_counts);
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
             }
         }

@@ -1,6 +1,6 @@
 //! MeshNodes: what agents say, what comes of it in a service's status, and the end of an installation.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use meshlb::{
@@ -58,7 +58,7 @@ fn serving(failing: &[&ServiceKey]) -> Report {
     let named: Vec<_> = failing.iter().map(fault).collect();
     Report {
         renderer: "nftables".into(),
-        addresses: vec!["192.168.50.1".parse().expect("an address")],
+        addresses: vec![IpAddr::from([192, 168, 50, 1])],
         count: named.len(),
         named,
         state: State::Serving,
@@ -288,7 +288,7 @@ fn rights(cluster: &Cluster) -> Result<()> {
     cluster.kubectl(&["delete", "meshnode", "n1"], "")?.good()?;
     let role = get(cluster, &["clusterrole", "meshlb-system-meshlb-agent"])?;
     let less = serde_json::to_string(&role)?.replace("\"create\",", "");
-    ensure!(less != role.to_string(), "{role:#}");
+    ensure!(!less.contains("\"create\""), "{role:#}");
     cluster.kubectl(&["replace", "-f", "-"], &less)?.good()?;
     std::thread::sleep(Duration::from_secs(1));
     let own = write("n1")?;
