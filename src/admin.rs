@@ -19,7 +19,7 @@ use axum::{
 };
 use tokio::sync::oneshot;
 
-use crate::metrics::Metrics;
+use crate::metrics::Series;
 
 /// What `/livez` and `/readyz` answer from. Clones are handles to the same state.
 #[derive(Clone)]
@@ -31,9 +31,10 @@ pub struct Health {
 }
 
 struct HealthState {
-    synced: bool,
-    /// `Err` says what is wrong.
-    in_sync: Result<(), String>,
+    /// Whether the sources have been read; `None` where there is nothing to read.
+    synced: Option<bool>,
+    /// How it is, or what is wrong.
+    in_sync: Result<String, String>,
     last_beat: Instant,
 }
 
@@ -47,7 +48,7 @@ impl Health {
     /// The same, of something else than the kernel.
     pub fn of(subject: &'static str, stalled_after: Duration) -> Self {
         let state = HealthState {
-            synced: false,
+            synced: Some(false),
             in_sync: Err("nothing has been programmed yet".into()),
             last_beat: Instant::now(),
         };
@@ -56,12 +57,22 @@ impl Health {
 
     /// Whether every source has delivered everything once.
     pub fn set_synced(&self, synced: bool) {
-        self.with(|s| s.synced = synced);
+        self.with(|s| s.synced = Some(synced));
+    }
+
+    /// Nothing has to be read at present, since it is as `state` says.
+    pub fn set_idle(&self, state: impl Into<String>) {
+        self.with(|s| (s.synced, s.in_sync) = (None, Ok(state.into())));
+    }
+
+    /// All is well, in other words than "as it should be".
+    pub fn set_good(&self, state: impl Into<String>) {
+        self.with(|s| s.in_sync = Ok(state.into()));
     }
 
     /// Whether the kernel is as it should be; `reason` tells why not and is ignored otherwise.
     pub fn set_in_sync(&self, in_sync: bool, reason: impl Into<String>) {
-        let result = if in_sync { Ok(()) } else { Err(reason.into()) };
+        let result = if in_sync { Ok("as it should be".to_owned()) } else { Err(reason.into()) };
         self.with(|s| s.in_sync = result);
     }
 
@@ -90,12 +101,16 @@ impl Health {
     /// Whether this node serves what it should, and lines that say why.
     pub fn ready(&self) -> (bool, String) {
         self.with(|s| {
-            let synced = if s.synced { "[+] sources: read\n" } else { "[-] sources: not all read yet\n" };
+            let synced = match s.synced {
+                Some(true) => "[+] sources: read\n",
+                Some(false) => "[-] sources: not all read yet\n",
+                None => "",
+            };
             let in_sync = match &s.in_sync {
-                Ok(()) => format!("[+] {}: as it should be\n", self.subject),
+                Ok(state) => format!("[+] {}: {state}\n", self.subject),
                 Err(reason) => format!("[-] {}: {reason}\n", self.subject),
             };
-            (s.synced && s.in_sync.is_ok(), format!("{synced}{in_sync}"))
+            (s.synced.unwrap_or(true) && s.in_sync.is_ok(), format!("{synced}{in_sync}"))
         })
     }
 
@@ -116,7 +131,7 @@ impl AdminServer {
     ///
     /// # Errors
     /// When the address can't be listened on, or no thread can be made; one line for people.
-    pub fn start(addr: SocketAddr, metrics: Option<Metrics>, health: Health) -> io::Result<Self> {
+    pub fn start(addr: SocketAddr, metrics: Arc<dyn Series>, health: Health) -> io::Result<Self> {
         let failed = |e: io::Error| {
             let line = format!("can't serve metrics on {addr}: {e}; choose another --metrics-listen");
             io::Error::new(e.kind(), line)
@@ -167,20 +182,15 @@ impl Drop for AdminServer {
     }
 }
 
-fn router(metrics: Option<Metrics>, health: Health) -> Router {
-    let router = Router::new()
+fn router(metrics: Arc<dyn Series>, health: Health) -> Router {
+    Router::new()
         .route("/livez", get(|State(h): State<Health>| async move { answer(h.live()) }))
         .route("/readyz", get(|State(h): State<Health>| async move { answer(h.ready()) }))
-        .with_state(health);
-    match metrics {
-        Some(metrics) => {
-            router.merge(Router::new().route("/metrics", get(serve_metrics)).with_state(metrics))
-        }
-        None => router,
-    }
+        .with_state(health)
+        .merge(Router::new().route("/metrics", get(serve_metrics)).with_state(metrics))
 }
 
-async fn serve_metrics(State(metrics): State<Metrics>, headers: HeaderMap) -> Response {
+async fn serve_metrics(State(metrics): State<Arc<dyn Series>>, headers: HeaderMap) -> Response {
     let accepted = headers.get(header::ACCEPT).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let openmetrics = accepted.contains("application/openmetrics-text");
     // The traffic source may wait for the dataplane; health checks are answered meanwhile.
@@ -204,7 +214,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::metrics::{ServiceTraffic, TrafficSource};
+    use crate::metrics::{Metrics, ServiceTraffic, TrafficSource};
 
     /// Status line, headers and body.
     fn fetch(addr: SocketAddr, path: &str, accept: &str) -> (String, String) {
@@ -220,7 +230,7 @@ mod tests {
     fn start(stalled_after: Duration) -> (AdminServer, Metrics, Health) {
         let (metrics, health) = (Metrics::new(), Health::new(stalled_after));
         let any = "127.0.0.1:0".parse().unwrap();
-        (AdminServer::start(any, Some(metrics.clone()), health.clone()).unwrap(), metrics, health)
+        (AdminServer::start(any, Arc::new(metrics.clone()), health.clone()).unwrap(), metrics, health)
     }
 
     #[test]
@@ -249,6 +259,13 @@ mod tests {
         assert_eq!(ready().1, "[+] sources: read\n[-] kernel: ipset: kernel error\n");
         health.set_in_sync(true, "");
         assert!(ready().0.starts_with("HTTP/1.1 200"));
+        assert_eq!(ready().1, "[+] sources: read\n[+] kernel: as it should be\n");
+        health.set_idle("another one does it");
+        assert_eq!(ready().1, "[+] kernel: another one does it\n");
+        health.set_synced(false);
+        health.set_good("done");
+        assert_eq!(ready().1, "[-] sources: not all read yet\n[+] kernel: done\n");
+        assert!(ready().0.starts_with("HTTP/1.1 503"));
     }
 
     #[test]
@@ -287,10 +304,10 @@ mod tests {
         let (server, metrics, health) = start(Duration::from_secs(30));
         let addr = server.addr();
         let open = TcpStream::connect(addr).unwrap();
-        let error = AdminServer::start(addr, Some(metrics.clone()), health.clone()).err().unwrap();
+        let error = AdminServer::start(addr, Arc::new(metrics.clone()), health.clone()).err().unwrap();
         assert!(error.to_string().contains("--metrics-listen"), "{error}");
         drop(server);
         drop(open);
-        drop(AdminServer::start(addr, Some(metrics), health).unwrap());
+        drop(AdminServer::start(addr, Arc::new(metrics), health).unwrap());
     }
 }

@@ -17,6 +17,7 @@ pub mod compile;
 pub mod controller;
 pub mod dataplane;
 pub mod instance;
+pub mod meshnode;
 pub mod metrics;
 pub mod model;
 pub mod plan;

@@ -1,4 +1,4 @@
-//! The CustomResourceDefinition, as YAML for `kubectl apply` and as the schema that manifests are held
+//! The CustomResourceDefinitions, as YAML for `kubectl apply` and as the schema that manifests are held
 //! against.
 
 use std::sync::OnceLock;
@@ -6,9 +6,9 @@ use std::sync::OnceLock;
 use kube::CustomResourceExt;
 use serde_json::{Map, Value};
 
-use super::v1alpha1::MeshService;
+use super::{mesh_node::MeshNode, v1alpha1::MeshService};
 
-/// The CRD as JSON.
+/// The CRD of MeshServices as JSON.
 ///
 /// What the derive macros make, less `nullable` (the API server then drops explicit nulls, as kubectl
 /// users expect) and less integer formats that Kubernetes does not know (`uint16`).
@@ -21,18 +21,39 @@ pub fn crd() -> &'static Value {
     })
 }
 
-/// The CRD as YAML: what `meshlb crd` prints and `crds/meshservice.yaml` holds.
+/// The CRD of MeshNodes as JSON, cleaned in the same way. There is no spec: nothing is asked of a node.
+pub fn node_crd() -> &'static Value {
+    static CRD: OnceLock<Value> = OnceLock::new();
+    CRD.get_or_init(|| {
+        let mut value = serde_json::to_value(MeshNode::crd()).unwrap_or_default();
+        clean(&mut value);
+        if let Some(schema) = value.pointer_mut(SCHEMA).and_then(Value::as_object_mut) {
+            schema.remove("required");
+            if let Some(properties) = schema.get_mut("properties").and_then(Value::as_object_mut) {
+                properties.remove("spec");
+            }
+        }
+        value
+    })
+}
+
+const SCHEMA: &str = "/spec/versions/0/schema/openAPIV3Schema";
+
+/// The CRDs as YAML, by the file of `crds/` that holds each; `meshlb crd` prints all.
 ///
 /// # Errors
-/// It can't be serialized, which a test rules out.
-pub fn crd_yaml() -> Result<String, serde_saphyr::SerializeError> {
-    let yaml = serde_saphyr::to_string(crd())?;
-    Ok(format!("# Written by `meshlb crd`. Do not edit.\n{}", yaml.trim_start_matches("---\n")))
+/// They can't be serialized, which a test rules out.
+pub fn crds_yaml() -> Result<[(&'static str, String); 2], serde_saphyr::SerializeError> {
+    let yaml = |crd: &Value| -> Result<String, serde_saphyr::SerializeError> {
+        let yaml = serde_saphyr::to_string(crd)?;
+        Ok(format!("# Written by `meshlb crd`. Do not edit.\n{}", yaml.trim_start_matches("---\n")))
+    };
+    Ok([("meshservice.yaml", yaml(crd())?), ("meshnode.yaml", yaml(node_crd())?)])
 }
 
 /// The schema of a MeshService.
 pub fn schema() -> &'static Value {
-    crd().pointer("/spec/versions/0/schema/openAPIV3Schema").unwrap_or(&Value::Null)
+    crd().pointer(SCHEMA).unwrap_or(&Value::Null)
 }
 
 fn clean(value: &mut Value) {
@@ -67,13 +88,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_in_crds_is_up_to_date() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/crds/meshservice.yaml");
-        let text = crd_yaml().unwrap();
-        if std::env::var_os("UPDATE_GOLDEN").is_some() {
-            std::fs::write(path, &text).unwrap();
+    fn the_files_in_crds_are_up_to_date() {
+        for (file, text) in crds_yaml().unwrap() {
+            let path = format!("{}/crds/{file}", env!("CARGO_MANIFEST_DIR"));
+            if std::env::var_os("UPDATE_GOLDEN").is_some() {
+                std::fs::write(&path, &text).unwrap();
+            }
+            assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), text, "run with UPDATE_GOLDEN=1");
         }
-        assert_eq!(std::fs::read_to_string(path).unwrap_or_default(), text, "run with UPDATE_GOLDEN=1");
+    }
+
+    #[test]
+    fn a_mesh_node_has_a_status_only() {
+        let schema = node_crd().pointer(SCHEMA).unwrap();
+        let properties: Vec<&String> = schema["properties"].as_object().unwrap().keys().collect();
+        assert_eq!(properties, ["status"]);
+        assert!(schema.get("required").is_none());
+        assert_eq!(node_crd()["spec"]["scope"], "Cluster");
+        let status = &schema["properties"]["status"]["properties"];
+        assert_eq!(status["failing"]["properties"]["services"]["maxItems"], super::super::mesh_node::NAMED);
+        assert_eq!(status["addresses"]["maxItems"], super::super::mesh_node::ADDRESSES);
     }
 
     #[test]
@@ -96,11 +130,15 @@ mod tests {
             }
         }
         walk("spec", &schema()["properties"]["spec"]);
+        // Conditions are Kubernetes' own type.
+        let mut node = node_crd().pointer(SCHEMA).unwrap()["properties"]["status"].clone();
+        node["properties"].as_object_mut().unwrap().remove("conditions");
+        walk("status", &node);
     }
 
     #[test]
     fn no_format_that_kubernetes_does_not_know_and_no_nullable() {
-        let text = schema().to_string();
+        let text = schema().to_string() + &node_crd().to_string();
         assert!(!text.contains("\"uint") && !text.contains("nullable"), "{text}");
     }
 }

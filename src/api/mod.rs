@@ -1,4 +1,4 @@
-//! The Kubernetes face of meshlb: the `MeshService` object, its schema and rules, and the way from
+//! The Kubernetes face of meshlb: the `MeshNode` and `MeshService` objects, their schemas and rules, and the way from
 //! manifests to the domain types of [`crate::model`].
 //!
 //! ```text
@@ -9,6 +9,7 @@
 pub mod convert;
 pub mod crd;
 pub mod error;
+pub mod mesh_node;
 pub mod node_checks;
 mod quick;
 mod schemas;
@@ -21,6 +22,7 @@ pub mod values;
 
 pub use convert::{granted, granted_of, readable_status, to_service};
 pub use error::{FieldError, Reason};
+pub use mesh_node::{MeshNode, MeshNodeStatus};
 pub use node_checks::check_against_node;
 pub use slice::to_slice;
 pub use v1alpha1::{MeshService, MeshServiceSpec};

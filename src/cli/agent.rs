@@ -3,7 +3,10 @@
 use std::{
     net::SocketAddr,
     process::ExitCode,
-    sync::mpsc::{self, Receiver, Sender},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, Sender},
+    },
     thread,
     time::Duration,
 };
@@ -20,7 +23,11 @@ use crate::{
     admin::{AdminServer, Health},
     dataplane::monitor::Monitor,
     instance::Instance,
-    metrics::Metrics,
+    meshnode::{
+        Report, State,
+        writer::{self, Handle, Request},
+    },
+    metrics::{Metrics, Series},
     model::node::NodeConfig,
     reconcile::agent::{Agent, Input, Pace},
     source::{self, Origin, Problem, SourceMessage, problem::Severity},
@@ -29,47 +36,90 @@ use crate::{
 /// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
 /// start takes seconds on slow machines.
 const STALLED_AFTER: Duration = Duration::from_secs(120);
+/// The API server is given this long to say whether an uninstallation is asked for, and to take a last report.
+const TOLD_WITHIN: Duration = Duration::from_secs(10);
 /// An address for metrics that is taken is tried again after this long.
 const ADMIN_RETRY: Duration = Duration::from_secs(10);
 
-/// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes.
+/// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes; unless an
+/// uninstallation is asked for, in Kubernetes: then everything is removed.
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(options: &Options, source: &str) -> Result<ExitCode> {
+pub fn run(options: &Options, source: &str, namespace: Option<String>) -> Result<ExitCode> {
     super::log(options)?;
     let source = Origin::from_flag(source)?;
     let ranges: Vec<String> = options.vip_cidr.iter().map(ToString::to_string).collect();
     let about =
         format!("`meshlb agent`, pid {}, source {source}, ranges {}", std::process::id(), ranges.join(" "));
     let _instance = Instance::take(about)?;
-    let session = Session::open(options, Some(source.clone()), Purpose::Agent)?;
     let (sender, inputs) = mpsc::channel();
     stop_on_signal(sender.clone())?;
+    let health = Health::new(STALLED_AFTER);
+    let metrics = Metrics::new();
+    let node = match &source {
+        Origin::Kube => Some(report_to(options, namespace, sender.clone())?),
+        Origin::Folder(_) => None,
+    };
+    let ran = serve(options, &source, node.as_ref(), (&metrics, &health), sender, &inputs);
+    let Some(node) = node else { return ran };
+    if let Err(e) = &ran {
+        node.report(Report::of(State::StartFailed(format!("{e:#}"))));
+        // Where neither can be had, the log has to do.
+        if node.wait_for_request(TOLD_WITHIN) != Request::Uninstall {
+            node.flush(TOLD_WITHIN);
+        }
+    }
+    if node.request() == Request::Uninstall {
+        return super::uninstall::hold_off(options, &node, (&metrics, &health), &inputs);
+    }
+    ran
+}
+
+/// Starts what keeps the node's MeshNode and looks for a request to uninstall.
+fn report_to(options: &Options, namespace: Option<String>, inputs: Sender<Input>) -> Result<Handle> {
+    let access = source::kube::config(options.kubeconfig.as_deref())?;
+    let settings = writer::Settings {
+        node: options.settings()?.node.name.to_string(),
+        namespace: super::controller::namespace(namespace),
+    };
+    Ok(writer::start(access, settings, move || {
+        // The receiver is gone only when the agent ends.
+        let _ = inputs.send(Input::HoldOff);
+    })?)
+}
+
+/// The agent proper: until it is to end, or to hold off.
+fn serve(
+    options: &Options,
+    source: &Origin,
+    node: Option<&Handle>,
+    (metrics, health): (&Metrics, &Health),
+    sender: Sender<Input>,
+    inputs: &Receiver<Input>,
+) -> Result<ExitCode> {
+    let session = Session::open(options, Some(source.clone()), Purpose::Agent)?;
     let addresses = sender.clone();
     let ranges = session.engine.settings().node.ranges;
     let _monitor = Monitor::spawn(ranges, move |_| {
-        // The receiver is gone only when the agent ends.
         let _ = addresses.send(Input::NodeChanged);
     })?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), %source, "agent starts");
-    let health = Health::new(STALLED_AFTER);
-    let metrics = Metrics::new();
-    let messages = watch(options, &source, session.engine.settings().node.clone())?;
-    forward(messages, metrics.clone(), sender)?;
+    let messages = watch(options, source, session.engine.settings().node.clone())?;
+    forward(messages, metrics.clone(), node.cloned(), sender)?;
     let traffic = Traffic::open()?;
     metrics.set_traffic_source(Box::new(traffic.clone()));
     if let Some(addr) = options.metrics_listen.0 {
-        serve_admin(addr, Some(metrics.clone()), health.clone())?;
+        serve_admin(addr, Arc::new(metrics.clone()), health.clone())?;
     }
-    let watcher = Watcher::new(session.keeper, metrics, health, traffic);
-    Agent::new(session.engine, watcher, pace).run(&inputs);
+    let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, node.cloned());
+    Agent::new(session.engine, watcher, pace).run(inputs);
     Ok(ExitCode::SUCCESS)
 }
 
-/// Serves metrics, where there are any, and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
-pub fn serve_admin(addr: SocketAddr, metrics: Option<Metrics>, health: Health) -> Result<()> {
+/// Serves metrics and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
+pub fn serve_admin(addr: SocketAddr, metrics: Arc<dyn Series>, health: Health) -> Result<()> {
     let start = move || AdminServer::start(addr, metrics.clone(), health.clone());
     let first = start();
     if let Err(e) = &first {
@@ -105,7 +155,12 @@ fn watch(options: &Options, source: &Origin, config: NodeConfig) -> Result<Recei
 }
 
 /// Forwards what the source says.
-fn forward(messages: Receiver<SourceMessage>, metrics: Metrics, inputs: Sender<Input>) -> Result<()> {
+fn forward(
+    messages: Receiver<SourceMessage>,
+    metrics: Metrics,
+    node: Option<Handle>,
+    inputs: Sender<Input>,
+) -> Result<()> {
     thread::Builder::new().name("source".into()).spawn(move || {
         let mut complete = true;
         let mut synced = false;
@@ -116,6 +171,10 @@ fn forward(messages: Receiver<SourceMessage>, metrics: Metrics, inputs: Sender<I
                 SourceMessage::Lock(lock) => Some(Input::Lock(lock)),
                 SourceMessage::NodeAddresses(ips) => Some(Input::NodeAddresses(ips)),
                 SourceMessage::Synced => {
+                    // Nothing is programmed anew in the middle of an uninstallation.
+                    if let Some(node) = &node {
+                        node.wait_for_request(TOLD_WITHIN);
+                    }
                     synced = true;
                     Some(Input::Synced { complete })
                 }

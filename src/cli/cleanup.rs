@@ -30,6 +30,22 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         bail!("stop the agent first, or it puts everything back: {other}");
     }
     let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
+    let errors = clean(options)?;
+    if errors.is_empty() {
+        println!("nothing of meshlb is left in this network namespace");
+        return Ok(ExitCode::SUCCESS);
+    }
+    for error in &errors {
+        eprintln!("meshlb: {error}");
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+/// The same for who holds the network namespace already; returns what could not be removed.
+///
+/// # Errors
+/// What kept it from trying at all.
+pub fn clean(options: &Options) -> Result<Vec<String>> {
     session::need_rights()?;
     let settings = options.settings()?;
     let Left { mut dir, state, .. } = session::open_state(options, Purpose::Apply)?;
@@ -75,13 +91,8 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     if errors.is_empty() {
         dir.clear()?;
         super::record::Record::new(&options.run_dir).clear()?;
-        println!("nothing of meshlb is left in this network namespace");
-        return Ok(ExitCode::SUCCESS);
     }
-    for error in &errors {
-        eprintln!("meshlb: {error}");
-    }
-    Ok(ExitCode::FAILURE)
+    Ok(errors)
 }
 
 /// Removes the services with these marks. Whether there are others, of other programs: where that can't be found out, there may be.

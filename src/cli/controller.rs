@@ -1,6 +1,6 @@
 //! `meshlb controller`: gives services their virtual IPs and published ports, in Kubernetes.
 
-use std::{process::ExitCode, time::Duration};
+use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use tokio::signal::unix::{SignalKind, signal};
@@ -9,7 +9,8 @@ use tracing::info;
 use super::{agent::serve_admin, options::Options};
 use crate::{
     admin::Health,
-    controller::{self, Settings},
+    controller::{self, Settings, Told},
+    metrics::controller::ControllerMetrics,
     source,
 };
 
@@ -18,17 +19,22 @@ const STALLED_AFTER: Duration = Duration::from_secs(120);
 /// Where a pod finds its namespace.
 const NAMESPACE_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/namespace";
 
+/// The namespace of what belongs to the installation: the one that is given, else the pod's own.
+pub fn namespace(given: Option<String>) -> Option<String> {
+    given
+        .or_else(|| std::fs::read_to_string(NAMESPACE_FILE).ok().map(|text| text.trim().to_owned()))
+        .filter(|text| !text.is_empty())
+}
+
 /// Runs until SIGTERM or SIGINT, then gives the Lease up.
 ///
 /// # Errors
 /// What kept it from starting.
-pub fn run(options: &Options, namespace: Option<String>, identity: Option<String>) -> Result<ExitCode> {
+pub fn run(options: &Options, given: Option<String>, identity: Option<String>) -> Result<ExitCode> {
     super::log(options)?;
     let access = source::kube::config(options.kubeconfig.as_deref())?;
     let node = options.settings()?.node;
-    let namespace = namespace
-        .or_else(|| std::fs::read_to_string(NAMESPACE_FILE).ok().map(|text| text.trim().to_owned()))
-        .filter(|text| !text.is_empty())
+    let namespace = namespace(given)
         .context("in which namespace are the Lease and the pool objects? Give --namespace")?;
     // No two may have the same, and in containers names and process ids can be.
     let identity = identity.unwrap_or_else(|| {
@@ -39,12 +45,13 @@ pub fn run(options: &Options, namespace: Option<String>, identity: Option<String
     let ranges: Vec<String> = node.ranges.iter().map(|(_, range)| range.to_string()).collect();
     info!(%identity, namespace, ranges = ranges.join(" "), "controller starts");
     let health = Health::of("election", STALLED_AFTER);
-    health.set_synced(true);
-    health.set_in_sync(true, "");
+    health.set_in_sync(false, "nobody has been asked who leads");
+    let metrics = ControllerMetrics::new();
     if let Some(addr) = options.metrics_listen.0 {
-        serve_admin(addr, None, health.clone())?;
+        serve_admin(addr, Arc::new(metrics.clone()), health.clone())?;
     }
     let settings = Settings { node, namespace, identity, url };
+    let told = Told { health, metrics };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -54,7 +61,7 @@ pub fn run(options: &Options, namespace: Option<String>, identity: Option<String
                 _ = int.recv() => {}
             }
         };
-        controller::run(access, settings, stop, || health.beat()).await
+        controller::run(access, settings, stop, told).await
     })?;
     Ok(ExitCode::SUCCESS)
 }

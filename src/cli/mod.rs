@@ -15,6 +15,7 @@ pub mod record;
 pub mod report;
 pub mod session;
 pub mod show;
+pub mod uninstall;
 pub mod watcher;
 
 use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
@@ -53,6 +54,9 @@ pub enum Command {
         /// Folder with MeshService and EndpointSlice YAML, or `kube` for the API server
         #[arg(long, env = "MESHLB_SOURCE", value_name = "DIR|kube")]
         source: String,
+        /// Where a request to uninstall is looked for, in Kubernetes [default: the pod's own]
+        #[arg(long, env = "MESHLB_NAMESPACE")]
+        namespace: Option<String>,
     },
     /// Run the controller, in Kubernetes: give services their virtual IPs and published ports
     Controller {
@@ -108,7 +112,9 @@ pub enum Command {
     },
     /// Remove everything that meshlb ever programmed here, and nothing else
     Cleanup,
-    /// Print the CustomResourceDefinition
+    /// Have all agents of a cluster clean up and hold off, and wait until they have
+    Uninstall(uninstall::Arguments),
+    /// Print the CustomResourceDefinitions
     Crd,
     /// Print a completion script for a shell
     Completions {
@@ -185,7 +191,7 @@ fn parse() -> anyhow::Result<Cli> {
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let options = cli.options;
     match cli.command {
-        Command::Agent { source } => agent::run(&options, &source),
+        Command::Agent { source, namespace } => agent::run(&options, &source, namespace),
         Command::Controller { namespace, identity } => controller::run(&options, namespace, identity),
         Command::Apply { dir } => apply::run(&options, &dir),
         Command::Plan { dir, output } => plan::run(&options, dir.as_deref(), output),
@@ -194,8 +200,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Explain { name, output } => explain::run(&options, &name, output),
         Command::Lock { dir } => lock::run(&options, &dir),
         Command::Cleanup => cleanup::run(&options),
+        Command::Uninstall(arguments) => uninstall::run(&options, arguments),
         Command::Crd => {
-            print!("{}", crate::api::crd::crd_yaml()?);
+            print!("{}", crate::api::crd::crds_yaml()?.map(|(_, text)| text).join("---\n"));
             Ok(ExitCode::SUCCESS)
         }
         Command::Completions { shell } => {

@@ -15,8 +15,10 @@ use super::{
 };
 use crate::{
     admin::Health,
+    allocate::Conflict,
     compile::CompiledService,
     dataplane::{Error, Ipvs, ipvs::KernelIpvs},
+    meshnode::{self, Fault, Faults, Report},
     metrics::{EndpointTraffic, Metrics, Outcome, RoundKind, ServiceTraffic, TrafficSource},
     model::ids::{Scope, ServiceKey},
     reconcile::{Drift, Engine, Turn, agent::Observer},
@@ -46,11 +48,20 @@ pub struct Watcher {
     firewall_seen: Option<Instant>,
     /// Why the state can't be written.
     unsaved: Vec<String>,
+    faults: Faults,
+    /// Where what is wrong is reported to, in Kubernetes.
+    node: Option<meshnode::writer::Handle>,
 }
 
 impl Watcher {
     /// An observer of a loop that has not started yet.
-    pub fn new(keeper: Keeper, metrics: Metrics, health: Health, traffic: Traffic) -> Self {
+    pub fn new(
+        keeper: Keeper,
+        metrics: Metrics,
+        health: Health,
+        traffic: Traffic,
+        node: Option<meshnode::writer::Handle>,
+    ) -> Self {
         Self {
             keeper,
             metrics,
@@ -65,12 +76,15 @@ impl Watcher {
             turns: 0,
             advice: None,
             advised: None,
+            faults: Faults::default(),
+            node,
         }
     }
 
     fn tell(&mut self, engine: &Engine, key: &ServiceKey) {
         let service = engine.merged().services().get(key);
         let now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        self.faults.settled(key, service.and_then(|service| fault_of(engine, service)));
         let before = self.told.remove(key).unwrap_or_default();
         tell_changes(&format!("{key}: "), &before, &now);
         if !now.is_empty() {
@@ -98,6 +112,23 @@ impl Watcher {
         self.metrics.problems("state", now.len());
         self.unsaved = now;
         saved
+    }
+
+    /// Says how the node is, once that is known.
+    fn report(&self, engine: &Engine) {
+        let Some(node) = &self.node else { return };
+        let state = self.faults.state(Instant::now());
+        if self.turns == 0 && state == meshnode::State::Serving {
+            return;
+        }
+        let (count, named) = self.faults.named();
+        node.report(Report {
+            renderer: engine.dataplane.netfilter.name().to_owned(),
+            addresses: engine.facts().published_addresses.iter().copied().collect(),
+            count,
+            named,
+            state,
+        });
     }
 
     fn count_writes(&mut self, engine: &Engine) {
@@ -151,6 +182,12 @@ impl Observer for Watcher {
             }
             self.advice = advice;
         }
+        let causes = turn.failures.iter().filter(|f| !f.follows);
+        let refused = causes.map(|f| {
+            let owner = f.op.mark().and_then(|mark| engine.merged().owner(mark));
+            (owner.cloned(), format!("{}: {}", f.op, f.error))
+        });
+        self.faults.turned(refused, Instant::now());
         let outcome = if turn.failures.is_empty() { Outcome::Success } else { Outcome::Failure };
         let kind = if turn.full { RoundKind::Full } else { RoundKind::Incremental };
         self.metrics.reconcile(outcome, kind, turn.took);
@@ -178,6 +215,7 @@ impl Observer for Watcher {
 
     fn turn_failed(&mut self, error: &str) {
         self.reason = error.to_owned();
+        self.faults.failed(error, Instant::now());
     }
 
     fn drift(&mut self, what: &str) {
@@ -190,7 +228,30 @@ impl Observer for Watcher {
         self.health.set_in_sync(in_sync, self.reason.as_str());
         self.metrics.in_sync(in_sync);
         self.look_at_firewall(engine);
+        self.report(engine);
     }
+}
+
+/// What keeps this node alone from serving a service: what is wrong everywhere is the controller's to tell.
+fn fault_of(engine: &Engine, service: &CompiledService) -> Option<Fault> {
+    let allocation = engine.allocator().get(&service.key);
+    let granted = engine.snapshot().services().get(&service.key).and_then(|s| s.granted.as_ref());
+    let lost = granted.and_then(|granted| {
+        let has = |family| allocation.is_some_and(|a| a.vips.get(family).is_some());
+        granted.vips.iter().find(|(family, _)| !has(*family)).map(|(_, vip)| vip)
+    });
+    if let Some(vip) = lost {
+        let message = format!("virtual IP {vip}, which the status grants, is outside this node's --vip-cidr");
+        return Some(Fault { reason: "VIPUnusable", message });
+    }
+    let conflicts = allocation.map(|a| a.conflicts.as_slice()).unwrap_or_default();
+    if let Some(none) = conflicts.iter().find(|c| matches!(c, Conflict::MarksExhausted { .. })) {
+        return Some(Fault { reason: none.reason(), message: none.to_string() });
+    }
+    // Who publishes elsewhere only does as it was told.
+    let ((protocol, port), _) = engine.blocked().iter().find(|(_, owner)| **owner == service.key)?;
+    let message = format!("published port {port}/{protocol} is held by a socket of this node");
+    Some(Fault { reason: "PublishedPortHeld", message })
 }
 
 /// Reads counters of all services when asked, on a connection of its own.

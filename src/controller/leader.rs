@@ -11,13 +11,13 @@ use std::{
 use anyhow::{Context, Result, bail};
 use futures::{Stream, StreamExt, stream};
 use k8s_openapi::api::{
-    core::v1::{ObjectReference, Service as CoreService},
+    core::v1::{Node, ObjectReference, Service as CoreService},
     discovery::v1::EndpointSlice,
 };
 use kube::{
     Api, Client,
     api::ApiResource,
-    core::{DynamicObject, ObjectMeta},
+    core::{DynamicObject, ObjectMeta, PartialObjectMeta},
     runtime::{WatchStreamExt, events::Reporter, watcher},
 };
 use serde_json::Value;
@@ -25,14 +25,15 @@ use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
 use super::{
-    Settings,
+    Settings, Told,
     mesh::{Core, Mesh, Meta},
+    nodes::Said as NodeSaid,
     pools::Pools,
     requests::{self, Todo},
     status::{self, News},
 };
 use crate::{
-    api::{self, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
+    api::{self, MeshNode, MeshNodeStatus, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
     model::ids::{Protocol, ServiceKey},
     source::{
         judge::judge,
@@ -41,8 +42,10 @@ use crate::{
     },
 };
 
-/// A status of which nothing has changed but what its endpoints do is written at most this often.
-const ENDPOINTS_EVERY: Duration = Duration::from_secs(5);
+/// A status of which nothing has changed but what its endpoints and nodes do is written at most this often.
+const COUNTS_EVERY: Duration = Duration::from_secs(5);
+/// So many statuses of that kind are written a second, over all services: a node that fails as a whole is told in each.
+const COUNTS_A_SECOND: u32 = 100;
 /// What could not be written is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Changes that come within this time of one another are one turn.
@@ -57,6 +60,15 @@ const EVENTS: usize = 1000;
 const CHUNK: usize = 1000;
 /// So many requests are under way at once.
 const AT_ONCE: usize = 16;
+
+/// The resources that are watched, as RBAC rules call them, in the order of [`Leader::listings`].
+const WATCHED: [&str; 5] = [
+    "meshservices.meshlb.dev",
+    "endpointslices.discovery.k8s.io",
+    "services",
+    "meshnodes.meshlb.dev",
+    "nodes",
+];
 
 /// Until when this controller may act as the leader.
 #[derive(Clone)]
@@ -88,6 +100,8 @@ enum Said {
     Service(watcher::Event<DynamicObject>),
     Slice(watcher::Event<DynamicObject>),
     Core(Box<watcher::Event<CoreService>>),
+    Report(watcher::Event<DynamicObject>),
+    Node(Box<watcher::Event<PartialObjectMeta<Node>>>),
     Failed(&'static str, watcher::Error),
 }
 
@@ -95,14 +109,14 @@ enum Said {
 ///
 /// # Errors
 /// Why it can't go on; to be tried again by election.
-pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<Infallible> {
+pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence) -> Result<Infallible> {
     let pools = Pools::take(client.clone(), &settings.namespace, settings.node.clone(), &settings.identity)
         .await
         .context("the pool objects can't be taken over")?;
     let reporter = Reporter { controller: "meshlb".into(), instance: Some(settings.identity.clone()) };
     let (events, queue) = mpsc::channel(EVENTS);
     // It ends with the leader, which has the other end.
-    tokio::spawn(requests::publish(client.clone(), reporter, queue));
+    tokio::spawn(requests::publish(client.clone(), reporter, queue, told.metrics.clone()));
     let leader = Leader {
         url: settings.url.clone(),
         mesh: Mesh::new(settings.node.clone()),
@@ -112,6 +126,10 @@ pub async fn lead(client: Client, settings: &Settings, fence: Fence) -> Result<I
         pools,
         fence,
         listings: Default::default(),
+        absent: [false; 5],
+        counts: COUNTS_A_SECOND,
+        refilled: Instant::now(),
+        report: told.clone(),
         broken: HashMap::new(),
         synced: false,
         written: HashMap::new(),
@@ -130,8 +148,14 @@ struct Leader {
     fence: Fence,
     events: mpsc::Sender<(News, ObjectReference)>,
     since: Instant,
-    /// Of MeshServices, slices and core Services.
-    listings: [Listing; 3],
+    /// Of [`WATCHED`].
+    listings: [Listing; 5],
+    /// Of [`WATCHED`], what the API server does not have or does not let us read.
+    absent: [bool; 5],
+    /// So many statuses whose counts alone differ may still be written, and when that was filled up.
+    counts: u32,
+    refilled: Instant,
+    report: Told,
     broken: HashMap<&'static str, String>,
     synced: bool,
     /// When a service's status was last written.
@@ -149,22 +173,17 @@ impl Leader {
         let slices = ApiResource::erase::<EndpointSlice>(&());
         let plain = watcher::Config::default().page_size(500);
         let labelled = plain.clone().labels(SERVICE_NAME_LABEL);
+        let reports = ApiResource::erase::<MeshNode>(&());
+        let all = |resource| Api::all_with(self.client.clone(), resource);
+        let nodes = watcher(Api::<PartialObjectMeta<Node>>::all(self.client.clone()), plain.clone());
         let streams: Vec<stream::BoxStream<'static, Said>> = vec![
-            follow(
-                Api::all_with(self.client.clone(), &services),
-                plain.clone(),
-                "meshservices.meshlb.dev",
-                Said::Service,
-            ),
-            follow(
-                Api::all_with(self.client.clone(), &slices),
-                labelled,
-                "endpointslices.discovery.k8s.io",
-                Said::Slice,
-            ),
-            follow(Api::<CoreService>::all(self.client.clone()), plain, "services", |e| {
+            follow(watcher(all(&services), plain.clone()), WATCHED[0], Said::Service),
+            follow(watcher(all(&slices), labelled), WATCHED[1], Said::Slice),
+            follow(watcher(Api::<CoreService>::all(self.client.clone()), plain.clone()), WATCHED[2], |e| {
                 Said::Core(Box::new(e))
             }),
+            follow(watcher(all(&reports), plain), WATCHED[3], Said::Report),
+            follow(nodes, WATCHED[4], |e| Said::Node(Box::new(e))),
         ];
         let mut said = stream::select_all(streams).ready_chunks(CHUNK);
         let mut tick = tokio::time::interval(AGAIN);
@@ -194,18 +213,29 @@ impl Leader {
     fn take(&mut self, said: Said) {
         match said {
             Said::Service(event) => {
-                self.goes_on("meshservices.meshlb.dev", &event);
+                self.goes_on(0, &event);
                 self.take_service(event);
             }
             Said::Slice(event) => {
-                self.goes_on("endpointslices.discovery.k8s.io", &event);
+                self.goes_on(1, &event);
                 self.take_slice(event);
             }
             Said::Core(event) => {
-                self.goes_on("services", &event);
+                self.goes_on(2, &event);
                 self.take_core(*event);
             }
+            Said::Report(event) => {
+                self.goes_on(3, &event);
+                self.take_report(event);
+            }
+            Said::Node(event) => {
+                self.goes_on(4, &event);
+                self.take_node(*event);
+            }
             Said::Failed(what, error) => {
+                if let Some(i) = WATCHED.iter().position(|w| *w == what) {
+                    self.absent[i] = is_absent(&error);
+                }
                 if let Some(message) = why(&self.url, what, &error)
                     && self.broken.insert(what, message.clone()).as_ref() != Some(&message)
                 {
@@ -213,17 +243,21 @@ impl Leader {
                 }
             }
         }
-        if !self.synced && self.listings.iter().all(Listing::is_complete) {
+        // What nodes say is for the statuses only: without it services get all that they need.
+        let read = |i: usize| self.listings[i].is_complete() || (i > 2 && self.absent[i]);
+        if !self.synced && (0..WATCHED.len()).all(read) {
             self.synced = true;
+            self.report.health.set_synced(true);
             self.mesh.begin(&self.pools.used());
             info!(services = self.mesh.keys().count(), "everything has been read");
         }
     }
 
-    fn goes_on<T>(&mut self, what: &'static str, event: &watcher::Event<T>) {
+    fn goes_on<T>(&mut self, what: usize, event: &watcher::Event<T>) {
         // It says that it begins before it has asked.
         if !matches!(event, watcher::Event::Init) {
-            self.broken.remove(what);
+            self.absent[what] = false;
+            self.broken.remove(WATCHED[what]);
         }
     }
 
@@ -262,6 +296,37 @@ impl Leader {
         change.gone.iter().for_each(|key| self.mesh.put_core(key, None));
     }
 
+    fn take_report(&mut self, event: watcher::Event<DynamicObject>) {
+        let known = of_nodes(&event, self.mesh.nodes().said_names());
+        let change = self.listings[3].take(event, known.iter());
+        if let Some((key, object)) = change.put {
+            let owners = object.metadata.owner_references.iter().flatten();
+            let owner = owners.filter(|o| o.kind == "Node").map(|o| o.uid.clone()).next();
+            let status = object.data.get("status").cloned().unwrap_or_default();
+            let status: MeshNodeStatus = serde_json::from_value(status).unwrap_or_default();
+            self.mesh.put_said(&key.name, Some(NodeSaid::new(owner, &status)));
+        }
+        change.gone.iter().for_each(|key| self.mesh.put_said(&key.name, None));
+    }
+
+    fn take_node(&mut self, event: watcher::Event<PartialObjectMeta<Node>>) {
+        let known = of_nodes(&event, self.mesh.nodes().node_names());
+        let change = self.listings[4].take(event, known.iter());
+        if let Some((key, node)) = change.put {
+            self.mesh.put_node(&key.name, node.metadata.uid);
+        }
+        change.gone.iter().for_each(|key| self.mesh.put_node(&key.name, None));
+    }
+
+    /// How many statuses whose counts alone differ may be written now.
+    fn refill(&mut self) {
+        let more = self.refilled.elapsed().as_secs_f64() * f64::from(COUNTS_A_SECOND);
+        if more >= 1.0 {
+            self.counts = (self.counts + more as u32).min(COUNTS_A_SECOND);
+            self.refilled = Instant::now();
+        }
+    }
+
     /// Brings everything that is not as it should be closer to that.
     async fn turn(&mut self) -> Result<()> {
         self.mesh.allocate();
@@ -274,24 +339,31 @@ impl Leader {
         let mut writes = Vec::new();
         let mut clean = Vec::new();
         let mut later = false;
+        self.refill();
+        let mut counts = self.counts;
         for key in self.mesh.dirty() {
             let (Some(entry), Some(new)) = (self.mesh.entry(key), self.mesh.desired(key, now)) else {
                 continue;
             };
             let soon = |at: &Instant, pause: Duration| at.elapsed() < pause;
-            let just_written = || self.written.get(key).is_some_and(|at| soon(at, ENDPOINTS_EVERY));
+            let just_written = || self.written.get(key).is_some_and(|at| soon(at, COUNTS_EVERY));
             let just_failed = || {
                 let failed = self.failed.get(key);
                 failed.is_some_and(|(version, at)| *version == entry.meta.resource_version && soon(at, AGAIN))
             };
             if new == entry.status {
                 clean.push(key.clone());
-            } else if just_failed() || (status::only_endpoints(&entry.status, &new) && just_written()) {
+                continue;
+            }
+            let of_counts = status::only_counts(&entry.status, &new);
+            if just_failed() || (of_counts && (just_written() || counts == 0)) {
                 later = true;
             } else {
+                counts -= u32::from(of_counts);
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
             }
         }
+        self.counts = counts;
         clean.iter().for_each(|key| self.mesh.clean(key));
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
@@ -322,13 +394,29 @@ impl Leader {
                 self.mesh.all_is_entered();
             }
         }
+        self.measure();
         Ok(())
+    }
+
+    fn measure(&self) {
+        let metrics = &self.report.metrics;
+        metrics.services(self.mesh.served());
+        for (state, n) in self.mesh.nodes().states() {
+            metrics.nodes(state, n);
+        }
+        for (pool, used, free) in self.pools.levels() {
+            metrics.pool(pool, used, free);
+        }
     }
 
     /// Enters all that is in use. Whether that went well; what did not is tried again.
     async fn write_pools(&mut self) -> Result<bool> {
-        match self.pools.write(&self.mesh.used()).await {
-            Ok(()) => Ok(true),
+        let result = self.pools.write(&self.mesh.used()).await;
+        if !matches!(result, Ok(0)) {
+            self.report.metrics.wrote("pool", requests::outcome(&result));
+        }
+        match result {
+            Ok(_) => Ok(true),
             // Another one has written it, or it was deleted: it has to be taken over anew.
             Err(e) if requests::has_changed(&e) => bail!("the pool objects have changed: {e}"),
             Err(e) => {
@@ -359,6 +447,9 @@ impl Leader {
         let mut problem = None;
         let mut events = Vec::new();
         while let Some((key, meta, old, new, result)) = done.next().await {
+            if let Some(result) = &result {
+                self.report.metrics.wrote("status", requests::outcome(result));
+            }
             match result {
                 None => bail!("the lease could not be renewed in time"),
                 Some(Ok(version)) => {
@@ -429,6 +520,9 @@ impl Leader {
         }
         drop(done);
         for (key, result) in results {
+            if let Some(result) = &result {
+                self.report.metrics.wrote("headless", requests::outcome(result));
+            }
             match result {
                 None => bail!("the lease could not be renewed in time"),
                 Some(Ok(())) => self.headless_is_kept(&key),
@@ -465,24 +559,31 @@ impl Leader {
     }
 }
 
-fn follow<T, F>(
-    api: Api<T>,
-    config: watcher::Config,
+fn follow<T: Send + 'static>(
+    events: impl Stream<Item = watcher::Result<watcher::Event<T>>> + Send + 'static,
     what: &'static str,
-    say: F,
-) -> stream::BoxStream<'static, Said>
-where
-    T: kube::Resource + Clone + std::fmt::Debug + serde::de::DeserializeOwned + Send + 'static,
-    F: Fn(watcher::Event<T>) -> Said + Send + 'static,
-{
-    let events: std::pin::Pin<Box<dyn Stream<Item = _> + Send>> =
-        Box::pin(watcher(api, config).backoff(pause()));
+    say: impl Fn(watcher::Event<T>) -> Said + Send + 'static,
+) -> stream::BoxStream<'static, Said> {
     events
+        .backoff(pause())
         .map(move |said| match said {
             Ok(event) => say(event),
             Err(e) => Said::Failed(what, e),
         })
         .boxed()
+}
+
+/// Whether the API server does not have it, or does not let us read it.
+fn is_absent(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if matches!(status.code, 403 | 404))
+}
+
+/// Cluster-wide objects, as listings name them; they are asked for at the end of a list only.
+fn of_nodes<'a, T>(event: &watcher::Event<T>, names: impl Iterator<Item = &'a String>) -> Vec<ServiceKey> {
+    match event {
+        watcher::Event::InitDone => names.map(|name| ServiceKey::new("", name.as_str())).collect(),
+        _ => Vec::new(),
+    }
 }
 
 fn meta_of(meta: &ObjectMeta) -> Meta {

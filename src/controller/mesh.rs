@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::{
     headless,
+    nodes::{Nodes, Said, Touched},
     numbers::Numbers,
     pools::{PoolId, Used},
     status::{self, Known},
@@ -99,6 +100,7 @@ pub struct Mesh {
     by_service: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
     cores: HashMap<ServiceKey, Core>,
     cores_changed: bool,
+    nodes: Nodes,
     /// Nothing is given out before everything is known.
     allocator: Option<Allocator>,
     orphans: BTreeSet<ServiceKey>,
@@ -120,6 +122,7 @@ impl Mesh {
             by_service: HashMap::new(),
             cores: HashMap::new(),
             cores_changed: false,
+            nodes: Nodes::default(),
             allocator: None,
             orphans: BTreeSet::new(),
             freed: true,
@@ -252,6 +255,37 @@ impl Mesh {
             self.changed.insert(key.clone());
             self.dirty.insert(key.clone());
         }
+    }
+
+    /// Takes in what a node's MeshNode says, or that it is gone.
+    pub fn put_said(&mut self, name: &str, said: Option<Said>) {
+        let touched = self.nodes.put_said(name, said);
+        self.touch(touched);
+    }
+
+    /// Takes in a Node's uid, or that it is gone.
+    pub fn put_node(&mut self, name: &str, uid: Option<String>) {
+        let touched = self.nodes.put_node(name, uid);
+        self.touch(touched);
+    }
+
+    fn touch(&mut self, touched: Touched) {
+        match touched {
+            Touched::All => self.dirty.extend(self.entries.keys().cloned()),
+            Touched::Some(keys) => {
+                self.dirty.extend(keys.into_iter().filter(|key| self.entries.contains_key(key)));
+            }
+        }
+    }
+
+    /// What is known of the nodes.
+    pub fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+
+    /// How many services are served.
+    pub fn served(&self) -> usize {
+        self.services.len()
     }
 
     /// Everything is known. `entered` numbers are in the pool objects: those that no status has may still be on their way
@@ -420,7 +454,13 @@ impl Mesh {
         };
         let endpoints = self.count(entry);
         Some(status::status(
-            &Known { generation: entry.meta.generation, verdict, endpoints, now },
+            &Known {
+                generation: entry.meta.generation,
+                verdict,
+                endpoints,
+                programmed: self.nodes.programmed(key),
+                now,
+            },
             &entry.status,
         ))
     }

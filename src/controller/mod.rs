@@ -9,6 +9,7 @@ pub mod headless;
 pub mod leader;
 pub mod lease;
 pub mod mesh;
+pub mod nodes;
 pub mod numbers;
 pub mod pools;
 pub mod requests;
@@ -25,7 +26,8 @@ use anyhow::{Context, Result};
 use kube::{Client, Config};
 use tracing::{error, info, warn};
 
-use crate::model::node::NodeConfig;
+pub use crate::source::kube::timed;
+use crate::{admin::Health, metrics::controller::ControllerMetrics, model::node::NodeConfig};
 use leader::Fence;
 use lease::{Elector, Held, RETRY};
 
@@ -45,22 +47,16 @@ pub struct Settings {
     pub url: String,
 }
 
-/// A request that fails when there is no answer in time: a connection that is dead without anybody having said so would hang.
-///
-/// # Errors
-/// The request's own, or that there was no answer.
-pub async fn timed<T>(
-    within: Duration,
-    request: impl Future<Output = Result<T, kube::Error>>,
-) -> Result<T, kube::Error> {
-    match tokio::time::timeout(within, request).await {
-        Ok(done) => done,
-        Err(_) => Err(kube::Error::Service(format!("no answer within {} s", within.as_secs()).into())),
-    }
+/// Where a controller says how it is.
+#[derive(Clone)]
+pub struct Told {
+    /// `/livez` and `/readyz`.
+    pub health: Health,
+    /// `/metrics`.
+    pub metrics: ControllerMetrics,
 }
 
-/// Runs until `stop` is there: waits for the Lease, leads, and gives the Lease up at the end. `beat` is called whenever it has
-/// come round.
+/// Runs until `stop` is there: waits for the Lease, leads, and gives the Lease up at the end.
 ///
 /// # Errors
 /// What kept it from starting.
@@ -68,7 +64,7 @@ pub async fn run(
     access: Config,
     settings: Settings,
     stop: impl Future<Output = ()>,
-    beat: impl Fn(),
+    report: Told,
 ) -> Result<()> {
     let client = Client::try_from(access).with_context(|| format!("API server {}", settings.url))?;
     let mut elector = Elector::new(client.clone(), &settings.namespace, &settings.identity);
@@ -87,12 +83,17 @@ pub async fn run(
                 if told.is_empty() {
                     info!(identity = settings.identity, "this controller leads");
                 }
+                report.health.set_synced(false);
+                report.health.set_good("this controller leads");
+                report.metrics.leads(true);
                 let ended = tokio::select! {
                     () = &mut stop => None,
-                    why = reign(&client, &settings, &mut elector, until, &beat) => Some(why),
+                    why = reign(&client, &settings, &mut elector, until, &report) => Some(why),
                 };
+                report.metrics.leads(false);
                 let Some(why) = ended else { break };
                 let message = format!("this controller leads no longer: {why:#}");
+                report.health.set_in_sync(false, message.as_str());
                 if message != told {
                     error!("{message}");
                     told = message;
@@ -100,6 +101,7 @@ pub async fn run(
             }
             Ok(Held::Others(holder)) => {
                 told.clear();
+                report.health.set_idle(format!("{holder} leads"));
                 if holder != other {
                     info!(leader = holder, "another controller leads");
                     other = holder;
@@ -108,13 +110,14 @@ pub async fn run(
             Err(e) => {
                 let message =
                     format!("the Lease {}/{} can't be asked for: {e}", settings.namespace, lease::NAME);
+                report.health.set_in_sync(false, message.as_str());
                 if message != told {
                     warn!("{message}");
                     told = message;
                 }
             }
         }
-        beat();
+        report.health.beat();
         tokio::select! {
             () = &mut stop => return Ok(()),
             () = tokio::time::sleep(RETRY) => {}
@@ -132,7 +135,7 @@ async fn reign(
     settings: &Settings,
     elector: &mut Elector,
     until: Instant,
-    beat: &impl Fn(),
+    report: &Told,
 ) -> anyhow::Error {
     let fence = Fence::new(until);
     let renew = async {
@@ -141,7 +144,7 @@ async fn reign(
             match elector.hold().await {
                 Ok(Held::Ours(until)) => {
                     fence.extend(until);
-                    beat();
+                    report.health.beat();
                 }
                 Ok(Held::Others(holder)) => return anyhow::anyhow!("{holder} has the Lease"),
                 Err(e) if fence.is_over() => return anyhow::anyhow!("the Lease can't be renewed: {e}"),
@@ -151,7 +154,7 @@ async fn reign(
     };
     tokio::select! {
         why = renew => why,
-        result = leader::lead(client.clone(), settings, fence.clone()) => match result {
+        result = leader::lead(client.clone(), settings, report, fence.clone()) => match result {
             Ok(never) => match never {},
             Err(e) => e,
         },

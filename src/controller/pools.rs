@@ -43,6 +43,40 @@ impl PoolId {
         }
     }
 
+    /// Its name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vips(Family::V4) => "ipv4",
+            Self::Vips(Family::V6) => "ipv6",
+            Self::Ports(protocol) => protocol.lower(),
+        }
+    }
+
+    /// How many numbers it can give out.
+    pub fn size(self, config: &NodeConfig) -> u128 {
+        match self {
+            Self::Vips(family) => config.ranges.get(family).map_or(0, |range| {
+                let bits = u32::from(range.max_prefix_len() - range.prefix_len());
+                let all = 1_u128.checked_shl(bits).unwrap_or(u128::MAX);
+                // Network, ingress and DNS address; in IPv4 the broadcast address too.
+                all.saturating_sub(if family == Family::V4 { 4 } else { 3 })
+            }),
+            Self::Ports(protocol) => {
+                let reserved = |port: &u16| config.reserved.iter().any(|r| r.covers(protocol, *port));
+                config.publish_range.clone().filter(|port| !reserved(port)).count() as u128
+            }
+        }
+    }
+
+    /// How many of these numbers are of those that it can give out.
+    fn inside(self, config: &NodeConfig, numbers: &Numbers) -> u128 {
+        let counts = |number: &&u128| match self {
+            Self::Vips(_) => true,
+            Self::Ports(_) => u16::try_from(**number).is_ok_and(|port| config.publish_range.contains(&port)),
+        };
+        numbers.0.iter().filter(counts).count() as u128
+    }
+
     /// What its numbers count from.
     fn range(self, config: &NodeConfig) -> String {
         match self {
@@ -103,11 +137,12 @@ impl Pools {
     }
 
     /// Makes the objects hold these numbers. One that has changed since is a leader's that came after this one: nothing
-    /// may be given out then.
+    /// may be given out then. Returns how many objects were written.
     ///
     /// # Errors
     /// As [`Self::take`].
-    pub async fn write(&mut self, used: &Used) -> Result<(), kube::Error> {
+    pub async fn write(&mut self, used: &Used) -> Result<usize, kube::Error> {
+        let mut writes = 0;
         for (id, (object, had)) in &mut self.objects {
             let none = Numbers::default();
             let numbers = used.get(id).unwrap_or(&none);
@@ -120,8 +155,18 @@ impl Pools {
             data.insert(RANGE.to_owned(), id.range(&self.config));
             *object = timed(PATIENCE, self.api.replace(&id.object(), &PostParams::default(), &new)).await?;
             had.clone_from(numbers);
+            writes += 1;
         }
-        Ok(())
+        Ok(writes)
+    }
+
+    /// By pool: its name, how many numbers are entered, and how many more there are to give out. A port that a service asks
+    /// for explicitly may be outside the publish range.
+    pub fn levels(&self) -> impl Iterator<Item = (&'static str, u128, u128)> {
+        self.objects.iter().map(|(id, (_, numbers))| {
+            let free = id.size(&self.config).saturating_sub(id.inside(&self.config, numbers));
+            (id.name(), numbers.0.len() as u128, free)
+        })
     }
 }
 

@@ -14,6 +14,7 @@ use tracing::debug;
 use super::{PATIENCE, mesh::Meta, status::News, timed};
 use crate::{
     api::{self, MeshService, status::MeshServiceStatus},
+    metrics::controller::{ControllerMetrics, Written},
     model::ids::ServiceKey,
 };
 
@@ -23,6 +24,15 @@ pub const MANAGER: &str = "meshlb-controller";
 /// Whether a request was refused because its object has changed, has gone or is there already.
 pub fn has_changed(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if status.code == 409 || status.code == 404)
+}
+
+/// How a write ended, for metrics.
+pub fn outcome<T>(result: &Result<T, kube::Error>) -> Written {
+    match result {
+        Ok(_) => Written::Done,
+        Err(e) if has_changed(e) => Written::Conflict,
+        Err(_) => Written::Error,
+    }
 }
 
 /// Writes a status, unless the object has changed since. Returns its new version.
@@ -90,7 +100,12 @@ pub fn part_of(spec: &Value) -> Value {
 }
 
 /// Writes Events, one after another.
-pub async fn publish(client: Client, reporter: Reporter, mut queue: mpsc::Receiver<(News, ObjectReference)>) {
+pub async fn publish(
+    client: Client,
+    reporter: Reporter,
+    mut queue: mpsc::Receiver<(News, ObjectReference)>,
+    metrics: ControllerMetrics,
+) {
     while let Some((news, about)) = queue.recv().await {
         // A new one each time: one that remembers would repeat the text of the first Event of a reason.
         let recorder = Recorder::new(client.clone(), reporter.clone());
@@ -102,7 +117,9 @@ pub async fn publish(client: Client, reporter: Reporter, mut queue: mpsc::Receiv
             action: "Allocate".into(),
             secondary: None,
         };
-        if let Err(e) = timed(PATIENCE, recorder.publish(&event, &about)).await {
+        let result = timed(PATIENCE, recorder.publish(&event, &about)).await;
+        metrics.wrote("event", outcome(&result));
+        if let Err(e) = result {
             debug!("an Event can't be written: {e}");
         }
     }

@@ -22,8 +22,29 @@ pub struct Known<'a> {
     pub verdict: Verdict<'a>,
     /// Its endpoints.
     pub endpoints: EndpointCounts,
+    /// What the nodes say about it.
+    pub programmed: Programmed,
     /// Now.
     pub now: jiff::Timestamp,
+}
+
+/// What nodes say about a service, as a condition.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Programmed {
+    /// `True`, `False` or `Unknown`.
+    pub status: &'static str,
+    /// In one word.
+    pub reason: String,
+    /// In a sentence.
+    pub message: String,
+}
+
+impl Programmed {
+    /// Nobody has said anything against it.
+    pub fn good() -> Self {
+        let message = "no node reports that it could not serve what is allocated".to_owned();
+        Self { status: "True", reason: "Programmed".to_owned(), message }
+    }
 }
 
 /// What a spec comes to.
@@ -50,7 +71,7 @@ pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
     match &known.verdict {
         Verdict::Served(service, allocation, problem) => {
             conditions.set("Accepted", true, "Accepted", "the spec is valid");
-            served(service, *allocation, *problem, &mut new, &mut conditions, &known.endpoints);
+            served(service, *allocation, *problem, &mut new, &mut conditions, known);
         }
         Verdict::Wrong(errors, goes_on) => {
             // Nothing that worked is lost.
@@ -59,6 +80,7 @@ pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
             conditions.set("Accepted", false, "Invalid", &(join(errors) + end));
             if *goes_on {
                 conditions.keep("Allocated");
+                conditions.programmed(&known.programmed);
                 conditions.keep("Ready");
             } else {
                 not_accepted(&mut conditions);
@@ -89,6 +111,12 @@ fn not_accepted(conditions: &mut Conditions<'_>) {
         "NotAccepted",
         "nothing is allocated for a service that is not accepted",
     );
+    conditions.set(
+        "Programmed",
+        false,
+        "NotAccepted",
+        "nothing is programmed for a service that is not accepted",
+    );
     conditions.set("Ready", false, "NotAccepted", "the service is not served");
 }
 
@@ -98,8 +126,9 @@ fn served(
     headless_problem: Option<&str>,
     new: &mut MeshServiceStatus,
     conditions: &mut Conditions<'_>,
-    endpoints: &EndpointCounts,
+    known: &Known<'_>,
 ) {
+    let (endpoints, programmed) = (&known.endpoints, &known.programmed);
     let none = ServiceAllocation::default();
     let allocation = allocation.unwrap_or(&none);
     // The primary family first, as in spec.ipFamilies.
@@ -131,6 +160,7 @@ fn served(
         (None, Some(first)) => conditions.set("Allocated", true, first.reason(), &notes.join("; ")),
         (None, None) => conditions.set("Allocated", true, "Allocated", "all that was asked for is allocated"),
     }
+    conditions.programmed(programmed);
     if let Some(first) = blocking.first() {
         conditions.set("Ready", false, first.reason(), "not all that was asked for is allocated");
     } else if let Some(problem) = headless_problem {
@@ -138,8 +168,15 @@ fn served(
     } else if endpoints.ready == 0 {
         let message = if endpoints.total == 0 { "there are no endpoints" } else { "no endpoint is ready" };
         conditions.set("Ready", false, "NoEndpoints", message);
+    } else if programmed.status == "True" {
+        conditions.set(
+            "Ready",
+            true,
+            "Serving",
+            "allocated, there are endpoints, and no node reports a failure",
+        );
     } else {
-        conditions.set("Ready", true, "Serving", "allocated, and there are endpoints");
+        conditions.put("Ready", programmed.status, &programmed.reason, "see the condition Programmed");
     }
 }
 
@@ -180,7 +217,14 @@ struct Conditions<'a> {
 
 impl Conditions<'_> {
     fn set(&mut self, type_: &str, true_: bool, reason: &str, message: &str) {
-        let status = if true_ { "True" } else { "False" };
+        self.put(type_, if true_ { "True" } else { "False" }, reason, message);
+    }
+
+    fn programmed(&mut self, programmed: &Programmed) {
+        self.put("Programmed", programmed.status, &programmed.reason, &programmed.message);
+    }
+
+    fn put(&mut self, type_: &str, status: &str, reason: &str, message: &str) {
         let old = self.old.iter().find(|c| c.type_ == type_ && c.status == status);
         self.new.push(Condition {
             type_: type_.to_owned(),
@@ -209,7 +253,8 @@ pub struct News {
     pub message: String,
 }
 
-/// What is worth an Event in a change of a status: what was allocated, and every condition that is not met and says something new.
+/// What is worth an Event in a change of a status: what was allocated, every condition that is not met and says something new, and nodes that
+/// begin or end to fail.
 pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     let find = |status: &MeshServiceStatus, type_: &str| {
         status.conditions.iter().find(|c| c.type_ == type_).cloned()
@@ -224,6 +269,18 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
         let plain = after.status == "True" && after.reason == type_;
         if !told && !plain && after.reason != "NotAccepted" {
             out.push(News { good: after.status == "True", reason: after.reason, message: after.message });
+        }
+    }
+    // Which nodes fail changes often; that any does, or none does any more, is the news.
+    let (before, after) = (find(old, "Programmed"), find(new, "Programmed"));
+    let failed = before.is_some_and(|c| c.status == "False" && c.reason != "NotAccepted");
+    if let Some(after) = after.filter(|c| c.reason != "NotAccepted") {
+        match after.status.as_str() {
+            "False" if !failed => {
+                out.push(News { good: false, reason: after.reason, message: after.message });
+            }
+            "True" if failed => out.push(News { good: true, reason: after.reason, message: after.message }),
+            _ => {}
         }
     }
     if differ(old, new) {
@@ -256,12 +313,12 @@ pub fn differ(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
     (&old.vips, &old.ports) != (&new.vips, &new.ports)
 }
 
-/// Whether nothing differs but what endpoints do: their numbers, and whether there is one.
-pub fn only_endpoints(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
+/// Whether nothing differs but what endpoints and nodes do: their numbers, whether there is one, and who fails.
+pub fn only_counts(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
     let without = |status: &MeshServiceStatus| {
         let mut status = status.clone();
         status.endpoints = None;
-        status.conditions.retain(|c| c.type_ != "Ready");
+        status.conditions.retain(|c| c.type_ != "Ready" && c.type_ != "Programmed");
         if let Some(summary) = &mut status.summary {
             summary.endpoints = String::new();
         }

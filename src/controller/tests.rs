@@ -2,12 +2,14 @@ use serde_json::{Value, json};
 
 use super::{
     mesh::{Core, Mesh, Meta},
+    nodes::Said,
     numbers::Numbers,
     pools::{PoolId, Used},
     status::news,
 };
 use crate::{
     api::status::MeshServiceStatus,
+    meshnode::{Fault, Report, State},
     model::{
         endpoints::{Endpoint, Slice},
         fixtures::config,
@@ -45,6 +47,7 @@ impl Stored {
     /// What a controller that has just begun to lead knows.
     fn mesh(&self, entered: &Used) -> Mesh {
         let mut mesh = Mesh::new(config());
+        node(&mut mesh, &[]);
         for name in self.0.keys() {
             self.show(name, &mut mesh);
         }
@@ -87,6 +90,16 @@ impl Stored {
         let c = status.conditions.iter().find(|c| c.type_ == type_).unwrap();
         format!("{} {}: {}", c.status, c.reason, c.message)
     }
+}
+
+/// A node with an agent, on which these services fail.
+fn node(mesh: &mut Mesh, failing: &[&str]) {
+    let fault =
+        |name: &&str| (key(name), Fault { reason: "PublishedPortHeld", message: "it is held".into() });
+    let named: Vec<_> = failing.iter().map(fault).collect();
+    let report = Report { count: named.len(), named, ..Report::of(State::Serving) };
+    mesh.put_node("n1", Some("uid-n1".into()));
+    mesh.put_said("n1", Some(Said::new(Some("uid-n1".into()), &report.status(None, now()))));
 }
 
 fn plain() -> Value {
@@ -336,4 +349,58 @@ fn news_is_what_was_not_told_yet() {
     let told: Vec<String> = news(&old, &stored.status("a")).into_iter().map(|n| n.message).collect();
     assert_eq!(told, ["virtual IP 10.200.9.9, 80/TCP published on 30080"]);
     assert!(news(&stored.status("a"), &stored.status("a")).is_empty());
+}
+
+#[test]
+fn what_nodes_say_is_in_the_status() {
+    let mut stored = Stored::default();
+    for name in ["a", "b"] {
+        stored.apply(name, 1, plain());
+    }
+    let mut mesh = stored.mesh(&Used::new());
+    for name in ["a", "b"] {
+        let endpoint = Endpoint {
+            address: "10.0.0.1".parse().unwrap(),
+            ready: true,
+            serving: true,
+            terminating: false,
+            node: None,
+            zone: None,
+            target: None,
+        };
+        let slice = Slice {
+            key: key(name),
+            service_name: name.into(),
+            family: Family::V4,
+            ports: vec![],
+            endpoints: vec![endpoint],
+        };
+        mesh.put_slice(&key(name), Some(&slice));
+    }
+    assert_eq!(stored.write(&mut mesh), ["a", "b"]);
+    assert!(stored.condition("a", "Programmed").starts_with("True Programmed"));
+    assert!(stored.condition("a", "Ready").starts_with("True Serving"));
+    let before = stored.status("a");
+    node(&mut mesh, &["a", "gone"]);
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    let programmed = stored.condition("a", "Programmed");
+    assert!(
+        programmed.starts_with("False PublishedPortHeld") && programmed.contains("n1: it is held"),
+        "{programmed}"
+    );
+    assert_eq!(stored.condition("a", "Ready"), "False PublishedPortHeld: see the condition Programmed");
+    // It is told once that it begins and once that it is over.
+    let told = |old: &MeshServiceStatus, new: &MeshServiceStatus| -> Vec<(bool, String)> {
+        news(old, new).into_iter().map(|n| (n.good, n.reason)).collect()
+    };
+    let failed = stored.status("a");
+    assert_eq!(told(&before, &failed), [(false, "PublishedPortHeld".to_owned())]);
+    assert!(super::status::only_counts(&before, &failed), "it is written at the pace of endpoints");
+    mesh.put_node("n1", None);
+    assert_eq!(stored.write(&mut mesh), ["a", "b"]);
+    assert!(stored.condition("b", "Programmed").starts_with("Unknown NoAgents"));
+    assert!(stored.condition("b", "Ready").starts_with("Unknown NoAgents"));
+    node(&mut mesh, &[]);
+    assert_eq!(stored.write(&mut mesh), ["a", "b"]);
+    assert_eq!(told(&failed, &stored.status("a")), [(true, "Programmed".to_owned())]);
 }

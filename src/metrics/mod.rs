@@ -2,6 +2,7 @@
 //!
 //! [`Metrics`] is recorded into from anywhere and rendered by the admin server ([`crate::admin`]).
 
+pub mod controller;
 mod exposition;
 mod process;
 mod traffic;
@@ -58,7 +59,23 @@ fn timer() -> Histogram {
     Histogram::new(SECONDS)
 }
 
-/// All series. Clones are handles to the same ones.
+/// What the admin server serves.
+pub trait Series: Send + Sync {
+    /// Everything, in OpenMetrics if `openmetrics` and else in the older text format, with its content type. It may block
+    /// for a moment.
+    fn render(&self, openmetrics: bool) -> (&'static str, String);
+}
+
+fn write(registry: &Registry, openmetrics: bool) -> (&'static str, String) {
+    let mut text = String::new();
+    // Writing into a String does not fail.
+    if encode(&mut text, registry).is_err() {
+        tracing::warn!("some metrics could not be written");
+    }
+    if openmetrics { (exposition::OPENMETRICS, text) } else { (exposition::TEXT, exposition::to_text(&text)) }
+}
+
+/// All series of an agent. Clones are handles to the same ones.
 #[derive(Clone)]
 pub struct Metrics(Arc<Inner>);
 
@@ -161,20 +178,12 @@ impl Metrics {
     pub fn set_traffic_source(&self, source: Box<dyn TrafficSource>) {
         self.0.traffic.set_source(source);
     }
+}
 
-    /// Everything, in OpenMetrics if `openmetrics` and else in the older text format, with its content
-    /// type. Asks the traffic source, so it may block for a moment.
-    pub fn render(&self, openmetrics: bool) -> (&'static str, String) {
-        let mut text = String::new();
-        // Writing into a String does not fail.
-        if encode(&mut text, &self.0.registry).is_err() {
-            tracing::warn!("some metrics could not be written");
-        }
-        if openmetrics {
-            (exposition::OPENMETRICS, text)
-        } else {
-            (exposition::TEXT, exposition::to_text(&text))
-        }
+impl Series for Metrics {
+    /// Asks the traffic source.
+    fn render(&self, openmetrics: bool) -> (&'static str, String) {
+        write(&self.0.registry, openmetrics)
     }
 }
 

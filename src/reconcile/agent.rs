@@ -38,6 +38,8 @@ pub enum Input {
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
     Stop,
+    /// All that was programmed is to be removed, by the caller.
+    HoldOff,
 }
 
 /// Told about everything that happens, for metrics, state files and logs.
@@ -131,7 +133,7 @@ impl<O: Observer> Agent<O> {
         }
     }
 
-    /// Runs until [`Input::Stop`], or until every sender is gone.
+    /// Runs until [`Input::Stop`] or [`Input::HoldOff`], or until every sender is gone.
     pub fn run(mut self, inputs: &Receiver<Input>) {
         loop {
             match inputs.recv_timeout(self.patience()) {
@@ -142,7 +144,6 @@ impl<O: Observer> Agent<O> {
                         stop |= self.take(more);
                     }
                     if stop {
-                        info!("stopping; the kernel keeps what it has");
                         return;
                     }
                 }
@@ -184,7 +185,11 @@ impl<O: Observer> Agent<O> {
                 self.node_dirty = true;
             }
             Input::NodeChanged => self.node_dirty = true,
-            Input::Stop => return true,
+            Input::Stop => {
+                info!("stopping; the kernel keeps what it has");
+                return true;
+            }
+            Input::HoldOff => return true,
         }
         false
     }

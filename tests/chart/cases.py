@@ -88,29 +88,44 @@ def lints():
 
 
 def default_objects():
-    kinds = sorted(key for key in render("--skip-tests"))
+    kinds = sorted(key for key in render("--no-hooks"))
     equal([list(k) for k in kinds], [list(k) for k in sorted([
         ("ClusterRole", "meshlb-system-meshlb-agent"),
         ("ClusterRole", "meshlb-system-meshlb-controller"),
         ("ClusterRoleBinding", "meshlb-system-meshlb-agent"),
         ("ClusterRoleBinding", "meshlb-system-meshlb-controller"),
         ("ConfigMap", "meshlb"),
+        ("CustomResourceDefinition", "meshnodes.meshlb.dev"),
         ("CustomResourceDefinition", "meshservices.meshlb.dev"),
         ("DaemonSet", "meshlb-agent"),
         ("Deployment", "meshlb-controller"),
         ("PodDisruptionBudget", "meshlb-controller"),
+        ("Role", "meshlb-agent"),
         ("Role", "meshlb-controller"),
+        ("RoleBinding", "meshlb-agent"),
         ("RoleBinding", "meshlb-controller"),
         ("Service", "meshlb-agent-metrics"),
         ("Service", "meshlb-controller-health"),
         ("ServiceAccount", "meshlb-agent"),
         ("ServiceAccount", "meshlb-controller"),
+        ("ValidatingAdmissionPolicy", "meshlb-system-meshlb-agent"),
+        ("ValidatingAdmissionPolicyBinding", "meshlb-system-meshlb-agent"),
     ])])
+    hooks = {key: d["metadata"]["annotations"]["helm.sh/hook"] for key, d in render().items() if "helm.sh/hook" in d["metadata"].get("annotations", {})}
+    equal(sorted([*key, hook] for key, hook in hooks.items()), [
+        ["ClusterRole", "meshlb-system-meshlb-uninstall", "pre-delete"],
+        ["ClusterRoleBinding", "meshlb-system-meshlb-uninstall", "pre-delete"],
+        ["Job", "meshlb-uninstall", "pre-delete"],
+        ["Pod", "meshlb-test-ready", "test"],
+        ["Role", "meshlb-uninstall", "pre-delete"],
+        ["RoleBinding", "meshlb-uninstall", "pre-delete"],
+        ["ServiceAccount", "meshlb-uninstall", "pre-delete"],
+    ])
 
 
 def switches():
     more = set(render(*EVERYTHING)) - set(render())
-    equal(sorted(map(list, more)), [["NetworkPolicy", "meshlb-controller"], ["PodMonitor", "meshlb"], ["PrometheusRule", "meshlb"]])
+    equal(sorted(map(list, more)), [["NetworkPolicy", "meshlb-controller"], ["PodMonitor", "meshlb"], ["PodMonitor", "meshlb-controller"], ["PrometheusRule", "meshlb"]])
     least = render(*LEAST)
     equal(sorted(kind for kind, _ in least), ["ConfigMap", "DaemonSet", "Deployment"])
     names = {kind: name for kind, name in least}
@@ -120,7 +135,7 @@ def switches():
 
 def labels_and_namespaces():
     standard = {"name", "instance", "version", "managed-by", "part-of"}
-    cluster_wide = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition"}
+    cluster_wide = {"ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
     for flags in [(), *(("-f", str(v)) for v in VALUES)]:
         for (kind, name), d in render(*flags).items():
             have = {label.removeprefix("app.kubernetes.io/") for label in d["metadata"]["labels"]}
@@ -142,14 +157,14 @@ def two_releases_do_not_meet():
 
 
 def crd_is_the_repositorys():
-    want = (ROOT / "crds/meshservice.yaml").read_text()
-    assert (ROOT / CHART / "files/meshservice.yaml").read_text() == want, \
-        "cp crds/meshservice.yaml charts/meshlb/files/meshservice.yaml && deploy/generate.sh"
-    have = render()["CustomResourceDefinition", "meshservices.meshlb.dev"]
-    # Uninstalling must not take MeshServices with it.
-    equal(have["metadata"].pop("annotations"), {"helm.sh/resource-policy": "keep"})
-    have["metadata"].pop("labels")
-    equal(have, load(want)[0])
+    for name in ("meshservice", "meshnode"):
+        want = (ROOT / f"crds/{name}.yaml").read_text()
+        assert (ROOT / CHART / f"files/{name}.yaml").read_text() == want, f"cp crds/{name}.yaml charts/meshlb/files/ && deploy/generate.sh"
+        have = render()["CustomResourceDefinition", f"{name}s.meshlb.dev"]
+        # Uninstalling must not take MeshServices with it.
+        equal(have["metadata"].pop("annotations"), {"helm.sh/resource-policy": "keep"})
+        have["metadata"].pop("labels")
+        equal(have, load(want)[0])
 
 
 def versions_are_one():
@@ -181,10 +196,21 @@ def rights():
         (["meshlb.dev"], ["meshservices"], None, ["list", "watch"]),
         (["discovery.k8s.io"], ["endpointslices"], None, ["list", "watch"]),
         ([""], ["nodes"], None, ["list", "watch"]),
+        (["meshlb.dev"], ["meshnodes"], None, ["list", "watch", "create", "patch"]),
+        (["meshlb.dev"], ["meshnodes/status"], None, ["patch"]),
+    ])
+    equal(role("Role", "meshlb-agent"), [([""], ["configmaps"], ["meshlb-uninstall"], ["list", "watch"])])
+    equal(role("ClusterRole", "meshlb-system-meshlb-uninstall"), [(["meshlb.dev"], ["meshnodes"], None, ["list", "deletecollection"])])
+    equal(role("Role", "meshlb-uninstall"), [
+        ([""], ["configmaps"], None, ["create"]),
+        (["apps"], ["daemonsets"], ["meshlb-agent"], ["get"]),
+        ([""], ["pods"], None, ["list"]),
     ])
     equal(role("ClusterRole", "meshlb-system-meshlb-controller"), [
         (["meshlb.dev"], ["meshservices"], None, ["list", "watch"]),
         (["meshlb.dev"], ["meshservices/status"], None, ["patch"]),
+        (["meshlb.dev"], ["meshnodes"], None, ["list", "watch"]),
+        ([""], ["nodes"], None, ["list", "watch"]),
         (["discovery.k8s.io"], ["endpointslices"], None, ["list", "watch"]),
         ([""], ["services"], None, ["list", "watch", "create", "patch", "delete"]),
         (["events.k8s.io"], ["events"], None, ["create"]),
@@ -195,7 +221,8 @@ def rights():
         ([""], ["configmaps"], None, ["create"]),
         ([""], ["configmaps"], pools, ["get", "update"]),
     ])
-    for kind, name in [("ClusterRoleBinding", "meshlb-system-meshlb-agent"), ("ClusterRoleBinding", "meshlb-system-meshlb-controller"), ("RoleBinding", "meshlb-controller")]:
+    for kind, name in [("ClusterRoleBinding", "meshlb-system-meshlb-agent"), ("ClusterRoleBinding", "meshlb-system-meshlb-controller"), ("RoleBinding", "meshlb-controller"),
+                       ("RoleBinding", "meshlb-agent"), ("ClusterRoleBinding", "meshlb-system-meshlb-uninstall"), ("RoleBinding", "meshlb-uninstall")]:
         binding = objects[kind, name]
         equal(binding["roleRef"]["name"], name)
         account = "meshlb-" + name.rsplit("-", 1)[1]
@@ -230,6 +257,7 @@ def agents_pod():
         env = {e["name"]: e for e in container["env"]}
         equal(env["MESHLB_CONFIG"]["value"], mounts["config"]["mountPath"] + "/agent.yaml")
         equal(env["MESHLB_NODE"]["valueFrom"]["fieldRef"]["fieldPath"], "spec.nodeName")
+        equal(env["MESHLB_NAMESPACE"]["valueFrom"]["fieldRef"]["fieldPath"], "metadata.namespace")
         equal(container["args"], ["agent", "--source=kube"])
         equal(spec["priorityClassName"], "system-node-critical")
         assert container["resources"]["requests"]
@@ -255,6 +283,24 @@ def controllers_pod():
     assert ("PodDisruptionBudget", "meshlb-controller") not in render("--set", "controller.replicas=1")
     host = {e["name"]: e.get("value") for e in pod(render(*EVERYTHING), "Deployment", "meshlb-controller")["containers"][0]["env"]}
     equal((host["KUBERNETES_SERVICE_HOST"], host["KUBERNETES_SERVICE_PORT"]), ("api.example.com", "6443"))
+
+
+def uninstalls_job():
+    for flags, account, seconds in [((), "meshlb-uninstall", 120), (EVERYTHING, "uninstaller", 300)]:
+        objects = render(*flags)
+        job = objects["Job", "meshlb-uninstall"]
+        spec = job["spec"]["template"]["spec"]
+        (container,) = spec["containers"]
+        equal(container["args"], ["uninstall", "--namespace=$(POD_NAMESPACE)", "--daemonset=meshlb-agent", f"--timeout={seconds}"])
+        equal((spec["serviceAccountName"], spec["restartPolicy"], job["spec"]["backoffLimit"]), (account, "Never", 0))
+        # It names nodes before it is ended.
+        assert job["spec"]["activeDeadlineSeconds"] > seconds
+        equal(container["securityContext"]["capabilities"], {"drop": ["ALL"]})
+        assert spec["securityContext"]["runAsNonRoot"] and container["securityContext"]["readOnlyRootFilesystem"]
+        assert ("DaemonSet", "meshlb-agent") in objects
+        if os.environ.get("MESHLB_BIN"):
+            run(os.environ["MESHLB_BIN"], *container["args"], "--help")
+    assert "meshlb-uninstall" not in template("-s", "templates/controller/rbac.yaml").stdout
 
 
 def configuration_is_flags():
@@ -328,6 +374,7 @@ def wrong_values_are_refused():
         ("image.digest=latest", "digest"),
         ("podMonitor.interval=often", "interval"),
         ("networkPolicy.apiServerCIDRs={10.0.0.1}", "apiServerCIDRs"),
+        ("uninstall.timeoutSeconds=0", "timeoutSeconds"),
         ("crds.install=maybe", "install"),
     ]:
         done = template("--set", flag, ok=False)
@@ -348,7 +395,7 @@ def values_are_documented_and_in_the_schema():
 
     compare(values, schema, "")
     lines = (ROOT / CHART / "values.yaml").read_text().splitlines()
-    top_only = {"image", "crds", "rbac", "metrics", "health", "apiServer", "services", "podMonitor", "prometheusRule", "networkPolicy",
+    top_only = {"image", "crds", "rbac", "metrics", "health", "apiServer", "services", "podMonitor", "prometheusRule", "networkPolicy", "uninstall",
                 "serviceAccount", "podDisruptionBudget", "podLabels"}
     inside = None
     for before, line in zip(lines, lines[1:]):
@@ -370,7 +417,8 @@ def alerts():
         for name in re.findall(r"meshlb_\w+", re.sub(r'job="[^"]*"', "", rule["expr"])):
             assert name.removesuffix("_bucket") in documented, f"no such series: {name}"
         assert rule["labels"]["team"] == "network" and set(rule["annotations"]) == {"summary", "description"}
-        assert f'job="{NAMESPACE}/meshlb"' in rule["expr"], rule["expr"]
+        jobs = set(re.findall(r'job="([^"]*)"', rule["expr"]))
+        assert jobs in ({f"{NAMESPACE}/meshlb"}, {f"{NAMESPACE}/meshlb-controller"}), rule["expr"]
     assert os.environ["PROMTOOL"], "no promtool: tests/vm/setup.sh unpacks it"
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(rules, file)
@@ -492,19 +540,92 @@ def server_install_upgrade_uninstall():
     columns = get("crd", crd)["spec"]["versions"][0]["additionalPrinterColumns"]
     equal(columns[0]["name"], "Mode")
     rights_on_the_server()
+    agents_write_their_own_mesh_node(agent)
 
     kubectl("apply", "-f", "-", stdin='{"apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshService", "metadata": {"name": "stays", "namespace": "default"}, "spec": {"ports": [{"port": 80}]}}')
-    run(HELM, "uninstall", "meshlb", "-n", NAMESPACE)
+    if os.environ.get("MESHLB_BIN"):
+        uninstall_by_its_job(agent)
+    else:
+        run(HELM, "uninstall", "meshlb", "-n", NAMESPACE, "--no-hooks")
     kubectl("get", "meshservice", "stays")
-    kinds = "deployment,daemonset,replicaset,service,configmap,serviceaccount,role,rolebinding,networkpolicy,pdb,clusterrole,clusterrolebinding"
+    kinds = "deployment,daemonset,replicaset,service,configmap,serviceaccount,role,rolebinding,networkpolicy,pdb,job," \
+        "clusterrole,clusterrolebinding,validatingadmissionpolicy,validatingadmissionpolicybinding,meshnode"
     # Replica sets go with a moment's delay. (Pods end with a kubelet's help: not here.)
     until(lambda: not kubectl("get", kinds, "-A", "-l", "app.kubernetes.io/part-of=meshlb", "-o", "name").stdout.strip())
     # And once more, with the CRD that stayed.
     run(HELM, "install", "meshlb", CHART, "-n", NAMESPACE)
-    run(HELM, "uninstall", "meshlb", "-n", NAMESPACE)
+    run(HELM, "uninstall", "meshlb", "-n", NAMESPACE, "--no-hooks")
     kubectl("delete", "meshservice", "stays")
     kubectl("delete", "node", "chart-node")
     kubectl("delete", "pods", "-n", NAMESPACE, "--all", "--force", "--grace-period=0")
+
+
+def token_of(account, pod=None):
+    bound = ["--bound-object-kind=Pod", f"--bound-object-name={pod['metadata']['name']}", f"--bound-object-uid={pod['metadata']['uid']}"] if pod else []
+    return kubectl("create", "token", f"meshlb-{account}", "-n", NAMESPACE, *bound).stdout.strip()
+
+
+MESH_NODE = {"apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshNode"}
+
+
+def agents_write_their_own_mesh_node(agent):
+    own, unbound = token_of("agent", agent), token_of("agent")
+
+    def write(token, name, *more, ok=True, status=None):
+        text = json.dumps(MESH_NODE | {"metadata": {"name": name}} | ({"status": status} if status else {}))
+        return kubectl("--token", token, "apply", "--server-side", "--field-manager=meshlb-agent", *more, "-f", "-", stdin=text, ok=ok)
+
+    # Policies take a moment to be in force.
+    until(lambda: "only" in write(own, "other", "--dry-run=server", ok=False).stderr)
+    write(own, "chart-node")
+    write(own, "chart-node", "--subresource=status", status={"version": "1"})
+    for token, why in [(own, "for node chart-node, and not for other"), (unbound, "not bound to a node, and not for other")]:
+        said = write(token, "other", ok=False)
+        assert said.returncode != 0 and "an agent writes the MeshNode of its own node only" in said.stderr and why in said.stderr, said
+    # The policy is about agents: an administrator may.
+    kubectl("apply", "-f", "-", stdin=json.dumps(MESH_NODE | {"metadata": {"name": "other"}}))
+    said = write(own, "other", "--subresource=status", status={"version": "2"}, ok=False)
+    assert "an agent writes the MeshNode of its own node only" in said.stderr, said
+    said = write(unbound, "chart-node", "--subresource=status", status={"version": "2"}, ok=False)
+    assert "not bound to a node" in said.stderr, said
+    kubectl("delete", "meshnode", "other")
+
+
+def as_account(account, dir_):
+    access = load(pathlib.Path(os.environ["KUBECONFIG"]).read_text())[0]
+    access["users"][0]["user"] = {"token": token_of(account)}
+    (dir_ / "kubeconfig").write_text(json.dumps(access))
+    return str(dir_ / "kubeconfig")
+
+
+def uninstall_by_its_job(agent):
+    """`helm uninstall` as an operator runs it; what no kubelet runs here is run by us, as the account that the Job has."""
+    helm = subprocess.Popen([HELM, "uninstall", "meshlb", "-n", NAMESPACE, "--timeout", "180s"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        (pod_,) = until(lambda: get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=uninstall")["items"])
+        with tempfile.TemporaryDirectory() as dir_:
+            args = [a.replace("$(POD_NAMESPACE)", NAMESPACE) for a in pod_["spec"]["containers"][0]["args"]]
+            flags = ["--kubeconfig", as_account("uninstall", pathlib.Path(dir_))]
+            # Nothing runs the agent here, so it has not.
+            said = run(os.environ["MESHLB_BIN"], *[a for a in args if "timeout" not in a], "--timeout=3", *flags, ok=False)
+            assert said.returncode == 1 and "node chart-node is not cleaned up after 3 s" in said.stderr, said
+            owner = get("configmap", "meshlb-uninstall", "-n", NAMESPACE)["metadata"]["ownerReferences"][0]
+            equal((owner["kind"], owner["name"]), ("DaemonSet", "meshlb-agent"))
+            assert helm.poll() is None, "helm did not wait for its Job"
+            done = {"type": "CleanedUp", "status": "True", "reason": "CleanedUp", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+            kubectl("patch", "meshnode", "chart-node", "--subresource=status", "--type=merge", "-p", json.dumps({"status": {"conditions": [done]}}))
+            assert "1 nodes are clean" in run(os.environ["MESHLB_BIN"], *args, *flags).stdout
+        kubectl("patch", "pod", pod_["metadata"]["name"], "-n", NAMESPACE, "--subresource=status", "--type=merge", "-p", '{"status": {"phase": "Succeeded"}}')
+        assert helm.wait(120) == 0, helm.stdout.read()
+    finally:
+        helm.kill()
+    # Its rights are those that it needed.
+    asked = {(group, resource, verb) for group, resource, verb, _ in asked_for("meshlb-uninstall")}
+    objects = render()
+    rules = [r for kind, name in [("ClusterRole", f"{NAMESPACE}-meshlb-uninstall"), ("Role", "meshlb-uninstall")] for r in objects[kind, name]["rules"]]
+    equal(sorted(asked), sorted({(r["apiGroups"][0], r["resources"][0], verb) for r in rules for verb in r["verbs"]}))
+    # The request goes with the DaemonSet that it belongs to.
+    until(lambda: kubectl("get", "configmap", "meshlb-uninstall", "-n", NAMESPACE, ok=False).returncode != 0)
 
 
 def rights_on_the_server():
@@ -519,6 +640,13 @@ def rights_on_the_server():
         ("agent", "get", "secrets", own, False),
         ("agent", "patch", "meshservices.meshlb.dev/status", other, False),
         ("agent", "update", "nodes", (), False),
+        ("agent", "patch", "meshnodes.meshlb.dev/status", (), True),
+        ("agent", "delete", "meshnodes.meshlb.dev", (), False),
+        ("agent", "watch", "configmaps/meshlb-uninstall", own, True),
+        ("agent", "watch", "configmaps/meshlb", own, False),
+        ("agent", "create", "configmaps", own, False),
+        ("controller", "watch", "meshnodes.meshlb.dev", (), True),
+        ("controller", "patch", "meshnodes.meshlb.dev/status", (), False),
         ("agent", "create", "events.events.k8s.io", other, False),
         ("controller", "watch", "services", ("-A",), True),
         ("controller", "create", "services", other, True),
@@ -615,7 +743,7 @@ def server_controller_uses_its_rights_and_no_others():
     finally:
         program.kill()
         kubectl("delete", "--ignore-not-found", "-f", "deploy/examples/published-ports.yaml", ok=False)
-        run(HELM, "uninstall", "meshlb", "-n", NAMESPACE, ok=False)
+        run(HELM, "uninstall", "meshlb", "-n", NAMESPACE, "--no-hooks", ok=False)
         log.close()
         temporary.cleanup()
     asked = asked_for("meshlb-controller")
@@ -635,16 +763,16 @@ def server_takes_manifests():
         kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "-", stdin=text)
     kubectl("apply", "--dry-run=server", "--validate=strict", "-f", "deploy/meshlb.yaml")
     kubectl("apply", "--dry-run=server", "-k", "deploy")
-    kubectl("apply", "-f", "crds/meshservice.yaml")
-    kubectl("wait", "--for=condition=Established", "crd/meshservices.meshlb.dev")
+    kubectl("apply", "-f", "crds/")
+    kubectl("wait", "--for=condition=Established", "crd/meshservices.meshlb.dev", "crd/meshnodes.meshlb.dev")
     kubectl("create", "namespace", "vote", ok=False)
     for file in sorted((ROOT / "deploy/examples").glob("*.yaml")):
         kubectl("apply", "--dry-run=server", "--validate=strict", "-f", str(file))
-    kubectl("delete", "crd", "meshservices.meshlb.dev")
+    kubectl("delete", "crd", "meshservices.meshlb.dev", "meshnodes.meshlb.dev")
 
 
 CASES = [lints, default_objects, switches, labels_and_namespaces, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one,
-         deploy_is_the_chart, rights, agents_pod, controllers_pod, configuration_is_flags, defaults_are_the_programs,
+         deploy_is_the_chart, rights, agents_pod, controllers_pod, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]
 SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server_controller_uses_its_rights_and_no_others]

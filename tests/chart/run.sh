@@ -9,7 +9,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # A control plane of our own: `helm install` makes cluster-wide objects.
-export MESHLB_CLUSTER_NAME=chart
+export MESHLB_CLUSTER_NAME=${MESHLB_CLUSTER_NAME:+$MESHLB_CLUSTER_NAME-}chart
 "$here/../cluster/setup.sh"
 . "$here/../cluster/lib.sh"
 cd "$here/../.."
@@ -37,21 +37,5 @@ if [ "${1:-}" = --server ]; then
     "$here/../cluster/up.sh"
   fi
   export KUBECONFIG=$dir/kubeconfig MESHLB_CHART_SERVER=1 AUDIT_LOG=$dir/audit.log
-  # What our accounts ask for is written down: a right that is never used is to go.
-  if ! grep -q audit "$dir/kube-apiserver.args"; then
-    cat >"$dir/audit.yaml" <<Y
-apiVersion: audit.k8s.io/v1
-kind: Policy
-omitStages: [RequestReceived]
-rules:
-- {level: Metadata, userGroups: ["system:serviceaccounts:meshlb-system"]}
-- {level: None}
-Y
-    printf '%s\n' --audit-policy-file "$dir/audit.yaml" --audit-log-path "$AUDIT_LOG" >>"$dir/kube-apiserver.args"
-    touch "$dir/hold/kube-apiserver"
-    while "$KUBECTL" get --raw /readyz >/dev/null 2>&1; do sleep 0.2; done
-    rm "$dir/hold/kube-apiserver"
-    for _ in $(seq 200); do "$KUBECTL" get --raw /readyz >/dev/null 2>&1 && break; sleep 0.3; done
-  fi
 fi
 python3 "$here/cases.py" "$@"

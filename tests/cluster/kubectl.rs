@@ -63,6 +63,55 @@ impl Cluster {
         self.dir.join("kubeconfig")
     }
 
+    /// The API server's port on loopback.
+    pub fn port(&self) -> Result<u16> {
+        let text = std::fs::read_to_string(self.dir.join("port"))?;
+        text.trim().parse().with_context(|| format!("port {text:?}"))
+    }
+
+    /// A kubeconfig for a service account, with a token of its own.
+    pub fn kubeconfig_of(
+        &self,
+        namespace: &str,
+        account: &str,
+        more: &[&str],
+    ) -> Result<tempfile::NamedTempFile> {
+        let token =
+            self.kubectl(&[&["create", "token", account, "-n", namespace], more].concat(), "")?.good()?;
+        let admin = std::fs::read_to_string(self.kubeconfig())?;
+        let own =
+            admin.lines().find_map(|l| l.split_once("token: ")).context("no token in the kubeconfig")?.1;
+        let file = tempfile::NamedTempFile::new()?;
+        std::fs::write(file.path(), admin.replace(own.trim_end_matches(['}', ']']), token.trim()))?;
+        Ok(file)
+    }
+
+    /// What a service account has asked for since `from`, a length of the audit log, as `VERB RESOURCE[/SUB] NAME`.
+    pub fn asked_by(&self, account: &str, from: usize) -> Result<Vec<String>> {
+        let text = std::fs::read(self.dir.join("audit.log"))?;
+        let mut out = Vec::new();
+        for line in String::from_utf8_lossy(text.get(from..).unwrap_or_default()).lines() {
+            // The last line may be half written.
+            let Ok(entry) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+            let user = entry["user"]["username"].as_str().unwrap_or_default();
+            if user.rsplit(':').next() != Some(account) {
+                continue;
+            }
+            let object = &entry["objectRef"];
+            let text = |field: &str| object[field].as_str().unwrap_or_default();
+            let sub = object["subresource"].as_str().map_or_else(String::new, |sub| format!("/{sub}"));
+            let verb = entry["verb"].as_str().unwrap_or_default();
+            out.push(format!("{verb} {}{sub} {}", text("resource"), text("name")));
+        }
+        Ok(out)
+    }
+
+    /// The audit log's length at present.
+    pub fn audited(&self) -> usize {
+        let length = std::fs::metadata(self.dir.join("audit.log")).map_or(0, |meta| meta.len());
+        usize::try_from(length).unwrap_or(0)
+    }
+
     /// Ends a part of the control plane suddenly and keeps it down, or lets it start again.
     pub fn hold(&self, part: &str, down: bool) -> Result<()> {
         let file = self.dir.join("hold").join(part);
@@ -89,7 +138,8 @@ impl Cluster {
     pub fn install_crds(&self) -> Result<()> {
         let crd = self.meshlb(&["crd"], "")?.good()?;
         self.kubectl(&["apply", "--server-side", "-f", "-"], &crd)?.good()?;
-        let wait = ["wait", "--for=condition=Established", "--timeout=30s", "crd/meshservices.meshlb.dev"];
+        let crds = ["crd/meshservices.meshlb.dev", "crd/meshnodes.meshlb.dev"];
+        let wait = ["wait", "--for=condition=Established", "--timeout=30s", crds[0], crds[1]];
         self.kubectl(&wait, "")?.good()?;
         Ok(())
     }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod cases;
+mod island;
 mod kubectl;
 
 use std::{

@@ -81,7 +81,17 @@ printf '%s\n' --etcd-servers "http://127.0.0.1:$etcd" --secure-port "$api" --bin
   --tls-cert-file "$dir/pki/apiserver.crt" --tls-private-key-file "$dir/pki/apiserver.key" \
   --service-account-key-file "$dir/pki/sa.key" --service-account-signing-key-file "$dir/pki/sa.key" \
   --service-account-issuer https://kubernetes.default.svc --service-cluster-ip-range 10.96.0.0/16 --token-auth-file "$dir/tokens.csv" \
-  --authorization-mode Node,RBAC --enable-admission-plugins NodeRestriction --allow-privileged --cert-dir "$dir/pki" >"$dir/kube-apiserver.args"
+  --authorization-mode Node,RBAC --enable-admission-plugins NodeRestriction --allow-privileged --cert-dir "$dir/pki" \
+  --audit-policy-file "$dir/audit.yaml" --audit-log-path "$dir/audit.log" >"$dir/kube-apiserver.args"
+# What our accounts ask for is written down: it is counted, and a right that is never used is to go.
+cat >"$dir/audit.yaml" <<Y
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived]
+rules:
+- {level: Metadata, userGroups: ["system:serviceaccounts:meshlb-system"]}
+- {level: None}
+Y
 printf '%s\n' --kubeconfig "$dir/kubeconfig" --bind-address 127.0.0.1 --secure-port "$kcm" --cert-dir "$dir/pki" --root-ca-file "$dir/pki/ca.crt" \
   --service-account-private-key-file "$dir/pki/sa.key" --use-service-account-credentials >"$dir/kube-controller-manager.args"
 printf '%s\n' --kubeconfig "$dir/kubeconfig" --bind-address 127.0.0.1 --secure-port "$scheduler" --cert-dir "$dir/pki" >"$dir/kube-scheduler.args"

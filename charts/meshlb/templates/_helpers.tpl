@@ -52,6 +52,10 @@ app.kubernetes.io/component: controller
 {{- with .Values.controller.serviceAccount }}{{ .name | default (ternary (printf "%s-controller" (include "meshlb.fullname" $)) "default" .create) }}{{ end }}
 {{- end }}
 
+{{- define "meshlb.uninstall.serviceAccount" -}}
+{{- .Values.uninstall.serviceAccountName | default (printf "%s-uninstall" (include "meshlb.fullname" .)) }}
+{{- end }}
+
 {{- define "meshlb.image" -}}
 {{- with .Values.image }}{{ .repository }}{{ if .digest }}@{{ .digest }}{{ else }}:{{ .tag | default $.Chart.AppVersion }}{{ end }}{{ end }}
 {{- end }}

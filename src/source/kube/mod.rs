@@ -300,6 +300,20 @@ fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
     })
 }
 
+/// A request that fails when there is no answer in time: a connection that is dead without anybody having said so would hang.
+///
+/// # Errors
+/// The request's own, or that there was no answer.
+pub async fn timed<T>(
+    within: Duration,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, kube::Error> {
+    match tokio::time::timeout(within, request).await {
+        Ok(done) => done,
+        Err(_) => Err(kube::Error::Service(format!("no answer within {} s", within.as_secs()).into())),
+    }
+}
+
 /// The pauses between tries of a watch.
 pub fn pause() -> impl kube::runtime::utils::Backoff {
     // With jitter: the agents of all nodes lose the same API server.
@@ -338,8 +352,10 @@ pub fn why(url: &str, what: &str, error: &watcher::Error) -> Option<String> {
 fn refused(url: &str, what: &str, status: &kube::core::Status) -> String {
     let message = &status.message;
     match status.code {
-        404 if what == Watch::Objects(Kind::Service).resource() => {
-            format!("the API server {url} has no {what}: install the CRD (`meshlb crd | kubectl apply -f -`)")
+        404 if what.ends_with(".meshlb.dev") => {
+            format!(
+                "the API server {url} has no {what}: install the CRDs (`meshlb crd | kubectl apply -f -`)"
+            )
         }
         401 => format!("the API server {url} does not accept our credentials (401)"),
         403 => format!("may not list and watch {what}: {message}"),

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -33,21 +33,31 @@ pub const CASES: [Case; 7] = [
     ("controller::stopped_past_its_lease", stopped),
 ];
 
-const PATIENCE: Duration = Duration::from_secs(30);
-const NAMESPACE: &str = "meshlb-system";
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const NAMESPACE: &str = "meshlb-system";
 
 /// A controller that is ended with the case.
-struct Controller {
+pub(super) struct Controller {
     child: Child,
     log: PathBuf,
 }
 
 impl Controller {
-    fn start(cluster: &Cluster, name: &str) -> Result<Controller> {
+    pub(super) fn start(cluster: &Cluster, name: &str) -> Result<Controller> {
+        Self::start_as(cluster, &cluster.kubeconfig(), name, "off")
+    }
+
+    /// With another account, and listening there.
+    pub(super) fn start_as(
+        cluster: &Cluster,
+        kubeconfig: &Path,
+        name: &str,
+        listen: &str,
+    ) -> Result<Controller> {
         let log = std::env::temp_dir().join(format!("meshlb-controller-{}-{name}.log", std::process::id()));
         let child = Command::new(cluster.program())
-            .args(["controller", "--namespace", NAMESPACE, "--identity", name, "--metrics-listen", "off"])
-            .args(["--kubeconfig", &cluster.kubeconfig().to_string_lossy()])
+            .args(["controller", "--namespace", NAMESPACE, "--identity", name, "--metrics-listen", listen])
+            .args(["--kubeconfig", &kubeconfig.to_string_lossy()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(&log)?)
@@ -55,17 +65,17 @@ impl Controller {
         Ok(Controller { child, log })
     }
 
-    fn log(&self) -> String {
+    pub(super) fn log(&self) -> String {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    fn signal(&self, name: &str) -> Result<()> {
+    pub(super) fn signal(&self, name: &str) -> Result<()> {
         let done = Command::new("kill").args([name, &self.child.id().to_string()]).status()?;
         ensure!(done.success(), "kill {name}");
         Ok(())
     }
 
-    fn until_it_says(&self, text: &str) -> Result<Duration> {
+    pub(super) fn until_it_says(&self, text: &str) -> Result<Duration> {
         until(text, PATIENCE, || Ok(self.log().contains(text))).with_context(|| self.log())
     }
 }
@@ -78,7 +88,11 @@ impl Drop for Controller {
     }
 }
 
-fn until(what: &str, within: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<Duration> {
+pub(super) fn until(
+    what: &str,
+    within: Duration,
+    mut done: impl FnMut() -> Result<bool>,
+) -> Result<Duration> {
     let start = Instant::now();
     while !done()? {
         if start.elapsed() > within {
@@ -90,38 +104,45 @@ fn until(what: &str, within: Duration, mut done: impl FnMut() -> Result<bool>) -
 }
 
 /// The CRD, the controller's namespace, and one of the case's own; no Lease of an earlier case, and no services.
-fn prepare(cluster: &Cluster, own: &str) -> Result<()> {
+pub(super) fn prepare(cluster: &Cluster, own: &str) -> Result<()> {
     cluster.install_crds()?;
     for name in [NAMESPACE, own] {
         cluster.apply(&format!("{{apiVersion: v1, kind: Namespace, metadata: {{name: {name}}}}}"))?;
     }
     cluster.kubectl(&["delete", "lease", "--all", "-n", NAMESPACE], "")?.good()?;
     cluster.kubectl(&["delete", "msvc", "--all", "-A"], "")?.good()?;
+    // A node whose agent has nothing to complain of.
+    cluster.apply("{apiVersion: v1, kind: Node, metadata: {name: serves}}")?;
+    cluster.apply("{apiVersion: meshlb.dev/v1alpha1, kind: MeshNode, metadata: {name: serves}}")?;
+    let serves = r#"{"status": {"conditions": [{"type": "Serving", "status": "True", "reason": "Serving", "message": "",
+        "lastTransitionTime": "2026-01-01T00:00:00Z"}]}}"#;
+    let patch = ["patch", "meshnode", "serves", "--subresource=status", "--type=merge", "-p", serves];
+    cluster.kubectl(&patch, "")?.good()?;
     Ok(())
 }
 
-fn service(cluster: &Cluster, namespace: &str, name: &str, spec: &str) -> Result<()> {
+pub(super) fn service(cluster: &Cluster, namespace: &str, name: &str, spec: &str) -> Result<()> {
     cluster.apply(&manifest(namespace, name, spec))
 }
 
-fn manifest(namespace: &str, name: &str, spec: &str) -> String {
+pub(super) fn manifest(namespace: &str, name: &str, spec: &str) -> String {
     format!(
         "---\napiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: {name}, namespace: {namespace}}}\n\
          spec: {spec}\n"
     )
 }
 
-fn get(cluster: &Cluster, args: &[&str]) -> Result<Value> {
+pub(super) fn get(cluster: &Cluster, args: &[&str]) -> Result<Value> {
     let text = cluster.kubectl(&[&["get", "-o", "json"], args].concat(), "")?.good()?;
     Ok(serde_json::from_str(&text)?)
 }
 
-fn msvc(cluster: &Cluster, namespace: &str, name: &str) -> Result<Value> {
+pub(super) fn msvc(cluster: &Cluster, namespace: &str, name: &str) -> Result<Value> {
     get(cluster, &["msvc", name, "-n", namespace])
 }
 
 /// A condition as `STATUS REASON: MESSAGE`.
-fn condition(object: &Value, type_: &str) -> String {
+pub(super) fn condition(object: &Value, type_: &str) -> String {
     let conditions = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
     conditions.iter().find(|c| c["type"] == type_).map_or_else(String::new, |c| {
         let text = |field: &str| c[field].as_str().unwrap_or_default();
@@ -129,7 +150,7 @@ fn condition(object: &Value, type_: &str) -> String {
     })
 }
 
-fn until_condition(
+pub(super) fn until_condition(
     cluster: &Cluster,
     namespace: &str,
     name: &str,
@@ -161,6 +182,11 @@ fn gives_and_tells(cluster: &Cluster) -> Result<()> {
     ensure!(vote["status"]["ports"][0]["publishedPort"] == 30099, "{:#}", vote["status"]);
     ensure!(vote["status"]["observedGeneration"] == 1, "{:#}", vote["status"]);
     ensure!(condition(&vote, "Ready").starts_with("False NoEndpoints"), "{}", condition(&vote, "Ready"));
+    ensure!(
+        condition(&vote, "Programmed").starts_with("True Programmed"),
+        "{}",
+        condition(&vote, "Programmed")
+    );
     ensure!(
         pool(cluster, "tcp")? == "30099" && !pool(cluster, "ipv4")?.is_empty(),
         "the pools do not say so"

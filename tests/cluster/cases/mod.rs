@@ -4,6 +4,8 @@ use crate::Case;
 
 mod controller;
 mod crd;
+mod nodes;
+mod requests;
 mod source;
 
 /// All of them, in the order they run.
@@ -12,5 +14,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(crd::CASES);
     cases.extend(source::CASES);
     cases.extend(controller::CASES);
+    cases.extend(nodes::CASES);
+    cases.extend(requests::CASES);
     cases
 }

@@ -20,9 +20,21 @@ pub fn register(suite: &mut Suite) {
         return;
     }
     suite.add_slow("kube::from_apply_to_delete", &Matrix::pair(), Duration::from_secs(300), story);
+    suite.add_slow("kube::told_by_nodes_and_uninstalled", &Matrix::pair(), Duration::from_secs(300), told);
 }
 
 const PATIENCE: Duration = Duration::from_secs(40);
+
+fn condition(object: &Value, type_: &str) -> String {
+    let conditions = object["status"]["conditions"].as_array().into_iter().flatten();
+    conditions
+        .filter(|c| c["type"] == type_)
+        .map(|c| {
+            let text = |field: &str| c[field].as_str().unwrap_or_default().to_owned();
+            format!("{} {}: {}", text("status"), text("reason"), text("message"))
+        })
+        .collect()
+}
 
 fn service() -> Value {
     json!({
@@ -160,6 +172,107 @@ fn story(cx: &mut Cx) -> Result<()> {
     }
     for agent in &mut agents {
         ensure!(agent.alive(), "an agent has ended:\n{}", agent.log_text());
+    }
+    Ok(())
+}
+
+/// A socket holds a published port on one node: its MeshNode says so, and the status. Then meshlb is uninstalled, and comes back.
+fn told(cx: &mut Cx) -> Result<()> {
+    let kube = Kube::find()?;
+    let t = cx.topology(&Topology::builder())?;
+    let named = |api: &str, kind: &str, name: &str| json!({"apiVersion": api, "kind": kind, "metadata": {"name": name}});
+    let mesh_node = |k: u8| named("meshlb.dev/v1alpha1", "MeshNode", &format!("n{k}"));
+    let mut request = named("v1", "ConfigMap", "meshlb-uninstall");
+    request["metadata"]["namespace"] = "meshlb-system".into();
+    kube.delete(&service())?;
+    kube.delete(&request)?;
+    for k in 1..=3 {
+        kube.delete(&mesh_node(k))?;
+        kube.apply(&named("v1", "Node", &format!("n{k}")))?;
+    }
+    let socket = t.node(2).ns.enter(|| Ok(std::net::TcpListener::bind("0.0.0.0:30099")?))?;
+    let controller = kube.controller(&cx.dir)?;
+    let flag = format!("--kubeconfig={}", kube.kubeconfig_of_nodes(&cx.dir)?.display());
+    let meshlb = cx.meshlb()?.clone().flag(&flag);
+    let arguments = ["agent", "--source", "kube", "--namespace", "meshlb-system"];
+    let mut relays = Vec::new();
+    let mut agents: Vec<Agent> = Vec::new();
+    for node in &t.nodes {
+        cx.will_clean(node);
+        relays.push(kube.relay(&node.ns)?);
+        agents.push(meshlb.start(node, &arguments, "agent.log")?);
+    }
+    let mut object = service();
+    object["spec"]["ports"] =
+        json!([{"name": "http", "port": 80, "targetPort": 8080, "publish": {"port": 30099}}]);
+    kube.apply(&object)?;
+    endpoints(&kube, &t, &["p11", "p21", "p31"])?;
+    let says = |start: &str| -> Result<()> {
+        let mut last = Value::Null;
+        let found = wait_until(start, PATIENCE, || {
+            last = kube.get(&service())?;
+            Ok(condition(&last, "Programmed").starts_with(start))
+        });
+        found.with_context(|| format!("{:#}\n{}", last["status"], controller.log()))?;
+        Ok(())
+    };
+    says(
+        "False PublishedPortHeld: 1 node does not serve it as it should be: n2: published port 30099/TCP is held",
+    )?;
+    let found = kube.get(&mesh_node(2))?;
+    ensure!(found["status"]["failing"]["count"] == 1, "{found:#}");
+    ensure!(condition(&found, "Serving").starts_with("True"), "{found:#}");
+    // The others serve it, and this one its virtual IP.
+    let vip: SocketAddr = {
+        let vip = kube.get(&service())?["status"]["vips"][0].as_str().context("no VIP")?.parse()?;
+        SocketAddr::new(vip, 80)
+    };
+    let all = ["p11", "p21", "p31"];
+    let works = |t: &Topology| -> Result<()> {
+        check::even(&t.node(2).connect(Proto::Tcp, vip, 6)?, &all)?;
+        check::even(&t.ext.connect(Proto::Tcp, t.node(1).at(Family::V4, 30099), 6)?, &all)
+    };
+    works(&t)?;
+    drop(socket);
+    says("True Programmed")?;
+    check::even(&t.ext.connect(Proto::Tcp, t.node(2).at(Family::V4, 30099), 6)?, &all)?;
+    // The end.
+    kube.apply(&request)?;
+    for k in 1..=3 {
+        wait_until("it has cleaned up", PATIENCE, || {
+            Ok(condition(&kube.get(&mesh_node(k))?, "CleanedUp").starts_with("True CleanedUp"))
+        })
+        .with_context(|| agents[usize::from(k) - 1].log_text())?;
+    }
+    says("Unknown NoAgents")?;
+    check::nothing_left(&t)?;
+    // An agent that starts now programs nothing.
+    agents.remove(0).kill();
+    let mut again = meshlb.start(t.node(1), &arguments, "agent.log")?;
+    again.wait_for_log("nothing of meshlb is left", PATIENCE)?;
+    std::thread::sleep(Duration::from_secs(3));
+    check::nothing_left(&t)?;
+    agents.push(again);
+    for agent in &mut agents {
+        ensure!(agent.alive(), "an agent has ended:\n{}", agent.log_text());
+    }
+    // Withdrawn, they end, and are started again.
+    kube.delete(&request)?;
+    for agent in &mut agents {
+        wait_until("it ends", Duration::from_secs(60), || Ok(!agent.alive()))?;
+        ensure!(agent.log_text().contains("the uninstallation was withdrawn"), "{}", agent.log_text());
+    }
+    for node in &t.nodes {
+        agents.push(meshlb.start(node, &arguments, "agent.log")?);
+    }
+    says("True Programmed")?;
+    wait_until("it works as before", PATIENCE, || Ok(works(&t).is_ok()))?;
+    kube.delete(&service())?;
+    for family in Family::ALL {
+        kube.delete(&slice(family, &[]))?;
+    }
+    for k in 1..=3 {
+        kube.delete(&named("v1", "Node", &format!("n{k}")))?;
     }
     Ok(())
 }

@@ -1,0 +1,303 @@
+//! `meshlb uninstall`: the end of meshlb in a cluster, and what an agent does about it.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{ConfigMap, Pod},
+};
+use kube::{
+    Api, Client,
+    api::{ApiResource, DeleteParams, ListParams, ObjectMeta, PostParams},
+    core::DynamicObject,
+};
+use tracing::{info, warn};
+
+use super::{cleanup, options::Options};
+use crate::{
+    admin::Health,
+    api::{
+        MeshNode, MeshNodeStatus,
+        mesh_node::{CLEANED_UP, SERVING},
+    },
+    meshnode::{
+        Report, State, UNINSTALL,
+        writer::{Handle, Request},
+    },
+    metrics::Metrics,
+    reconcile::agent::Input,
+    source::{self, kube::timed},
+};
+
+/// An agent that could not remove everything tries again after this long.
+const CLEAN_AGAIN: Duration = Duration::from_secs(10);
+/// An agent goes on serving this long after the request was withdrawn: the request goes with the DaemonSet too, a moment
+/// before the agents themselves do.
+const GRACE: Duration = Duration::from_secs(30);
+/// How often the agents' reports are looked at.
+const LOOK: Duration = Duration::from_secs(2);
+/// A request that has no answer by then has failed.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Flags of `meshlb uninstall`.
+#[derive(Args, Clone, Debug)]
+pub struct Arguments {
+    /// Where the agents run [default: the pod's own]
+    #[arg(long, env = "MESHLB_NAMESPACE")]
+    namespace: Option<String>,
+    /// The agents' DaemonSet: its pods' nodes are waited for, and the request goes when it goes
+    #[arg(long, value_name = "NAME")]
+    daemonset: Option<String>,
+    /// How long the agents are waited for, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "120")]
+    timeout: u64,
+    /// Withdraw the request: the agents serve again
+    #[arg(long)]
+    cancel: bool,
+}
+
+/// Asks the agents to clean up, waits for them, and names those that have not.
+///
+/// # Errors
+/// The API server can't be asked, or does not allow it.
+pub fn run(options: &Options, arguments: Arguments) -> Result<ExitCode> {
+    super::log_to_stderr(options)?;
+    let access = source::kube::config(options.kubeconfig.as_deref())?;
+    let namespace = super::controller::namespace(arguments.namespace.clone())
+        .context("in which namespace are the agents? Give --namespace")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let cluster = Cluster {
+            client: Client::try_from(access).context("the API server")?,
+            namespace,
+            daemonset: arguments.daemonset,
+        };
+        if arguments.cancel { cluster.cancel().await } else { cluster.uninstall(arguments.timeout).await }
+    })
+}
+
+struct Cluster {
+    client: Client,
+    namespace: String,
+    daemonset: Option<String>,
+}
+
+impl Cluster {
+    async fn cancel(&self) -> Result<ExitCode> {
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        match timed(PATIENCE, api.delete(UNINSTALL, &DeleteParams::default())).await {
+            Ok(_) => println!("withdrawn: the agents serve again within {} s", GRACE.as_secs() + 10),
+            Err(kube::Error::Api(status)) if status.code == 404 => {
+                println!("nothing to withdraw: there is no ConfigMap {}/{UNINSTALL}", self.namespace);
+            }
+            Err(e) => return Err(e).context(self.about()),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
+    fn about(&self) -> String {
+        format!("ConfigMap {}/{UNINSTALL}", self.namespace)
+    }
+
+    async fn uninstall(&self, timeout: u64) -> Result<ExitCode> {
+        let daemonset = self.daemonset().await?;
+        self.ask(daemonset.as_ref()).await?;
+        println!("asked by ConfigMap {}/{UNINSTALL}: agents clean up and hold off", self.namespace);
+        let end = Instant::now() + Duration::from_secs(timeout);
+        let mut told = BTreeSet::new();
+        let left = loop {
+            let nodes = self.nodes(daemonset.as_ref()).await;
+            // An API server that is away for a moment is asked again.
+            let left = match nodes {
+                Ok(nodes) => {
+                    for name in nodes.iter().filter(|(_, left)| left.is_none()).map(|(name, _)| name) {
+                        if told.insert(name.clone()) {
+                            println!("{name}: cleaned up");
+                        }
+                    }
+                    let open = nodes.into_iter().filter_map(|(name, left)| Some((name, left?)));
+                    open.collect::<BTreeMap<String, String>>()
+                }
+                Err(e) if Instant::now() >= end => return Err(e),
+                Err(e) => [("the API server".to_owned(), format!("{e:#}"))].into(),
+            };
+            if left.is_empty() || Instant::now() >= end {
+                break left;
+            }
+            tokio::time::sleep(LOOK).await;
+        };
+        if left.is_empty() {
+            self.forget().await?;
+            println!("{} nodes are clean; MeshServices and the CRDs stay", told.len());
+            return Ok(ExitCode::SUCCESS);
+        }
+        for (name, why) in &left {
+            eprintln!("meshlb: node {name} is not cleaned up after {timeout} s: {why}");
+        }
+        eprintln!(
+            "meshlb: {} of {} nodes are not cleaned up. The request stays, and a node whose agent comes back cleans up; \
+             `meshlb uninstall --cancel` withdraws it",
+            left.len(),
+            left.len() + told.len()
+        );
+        Ok(ExitCode::FAILURE)
+    }
+
+    async fn daemonset(&self) -> Result<Option<DaemonSet>> {
+        let Some(name) = &self.daemonset else { return Ok(None) };
+        let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), &self.namespace);
+        let found = timed(PATIENCE, api.get_opt(name)).await;
+        let found = found.with_context(|| format!("DaemonSet {}/{name}", self.namespace))?;
+        if found.is_none() {
+            bail!("there is no DaemonSet {}/{name}: no agent would clean up", self.namespace);
+        }
+        Ok(found)
+    }
+
+    /// Makes the ConfigMap that the agents watch.
+    async fn ask(&self, daemonset: Option<&DaemonSet>) -> Result<()> {
+        let owner = daemonset.and_then(|d| kube::Resource::owner_ref(d, &()));
+        let map = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(UNINSTALL.to_owned()),
+                labels: Some([("app.kubernetes.io/part-of".to_owned(), "meshlb".to_owned())].into()),
+                owner_references: owner.map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            ..ConfigMap::default()
+        };
+        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
+        match timed(PATIENCE, api.create(&PostParams::default(), &map)).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
+            Err(e) => Err(e).with_context(|| self.about()),
+        }
+    }
+
+    fn mesh_nodes(&self) -> Api<DynamicObject> {
+        Api::all_with(self.client.clone(), &ApiResource::erase::<MeshNode>(&()))
+    }
+
+    /// Every node that has an agent or had one, and what there is left to do.
+    async fn nodes(&self, daemonset: Option<&DaemonSet>) -> Result<BTreeMap<String, Option<String>>> {
+        let mut nodes = BTreeMap::new();
+        if let Some(selector) = daemonset.and_then(|d| d.spec.as_ref()).map(|spec| &spec.selector) {
+            let labels = selector.match_labels.iter().flatten();
+            let labels: Vec<String> = labels.map(|(key, value)| format!("{key}={value}")).collect();
+            let api: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+            let pods = timed(PATIENCE, api.list(&ListParams::default().labels(&labels.join(",")))).await;
+            for pod in pods.context("the agents' pods")?.items {
+                if let Some(node) = pod.spec.and_then(|spec| spec.node_name) {
+                    nodes.insert(node, Some("its agent has never reported (it has no MeshNode)".to_owned()));
+                }
+            }
+        }
+        let found = timed(PATIENCE, self.mesh_nodes().list(&ListParams::default())).await;
+        for object in found.context("MeshNodes")?.items {
+            let status = object.data.get("status").cloned().unwrap_or_default();
+            let status: MeshNodeStatus = serde_json::from_value(status).unwrap_or_default();
+            nodes.insert(object.metadata.name.unwrap_or_default(), left(&status));
+        }
+        Ok(nodes)
+    }
+
+    /// Deletes the reports; an agent that has cleaned up makes none anew.
+    async fn forget(&self) -> Result<()> {
+        let all = self.mesh_nodes();
+        let (how, which) = (DeleteParams::default(), ListParams::default());
+        timed(PATIENCE, all.delete_collection(&how, &which))
+            .await
+            .map(drop)
+            .context("MeshNodes can't be deleted")
+    }
+}
+
+/// What keeps a node from being clean.
+fn left(status: &MeshNodeStatus) -> Option<String> {
+    let condition = |type_: &str| status.conditions.iter().find(|c| c.type_ == type_);
+    match (condition(CLEANED_UP), condition(SERVING)) {
+        (Some(cleaned), _) if cleaned.status == "True" => None,
+        (Some(cleaned), _) => Some(cleaned.message.clone()),
+        (None, Some(serving)) => {
+            Some(format!("its agent has not answered; it last said {} ({})", serving.reason, serving.message))
+        }
+        (None, None) => Some("its agent has not answered".to_owned()),
+    }
+}
+
+/// What an agent does while an uninstallation is asked for: removes everything, says so, and waits for its end.
+///
+/// # Errors
+/// Nothing keeps it from holding off.
+pub fn hold_off(
+    options: &Options,
+    node: &Handle,
+    (metrics, health): (&Metrics, &Health),
+    inputs: &Receiver<Input>,
+) -> Result<ExitCode> {
+    info!(
+        "an uninstallation is asked for (ConfigMap {UNINSTALL}): everything is removed, and nothing programmed"
+    );
+    health.set_in_sync(false, "held off for an uninstallation");
+    metrics.in_sync(false);
+    metrics.services(0);
+    let mut clean = false;
+    let mut next = Instant::now();
+    let mut told = String::new();
+    loop {
+        health.beat();
+        if !clean && Instant::now() >= next {
+            next = Instant::now() + CLEAN_AGAIN;
+            let done = match cleanup::clean(options) {
+                Ok(errors) if errors.is_empty() => Ok(()),
+                Ok(errors) => Err(errors.join("; ")),
+                Err(e) => Err(format!("{e:#}")),
+            };
+            match &done {
+                Ok(()) => info!("nothing of meshlb is left in this network namespace"),
+                Err(why) if told != *why => {
+                    warn!("not all could be removed, it is tried again: {why}");
+                    told.clone_from(why);
+                }
+                Err(_) => {}
+            }
+            clean = done.is_ok();
+            node.report(Report::of(State::HeldOff(done)));
+        }
+        match inputs.recv_timeout(Duration::from_secs(1)) {
+            Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => {
+                info!("stopping; this node's kernel is as it was left");
+                return Ok(ExitCode::SUCCESS);
+            }
+            Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Request::None(since) = node.request()
+            && since.elapsed() >= GRACE
+        {
+            info!("the uninstallation was withdrawn: the agent ends, to be started again");
+            return Ok(ExitCode::SUCCESS);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_not_cleaned_up_is_told_apart() {
+        let status = |state: State| Report::of(state).status(None, jiff::Timestamp::UNIX_EPOCH);
+        assert_eq!(left(&status(State::HeldOff(Ok(())))), None);
+        assert_eq!(left(&status(State::HeldOff(Err("rules: busy".into())))), Some("rules: busy".into()));
+        let serving = left(&status(State::Serving)).unwrap();
+        assert!(serving.contains("has not answered") && serving.contains("Serving"), "{serving}");
+        assert!(left(&MeshNodeStatus::default()).unwrap().contains("has not answered"));
+    }
+}
