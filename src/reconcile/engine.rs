@@ -384,6 +384,7 @@ impl Engine {
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
         ops.extend(self.earlier_routes()?);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
+        self.note_originals(&ops);
         Ok((ops, observed))
     }
 

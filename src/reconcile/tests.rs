@@ -643,3 +643,17 @@ fn what_a_slice_says_is_not_ready_is_not_kept_because_something_else_cannot_be_r
         .collect();
     assert!(weights.iter().all(|weight| *weight == 0), "{weights:?}");
 }
+
+#[test]
+fn what_was_there_before_us_is_noted_before_it_is_changed() {
+    let kernel = FakeKernel::default();
+    kernel.lock().state.sysctls.insert("net/ipv4/vs/conntrack".into(), "0".into());
+    let mut engine = vote(&kernel, Allocations::default());
+    let ops = engine.prepare(true, now()).unwrap();
+    let change =
+        |op: &&Op| matches!(op, Op::Sysctl { path, was: Some(_), .. } if path == "net/ipv4/vs/conntrack");
+    assert!(ops.iter().any(|op| change(&op)), "{ops:?}");
+    // Killed here, the next one must know it from the state file.
+    let originals = engine.sysctl_originals(&std::collections::BTreeMap::new());
+    assert_eq!(originals.get("net/ipv4/vs/conntrack").map(String::as_str), Some("0"));
+}

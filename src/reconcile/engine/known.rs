@@ -33,6 +33,22 @@ impl Engine {
         }
     }
 
+    /// Notes what sysctls and timeouts are before they are changed: it has to be on disk by then, since who is killed
+    /// between the change and a note of it could never put it back.
+    pub(super) fn note_originals(&mut self, ops: &[Op]) {
+        for op in ops {
+            match op {
+                Op::Sysctl { path, was: Some(was), .. } => {
+                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
+                }
+                Op::Timeouts { was, .. } => {
+                    self.timeouts_before.get_or_insert(*was);
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Updates what we know by one operation. After a failure the knowledge is not used.
     pub(super) fn remember(&mut self, op: &Op) {
         let servers = &mut self.known.virtual_servers;
@@ -74,16 +90,10 @@ impl Engine {
                     self.known.routes.set(*family, None);
                 }
             }
-            Op::Sysctl { path, value, was } => {
-                if let Some(was) = was {
-                    self.originals.entry(path.clone()).or_insert_with(|| was.clone());
-                }
+            Op::Sysctl { path, value, .. } => {
                 self.known.sysctls.insert(path.clone(), value.clone());
             }
-            Op::Timeouts { timeouts, was } => {
-                self.timeouts_before.get_or_insert(*was);
-                self.known.timeouts = Some(*timeouts);
-            }
+            Op::Timeouts { timeouts, .. } => self.known.timeouts = Some(*timeouts),
             Op::CutFlows(flows) => {
                 self.overdue.remove(flows);
             }
