@@ -13,7 +13,7 @@ use crate::{
     source::{
         files,
         object::{ParsedFile, Verdict},
-        problem::Severity,
+        problem::{Severity, one_line},
         store::Store,
     },
 };
@@ -99,7 +99,7 @@ fn folder(dir: &Path, counts: &mut Counts, lines: &mut Vec<(Severity, String)>) 
     }
     lines.extend(store.problems(dir).iter().map(|p| (p.severity, p.to_string())));
     if let Err(e) = Lock::read(dir) {
-        lines.push((Severity::Error, format!("{}: {e}", dir.display())));
+        lines.push((Severity::Error, one_line(&format!("{}: {e}", dir.display())).into_owned()));
     }
 }
 
@@ -138,5 +138,47 @@ mod tests {
                 format!("warning: {}:1: MeshService default/x: is defined in a.yaml too; that one is used", name("b.yaml")),
             ]
         );
+    }
+
+    #[test]
+    fn only_regular_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo.yaml");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let link = |name: &str, to: &str| {
+            let path = dir.path().join(name);
+            std::os::unix::fs::symlink(to, &path).unwrap();
+            path
+        };
+        // Reading this one waits for ever, or it has no end, or says that it is empty.
+        let paths = [
+            fifo,
+            link("device.yaml", "/dev/zero"),
+            link("proc.yaml", "/proc/kmsg"),
+            link("a.yaml", "/proc/self/status"),
+        ];
+        for path in paths {
+            let (counts, out) = lines(std::slice::from_ref(&path), "");
+            assert_eq!(counts.errors, 1, "{out:?}");
+            assert!(out[0].starts_with(&format!("error: {}: ", path.display())), "{out:?}");
+            assert!(out[0].contains("it is not a regular file"), "{out:?}");
+        }
+        let (counts, out) = lines(&["/dev/null".into()], "");
+        assert_eq!((counts.errors, out.len()), (1, 1));
+    }
+
+    #[test]
+    fn one_problem_is_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a\nb.yaml");
+        let name = "x\\ny\\u001b[31m";
+        fs::write(
+            &file,
+            format!("apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: \"{name}\"}}\nspec: {{ports: [{{port: 80, \"no\\nfield\": 1}}]}}\n"),
+        )
+        .unwrap();
+        let (counts, out) = lines(&[file, dir.path().to_owned(), "n\no".into()], "");
+        assert_eq!(counts.errors, out.len(), "{out:#?}");
+        assert!(out.iter().all(|line| line.starts_with("error: ") && !line.contains('\u{1b}')), "{out:#?}");
     }
 }

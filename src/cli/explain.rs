@@ -12,7 +12,10 @@ use super::{
     session::{Purpose, Session},
     show::{self, bytes},
 };
-use crate::model::ids::{Family, Scope};
+use crate::{
+    model::ids::{Family, Scope},
+    source::problem::one_line,
+};
 
 /// Explains one service. Exit code 1 says that something is not as it should be.
 ///
@@ -112,7 +115,8 @@ fn path(
         let _ = writeln!(out, "  endpoints  none: connections are refused at once");
     }
     for e in &server.endpoints {
-        let place = match (&e.target, &e.node) {
+        let named = |name: &Option<String>| name.as_deref().map(|name| one_line(name).into_owned());
+        let place = match (named(&e.target), named(&e.node)) {
             (Some(target), Some(node)) => format!(" {target} on {node},"),
             (Some(target), None) => format!(" {target},"),
             (None, Some(node)) => format!(" on {node},"),

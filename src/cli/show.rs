@@ -10,7 +10,7 @@ use super::{
     report::{PortReport, Report, ServerReport, ServiceReport, report},
     session::{Purpose, Session},
 };
-use crate::model::ids::ServiceKey;
+use crate::{model::ids::ServiceKey, source::problem::one_line};
 
 /// Shows all services, or those of one name.
 ///
@@ -158,8 +158,8 @@ fn server_block(out: &mut String, server: &ServerReport) {
     for e in &server.endpoints {
         rows.push([
             format!("      {}", std::net::SocketAddr::new(e.address, e.port)),
-            e.target.clone().unwrap_or_else(|| "-".into()),
-            e.node.clone().unwrap_or_else(|| "-".into()),
+            e.target.as_deref().map_or("-".into(), |name| one_line(name).into_owned()),
+            e.node.as_deref().map_or("-".into(), |name| one_line(name).into_owned()),
             e.weight.to_string(),
             e.active_connections.to_string(),
             e.inactive_connections.to_string(),
