@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use super::print;
 use crate::{
     allocate::Lock,
     source::{
@@ -26,11 +27,15 @@ use crate::{
 /// # Errors
 /// The result can't be printed.
 pub fn run(files: &[PathBuf]) -> Result<ExitCode> {
-    let counts = check(files, &mut io::stdin().lock(), &mut io::stderr().lock())?;
+    let mut told = Vec::new();
+    let counts = check(files, &mut io::stdin().lock(), &mut told)?;
+    // Where it can't be told, the exit code tells.
+    let _ = io::stderr().lock().write_all(&told);
     if counts.errors > 0 {
         return Ok(ExitCode::FAILURE);
     }
-    println!("{} in {} checked: no errors", plural(counts.objects, "object"), plural(counts.files, "file"));
+    let (objects, files) = (plural(counts.objects, "object"), plural(counts.files, "file"));
+    print::out(format_args!("{objects} in {files} checked: no errors\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 

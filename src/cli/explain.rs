@@ -8,6 +8,7 @@ use anyhow::Result;
 use super::{
     Output,
     options::Options,
+    print,
     report::{PortReport, Report, ServerReport, ServiceReport},
     session::{Purpose, Session},
     show::{self, bytes},
@@ -26,13 +27,12 @@ pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
     let mut session = Session::open(options, None, Purpose::Look)?;
     let report = show::read(&mut session, Some(name))?;
     match output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Json => print::out(format_args!("{}\n", serde_json::to_string_pretty(&report)?))?,
         Output::Text => {
-            for service in &report.services {
-                print!("{}", explain(&report, service, &options.zone));
-            }
+            let told = report.services.iter().map(|service| explain(&report, service, &options.zone));
+            print::out(told.collect::<String>())?
         }
-    }
+    };
     let fine = report.node_problems.is_empty() && report.services.iter().all(|s| show::state(s) == "ok");
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -7,6 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     options::{Options, RendererChoice},
+    print,
     record::Record,
 };
 use crate::{
@@ -335,7 +336,7 @@ impl Session {
     pub fn report_problems(&self) -> bool {
         for problem in &self.problems {
             if problem.severity >= Severity::Warning {
-                eprintln!("meshlb: {problem}");
+                print::err(problem);
             }
         }
         self.problems.iter().any(|p| p.severity >= Severity::Refused)

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use super::{
     ShowOutput,
     options::Options,
+    print,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
     session::{Purpose, Session},
 };
@@ -28,12 +29,13 @@ pub fn run(options: &Options, name: Option<&str>, output: ShowOutput, watch: boo
             ShowOutput::Json => format!("{}\n", serde_json::to_string_pretty(&report)?),
         };
         if !watch {
-            print!("{text}");
+            print::out(&text)?;
             return Ok(ExitCode::SUCCESS);
         }
         // Clear the screen, go to its first line.
-        print!("\x1b[2J\x1b[H{text}");
-        std::io::Write::flush(&mut std::io::stdout())?;
+        if !print::out(format_args!("\x1b[2J\x1b[H{text}"))? {
+            return Ok(ExitCode::SUCCESS);
+        }
         std::thread::sleep(Duration::from_secs(2));
     }
 }
