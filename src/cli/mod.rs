@@ -247,7 +247,21 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
 }
 
 fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
-    tracing_subscriber::EnvFilter::try_new(level).map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))
+    // To EnvFilter any other word is a target, and everything else is silenced.
+    let directive = |text: &str| {
+        const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+        let level =
+            text.rsplit_once('=').map_or(Some(text), |(target, level)| (!target.is_empty()).then_some(level));
+        level.is_some_and(|level| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)))
+    };
+    let directives: Vec<&str> = level.split(',').map(str::trim).collect();
+    let filter = tracing_subscriber::EnvFilter::try_new(directives.join(","));
+    match (directives.iter().all(|text| directive(text)), filter) {
+        (true, Ok(filter)) => Ok(filter),
+        _ => anyhow::bail!(
+            "--log-level {level:?}: give error, warn, info, debug or trace, and directives such as meshlb::plan=debug"
+        ),
+    }
 }
 
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
@@ -266,4 +280,32 @@ fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
         options::LogFormat::Json => builder.json().try_init(),
     };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_log_level_is_a_level_or_a_directive() {
+        for good in [
+            "off",
+            "error",
+            "warn",
+            "INFO",
+            "debug",
+            "trace",
+            "meshlb=debug",
+            "warn,meshlb::plan=trace",
+            "off, kube=warn",
+        ] {
+            assert!(super::log_filter(good).is_ok(), "{good}");
+        }
+        for bad in ["warning", "foo", "", "warn,foo", "meshlb=loud", "meshlb::plan", "=debug", "3"] {
+            let said = super::log_filter(bad).unwrap_err().to_string();
+            assert!(
+                said.starts_with("--log-level") && said.contains("error, warn, info, debug or trace"),
+                "{bad}: {said}"
+            );
+            assert_eq!(said.lines().count(), 1, "{said}");
+        }
+    }
 }
