@@ -6,6 +6,7 @@ pub mod check;
 pub mod cleanup;
 pub mod controller;
 pub mod explain;
+pub mod flag_values;
 #[cfg(test)]
 mod golden;
 pub mod lock;
