@@ -45,6 +45,9 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
     for problem in &service.problems {
         let _ = writeln!(out, "  ! {problem}");
     }
+    for note in &service.notes {
+        let _ = writeln!(out, "  note: {note}");
+    }
     if report.node_problems.is_empty() {
         let _ = writeln!(out, "  rules ({}), routes, sysctls, sentinel: as they should be", report.renderer);
     }

@@ -9,6 +9,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::session::notes_of;
 use crate::{
     compile::{CompiledPort, CompiledService, RealState},
     dataplane::{Counters, Error, ProgramState, netfilter},
@@ -61,6 +62,8 @@ pub struct ServiceReport {
     pub ports: Vec<PortReport>,
     /// Conflicts and other reasons why it is not served as declared.
     pub problems: Vec<String>,
+    /// What is to be known all the same of a service that is.
+    pub notes: Vec<String>,
 }
 
 /// One port of a service.
@@ -259,6 +262,7 @@ fn service_report(
         total_endpoints: service.endpoints.1,
         ports,
         problems,
+        notes: notes_of(engine, service),
     })
 }
 

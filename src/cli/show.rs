@@ -9,7 +9,7 @@ use super::{
     options::Options,
     print,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
-    session::{Purpose, Session},
+    session::{Purpose, Session, is_elsewhere},
 };
 use crate::{model::ids::ServiceKey, source::problem::one_line};
 
@@ -135,7 +135,8 @@ pub fn wide(report: &Report) -> String {
             let _ = write!(out, "  port {}", port_text(port));
             let _ = writeln!(out, "{}", port.name.as_ref().map_or(String::new(), |n| format!("  ({n})")));
             if let Some(why) = &port.not_published {
-                let _ = writeln!(out, "    ! not published here: {why}");
+                let sign = if is_elsewhere(why) { "" } else { "! " };
+                let _ = writeln!(out, "    {sign}not published here: {why}");
             }
             for server in &port.virtual_servers {
                 server_block(&mut out, server);
