@@ -71,6 +71,11 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
     out
 }
 
+/// Whether an entry is about an endpoint, whichever service or scope leads there.
+fn is_shared(entry: &str) -> bool {
+    ["local ", "endpoints ", "own "].iter().any(|set| entry.starts_with(set))
+}
+
 fn path(
     out: &mut String,
     service: &ServiceReport,
@@ -101,8 +106,16 @@ fn path(
         }
         Scope::Ingress => !service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},"))),
     };
-    for entry in server.entries.iter().filter(|e| of_scope(&e.entry)) {
+    let (shared, own): (Vec<_>, Vec<_>) = server.entries.iter().partition(|e| is_shared(&e.entry));
+    for entry in own.into_iter().filter(|e| of_scope(&e.entry)) {
         let _ = writeln!(out, "  set entry  {} -> mark {:#x}: {}", entry.entry, server.mark, entry.state);
+    }
+    let fine = shared.iter().filter(|e| e.state == "ok").count();
+    if fine > 0 {
+        let _ = writeln!(out, "  set entry  {fine} more for its endpoints: ok");
+    }
+    for entry in shared.iter().filter(|e| e.state != "ok") {
+        let _ = writeln!(out, "  set entry  {}: {}", entry.entry, entry.state);
     }
     let connections: u64 = server.endpoints.iter().map(|e| e.connections).sum();
     let _ = writeln!(
