@@ -11,10 +11,14 @@ use std::{
         unix::net::{SocketAddr, UnixListener, UnixStream},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 const NAME: &[u8] = b"meshlb.dev/instance";
+/// So many bytes of what the other one says of itself are read.
+const MAX_ABOUT: usize = 1024;
+/// And for so long it is listened to.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Holds the network namespace.
 #[derive(Debug)]
@@ -62,10 +66,19 @@ impl Instance {
 pub fn other() -> Option<String> {
     let address = SocketAddr::from_abstract_name(NAME).ok()?;
     let mut peer = UnixStream::connect_addr(&address).ok()?;
-    peer.set_read_timeout(Some(Duration::from_secs(1))).ok()?;
-    let mut text = String::new();
-    peer.read_to_string(&mut text).ok()?;
-    Some(text)
+    peer.set_read_timeout(Some(PATIENCE)).ok()?;
+    // Anybody can have the name.
+    let mut text = [0; MAX_ABOUT];
+    let deadline = Instant::now() + PATIENCE;
+    let mut length = 0;
+    while length < text.len() && Instant::now() < deadline {
+        match peer.read(&mut text[length..]) {
+            Ok(n) if n > 0 => length += n,
+            _ => break,
+        }
+    }
+    let text = String::from_utf8_lossy(&text[..length]).escape_debug().to_string();
+    (!text.is_empty()).then_some(text)
 }
 
 #[cfg(test)]
@@ -85,6 +98,25 @@ mod tests {
                 Err(Error::Taken(about)) => assert_eq!(about, "pid 1, folder /a"),
                 other => panic!("{other:?}"),
             }
+        });
+        done.join().unwrap();
+    }
+
+    #[test]
+    fn who_never_ends_to_speak_is_cut_off() {
+        let done = thread::spawn(|| {
+            if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err() {
+                return;
+            }
+            let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(NAME).unwrap()).unwrap();
+            thread::spawn(move || {
+                for mut peer in listener.incoming().flatten() {
+                    while peer.write_all(&[b'x'; 4096]).is_ok() {}
+                }
+            });
+            let about = other().unwrap();
+            assert!(about.len() <= 1024, "{}", about.len());
+            assert!(matches!(Instance::take("pid 2".into()), Err(Error::Taken(_))));
         });
         done.join().unwrap();
     }

@@ -56,7 +56,9 @@ pub enum LockError {
     #[error("{FILE_NAME}: {0}")]
     Io(#[from] io::Error),
     /// It is not what `meshlb lock` writes.
-    #[error("{FILE_NAME} is damaged: {0}; restore it, or write a new one with `meshlb lock`")]
+    #[error(
+        "{FILE_NAME} is damaged: {0}; restore it, or move it away and write a new one with `meshlb lock`"
+    )]
     Damaged(String),
     /// A newer meshlb wrote it.
     #[error("{FILE_NAME} is of version {0}, which this meshlb does not know; use a newer one")]

@@ -14,6 +14,7 @@ pub mod node_checks;
 mod quick;
 mod schemas;
 pub mod slice;
+pub mod slice_rules;
 pub mod status;
 pub mod structural;
 pub mod v1alpha1;
@@ -23,10 +24,11 @@ pub mod values;
 pub use convert::{granted, granted_of, readable_status, to_service};
 pub use error::{FieldError, Reason};
 pub use mesh_node::{MeshNode, MeshNodeStatus};
-pub use node_checks::check_against_node;
+pub use node_checks::{check_against_node, leave_out_vips};
 pub use slice::to_slice;
+pub use slice_rules::broken_slice_rules;
 pub use v1alpha1::{MeshService, MeshServiceSpec};
-pub use validate::{parse_endpoint_slice, parse_mesh_service};
+pub use validate::{is_dns_subdomain, parse_endpoint_slice, parse_mesh_service};
 
 /// `apiVersion` of our objects.
 pub const API_VERSION: &str = "meshlb.dev/v1alpha1";

@@ -1,7 +1,12 @@
 //! Rules that need the node's configuration: which VIPs and ports may be asked for.
 
+use std::net::IpAddr;
+
+use k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
+
 use super::error::{FieldError, Reason};
 use crate::model::{
+    endpoints::Slice,
     ids::Family,
     node::NodeConfig,
     service::{Mode, Service},
@@ -21,20 +26,9 @@ pub fn check_against_node(service: &Service, config: &NodeConfig) -> Vec<FieldEr
             forbid(field, format!("{vip} can't be used: no {family} VIP range is configured (--vip-cidr)"));
             continue;
         };
-        let taken_for = if config.ingress(family) == Some(*vip) {
-            Some("the ingress address")
-        } else if config.dns(family) == Some(*vip) {
-            Some("the DNS address")
-        } else if *vip == range.network() {
-            Some("the network address")
-        } else if family == Family::V4 && *vip == range.broadcast() {
-            Some("the broadcast address")
-        } else {
-            None
-        };
         if !range.contains(vip) {
             forbid(field, format!("{vip} is outside the VIP range {range}"));
-        } else if let Some(what) = taken_for {
+        } else if let Some(what) = config.reserved_address(vip) {
             forbid(field, format!("{vip} is {what} of the VIP range {range}"));
         }
     }
@@ -56,4 +50,27 @@ pub fn check_against_node(service: &Service, config: &NodeConfig) -> Vec<FieldEr
         }
     }
     errors
+}
+
+/// Leaves endpoints out whose address is in this configuration's VIP range, and says so: packets to them would never
+/// leave a node.
+pub fn leave_out_vips(slice: &mut Slice, object: &EndpointSlice, config: &NodeConfig) -> Vec<FieldError> {
+    let Some(range) = config.ranges.get(slice.family) else { return Vec::new() };
+    let mut vips = Vec::new();
+    slice.endpoints.retain(|endpoint| {
+        let is_vip = range.contains(&endpoint.address);
+        if is_vip {
+            vips.push(endpoint.address);
+        }
+        !is_vip
+    });
+    let finding = |vip: IpAddr| {
+        let message = format!(
+            "{vip} is in the VIP range {range} (--vip-cidr), where no endpoint can be; it is left out"
+        );
+        let of = |e: &Endpoint| e.addresses.first().and_then(|text| text.parse().ok()) == Some(vip);
+        let at = object.endpoints.iter().position(of).unwrap_or(0);
+        FieldError::new(format!("endpoints[{at}].addresses[0]"), Reason::Forbidden, message)
+    };
+    vips.into_iter().map(finding).collect()
 }

@@ -1,6 +1,9 @@
 //! From a `discovery.k8s.io/v1` EndpointSlice to [`crate::model::endpoints::Slice`].
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+};
 
 use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointSlice};
 
@@ -75,12 +78,15 @@ fn address(endpoint: &ApiEndpoint, family: Family) -> Result<IpAddr, String> {
         text.parse().map_err(|_| format!("{text:?} is not an IP address; the endpoint is left out"))?;
     let refused = if Family::of(&address) != family {
         Some(format!("is not {family}"))
+    } else if is_mapped(&address) {
+        Some("is an IPv4 address in IPv6 notation".into())
     } else if address.is_unspecified()
         || address.is_loopback()
         || address.is_multicast()
         || is_link_local(&address)
+        || address == IpAddr::V4(Ipv4Addr::BROADCAST)
     {
-        Some("can't be an endpoint (unspecified, loopback, link-local or multicast)".into())
+        Some("can't be an endpoint (unspecified, loopback, link-local, multicast or broadcast)".into())
     } else {
         None
     };
@@ -88,6 +94,10 @@ fn address(endpoint: &ApiEndpoint, family: Family) -> Result<IpAddr, String> {
         Some(why) => Err(format!("{address} {why}; the endpoint is left out")),
         None => Ok(address),
     }
+}
+
+fn is_mapped(address: &IpAddr) -> bool {
+    matches!(address, IpAddr::V6(a) if a.to_ipv4_mapped().is_some())
 }
 
 fn is_link_local(address: &IpAddr) -> bool {

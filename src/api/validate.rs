@@ -93,7 +93,7 @@ fn check_metadata(value: &Value, ours: bool) -> Vec<FieldError> {
         Some(_) => {}
     }
     if let Some(namespace) = metadata["namespace"].as_str()
-        && !(is_dns_subdomain(namespace) && namespace.len() <= 63 && !namespace.contains('.'))
+        && !is_dns_label(namespace)
     {
         let message = "must be a DNS label of at most 63 characters: lower-case letters, digits and '-'";
         errors.push(FieldError::new("metadata.namespace", Reason::Invalid, message));
@@ -101,7 +101,13 @@ fn check_metadata(value: &Value, ours: bool) -> Vec<FieldError> {
     errors
 }
 
-fn is_dns_subdomain(name: &str) -> bool {
+/// A DNS label as RFC 1123 has it, in lower case.
+pub fn is_dns_label(name: &str) -> bool {
+    is_dns_subdomain(name) && name.len() <= 63 && !name.contains('.')
+}
+
+/// A DNS name as Kubernetes has it: of lower-case letters, digits, `-` and `.`, at most 253 characters.
+pub fn is_dns_subdomain(name: &str) -> bool {
     let label = |l: &str| {
         !l.is_empty()
             && !l.starts_with('-')

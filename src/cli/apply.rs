@@ -7,7 +7,8 @@ use jiff::Timestamp;
 
 use super::{
     options::Options,
-    session::{Purpose, Session},
+    print,
+    session::{Purpose, Session, notes_of},
 };
 use crate::{instance::Instance, source::Origin};
 
@@ -29,25 +30,28 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     let mut conflicts = 0;
     for service in session.engine.merged().services().values() {
         for problem in session.problems_of(service) {
-            eprintln!("meshlb: {}: {problem}", service.key);
+            print::err(format_args!("{}: {problem}", service.key));
             conflicts += 1;
+        }
+        for note in notes_of(&session.engine, service) {
+            print::err(format_args!("note: {}: {note}", service.key));
         }
     }
     if let Some(advice) = super::lock::advice(session.engine.allocator(), dir) {
-        eprintln!("meshlb: {advice}");
+        print::err(&advice);
     }
     for advice in super::report::firewall_advice(&session.engine) {
-        eprintln!("meshlb: {advice}");
+        print::err(&advice);
     }
     for failure in failures.iter().filter(|f| !f.follows) {
-        eprintln!("meshlb: {}: {}", failure.op, failure.error);
+        print::err(format_args!("{}: {}", failure.op, failure.error));
     }
-    println!(
-        "{} services, {} changes, {} failed in {:.1} ms",
+    print::out(format_args!(
+        "{} services, {} changes, {} failed in {:.1} ms\n",
         session.engine.merged().services().len(),
         ops.len(),
         failures.len(),
         took.as_secs_f64() * 1e3
-    );
+    ))?;
     Ok(if failures.is_empty() && !wrong && conflicts == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -8,12 +8,13 @@ use std::{
 
 use anyhow::{Context, Result};
 
+use super::print;
 use crate::{
     allocate::Lock,
     source::{
         files,
         object::{ParsedFile, Verdict},
-        problem::Severity,
+        problem::{Severity, one_line},
         store::Store,
     },
 };
@@ -26,11 +27,15 @@ use crate::{
 /// # Errors
 /// The result can't be printed.
 pub fn run(files: &[PathBuf]) -> Result<ExitCode> {
-    let counts = check(files, &mut io::stdin().lock(), &mut io::stderr().lock())?;
+    let mut told = Vec::new();
+    let counts = check(files, &mut io::stdin().lock(), &mut told)?;
+    // Where it can't be told, the exit code tells.
+    let _ = io::stderr().lock().write_all(&told);
     if counts.errors > 0 {
         return Ok(ExitCode::FAILURE);
     }
-    println!("{} in {} checked: no errors", plural(counts.objects, "object"), plural(counts.files, "file"));
+    let (objects, files) = (plural(counts.objects, "object"), plural(counts.files, "file"));
+    print::out(format_args!("{objects} in {files} checked: no errors\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -99,7 +104,7 @@ fn folder(dir: &Path, counts: &mut Counts, lines: &mut Vec<(Severity, String)>) 
     }
     lines.extend(store.problems(dir).iter().map(|p| (p.severity, p.to_string())));
     if let Err(e) = Lock::read(dir) {
-        lines.push((Severity::Error, format!("{}: {e}", dir.display())));
+        lines.push((Severity::Error, one_line(&format!("{}: {e}", dir.display())).into_owned()));
     }
 }
 
@@ -138,5 +143,47 @@ mod tests {
                 format!("warning: {}:1: MeshService default/x: is defined in a.yaml too; that one is used", name("b.yaml")),
             ]
         );
+    }
+
+    #[test]
+    fn only_regular_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo.yaml");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        let link = |name: &str, to: &str| {
+            let path = dir.path().join(name);
+            std::os::unix::fs::symlink(to, &path).unwrap();
+            path
+        };
+        // Reading this one waits for ever, or it has no end, or says that it is empty.
+        let paths = [
+            fifo,
+            link("device.yaml", "/dev/zero"),
+            link("proc.yaml", "/proc/kmsg"),
+            link("a.yaml", "/proc/self/status"),
+        ];
+        for path in paths {
+            let (counts, out) = lines(std::slice::from_ref(&path), "");
+            assert_eq!(counts.errors, 1, "{out:?}");
+            assert!(out[0].starts_with(&format!("error: {}: ", path.display())), "{out:?}");
+            assert!(out[0].contains("it is not a regular file"), "{out:?}");
+        }
+        let (counts, out) = lines(&["/dev/null".into()], "");
+        assert_eq!((counts.errors, out.len()), (1, 1));
+    }
+
+    #[test]
+    fn one_problem_is_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a\nb.yaml");
+        let name = "x\\ny\\u001b[31m";
+        fs::write(
+            &file,
+            format!("apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: \"{name}\"}}\nspec: {{ports: [{{port: 80, \"no\\nfield\": 1}}]}}\n"),
+        )
+        .unwrap();
+        let (counts, out) = lines(&[file, dir.path().to_owned(), "n\no".into()], "");
+        assert_eq!(counts.errors, out.len(), "{out:#?}");
+        assert!(out.iter().all(|line| line.starts_with("error: ") && !line.contains('\u{1b}')), "{out:#?}");
     }
 }

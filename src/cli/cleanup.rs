@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use super::{
     options::Options,
+    print,
     session::{self, Left, Purpose},
 };
 use crate::{
@@ -32,11 +33,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
     let errors = clean(options)?;
     if errors.is_empty() {
-        println!("nothing of meshlb is left in this network namespace");
+        print::out("nothing of meshlb is left in this network namespace\n")?;
         return Ok(ExitCode::SUCCESS);
     }
     for error in &errors {
-        eprintln!("meshlb: {error}");
+        print::err(error);
     }
     Ok(ExitCode::FAILURE)
 }

@@ -8,11 +8,15 @@ use anyhow::Result;
 use super::{
     Output,
     options::Options,
+    print,
     report::{PortReport, Report, ServerReport, ServiceReport},
     session::{Purpose, Session},
     show::{self, bytes},
 };
-use crate::model::ids::{Family, Scope};
+use crate::{
+    model::ids::{Family, Scope},
+    source::problem::one_line,
+};
 
 /// Explains one service. Exit code 1 says that something is not as it should be.
 ///
@@ -23,13 +27,12 @@ pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
     let mut session = Session::open(options, None, Purpose::Look)?;
     let report = show::read(&mut session, Some(name))?;
     match output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Output::Json => print::out(format_args!("{}\n", serde_json::to_string_pretty(&report)?))?,
         Output::Text => {
-            for service in &report.services {
-                print!("{}", explain(&report, service, &options.zone));
-            }
+            let told = report.services.iter().map(|service| explain(&report, service, &options.zone));
+            print::out(told.collect::<String>())?
         }
-    }
+    };
     let fine = report.node_problems.is_empty() && report.services.iter().all(|s| show::state(s) == "ok");
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -41,6 +44,9 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
     let _ = writeln!(out, "{}/{} on node {}", service.namespace, service.name, report.node);
     for problem in &service.problems {
         let _ = writeln!(out, "  ! {problem}");
+    }
+    for note in &service.notes {
+        let _ = writeln!(out, "  note: {note}");
     }
     if report.node_problems.is_empty() {
         let _ = writeln!(out, "  rules ({}), routes, sysctls, sentinel: as they should be", report.renderer);
@@ -63,6 +69,11 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
         }
     }
     out
+}
+
+/// Whether an entry is about an endpoint, whichever service or scope leads there.
+fn is_shared(entry: &str) -> bool {
+    ["local ", "endpoints ", "own "].iter().any(|set| entry.starts_with(set))
 }
 
 fn path(
@@ -95,8 +106,16 @@ fn path(
         }
         Scope::Ingress => !service.vips.iter().any(|v| entry.starts_with(&format!("vips {v},"))),
     };
-    for entry in server.entries.iter().filter(|e| of_scope(&e.entry)) {
+    let (shared, own): (Vec<_>, Vec<_>) = server.entries.iter().partition(|e| is_shared(&e.entry));
+    for entry in own.into_iter().filter(|e| of_scope(&e.entry)) {
         let _ = writeln!(out, "  set entry  {} -> mark {:#x}: {}", entry.entry, server.mark, entry.state);
+    }
+    let fine = shared.iter().filter(|e| e.state == "ok").count();
+    if fine > 0 {
+        let _ = writeln!(out, "  set entry  {fine} more for its endpoints: ok");
+    }
+    for entry in shared.iter().filter(|e| e.state != "ok") {
+        let _ = writeln!(out, "  set entry  {}: {}", entry.entry, entry.state);
     }
     let connections: u64 = server.endpoints.iter().map(|e| e.connections).sum();
     let _ = writeln!(
@@ -112,7 +131,8 @@ fn path(
         let _ = writeln!(out, "  endpoints  none: connections are refused at once");
     }
     for e in &server.endpoints {
-        let place = match (&e.target, &e.node) {
+        let named = |name: &Option<String>| name.as_deref().map(|name| one_line(name).into_owned());
+        let place = match (named(&e.target), named(&e.node)) {
             (Some(target), Some(node)) => format!(" {target} on {node},"),
             (Some(target), None) => format!(" {target},"),
             (None, Some(node)) => format!(" on {node},"),

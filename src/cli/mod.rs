@@ -6,11 +6,13 @@ pub mod check;
 pub mod cleanup;
 pub mod controller;
 pub mod explain;
+pub mod flag_values;
 #[cfg(test)]
 mod golden;
 pub mod lock;
 pub mod options;
 pub mod plan;
+pub mod print;
 pub mod record;
 pub mod report;
 pub mod session;
@@ -123,6 +125,26 @@ pub enum Command {
     },
 }
 
+/// Commands that no flag of [`Options`] means anything to.
+const WITHOUT_SETTINGS: [&str; 3] = ["check", "crd", "completions"];
+
+impl Command {
+    fn has_settings(&self) -> bool {
+        !matches!(self, Self::Check { .. } | Self::Crd | Self::Completions { .. })
+    }
+}
+
+/// The command line as clap has it.
+fn command() -> clap::Command {
+    let mut command = Cli::command();
+    let hidden: Vec<clap::Arg> =
+        command.get_arguments().filter(|arg| arg.is_global_set()).map(|arg| arg.clone().hide(true)).collect();
+    for name in WITHOUT_SETTINGS {
+        command = command.mut_subcommand(name, |subcommand| subcommand.args(hidden.clone()));
+    }
+    command
+}
+
 /// Output formats.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Output {
@@ -148,20 +170,19 @@ pub fn main() -> ExitCode {
     let cli = match parse() {
         Ok(cli) => cli,
         Err(error) => {
-            eprintln!("meshlb: {error:#}");
+            print::err(format_args!("{error:#}"));
             return ExitCode::from(2);
         }
     };
-    if let Err(error) =
-        cli.options.settings().map(drop).and_then(|()| log_filter(&cli.options.log_level).map(drop))
-    {
-        eprintln!("meshlb: {error:#}");
+    let settings = if cli.command.has_settings() { cli.options.settings().map(drop) } else { Ok(()) };
+    if let Err(error) = settings.and_then(|()| log_filter(&cli.options.log_level).map(drop)) {
+        print::err(format_args!("{error:#}"));
         return ExitCode::from(2);
     }
     match run(cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("meshlb: {error:#}");
+            print::err(format_args!("{error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -169,9 +190,9 @@ pub fn main() -> ExitCode {
 
 /// The command line, with the values of a --config file as defaults.
 fn parse() -> anyhow::Result<Cli> {
-    let first = Cli::command().ignore_errors(true).get_matches();
+    let first = command().ignore_errors(true).get_matches();
     let file = first.get_one::<PathBuf>("config").cloned();
-    let mut command = Cli::command();
+    let mut command = command();
     // Who looks, or cleans up, is not to repeat the agent's flags.
     if first.subcommand_name().is_some_and(|name| AS_THE_AGENT.contains(&name))
         && let Some(dir) = first.get_one::<PathBuf>("state_dir")
@@ -202,11 +223,14 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Cleanup => cleanup::run(&options),
         Command::Uninstall(arguments) => uninstall::run(&options, arguments),
         Command::Crd => {
-            print!("{}", crate::api::crd::crds_yaml()?.map(|(_, text)| text).join("---\n"));
+            print::out(crate::api::crd::crds_yaml()?.map(|(_, text)| text).join("---\n"))?;
             Ok(ExitCode::SUCCESS)
         }
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "meshlb", &mut std::io::stdout());
+            // It panics where it can't write.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut command(), "meshlb", &mut script);
+            print::out(String::from_utf8_lossy(&script))?;
             Ok(ExitCode::SUCCESS)
         }
     }
@@ -224,7 +248,21 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
 }
 
 fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
-    tracing_subscriber::EnvFilter::try_new(level).map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))
+    // To EnvFilter any other word is a target, and everything else is silenced.
+    let directive = |text: &str| {
+        const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+        let level =
+            text.rsplit_once('=').map_or(Some(text), |(target, level)| (!target.is_empty()).then_some(level));
+        level.is_some_and(|level| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)))
+    };
+    let directives: Vec<&str> = level.split(',').map(str::trim).collect();
+    let filter = tracing_subscriber::EnvFilter::try_new(directives.join(","));
+    match (directives.iter().all(|text| directive(text)), filter) {
+        (true, Ok(filter)) => Ok(filter),
+        _ => anyhow::bail!(
+            "--log-level {level:?}: give error, warn, info, debug or trace, and directives such as meshlb::plan=debug"
+        ),
+    }
 }
 
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
@@ -234,11 +272,41 @@ fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         // Colours are for people: a file or a pipe gets plain text.
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
+        .with_target(false)
+        // It would tell so on stderr, and panic there.
+        .log_internal_errors(false);
     // Only the first call of a process counts.
     let _ = match options.log_format {
         options::LogFormat::Text => builder.try_init(),
         options::LogFormat::Json => builder.json().try_init(),
     };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn a_log_level_is_a_level_or_a_directive() {
+        for good in [
+            "off",
+            "error",
+            "warn",
+            "INFO",
+            "debug",
+            "trace",
+            "meshlb=debug",
+            "warn,meshlb::plan=trace",
+            "off, kube=warn",
+        ] {
+            assert!(super::log_filter(good).is_ok(), "{good}");
+        }
+        for bad in ["warning", "foo", "", "warn,foo", "meshlb=loud", "meshlb::plan", "=debug", "3"] {
+            let said = super::log_filter(bad).unwrap_err().to_string();
+            assert!(
+                said.starts_with("--log-level") && said.contains("error, warn, info, debug or trace"),
+                "{bad}: {said}"
+            );
+            assert_eq!(said.lines().count(), 1, "{said}");
+        }
+    }
 }

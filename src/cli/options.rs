@@ -12,12 +12,13 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use ipnet::IpNet;
 
+use super::flag_values::{Reserved, parse_dns_name, parse_node_ip, parse_reserved};
 use crate::{
     dataplane::AddressRules,
     model::{
         ids::{Family, PerFamily},
         kernel::Timeouts,
-        node::{MarkMask, NodeConfig, ReservedPorts, nth_address, parse_port_range},
+        node::{MarkMask, NodeConfig, nth_address, parse_port_range},
     },
     reconcile::Settings,
     state::State,
@@ -55,7 +56,14 @@ pub struct Options {
     #[arg(long, global = true, env = "MESHLB_CONFIG", value_name = "FILE", help_heading = "Node")]
     pub config: Option<PathBuf>,
     /// This node's name: endpoints with this nodeName are local [default: the host name]
-    #[arg(long, global = true, env = "MESHLB_NODE", value_name = "NAME", help_heading = "Node")]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_NODE",
+        value_name = "NAME",
+        value_parser = parse_dns_name,
+        help_heading = "Node"
+    )]
     pub node: Option<String>,
     /// This node's own address, at most one per family [default: the default route's source address]
     #[arg(
@@ -64,6 +72,7 @@ pub struct Options {
         env = "MESHLB_NODE_IP",
         value_name = "IP",
         value_delimiter = ',',
+        value_parser = parse_node_ip,
         help_heading = "Node"
     )]
     pub node_ip: Vec<IpAddr>,
@@ -96,7 +105,7 @@ pub struct Options {
         help_heading = "Services"
     )]
     pub publish_addresses: Vec<IpNet>,
-    /// Ports that can't be published.
+    /// Ports that can't be published; `none` for none.
     #[arg(
         long,
         global = true,
@@ -104,15 +113,17 @@ pub struct Options {
         value_name = "PORTS",
         value_delimiter = ',',
         default_value = "22,179,2379-2380,4789/udp,6443,8472/udp,10248-10259",
+        value_parser = parse_reserved,
         help_heading = "Services"
     )]
-    pub publish_reserved: Vec<ReservedPorts>,
+    pub publish_reserved: Vec<Reserved>,
     /// DNS zone of the services' names.
     #[arg(
         long,
         global = true,
         env = "MESHLB_ZONE",
         default_value = "mesh.internal",
+        value_parser = parse_dns_name,
         help_heading = "Services"
     )]
     pub zone: String,
@@ -264,10 +275,11 @@ impl Options {
     pub fn settings(&self) -> Result<Settings> {
         let name = match &self.node {
             Some(name) => name.clone(),
+            // In lower case, as kubelet has it.
             None => nix::unistd::gethostname()
                 .ok()
-                .and_then(|name| name.into_string().ok())
-                .context("this host has no name: give --node")?,
+                .and_then(|name| parse_dns_name(&name.into_string().ok()?.to_lowercase()).ok())
+                .context("this host has no name that a node could have: give --node")?,
         };
         let mut ranges = PerFamily::default();
         for range in &self.vip_cidr {
@@ -276,10 +288,20 @@ impl Options {
             if ranges.get(family).is_some() {
                 bail!("--vip-cidr: two {family} ranges; give at most one per family");
             }
-            // Network, ingress, DNS and one VIP at least.
-            if nth_address(&range, 3).is_none() || range.prefix_len() == 0 {
+            if matches!(range, IpNet::V6(r) if r.network().to_ipv4_mapped().is_some()) {
+                bail!("--vip-cidr {range}: an IPv4 range in IPv6 notation; write it as IPv4");
+            }
+            if range.prefix_len() == 0 {
+                bail!("--vip-cidr {range}: too large; a /16 for IPv4 and a /112 for IPv6 are usual");
+            }
+            let not_given = match family {
+                Family::V4 => "the network, ingress, DNS and broadcast addresses are never given out",
+                Family::V6 => "the network, ingress and DNS addresses are never given out",
+            };
+            if nth_address(&range, 3).is_none_or(|first| family == Family::V4 && first == range.broadcast()) {
                 bail!(
-                    "--vip-cidr {range}: too small or too large; a /16 for IPv4 and a /112 for IPv6 are usual"
+                    "--vip-cidr {range}: no address is left for virtual IPs ({not_given}); \
+                     a /16 for IPv4 and a /112 for IPv6 are usual"
                 );
             }
             let first = range.network();
@@ -314,11 +336,15 @@ impl Options {
             }
             node_ips.set(family, Some(*ip));
         }
+        let reserved: Vec<_> = self.publish_reserved.iter().filter_map(|r| r.0.clone()).collect();
+        if !reserved.is_empty() && reserved.len() < self.publish_reserved.len() {
+            bail!("--publish-reserved: `none` stands alone");
+        }
         let node = NodeConfig {
             name: name.into(),
             ranges,
             publish_range: self.publish_range.clone(),
-            reserved: self.publish_reserved.clone(),
+            reserved,
             mask: self.mark_mask,
         };
         let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
@@ -400,7 +426,8 @@ mod tests {
 
     /// What a command line is refused with; empty for one that is right.
     fn refused(flags: &[&str]) -> String {
-        let line = ["meshlb", "--node", "n1"].iter().chain(flags).chain(&["show"]);
+        let node: &[&str] = if flags.contains(&"--node") { &[] } else { &["--node", "n1"] };
+        let line = ["meshlb"].iter().chain(node).chain(flags).chain(&["show"]);
         match Cli::try_parse_from(line) {
             Ok(cli) => cli.options.settings().err().map_or_else(String::new, |e| e.to_string()),
             Err(e) => e.to_string().lines().next().unwrap_or_default().to_owned(),
@@ -411,8 +438,12 @@ mod tests {
     fn ranges_that_cut_a_node_off_are_refused() {
         for (cidr, why) in [
             ("10.200.0.0/16,10.201.0.0/16", "two IPv4 ranges; give at most one per family"),
-            ("10.200.0.0/31", "too small or too large"),
-            ("0.0.0.0/0", "too small or too large"),
+            ("10.200.0.0/30", "no address is left for virtual IPs"),
+            ("10.200.0.0/31", "no address is left for virtual IPs"),
+            ("10.200.0.1/32", "no address is left for virtual IPs"),
+            ("fd00::/127", "no address is left for virtual IPs"),
+            ("::ffff:10.0.0.0/104", "an IPv4 range in IPv6 notation"),
+            ("0.0.0.0/0", "too large"),
             ("127.0.0.0/8", "not a range for virtual IPs"),
             ("169.254.0.0/16", "not a range for virtual IPs"),
             ("224.0.0.0/8", "not a range for virtual IPs"),
@@ -423,6 +454,7 @@ mod tests {
             assert!(said.starts_with("--vip-cidr") && said.contains(why), "{cidr}: {said}");
         }
         assert_eq!(refused(&["--node-ip", "192.168.50.1,fd00:50::1", "--vip-cidr", "10.9.0.0/16"]), "");
+        assert_eq!(refused(&["--vip-cidr", "10.9.0.0/29,fd00::/126"]), "");
     }
 
     #[test]
@@ -436,10 +468,28 @@ mod tests {
             (["--resync", "0"], "--resync"),
             (["--publish-range", "5-1"], "--publish-range"),
             (["--publish-reserved", "70000"], "--publish-reserved"),
+            (["--publish-reserved", "22,none"], "--publish-reserved: `none` stands alone"),
+            (["--node-ip", "0.0.0.0"], "--node-ip"),
+            (["--node-ip", "::"], "--node-ip"),
+            (["--node-ip", "127.0.0.1"], "--node-ip"),
+            (["--node-ip", "::1"], "--node-ip"),
+            (["--node-ip", "224.0.0.1"], "--node-ip"),
+            (["--node-ip", "ff02::1"], "--node-ip"),
+            (["--node-ip", "255.255.255.255"], "--node-ip"),
+            (["--node-ip", "::ffff:10.0.0.1"], "--node-ip"),
+            (["--node", ""], "--node"),
+            (["--node", "N1"], "--node"),
+            (["--node", "n1..x"], "--node"),
+            (["--node", "n1-"], "--node"),
+            (["--zone", ""], "--zone"),
+            (["--zone", "Foo.bar"], "--zone"),
+            (["--zone", "foo..bar"], "--zone"),
+            (["--zone", "foo_bar"], "--zone"),
         ] {
             let said = refused(&flags);
             assert!(said.contains(why), "{flags:?}: {said}");
         }
         assert_eq!(refused(&["--ipvs-timeouts", "keep", "--metrics-listen", "off"]), "");
+        assert_eq!(refused(&["--zone", "mesh", "--node", "n1.example"]), "");
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use serde::Serialize;
 
+use super::session::notes_of;
 use crate::{
     compile::{CompiledPort, CompiledService, RealState},
     dataplane::{Counters, Error, ProgramState, netfilter},
@@ -61,6 +62,8 @@ pub struct ServiceReport {
     pub ports: Vec<PortReport>,
     /// Conflicts and other reasons why it is not served as declared.
     pub problems: Vec<String>,
+    /// What is to be known all the same of a service that is.
+    pub notes: Vec<String>,
 }
 
 /// One port of a service.
@@ -99,7 +102,7 @@ pub struct ServerReport {
     pub scopes: Vec<Scope>,
     /// Scheduler.
     pub scheduler: String,
-    /// Set entries that lead to it: `vips 10.200.0.5,tcp:80`.
+    /// Set entries that lead to it, `vips 10.200.0.5,tcp:80`, and those about its endpoints, `local 10.244.1.11`.
     pub entries: Vec<EntryReport>,
     /// `ok`, or what is wrong.
     pub state: String,
@@ -259,6 +262,7 @@ fn service_report(
         total_endpoints: service.endpoints.1,
         ports,
         problems,
+        notes: notes_of(engine, service),
     })
 }
 
@@ -306,14 +310,18 @@ fn server_report(
         Some(have) if have.config == want.config => "ok".to_owned(),
         Some(have) => format!("scheduler {}, should be {}", have.config.scheduler, want.config.scheduler),
     };
-    let entries = service
+    let leading = service
         .elements
         .iter()
         .filter(|(element, mark)| **mark == Some(key.mark) && element.family() == key.family)
+        .map(|(element, mark)| (element, *mark));
+    let shared = service.shared.iter().filter(|element| want.reals.keys().any(|real| is_of(element, real)));
+    let entries = leading
+        .chain(shared.map(|element| (element, None)))
         .map(|(element, mark)| EntryReport {
             entry: element.to_string(),
             state: match observed.elements.get(element) {
-                Some(have) if have == mark => "ok".into(),
+                Some(have) if *have == mark => "ok".into(),
                 Some(Some(other)) => format!("leads to mark {other}"),
                 Some(None) => "has no mark".into(),
                 None => "missing".into(),
@@ -332,6 +340,17 @@ fn server_report(
         endpoints,
         packets: packets(engine, observed, service, key, scopes),
     })
+}
+
+/// Whether an entry without a mark is about this destination: that it is here, where answers come from, and that it may be
+/// reached at a node's own address.
+fn is_of(element: &Element, real: &RealServerKey) -> bool {
+    match element {
+        Element::Local(addr) | Element::Endpoint(addr) => *addr == real.addr,
+        // A range keeps the port that the client asked for.
+        Element::Own(to) => to.addr == real.addr && (real.port == 0 || to.port == real.port),
+        Element::Vip(_) | Element::Published(_) | Element::Loopback(..) => false,
+    }
 }
 
 /// The packets that matter to people: to the VIP and to a published address.

@@ -7,6 +7,7 @@ use tracing::{debug, error, info, warn};
 
 use super::{
     options::{Options, RendererChoice},
+    print,
     record::Record,
 };
 use crate::{
@@ -335,7 +336,7 @@ impl Session {
     pub fn report_problems(&self) -> bool {
         for problem in &self.problems {
             if problem.severity >= Severity::Warning {
-                eprintln!("meshlb: {problem}");
+                print::err(problem);
             }
         }
         self.problems.iter().any(|p| p.severity >= Severity::Refused)
@@ -360,13 +361,7 @@ fn load(options: &Options, source: &Origin, config: &NodeConfig) -> Result<Loade
 
 /// What keeps a service from being served as declared: allocation conflicts and blocked ports.
 pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
-    let conflicts = engine.allocator().get(&service.key).map(|a| a.conflicts.as_slice()).unwrap_or_default();
-    let mut out: Vec<String> = conflicts.iter().map(ToString::to_string).collect();
-    for port in &service.ports {
-        if let Some(why) = &port.not_published {
-            out.push(format!("port {}: not published on this node: {why}", port.spec.label()));
-        }
-    }
+    let mut out = told_of(engine, service, true);
     for ((protocol, port), _) in engine.late_listeners().iter().filter(|(_, key)| **key == service.key) {
         out.push(format!(
             "published port {protocol} {port}: a socket of this host that came later listens on it too; \
@@ -374,6 +369,30 @@ pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
         ));
     }
     out
+}
+
+/// What is to be known of a service that is served as declared: a value of it that has moved, a port that answers on other
+/// nodes only because it is to.
+pub fn notes_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
+    told_of(engine, service, false)
+}
+
+/// What compile says of a port with `publish.mode: Host` on a node that has none of its endpoints.
+const ELSEWHERE: &str = "no endpoint on this node (mode Host)";
+
+/// Whether a port is not published here for no reason but that it is published on other nodes.
+pub fn is_elsewhere(why_not_published: &str) -> bool {
+    why_not_published == ELSEWHERE
+}
+
+fn told_of(engine: &Engine, service: &CompiledService, wrong: bool) -> Vec<String> {
+    let conflicts = engine.allocator().get(&service.key).map(|a| a.conflicts.as_slice()).unwrap_or_default();
+    let conflicts = conflicts.iter().filter(|c| c.is_blocking() == wrong).map(ToString::to_string);
+    let ports = service.ports.iter().filter_map(|port| {
+        let why = port.not_published.as_ref().filter(|why| is_elsewhere(why) != wrong)?;
+        Some(format!("port {}: not published on this node: {why}", port.spec.label()))
+    });
+    conflicts.chain(ports).collect()
 }
 
 /// Opens the kernel side as the options say.

@@ -7,10 +7,11 @@ use anyhow::{Result, bail};
 use super::{
     ShowOutput,
     options::Options,
+    print,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
-    session::{Purpose, Session},
+    session::{Purpose, Session, is_elsewhere},
 };
-use crate::model::ids::ServiceKey;
+use crate::{model::ids::ServiceKey, source::problem::one_line};
 
 /// Shows all services, or those of one name.
 ///
@@ -28,12 +29,13 @@ pub fn run(options: &Options, name: Option<&str>, output: ShowOutput, watch: boo
             ShowOutput::Json => format!("{}\n", serde_json::to_string_pretty(&report)?),
         };
         if !watch {
-            print!("{text}");
+            print::out(&text)?;
             return Ok(ExitCode::SUCCESS);
         }
         // Clear the screen, go to its first line.
-        print!("\x1b[2J\x1b[H{text}");
-        std::io::Write::flush(&mut std::io::stdout())?;
+        if !print::out(format_args!("\x1b[2J\x1b[H{text}"))? {
+            return Ok(ExitCode::SUCCESS);
+        }
         std::thread::sleep(Duration::from_secs(2));
     }
 }
@@ -133,7 +135,8 @@ pub fn wide(report: &Report) -> String {
             let _ = write!(out, "  port {}", port_text(port));
             let _ = writeln!(out, "{}", port.name.as_ref().map_or(String::new(), |n| format!("  ({n})")));
             if let Some(why) = &port.not_published {
-                let _ = writeln!(out, "    ! not published here: {why}");
+                let sign = if is_elsewhere(why) { "" } else { "! " };
+                let _ = writeln!(out, "    {sign}not published here: {why}");
             }
             for server in &port.virtual_servers {
                 server_block(&mut out, server);
@@ -158,8 +161,8 @@ fn server_block(out: &mut String, server: &ServerReport) {
     for e in &server.endpoints {
         rows.push([
             format!("      {}", std::net::SocketAddr::new(e.address, e.port)),
-            e.target.clone().unwrap_or_else(|| "-".into()),
-            e.node.clone().unwrap_or_else(|| "-".into()),
+            e.target.as_deref().map_or("-".into(), |name| one_line(name).into_owned()),
+            e.node.as_deref().map_or("-".into(), |name| one_line(name).into_owned()),
             e.weight.to_string(),
             e.active_connections.to_string(),
             e.inactive_connections.to_string(),

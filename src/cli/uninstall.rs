@@ -20,7 +20,7 @@ use kube::{
 };
 use tracing::{info, warn};
 
-use super::{cleanup, options::Options};
+use super::{cleanup, options::Options, print};
 use crate::{
     admin::Health,
     api::{
@@ -93,12 +93,16 @@ impl Cluster {
     async fn cancel(&self) -> Result<ExitCode> {
         let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
         match timed(PATIENCE, api.delete(UNINSTALL, &DeleteParams::default())).await {
-            Ok(_) => println!("withdrawn: the agents serve again within {} s", GRACE.as_secs() + 10),
-            Err(kube::Error::Api(status)) if status.code == 404 => {
-                println!("nothing to withdraw: there is no ConfigMap {}/{UNINSTALL}", self.namespace);
-            }
+            Ok(_) => print::out(format_args!(
+                "withdrawn: the agents serve again within {} s\n",
+                GRACE.as_secs() + 10
+            ))?,
+            Err(kube::Error::Api(status)) if status.code == 404 => print::out(format_args!(
+                "nothing to withdraw: there is no ConfigMap {}/{UNINSTALL}\n",
+                self.namespace
+            ))?,
             Err(e) => return Err(e).context(self.about()),
-        }
+        };
         Ok(ExitCode::SUCCESS)
     }
 
@@ -109,7 +113,10 @@ impl Cluster {
     async fn uninstall(&self, timeout: u64) -> Result<ExitCode> {
         let daemonset = self.daemonset().await?;
         self.ask(daemonset.as_ref()).await?;
-        println!("asked by ConfigMap {}/{UNINSTALL}: agents clean up and hold off", self.namespace);
+        print::out(format_args!(
+            "asked by ConfigMap {}/{UNINSTALL}: agents clean up and hold off\n",
+            self.namespace
+        ))?;
         let end = Instant::now() + Duration::from_secs(timeout);
         let mut told = BTreeSet::new();
         let left = loop {
@@ -119,7 +126,7 @@ impl Cluster {
                 Ok(nodes) => {
                     for name in nodes.iter().filter(|(_, left)| left.is_none()).map(|(name, _)| name) {
                         if told.insert(name.clone()) {
-                            println!("{name}: cleaned up");
+                            print::out(format_args!("{name}: cleaned up\n"))?;
                         }
                     }
                     let open = nodes.into_iter().filter_map(|(name, left)| Some((name, left?)));
@@ -135,18 +142,18 @@ impl Cluster {
         };
         if left.is_empty() {
             self.forget().await?;
-            println!("{} nodes are clean; MeshServices and the CRDs stay", told.len());
+            print::out(format_args!("{} nodes are clean; MeshServices and the CRDs stay\n", told.len()))?;
             return Ok(ExitCode::SUCCESS);
         }
         for (name, why) in &left {
-            eprintln!("meshlb: node {name} is not cleaned up after {timeout} s: {why}");
+            print::err(format_args!("node {name} is not cleaned up after {timeout} s: {why}"));
         }
-        eprintln!(
-            "meshlb: {} of {} nodes are not cleaned up. The request stays, and a node whose agent comes back cleans up; \
+        print::err(format_args!(
+            "{} of {} nodes are not cleaned up. The request stays, and a node whose agent comes back cleans up; \
              `meshlb uninstall --cancel` withdraws it",
             left.len(),
             left.len() + told.len()
-        );
+        ));
         Ok(ExitCode::FAILURE)
     }
 

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     report::firewall_advice,
-    session::{Keeper, problems_of},
+    session::{Keeper, notes_of, problems_of},
 };
 use crate::{
     admin::Health,
@@ -35,6 +35,8 @@ pub struct Watcher {
     traffic: Traffic,
     /// Problems that were logged, by service.
     told: BTreeMap<ServiceKey, Vec<String>>,
+    /// What else was logged of services.
+    noted: BTreeMap<ServiceKey, Vec<String>>,
     /// Why the kernel is not as desired.
     reason: String,
     /// Writes that were reported so far, by backend.
@@ -68,6 +70,7 @@ impl Watcher {
             health,
             traffic,
             told: BTreeMap::new(),
+            noted: BTreeMap::new(),
             firewall: Vec::new(),
             firewall_seen: None,
             unsaved: Vec::new(),
@@ -87,6 +90,14 @@ impl Watcher {
         self.faults.settled(key, service.and_then(|service| fault_of(engine, service)));
         let before = self.told.remove(key).unwrap_or_default();
         tell_changes(&format!("{key}: "), &before, &now);
+        let notes: Vec<String> = service.map(|service| notes_of(engine, service)).unwrap_or_default();
+        let noted = self.noted.remove(key).unwrap_or_default();
+        for note in notes.iter().filter(|note| !noted.contains(note)) {
+            info!("{key}: {note}");
+        }
+        if !notes.is_empty() {
+            self.noted.insert(key.clone(), notes);
+        }
         if !now.is_empty() {
             self.told.insert(key.clone(), now);
         }

@@ -37,6 +37,23 @@ impl NodeConfig {
     pub fn dns(&self, family: Family) -> Option<IpAddr> {
         self.ranges.get(family).and_then(|r| nth_address(r, 2))
     }
+
+    /// What an address of a range is for, where it is never a virtual IP.
+    pub fn reserved_address(&self, address: &IpAddr) -> Option<&'static str> {
+        let family = Family::of(address);
+        let range = self.ranges.get(family)?;
+        if self.ingress(family) == Some(*address) {
+            Some("the ingress address")
+        } else if self.dns(family) == Some(*address) {
+            Some("the DNS address")
+        } else if *address == range.network() {
+            Some("the network address")
+        } else if family == Family::V4 && *address == range.broadcast() {
+            Some("the broadcast address")
+        } else {
+            None
+        }
+    }
 }
 
 /// `network + n`, where the range has such an address.

@@ -3,7 +3,9 @@
 use std::{
     collections::BTreeMap,
     ffi::{OsStr, OsString},
-    fs, io,
+    fs,
+    io::{self, Read as _},
+    os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -143,16 +145,7 @@ pub fn read_all(dir: &Path, names: &[OsString], config: Option<&NodeConfig>) -> 
 
 /// Reads and parses one file.
 pub fn read_file(path: &Path, config: Option<&NodeConfig>) -> ParsedFile {
-    let text = fs::metadata(path).and_then(|metadata| {
-        if metadata.len() > MAX_FILE_BYTES {
-            return Err(io::Error::other(format!("it is bigger than {} MiB", MAX_FILE_BYTES >> 20)));
-        }
-        if !metadata.is_file() {
-            return Err(io::Error::other("it is not a regular file"));
-        }
-        fs::read_to_string(path)
-    });
-    match text {
+    match read_regular(path) {
         Ok(text) => parse_text(path, &text, config),
         Err(e) if e.kind() == io::ErrorKind::InvalidData => {
             whole_file(path, None, "is not UTF-8 text".into())
@@ -161,6 +154,36 @@ pub fn read_file(path: &Path, config: Option<&NodeConfig>) -> ParsedFile {
             ParsedFile { problems: vec![unreadable(path, &e)], incomplete: true, ..ParsedFile::default() }
         }
     }
+}
+
+/// The text of a file that has an end, within bounds: some files of the kernel's own call themselves regular and empty,
+/// and reading them waits for ever.
+fn read_regular(path: &Path) -> io::Result<String> {
+    let not_regular = || io::Error::other("it is not a regular file");
+    // A pipe without a writer keeps who opens it waiting: asked first, opened then, and asked again.
+    if !fs::metadata(path)?.is_file() {
+        return Err(not_regular());
+    }
+    let file = fs::OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    if !metadata.is_file() || is_of_kernel(&file) {
+        return Err(not_regular());
+    }
+    let too_big = || io::Error::other(format!("it is bigger than {} MiB", MAX_FILE_BYTES >> 20));
+    if metadata.len() > MAX_FILE_BYTES {
+        return Err(too_big());
+    }
+    let mut text = String::new();
+    // It may grow while it is read.
+    if file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text)? as u64 > MAX_FILE_BYTES {
+        return Err(too_big());
+    }
+    Ok(text)
+}
+
+/// Whether a file is one of /proc, where the kernel makes up the content (`PROC_SUPER_MAGIC` of `linux/magic.h`).
+fn is_of_kernel(file: &fs::File) -> bool {
+    nix::sys::statfs::fstatfs(file).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::PROC_SUPER_MAGIC)
 }
 
 fn whole_file(path: &Path, line: Option<u64>, message: String) -> ParsedFile {

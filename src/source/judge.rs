@@ -29,7 +29,7 @@ pub struct Judgement {
 pub fn judge(kind: Kind, value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
     match kind {
         Kind::Service => service(value, config, in_kubernetes),
-        Kind::Slice => slice(value),
+        Kind::Slice => slice(value, config),
     }
 }
 
@@ -53,14 +53,68 @@ fn service(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Ju
     }
 }
 
-fn slice(value: Value) -> Judgement {
-    match api::parse_endpoint_slice(value) {
+/// A node does what it can with a slice; without one it is `check`, which says what an API server would.
+fn slice(value: Value, config: Option<&NodeConfig>) -> Judgement {
+    let parsed = api::parse_endpoint_slice(value).and_then(|object| {
+        let broken = if config.is_none() { api::broken_slice_rules(&object) } else { Vec::new() };
+        if broken.is_empty() { Ok(object) } else { Err(broken) }
+    });
+    match parsed {
         Ok(object) => {
-            let (slice, findings) = api::to_slice(&object);
+            let (mut slice, mut findings) = api::to_slice(&object);
+            if let (Some(slice), Some(config)) = (&mut slice, config) {
+                findings.extend(api::leave_out_vips(slice, &object, config));
+            }
             let verdict =
                 slice.map_or(Verdict::Withheld, |slice| Verdict::Good(Object::Slice(Arc::new(slice))));
             Judgement { verdict, findings, severity: Severity::Warning }
         }
         Err(findings) => Judgement { verdict: Verdict::Wrong, findings, severity: Severity::Error },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::fixtures::config;
+
+    /// What a node says of a slice with this address, and how many endpoints it uses.
+    fn used(address_type: &str, address: &str) -> (usize, Vec<String>) {
+        let value = json!({
+            "apiVersion": api::SLICE_API_VERSION, "kind": "EndpointSlice", "addressType": address_type,
+            "metadata": {"name": "s", "labels": {api::SERVICE_NAME_LABEL: "vote"}},
+            "endpoints": [{"addresses": [address]}],
+        });
+        let judged = judge(Kind::Slice, value, Some(&config()), false);
+        assert_eq!(judged.severity, Severity::Warning);
+        match judged.verdict {
+            Verdict::Good(Object::Slice(slice)) => {
+                (slice.endpoints.len(), judged.findings.iter().map(ToString::to_string).collect())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_node_leaves_out_what_can_be_no_endpoint() {
+        assert_eq!(used("IPv4", "10.0.0.1"), (1, vec![]));
+        let vip = "is in the VIP range";
+        for (address_type, address, why) in [
+            ("IPv4", "10.200.0.9", vip),
+            ("IPv6", "fd00:200::9", vip),
+            ("IPv6", "::ffff:10.0.0.1", "is an IPv4 address in IPv6 notation"),
+            ("IPv4", "255.255.255.255", "broadcast"),
+            ("IPv4", "127.0.0.1", "loopback"),
+            ("IPv4", "fd00::1", "is not IPv4"),
+        ] {
+            let (endpoints, findings) = used(address_type, address);
+            assert_eq!((endpoints, findings.len()), (0, 1), "{address}: {findings:?}");
+            assert!(
+                findings[0].contains(why) && findings[0].starts_with("endpoints[0].addresses[0]: "),
+                "{findings:?}"
+            );
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What a source could not use, for people.
 
-use std::{fmt, path::PathBuf};
+use std::{borrow::Cow, fmt, path::PathBuf};
 
 /// One thing that is wrong in a source.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,19 +36,27 @@ pub enum Severity {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = String::new();
         if let Some(file) = &self.file {
-            write!(f, "{}", file.display())?;
+            text += &file.display().to_string();
             if let Some(line) = self.line {
-                write!(f, ":{line}")?;
+                text += &format!(":{line}");
             }
-            f.write_str(": ")?;
+            text += ": ";
         }
-        if let Some(object) = &self.object {
-            write!(f, "{object}: ")?;
+        for part in self.object.iter().chain(self.field.as_ref().filter(|field| !field.is_empty())) {
+            text += part;
+            text += ": ";
         }
-        if let Some(field) = self.field.as_ref().filter(|field| !field.is_empty()) {
-            write!(f, "{field}: ")?;
-        }
-        f.write_str(&self.message)
+        f.write_str(&one_line(&(text + &self.message)))
     }
+}
+
+/// A text with its control characters spelled out: names are other people's, and one message is one line.
+pub fn one_line(text: &str) -> Cow<'_, str> {
+    if !text.contains(char::is_control) {
+        return text.into();
+    }
+    let spelled = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(spelled).collect::<String>().into()
 }

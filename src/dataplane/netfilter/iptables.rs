@@ -7,7 +7,7 @@ use super::{
     Fingerprint, Parts, exec, hash,
     legacy_pace::LegacyPace,
     nftread::NftReader,
-    nftwrite,
+    nftwrite, outline,
     parts::{nft_chains, part_name, save_parts, set_differences},
     remove,
     rules_iptables::{CHAINS, Guard, Options, rules},
@@ -439,6 +439,13 @@ fn in_small_table(change: &ElementChange, stores: Stores) -> bool {
 impl Netfilter for Iptables {
     fn name(&self) -> &'static str {
         self.variant.name()
+    }
+
+    fn outline(&self, program: &Program) -> Vec<String> {
+        let nft = self.stores.nft.then(|| outline::nft(program, self.stores.layout()));
+        let chains = Self::families(program)
+            .flat_map(|family| outline::iptables(family, &rules(program, family, self.options)));
+        nft.into_iter().flatten().chain(chains).collect()
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {

@@ -17,6 +17,7 @@ mod legacy_pace;
 mod nftables;
 mod nftread;
 mod nftwrite;
+mod outline;
 mod parts;
 mod remove;
 mod rules_iptables;

@@ -4,7 +4,7 @@ use super::{
     Fingerprint, Parts, accept, exec, hash,
     legacy_pace::LegacyPace,
     nftread::NftReader,
-    nftwrite,
+    nftwrite, outline,
     parts::{nft_chains, save_parts, set_differences},
     remove,
     rules_nft::{chain_names, table_text},
@@ -178,6 +178,19 @@ impl Nftables {
 impl Netfilter for Nftables {
     fn name(&self) -> &'static str {
         "nftables"
+    }
+
+    fn outline(&self, program: &Program) -> Vec<String> {
+        let mut out = outline::nft(program, Layout::Whole);
+        for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
+            for family in Family::ALL {
+                if variant.saved(family).is_ok_and(|saved| accept::blocks(&saved)) {
+                    let chains = outline::iptables(family, &accept::rules(program, family));
+                    out.extend(chains.into_iter().map(|chain| format!("{chain} ({})", variant.name())));
+                }
+            }
+        }
+        out
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
