@@ -351,13 +351,16 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
     m.write()?;
     let dir = n1.state_dir();
     std::fs::create_dir_all(&dir)?;
-    // By this process itself: what `ip netns exec` mounts, nobody else sees.
-    mount(Some("meshlb-test"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
+    // Mounts are the namespace's own, so files of it are made in there too.
+    n1.ns
+        .enter(|| Ok(mount(Some("meshlb-test"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?))?;
     let result = (|| {
         let mut agent = start(cx, &meshlb, &t, &m)?;
-        let mut full = fs::File::create(dir.join("full"))?;
-        // It is 64 KiB, whatever else the disk of this machine holds.
-        let filled = (0..256).take_while(|_| std::io::Write::write_all(&mut full, &[0; 512]).is_ok()).count();
+        let filled = n1.ns.enter(|| {
+            let mut full = fs::File::create(dir.join("full"))?;
+            let room = |_: &usize| std::io::Write::write_all(&mut full, &[0; 512]).is_ok();
+            Ok((0..256).take_while(room).count())
+        })?;
         ensure!(filled < 256, "the disk is not full");
         let hosts = [t.pod("p11")];
         m.endpoints("web", &hosts);
@@ -367,7 +370,7 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         ensure!(metric(n1, "meshlb_problems{of=\"state\"}")? > 0.0, "the metric says nothing of it");
         ready(n1, &mut agent)?;
         // There is room again: it is written with the next change.
-        std::fs::remove_file(dir.join("full"))?;
+        n1.ns.enter(|| Ok(fs::remove_file(dir.join("full"))?))?;
         m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
         m.write()?;
         agent.wait_for_log("no longer: ", Duration::from_secs(10))?;
@@ -375,6 +378,6 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         ensure!(agent.terminate(Duration::from_secs(5))? == 0, "the agent ended badly");
         cx.cleanup(&t)
     })();
-    umount2(&dir, MntFlags::MNT_DETACH)?;
+    n1.ns.enter(|| Ok(umount2(&dir, MntFlags::MNT_DETACH)?))?;
     result
 }
