@@ -2,10 +2,11 @@
 
 use insta::Settings;
 
-use super::{explain::explain, plan::Plan, report::report, show};
+use super::{dns::all_names, explain::explain, plan::Plan, report::report, show};
 use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
+    dns::zone::Zone,
     model::kernel::{Element, RealServerKey},
     reconcile::tests::{now, turn, vote},
 };
@@ -32,7 +33,9 @@ fn told(damaged: bool) -> (super::report::Report, Plan) {
     }
     let mut engine = vote(&kernel, Allocations::default());
     let (ops, observed) = engine.prepare_full(now()).unwrap();
-    let report = report(&mut engine, &observed, vec![], &|_| vec![], &|_| true).unwrap();
+    let zone = Zone::new("mesh.local", engine.settings().node.ranges).unwrap();
+    let names = all_names(zone, &engine);
+    let report = report(&mut engine, &observed, vec![], &names, &|_| vec![], &|_| true).unwrap();
     (report, Plan::new(&engine, &ops))
 }
 
@@ -46,11 +49,14 @@ fn json() {
 
 #[test]
 fn text() {
-    let zone = "mesh.local";
-    let (report, _) = told(false);
+    let dns = "10.200.0.2:53".parse().ok();
+    let (mut report, _) = told(false);
+    for name in &mut report.services[0].names {
+        name.state = Some("ok".into());
+    }
     golden("show", &show::summary(&report));
     golden("show-wide", &show::wide(&report));
-    golden("explain", &explain(&report, &report.services[0], zone));
+    golden("explain", &explain(&report, &report.services[0], dns));
     let (report, _) = told(true);
-    golden("explain-damaged", &explain(&report, &report.services[0], zone));
+    golden("explain-damaged", &explain(&report, &report.services[0], dns));
 }

@@ -5,10 +5,12 @@ pub mod apply;
 pub mod check;
 pub mod cleanup;
 pub mod controller;
+pub mod dns;
 pub mod explain;
 #[cfg(test)]
 mod golden;
 pub mod lock;
+pub mod names;
 pub mod options;
 pub mod plan;
 pub mod record;
@@ -224,7 +226,13 @@ fn log_to_stderr(options: &Options) -> anyhow::Result<()> {
 }
 
 fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
-    tracing_subscriber::EnvFilter::try_new(level).map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))
+    // The resolver's own complaints are about others' servers; what matters of them is told by metrics and `/readyz`.
+    let quiet = if ["error", "warn", "info"].contains(&level) {
+        format!("{level},hickory_resolver=off,hickory_net=off,hickory_proto=off")
+    } else {
+        level.to_owned()
+    };
+    tracing_subscriber::EnvFilter::try_new(quiet).map_err(|e| anyhow::anyhow!("--log-level {level:?}: {e}"))
 }
 
 fn init_log(options: &Options, level: &str) -> anyhow::Result<()> {

@@ -107,15 +107,6 @@ pub struct Options {
         help_heading = "Services"
     )]
     pub publish_reserved: Vec<ReservedPorts>,
-    /// DNS zone of the services' names.
-    #[arg(
-        long,
-        global = true,
-        env = "MESHLB_ZONE",
-        default_value = "mesh.internal",
-        help_heading = "Services"
-    )]
-    pub zone: String,
     /// How the API server is reached [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
     #[arg(long, global = true, env = "MESHLB_KUBECONFIG", value_name = "FILE", help_heading = "Services")]
     pub kubeconfig: Option<PathBuf>,
@@ -194,6 +185,9 @@ pub struct Options {
         help_heading = "Process"
     )]
     pub log_format: LogFormat,
+    /// The DNS server's.
+    #[command(flatten)]
+    pub dns: super::dns::DnsOptions,
     /// Values of [`REMEMBERED`], as text.
     #[arg(skip)]
     pub remembered: BTreeMap<String, String>,
@@ -321,6 +315,7 @@ impl Options {
             reserved: self.publish_reserved.clone(),
             mask: self.mark_mask,
         };
+        self.dns.config(ranges)?;
         let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
         Ok(Settings { node, addresses, timeouts: self.ipvs_timeouts.0 })
     }
@@ -363,6 +358,11 @@ pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
     let ranges: Vec<String> = state.ranges.iter().map(|(_, range)| range.to_string()).collect();
     let timeouts = state.ipvs_timeouts.map_or_else(|| "keep".to_owned(), |(ours, _)| ours.to_string());
     let kubeconfig = state.kubeconfig.as_ref().map_or_else(String::new, |f| f.display().to_string());
+    let listen = if state.dns_listen.is_empty() && !state.node.is_empty() {
+        "off".to_owned()
+    } else {
+        state.dns_listen.join(",")
+    };
     let mask = if state.mark_mask == 0 { String::new() } else { format!("{:#x}", state.mark_mask) };
     for (id, value) in [
         ("node", state.node.clone()),
@@ -370,6 +370,7 @@ pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
         ("mark_mask", mask),
         ("renderer", state.renderer.clone()),
         ("kubeconfig", kubeconfig),
+        ("dns_listen", listen),
         ("ipvs_timeouts", if state.node.is_empty() { String::new() } else { timeouts }),
     ] {
         if !value.is_empty() {

@@ -10,6 +10,7 @@ use anyhow::Result;
 use tracing::{info, warn};
 
 use super::{
+    dns::Feed,
     report::firewall_advice,
     session::{Keeper, problems_of},
 };
@@ -33,6 +34,7 @@ pub struct Watcher {
     metrics: Metrics,
     health: Health,
     traffic: Traffic,
+    dns: Feed,
     /// Problems that were logged, by service.
     told: BTreeMap<ServiceKey, Vec<String>>,
     /// Why the kernel is not as desired.
@@ -60,6 +62,7 @@ impl Watcher {
         metrics: Metrics,
         health: Health,
         traffic: Traffic,
+        dns: Feed,
         node: Option<meshnode::writer::Handle>,
     ) -> Self {
         Self {
@@ -67,6 +70,7 @@ impl Watcher {
             metrics,
             health,
             traffic,
+            dns,
             told: BTreeMap::new(),
             firewall: Vec::new(),
             firewall_seen: None,
@@ -83,7 +87,8 @@ impl Watcher {
 
     fn tell(&mut self, engine: &Engine, key: &ServiceKey) {
         let service = engine.merged().services().get(key);
-        let now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        let mut now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        now.extend(self.dns.conflicts(key));
         self.faults.settled(key, service.and_then(|service| fault_of(engine, service)));
         let before = self.told.remove(key).unwrap_or_default();
         tell_changes(&format!("{key}: "), &before, &now);
@@ -169,6 +174,10 @@ impl Observer for Watcher {
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>) {
         // Whatever went wrong has been told.
         let _ = self.save(engine);
+        let others = self.dns.update(engine, &turn.services, since);
+        for key in others.difference(&turn.services) {
+            self.tell(engine, key);
+        }
         for key in &turn.services {
             self.tell(engine, key);
             self.traffic.set(key, engine.merged().services().get(key));
@@ -227,6 +236,7 @@ impl Observer for Watcher {
         self.health.set_synced(synced);
         self.health.set_in_sync(in_sync, self.reason.as_str());
         self.metrics.in_sync(in_sync);
+        self.health.set_notes(self.dns.problems());
         self.look_at_firewall(engine);
         self.report(engine);
     }

@@ -235,7 +235,8 @@ def agents_pod():
         spec = pod(objects, "DaemonSet", "meshlb-agent")
         (container,) = spec["containers"]
         security = container["securityContext"]
-        equal(security["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]})
+        dns = [] if config(objects, "agent")["dns-listen"] == ["off"] else ["NET_BIND_SERVICE"]
+        equal(security["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"] + dns})
         assert not security["privileged"] and not security["allowPrivilegeEscalation"] and security["readOnlyRootFilesystem"]
         equal(spec["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
         assert spec["hostNetwork"] and not spec.get("hostPID") and not spec.get("hostIPC")
