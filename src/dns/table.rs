@@ -71,6 +71,12 @@ impl<K: Eq + Hash + Clone, V: Clone> Parts<K, V> {
     fn len(&self) -> usize {
         self.parts.iter().map(|part| part.len()).sum()
     }
+
+    /// How many parts two copies do not share.
+    #[cfg(test)]
+    pub(super) fn unshared(&self, other: &Self) -> usize {
+        self.parts.iter().zip(&other.parts).filter(|(a, b)| !Arc::ptr_eq(a, b)).count()
+    }
 }
 
 /// Key of a name in its index: `label.namespace`, in lower case.

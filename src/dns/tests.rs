@@ -313,3 +313,73 @@ fn short_names_are_for_pods_that_are_known() {
     assert_eq!(a("10.244.9.9", "vote."), "not ours");
     assert_eq!(a("192.168.50.1", "vote."), "not ours", "an address in two namespaces tells nothing");
 }
+
+/// So many services with two endpoints each.
+pub(super) fn crowd(n: u32) -> Names {
+    let mut names = Names::new(zone());
+    for i in 0..n {
+        change(&mut names, i, 0);
+    }
+    names
+}
+
+/// Service number `i` with endpoints of its own.
+pub(super) fn change(names: &mut Names, i: u32, turn: u8) {
+    let name = format!("s{i}");
+    let ip = |k: u8| format!("10.{}.{}.{}", 100 + turn % 2, i / 125, i % 125 * 2 + u32::from(k));
+    let ends = vec![endpoint(&ip(0), "n1"), endpoint(&ip(1), "n2")];
+    let [a, b] = (i as u16).to_be_bytes();
+    put(names, &service(&name), &[slice(&name, ends)], vip(&format!("10.200.{a}.{b}")));
+}
+
+#[test]
+fn a_change_leaves_the_rest_alone() {
+    let mut names = crowd(2000);
+    let before = published(&mut names);
+    change(&mut names, 7, 1);
+    let after = published(&mut names);
+    // Its name; two addresses that went and two that came.
+    assert!(before.names.unshared(&after.names) <= 1);
+    assert!(before.addresses.unshared(&after.addresses) <= 4);
+    assert_eq!(
+        told(&ask(&before, "tasks.s7.default.mesh.internal.", RecordType::A)),
+        "10.100.0.14 10.100.0.15"
+    );
+    assert_eq!(
+        told(&ask(&after, "tasks.s7.default.mesh.internal.", RecordType::A)),
+        "10.101.0.14 10.101.0.15"
+    );
+}
+
+/// Figures: `cargo test --release --lib dns::tests::what_it_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn what_it_costs() {
+    use std::time::Instant;
+    let memory = || {
+        let text = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = text.lines().find(|l| l.starts_with("VmRSS")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap()
+    };
+    let empty = memory();
+    let begun = Instant::now();
+    let mut names = crowd(10_000);
+    let mut table = published(&mut names);
+    println!("10,000 services: {:?}, {} KiB", begun.elapsed(), memory() - empty);
+    let mut times: Vec<_> = (0..10_000_u32)
+        .map(|i| {
+            let begun = Instant::now();
+            change(&mut names, i * 7919 % 10_000, (i % 2) as u8 + 1);
+            table = published(&mut names);
+            begun.elapsed()
+        })
+        .collect();
+    times.sort();
+    println!("one change: median {:?}, p99 {:?}", times[5_000], times[9_900]);
+    let question = Name::from_ascii("s77.default.mesh.internal.").unwrap();
+    let begun = Instant::now();
+    for _ in 0..1_000_000 {
+        std::hint::black_box(table.answer(&question, RecordType::A, None));
+    }
+    println!("one answer: {:?}", begun.elapsed() / 1_000_000);
+}

@@ -58,11 +58,10 @@ fn answers_with(from: &Host, server: &str, name: &str, kind: &str, want: &[&str]
 }
 
 /// The pod asks our server for its names from now on, with the search list that Kubernetes would give it.
-fn use_server(host: &Host, servers: &[&str], search: &str, options: &str) -> Result<()> {
-    let file = host.dir.join("resolv.conf");
+fn use_server(cx: &Cx, host: &Host, servers: &[&str], search: &str, options: &str) -> Result<()> {
+    let file = cx.dir.join(format!("{}-resolv.conf", host.name));
     let mut text: String = servers.iter().map(|s| format!("nameserver {s}\n")).collect();
     text += &format!("search {search}\noptions {options}\n");
-    fs::create_dir_all(&host.dir)?;
     fs::write(&file, text)?;
     let file = file.to_string_lossy().into_owned();
     let script = format!(
@@ -149,7 +148,7 @@ fn answers(cx: &mut Cx) -> Result<()> {
         }
     }
     // As programs ask: by the search list.
-    use_server(p12, &[at], &format!("{ZONE} mesh.internal"), "ndots:5")?;
+    use_server(cx, p12, &[at], &format!("{ZONE} mesh.internal"), "ndots:5")?;
     for (name, want) in
         [("web", "10.200.0.5"), ("www.default", "10.200.0.5"), ("web.default.mesh.internal", "10.200.0.5")]
     {
@@ -258,7 +257,7 @@ fn round_robin(cx: &mut Cx) -> Result<()> {
     let _agent = start(cx, &meshlb, &t, &m)?;
     let p11 = t.pod("p11");
     let servers: Vec<&str> = SERVERS.to_vec();
-    use_server(p11, &servers[..1], ZONE, "ndots:1")?;
+    use_server(cx, p11, &servers[..1], ZONE, "ndots:1")?;
     // What is answered first by the server itself.
     let mut firsts: BTreeMap<String, usize> = BTreeMap::new();
     for _ in 0..120 {
@@ -351,7 +350,7 @@ fn away(cx: &mut Cx) -> Result<()> {
     }
     n1.stop_serving("HOST-53");
     // Under load, killed and started again: nobody with the usual retry sees it.
-    use_server(p11, &SERVERS[..1], ZONE, "timeout:2 attempts:4")?;
+    use_server(cx, p11, &SERVERS[..1], ZONE, "timeout:2 attempts:4")?;
     let mut agent = meshlb.agent(n1, &m.dir)?;
     ready(n1, &mut agent)?;
     let stop = AtomicBool::new(false);
@@ -427,7 +426,7 @@ fn large(cx: &mut Cx) -> Result<()> {
         let cut = text.lines().any(|l| l.contains("flags:") && l.contains(" tc"));
         ensure!(cut == (at_most < 300), "dig {args:?}: {text}");
     }
-    use_server(p12, &SERVERS[..1], ZONE, "timeout:5")?;
+    use_server(cx, p12, &SERVERS[..1], ZONE, "timeout:5")?;
     let got = p12.ns.enter(|| {
         let found = (name.as_str(), 80_u16).to_socket_addrs()?;
         Ok(found.map(|a| a.ip()).collect::<BTreeSet<_>>().len())
