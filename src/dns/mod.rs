@@ -26,4 +26,6 @@ pub mod zone;
 #[cfg(test)]
 mod handler_tests;
 #[cfg(test)]
+mod server_tests;
+#[cfg(test)]
 mod tests;
