@@ -368,6 +368,7 @@ fn what_nodes_say_is_in_the_status() {
             node: None,
             zone: None,
             target: None,
+            hostname: None,
         };
         let slice = Slice {
             key: key(name),
