@@ -114,7 +114,7 @@ fn serve(
     if let Some(addr) = options.metrics_listen.0 {
         serve_admin(addr, Arc::new(metrics.clone()), health.clone())?;
     }
-    let dns = Feed::start(options, &session.engine, &metrics)?;
+    let dns = Feed::start(options, &session.engine, metrics)?;
     let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, dns, node.cloned());
     Agent::new(session.engine, watcher, pace).run(inputs);
     Ok(ExitCode::SUCCESS)

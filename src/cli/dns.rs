@@ -243,6 +243,15 @@ impl Feed {
         others
     }
 
+    /// Takes over all services that were compiled, where that has not been done yet: an agent that starts again answers as
+    /// soon as it knows them, and not only when it has looked at the kernel's state of each.
+    pub fn begin(&mut self, engine: &Engine) {
+        if self.server.is_some() && !self.published && !engine.merged().services().is_empty() {
+            let all = engine.merged().services().keys().cloned().collect();
+            self.update(engine, &all, None);
+        }
+    }
+
     /// Aliases that a service does not get.
     pub fn conflicts(&self, key: &ServiceKey) -> Vec<String> {
         self.names.conflicts(key)

@@ -158,6 +158,7 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
+        self.dns.begin(engine);
         match self.save(engine) {
             // Endpoints that are gone must not stay because a disk is full.
             Err(_) if self.keeper.on_disk() => Ok(()),

@@ -91,6 +91,9 @@ pub struct Handler<E> {
     pub rate: Rate,
     /// What is counted.
     pub metrics: DnsMetrics,
+    /// Until when questions about our names wait for the source to be read: they get no answer, since a client asks again
+    /// after silence (resolv.conf(5): after 5 s) and takes a SERVFAIL as final.
+    pub patient_until: Instant,
 }
 
 impl<E: Elsewhere> Handler<E> {
@@ -134,6 +137,10 @@ impl<E: Elsewhere> Handler<E> {
         match self.decide(&asked, client) {
             Decision::Answer(answer, from) => self.reply(&asked, &answer, from, false),
             Decision::Elsewhere => Action::Forward(Box::new(asked)),
+            Decision::TooEarly => {
+                self.metrics.limited("early");
+                Action::Ignore
+            }
         }
     }
 
@@ -151,8 +158,10 @@ impl<E: Elsewhere> Handler<E> {
         {
             return code(ResponseCode::Refused);
         }
-        if let Some(answer) = self.shared.table.load().answer(name, kind, Some(client)) {
-            return Decision::Answer(answer, "mesh");
+        let table = self.shared.table.load();
+        if let Some(answer) = table.answer(name, kind, Some(client)) {
+            let early = !table.is_synced() && asked.began < self.patient_until;
+            return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
         }
         match &self.elsewhere {
             // Who asks us without wanting a lookup elsewhere wants what is ours.
@@ -198,6 +207,7 @@ impl<E: Elsewhere> Handler<E> {
 enum Decision {
     Answer(Answer, &'static str),
     Elsewhere,
+    TooEarly,
 }
 
 /// The types that are counted by name: what anyone can send must not make a series each.

@@ -1,6 +1,11 @@
 //! Packets in, packets out.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use arc_swap::ArcSwap;
 use hickory_proto::{
@@ -50,6 +55,7 @@ fn handler(mut names: Names, rate: u32) -> Handler<Others> {
         allowed: Allowed::new(private),
         rate: Rate::new(rate),
         metrics: DnsMetrics::default(),
+        patient_until: Instant::now(),
     }
 }
 
@@ -203,6 +209,21 @@ fn too_fast_is_told_to_come_by_tcp_in_no_more_bytes() {
     let strangers: Vec<_> =
         (0..20).map(|_| send(&handler, &question, "198.51.100.7:4000", Transport::Udp)).collect();
     assert_eq!(strangers.iter().filter(|a| matches!(a, Action::Ignore)).count(), 10);
+}
+
+#[test]
+fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
+    let mut handler = handler(some(), 0);
+    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    let question = request(VOTE, RecordType::A);
+    assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::ServFail);
+    handler.patient_until = Instant::now() + Duration::from_secs(60);
+    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Ignore));
+    // What is not ours does not have to wait.
+    let other = request("www.example.", RecordType::A);
+    assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
+    handler.shared.table.store(some().publish(true, &BTreeSet::new()));
+    assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::NoError);
 }
 
 #[test]

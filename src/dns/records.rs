@@ -61,7 +61,7 @@ impl Default for Turns {
     /// Beginning anywhere: not every node with the same endpoint.
     fn default() -> Self {
         let mut random = Random::default();
-        let mut start = || AtomicU32::new((random.next() >> 33) as u32);
+        let mut start = || AtomicU32::new((random.number() >> 33) as u32);
         Self { v4: start(), v6: start() }
     }
 }

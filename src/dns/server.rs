@@ -5,7 +5,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use arc_swap::ArcSwap;
@@ -29,9 +29,8 @@ use super::{
 };
 use crate::metrics::DnsMetrics;
 
-/// While the source has not told everything, nothing is answered for this long: a client asks again after 5 s
-/// (resolv.conf(5)), whereas it takes a SERVFAIL as final. After that names elsewhere are looked up all the same.
-const WAIT_FOR_SOURCE: Duration = Duration::from_secs(5);
+/// So long questions about our names go unanswered while the source has not told everything; after that, SERVFAIL.
+const WAIT_FOR_SOURCE: Duration = Duration::from_secs(20);
 /// An address that can't be had is tried again this often.
 const RETRY: Duration = Duration::from_secs(5);
 /// Packets that are read before others get a turn.
@@ -65,7 +64,7 @@ pub struct Server {
 type Handle = Handler<Forwarder>;
 
 impl Server {
-    /// Starts serving, on a thread of its own, as soon as there are names ([`Self::publish`]).
+    /// Starts serving, on a thread of its own. Names are answered as soon as there are any ([`Self::publish`]).
     ///
     /// # Errors
     /// The thread can't be made, or an upstream's address can't be used.
@@ -96,6 +95,7 @@ impl Server {
             allowed: Allowed::new(config.allow.clone()),
             rate: Rate::new(config.rate),
             metrics,
+            patient_until: Instant::now() + WAIT_FOR_SOURCE,
         });
         let connections = Connections::new((files / 8).clamp(32, 4096));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -143,9 +143,12 @@ impl Server {
     }
 
     async fn run(self, listen: Vec<SocketAddr>, handler: Arc<Handle>, connections: Arc<Connections>) {
-        if tokio::time::timeout(WAIT_FOR_SOURCE, self.told.notified()).await.is_err() {
-            warn!("DNS answers SERVFAIL for services until the source has been read");
-        }
+        let told = self.told.clone();
+        tokio::spawn(async move {
+            if tokio::time::timeout(WAIT_FOR_SOURCE, told.notified()).await.is_err() {
+                warn!("DNS answers SERVFAIL for services until the source has been read");
+            }
+        });
         let probe = self.probe.clone();
         let metrics = self.metrics.clone();
         tokio::spawn(async move { probe.watch(&metrics).await });

@@ -44,7 +44,7 @@ impl Probe {
         let watched = upstreams.iter().map(|upstream| Watched {
             upstream: *upstream,
             // Labels of letters, digits and dashes are a name.
-            name: Name::from_ascii(format!("{:016x}.{ZONE}", random.next())).unwrap_or_default(),
+            name: Name::from_ascii(format!("{:016x}.{ZONE}", random.number())).unwrap_or_default(),
             echoed: AtomicBool::new(false),
             looped: AtomicBool::new(false),
             down: AtomicBool::new(false),

@@ -75,7 +75,7 @@ impl DnsMetrics {
     }
 
     /// A query without the answer that it asked for: `rate` (told to come by TCP), `client` (not allowed),
-    /// `connections`, `forwards` (too many at once), `noise`.
+    /// `connections`, `forwards` (too many at once), `early` (the source has not been read), `noise`.
     pub fn limited(&self, why: &'static str) {
         self.dropped.get_or_create_owned(&[("reason", why)]).inc();
     }

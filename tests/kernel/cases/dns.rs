@@ -20,7 +20,7 @@ const SERVERS: [&str; 2] = ["10.200.0.2", "fd00:200::2"];
 const ZONE: &str = "default.mesh.internal";
 
 pub fn register(suite: &mut Suite) {
-    let limit = Duration::from_secs(240);
+    let limit = Duration::from_secs(400);
     suite.add_slow("dns::answers", &Matrix::pair(), limit, answers);
     suite.add_slow("dns::names_follow_services", &Matrix::once(), limit, follows);
     suite.add_slow("dns::round_robin", &Matrix::once(), limit, round_robin);
@@ -260,12 +260,12 @@ fn round_robin(cx: &mut Cx) -> Result<()> {
     use_server(cx, p11, &servers[..1], ZONE, "ndots:1")?;
     // What is answered first by the server itself.
     let mut firsts: BTreeMap<String, usize> = BTreeMap::new();
-    for _ in 0..120 {
+    for _ in 0..45 {
         let text = dig(p11, SERVERS[0], &["+short", &format!("shuffle.{ZONE}"), "AAAA"])?;
         ensure!(text.lines().count() == 3, "not all: {text}");
         *firsts.entry(text.lines().next().unwrap_or_default().to_owned()).or_default() += 1;
     }
-    ensure!(firsts.len() == 3 && firsts.values().all(|n| (20..=65).contains(n)), "not shuffled: {firsts:?}");
+    ensure!(firsts.len() == 3 && firsts.values().all(|n| (4..=28).contains(n)), "not shuffled: {firsts:?}");
     cx.note(format!("Shuffle, first on the wire: {firsts:?}"));
     // IPv6 sorts by the longest matching prefix, and p12 is p11's neighbour.
     let skewed = p11.ns.enter(|| first_v6(&format!("shuffle.{ZONE}"), 300))?;
@@ -350,7 +350,7 @@ fn away(cx: &mut Cx) -> Result<()> {
     }
     n1.stop_serving("HOST-53");
     // Under load, killed and started again: nobody with the usual retry sees it.
-    use_server(cx, p11, &SERVERS[..1], ZONE, "timeout:2 attempts:4")?;
+    use_server(cx, p11, &SERVERS[..1], ZONE, "timeout:3 attempts:5")?;
     let mut agent = meshlb.agent(n1, &m.dir)?;
     ready(n1, &mut agent)?;
     let stop = AtomicBool::new(false);
