@@ -273,16 +273,17 @@ mod tests {
         health.set_in_sync(true, "");
         assert!(ready().0.starts_with("HTTP/1.1 200"));
         assert_eq!(ready().1, "[+] sources: read\n[+] kernel: as it should be\n");
+        health.set_notes(&["DNS: taken".to_owned()]);
+        let (head, body) = ready();
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(body.ends_with("[!] DNS: taken\n"), "{body}");
+        health.set_notes(&[]);
         health.set_idle("another one does it");
         assert_eq!(ready().1, "[+] kernel: another one does it\n");
         health.set_synced(false);
         health.set_good("done");
         assert_eq!(ready().1, "[-] sources: not all read yet\n[+] kernel: done\n");
         assert!(ready().0.starts_with("HTTP/1.1 503"));
-        health.set_notes(&["DNS: taken".to_owned()]);
-        let (head, body) = ready();
-        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
-        assert!(body.ends_with("[!] DNS: taken\n"), "{body}");
     }
 
     #[test]

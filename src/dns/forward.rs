@@ -23,7 +23,7 @@ use super::{answer::Answer, counted::Counted, handler::Elsewhere, upstream::Prob
 use crate::metrics::DnsMetrics;
 
 /// An upstream has this long for one try. Clients wait 5 s (resolv.conf(5)); two tries of two upstreams fit into that.
-const TRY: Duration = Duration::from_millis(1500);
+const TRY: Duration = Duration::from_secs(2);
 const TRIES: usize = 2;
 /// A cached answer lives no longer than this, whatever its TTL says (RFC 8767, 4 recommends a cap of days; ours is for nodes).
 const LONGEST: Duration = Duration::from_secs(3600);

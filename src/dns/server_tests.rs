@@ -22,9 +22,9 @@ use super::{
 };
 use crate::metrics::DnsMetrics;
 
-/// A port of loopback that nobody has.
-fn free() -> SocketAddr {
-    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+/// An address of loopback for each test: a port that is free now may be another one's in a moment.
+fn at(test: u8) -> SocketAddr {
+    SocketAddr::from(([127, 0, 53, test], 5300))
 }
 
 fn config(listen: SocketAddr) -> Config {
@@ -80,7 +80,7 @@ fn others_are_asked_and_one_that_dies_is_passed_over() {
     let second = upstream([192, 0, 2, 1], &ASKED[1], &SILENT[1]);
     static CORP: (AtomicUsize, AtomicBool) = (AtomicUsize::new(0), AtomicBool::new(false));
     let corp = upstream([192, 0, 2, 2], &CORP.0, &CORP.1);
-    let at = free();
+    let at = at(1);
     let mut config = config(at);
     config.forward.upstreams = vec![first, second];
     let zone: ZoneForward = format!("corp.example={corp}").parse().unwrap();
@@ -111,7 +111,7 @@ fn others_are_asked_and_one_that_dies_is_passed_over() {
 
 #[test]
 fn an_upstream_that_asks_us_is_a_loop() {
-    let at = free();
+    let at = at(2);
     let mut config = config(at);
     // It is ourselves, which the command line would not let through; a forwarder in between does the same.
     config.forward.upstreams = vec![at];
@@ -128,8 +128,8 @@ fn an_upstream_that_asks_us_is_a_loop() {
 
 #[test]
 fn a_port_that_is_taken_is_told_and_had_later() {
-    let taken = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let at = taken.local_addr().unwrap();
+    let at = at(3);
+    let taken = UdpSocket::bind(at).unwrap();
     let server = Server::start(&config(at), zone(), DnsMetrics::default()).unwrap();
     server.publish(some().publish(true, &BTreeSet::new()));
     let begun = Instant::now();
@@ -152,7 +152,7 @@ fn a_port_that_is_taken_is_told_and_had_later() {
 #[test]
 fn answers_hold_while_everything_changes() {
     const SERVICES: u32 = 500;
-    let at = free();
+    let at = at(4);
     let mut names = crowd(SERVICES);
     let server = serve(&config(at), &mut names, &DnsMetrics::default());
     let stop = AtomicBool::new(false);
@@ -163,7 +163,7 @@ fn answers_hold_while_everything_changes() {
                 scope.spawn(move || {
                     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
                     socket.connect(at).unwrap();
-                    socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+                    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
                     let mut buffer = [0; 1500];
                     let mut n = 0_u32;
                     while !stop.load(Ordering::Relaxed) {
