@@ -36,6 +36,8 @@ struct HealthState {
     /// How it is, or what is wrong.
     in_sync: Result<String, String>,
     last_beat: Instant,
+    /// What is wrong without making the node unready.
+    notes: Vec<String>,
 }
 
 impl Health {
@@ -51,6 +53,7 @@ impl Health {
             synced: Some(false),
             in_sync: Err("nothing has been programmed yet".into()),
             last_beat: Instant::now(),
+            notes: Vec::new(),
         };
         Self { subject, stalled_after, state: Arc::new(Mutex::new(state)) }
     }
@@ -74,6 +77,15 @@ impl Health {
     pub fn set_in_sync(&self, in_sync: bool, reason: impl Into<String>) {
         let result = if in_sync { Ok("as it should be".to_owned()) } else { Err(reason.into()) };
         self.with(|s| s.in_sync = result);
+    }
+
+    /// What is wrong and no reason to send nobody here.
+    pub fn set_notes(&self, notes: &[String]) {
+        self.with(|s| {
+            if s.notes != notes {
+                s.notes = notes.to_vec();
+            }
+        });
     }
 
     /// The reconcile loop has come round.
@@ -110,7 +122,8 @@ impl Health {
                 Ok(state) => format!("[+] {}: {state}\n", self.subject),
                 Err(reason) => format!("[-] {}: {reason}\n", self.subject),
             };
-            (s.synced.unwrap_or(true) && s.in_sync.is_ok(), format!("{synced}{in_sync}"))
+            let notes: String = s.notes.iter().map(|note| format!("[!] {note}\n")).collect();
+            (s.synced.unwrap_or(true) && s.in_sync.is_ok(), format!("{synced}{in_sync}{notes}"))
         })
     }
 
@@ -260,6 +273,11 @@ mod tests {
         health.set_in_sync(true, "");
         assert!(ready().0.starts_with("HTTP/1.1 200"));
         assert_eq!(ready().1, "[+] sources: read\n[+] kernel: as it should be\n");
+        health.set_notes(&["DNS: taken".to_owned()]);
+        let (head, body) = ready();
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(body.ends_with("[!] DNS: taken\n"), "{body}");
+        health.set_notes(&[]);
         health.set_idle("another one does it");
         assert_eq!(ready().1, "[+] kernel: another one does it\n");
         health.set_synced(false);

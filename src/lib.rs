@@ -16,6 +16,7 @@ pub mod cli;
 pub mod compile;
 pub mod controller;
 pub mod dataplane;
+pub mod dns;
 pub mod instance;
 pub mod meshnode;
 pub mod metrics;

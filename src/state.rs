@@ -50,6 +50,9 @@ pub struct State {
     /// Other flags that decide what is programmed, as they were given: `node_ip`, `zone` and so on.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub flags: BTreeMap<String, String>,
+    /// Where an agent answers names, as `--dns-listen` takes it; empty where none does.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub dns_listen: Vec<String>,
     /// Who has what.
     pub allocations: Allocations,
     /// Values of sysctls before we changed them, by name.

@@ -38,6 +38,8 @@ fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: std::time::Duration::ZERO,
+        publish_not_ready: false,
+        dns: crate::model::service::Dns::default(),
         created: 0,
         granted: None,
     }

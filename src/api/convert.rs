@@ -13,8 +13,8 @@ use super::{
 use crate::model::{
     ids::{Family, PortId, Protocol, ServiceKey},
     service::{
-        FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
-        TrafficPolicy,
+        Dns, DnsAnswer, FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort,
+        TargetPort, TrafficPolicy,
     },
 };
 
@@ -71,17 +71,12 @@ pub fn granted_of(status: &MeshServiceStatus) -> Granted {
 }
 
 fn not_supported_yet(spec: &api::MeshServiceSpec, in_kubernetes: bool, errors: &mut Vec<FieldError>) {
-    let default_dns = api::Dns::default();
     let asked = [
-        ("publishNotReadyAddresses", spec.publish_not_ready_addresses),
         ("forwarding", spec.forwarding != api::Forwarding::Masquerade),
         ("sessionAffinity", spec.session_affinity != api::SessionAffinity::None),
         ("trafficDistribution", spec.traffic_distribution != api::TrafficDistribution::None),
         ("sourceRanges", !spec.source_ranges.is_empty()),
         ("healthCheck", spec.health_check.is_some()),
-        ("dns.ttlSeconds", spec.dns.ttl_seconds != default_dns.ttl_seconds),
-        ("dns.answer", spec.dns.answer != default_dns.answer),
-        ("dns.aliases", !spec.dns.aliases.is_empty()),
     ];
     let asked = asked.into_iter().filter(|(_, asked)| *asked).map(|(field, _)| format!("spec.{field}"));
     let selectors = spec.ports.iter().enumerate().filter_map(|(i, port)| {
@@ -133,6 +128,15 @@ fn convert(object: &MeshService, errors: &mut Vec<FieldError>) -> Service {
         internal_policy: policy(spec.internal_traffic_policy),
         external_policy: policy(spec.external_traffic_policy),
         drain: Duration::from_secs(u64::try_from(spec.drain.timeout_seconds).unwrap_or(0)),
+        publish_not_ready: spec.publish_not_ready_addresses,
+        dns: Dns {
+            ttl: u32::try_from(spec.dns.ttl_seconds).unwrap_or(0),
+            answer: match spec.dns.answer {
+                api::DnsAnswer::Shuffle => DnsAnswer::Shuffle,
+                api::DnsAnswer::Single => DnsAnswer::Single,
+            },
+            aliases: spec.dns.aliases.iter().map(|alias| alias.0.as_str().into()).collect(),
+        },
         created: 0,
         granted: None,
     }

@@ -120,5 +120,6 @@ fn convert(endpoint: &ApiEndpoint, address: IpAddr) -> Endpoint {
         node: text(&endpoint.node_name),
         zone: text(&endpoint.zone),
         target: target.or_else(|| text(&endpoint.hostname)),
+        hostname: text(&endpoint.hostname),
     }
 }

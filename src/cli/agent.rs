@@ -15,6 +15,7 @@ use anyhow::Result;
 use tracing::{error, info, warn};
 
 use super::{
+    dns::Feed,
     options::Options,
     session::{Purpose, Session},
     watcher::{Traffic, Watcher},
@@ -113,7 +114,8 @@ fn serve(
     if let Some(addr) = options.metrics_listen.0 {
         serve_admin(addr, Arc::new(metrics.clone()), health.clone())?;
     }
-    let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, node.cloned());
+    let dns = Feed::start(options, &session.engine, metrics)?;
+    let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, dns, node.cloned());
     Agent::new(session.engine, watcher, pace).run(inputs);
     Ok(ExitCode::SUCCESS)
 }

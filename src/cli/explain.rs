@@ -1,12 +1,12 @@
 //! Text of `meshlb explain`: the path of a packet, hop by hop, each with whether the kernel is as it
 //! should be.
 
-use std::{fmt::Write, process::ExitCode};
+use std::{fmt::Write, net::SocketAddr, process::ExitCode};
 
 use anyhow::Result;
 
 use super::{
-    Output,
+    Output, names,
     options::Options,
     print,
     report::{PortReport, Report, ServerReport, ServiceReport},
@@ -25,22 +25,30 @@ use crate::{
 pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let mut session = Session::open(options, None, Purpose::Look)?;
-    let report = show::read(&mut session, Some(name))?;
+    let mut report = show::read(&mut session, Some(name))?;
+    let config = options.dns.config(session.engine.settings().node.ranges)?;
+    // Whichever family it is asked by, it answers the same.
+    let server = config.and_then(|config| config.listen.first().copied());
+    if let Some(server) = server {
+        for service in &mut report.services {
+            names::ask(&mut service.names, server);
+        }
+    }
     match output {
         Output::Json => print::out(format_args!("{}\n", serde_json::to_string_pretty(&report)?))?,
         Output::Text => {
-            let told = report.services.iter().map(|service| explain(&report, service, &options.zone));
+            let told = report.services.iter().map(|service| explain(&report, service, server));
             print::out(told.collect::<String>())?
         }
     };
-    let fine = report.node_problems.is_empty() && report.services.iter().all(|s| show::state(s) == "ok");
+    let service_fine = |s: &ServiceReport| show::state(s) == "ok" && names::fine(&s.names);
+    let fine = report.node_problems.is_empty() && report.services.iter().all(service_fine);
     Ok(if fine { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The walk through one service.
-pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
+pub fn explain(report: &Report, service: &ServiceReport, server: Option<SocketAddr>) -> String {
     let mut out = String::new();
-    let name = format!("{}.{}.{zone}", service.name, service.namespace);
     let _ = writeln!(out, "{}/{} on node {}", service.namespace, service.name, report.node);
     for problem in &service.problems {
         let _ = writeln!(out, "  ! {problem}");
@@ -54,10 +62,11 @@ pub fn explain(report: &Report, service: &ServiceReport, zone: &str) -> String {
     for problem in &report.node_problems {
         let _ = writeln!(out, "  ! {problem}");
     }
+    names::lines(&mut out, &service.names, server);
     for port in &service.ports {
         for server in &port.virtual_servers {
             for scope in &server.scopes {
-                path(&mut out, service, port, server, *scope, &name);
+                path(&mut out, service, port, server, *scope);
             }
         }
         if let Some(why) = &port.not_published {
@@ -76,14 +85,7 @@ fn is_shared(entry: &str) -> bool {
     ["local ", "endpoints ", "own "].iter().any(|set| entry.starts_with(set))
 }
 
-fn path(
-    out: &mut String,
-    service: &ServiceReport,
-    port: &PortReport,
-    server: &ServerReport,
-    scope: Scope,
-    name: &str,
-) {
+fn path(out: &mut String, service: &ServiceReport, port: &PortReport, server: &ServerReport, scope: Scope) {
     let family = server.family;
     let label = port.name.as_ref().map_or(String::new(), |n| format!(" ({n})"));
     match scope {
@@ -91,8 +93,11 @@ fn path(
             let vip = service.vips.iter().find(|v| Family::of(v) == family);
             let Some(vip) = vip else { return };
             let _ = writeln!(out, "\nport {}/{}{label} by VIP, {family}", port.port, port.protocol);
-            let record = if family == Family::V4 { "A" } else { "AAAA" };
-            let _ = writeln!(out, "  name       {name} {record} {vip} (this version serves no DNS yet)");
+            let name = service.names.iter().find(|n| *n.answers == [vip.to_string()]);
+            if let Some(name) = name {
+                let state = name.state.as_ref().map_or(String::new(), |state| format!(": {state}"));
+                let _ = writeln!(out, "  name       {} {} {vip}{state}", name.name, name.kind);
+            }
         }
         Scope::Ingress => {
             let Some(published) = port.published_port else { return };

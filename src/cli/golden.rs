@@ -2,10 +2,11 @@
 
 use insta::Settings;
 
-use super::{explain::explain, plan::Plan, report::report, show};
+use super::{dns::all_names, explain::explain, plan::Plan, report::report, show};
 use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
+    dns::zone::Zone,
     model::kernel::{Element, RealServerKey},
     reconcile::tests::{now, turn, vote},
 };
@@ -32,7 +33,9 @@ fn told(damaged: bool) -> (super::report::Report, Plan) {
     }
     let mut engine = vote(&kernel, Allocations::default());
     let (ops, observed) = engine.prepare_full(now()).unwrap();
-    let report = report(&mut engine, &observed, vec![], &|_| vec![], &|_| true).unwrap();
+    let zone = Zone::new("mesh.local", engine.settings().node.ranges).unwrap();
+    let names = all_names(zone, &engine);
+    let report = report(&mut engine, &observed, vec![], &names, &|_| vec![], &|_| true).unwrap();
     (report, Plan::new(&engine, &ops, &observed))
 }
 
@@ -46,13 +49,16 @@ fn json() {
 
 #[test]
 fn text() {
-    let zone = "mesh.local";
-    let (report, _) = told(false);
+    let dns = "10.200.0.2:53".parse().ok();
+    let (mut report, _) = told(false);
+    for name in &mut report.services[0].names {
+        name.state = Some("ok".into());
+    }
     golden("show", &show::summary(&report));
     golden("show-wide", &show::wide(&report));
-    golden("explain", &explain(&report, &report.services[0], zone));
+    golden("explain", &explain(&report, &report.services[0], dns));
     let (report, _) = told(true);
-    golden("explain-damaged", &explain(&report, &report.services[0], zone));
+    golden("explain-damaged", &explain(&report, &report.services[0], dns));
 }
 
 #[test]
@@ -98,9 +104,11 @@ fn entries_that_are_shared_belong_to_the_path() {
         let mut engine = feed();
         let (ops, observed) = engine.prepare_full(now()).unwrap();
         assert!(!ops.is_empty(), "nothing of {gone} was there");
-        let report = report(&mut engine, &observed, vec![], &|_| vec![], &|_| true).unwrap();
+        let zone = Zone::new("mesh.local", engine.settings().node.ranges).unwrap();
+        let names = all_names(zone, &engine);
+        let report = report(&mut engine, &observed, vec![], &names, &|_| vec![], &|_| true).unwrap();
         assert_ne!(show::state(&report.services[0]), "ok", "{gone}");
-        let text = explain(&report, &report.services[0], "mesh.local");
+        let text = explain(&report, &report.services[0], None);
         assert!(
             text.lines().any(|l| l.contains("set entry") && l.contains(gone) && l.ends_with(": missing")),
             "{text}"
@@ -128,9 +136,11 @@ fn a_port_of_mode_host_without_endpoint_is_no_problem() {
     assert!(service.ports[0].not_published.is_some());
     assert_eq!(super::session::problems_of(&engine, &service), Vec::<String>::new());
     let (_, observed) = engine.prepare_full(now()).unwrap();
-    let report = report(&mut engine, &observed, vec![], &|_| vec![], &|_| true).unwrap();
+    let zone = Zone::new("mesh.local", engine.settings().node.ranges).unwrap();
+    let names = all_names(zone, &engine);
+    let report = report(&mut engine, &observed, vec![], &names, &|_| vec![], &|_| true).unwrap();
     assert_eq!(show::state(&report.services[0]), "ok");
-    let text = explain(&report, &report.services[0], "mesh.local");
+    let text = explain(&report, &report.services[0], None);
     assert!(
         text.contains("published 30080: not on this node: no endpoint on this node (mode Host)"),
         "{text}"

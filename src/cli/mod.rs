@@ -5,11 +5,13 @@ pub mod apply;
 pub mod check;
 pub mod cleanup;
 pub mod controller;
+pub mod dns;
 pub mod explain;
 pub mod flag_values;
 #[cfg(test)]
 mod golden;
 pub mod lock;
+pub mod names;
 pub mod options;
 pub mod plan;
 pub mod print;
@@ -256,7 +258,13 @@ fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
         level.is_some_and(|level| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)))
     };
     let directives: Vec<&str> = level.split(',').map(str::trim).collect();
-    let filter = tracing_subscriber::EnvFilter::try_new(directives.join(","));
+    // The resolver's own complaints are about others' servers; what matters of them is told by metrics and `/readyz`.
+    let quiet = if directives.iter().any(|text| text.starts_with("hickory")) {
+        ""
+    } else {
+        ",hickory_resolver=off,hickory_net=off,hickory_proto=off"
+    };
+    let filter = tracing_subscriber::EnvFilter::try_new(directives.join(",") + quiet);
     match (directives.iter().all(|text| directive(text)), filter) {
         (true, Ok(filter)) => Ok(filter),
         _ => anyhow::bail!(

@@ -117,16 +117,6 @@ pub struct Options {
         help_heading = "Services"
     )]
     pub publish_reserved: Vec<Reserved>,
-    /// DNS zone of the services' names.
-    #[arg(
-        long,
-        global = true,
-        env = "MESHLB_ZONE",
-        default_value = "mesh.internal",
-        value_parser = parse_dns_name,
-        help_heading = "Services"
-    )]
-    pub zone: String,
     /// How the API server is reached [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
     #[arg(long, global = true, env = "MESHLB_KUBECONFIG", value_name = "FILE", help_heading = "Services")]
     pub kubeconfig: Option<PathBuf>,
@@ -205,13 +195,26 @@ pub struct Options {
         help_heading = "Process"
     )]
     pub log_format: LogFormat,
+    /// The DNS server's.
+    #[command(flatten)]
+    pub dns: super::dns::DnsOptions,
     /// Values of [`REMEMBERED`], as text.
     #[arg(skip)]
     pub remembered: BTreeMap<String, String>,
 }
 
 /// Flags that decide what is programmed and that the state keeps as they were given. (Others it has in fields of their own.)
-const REMEMBERED: [&str; 5] = ["node_ip", "publish_addresses", "publish_range", "publish_reserved", "zone"];
+const REMEMBERED: [&str; 9] = [
+    "node_ip",
+    "publish_addresses",
+    "publish_range",
+    "publish_reserved",
+    "zone",
+    "dns_upstream",
+    "dns_forward",
+    "dns_allow",
+    "dns_rate",
+];
 
 /// The values of [`REMEMBERED`] that a command line has, given or by default.
 pub fn remembered(matches: &clap::ArgMatches) -> BTreeMap<String, String> {
@@ -347,6 +350,7 @@ impl Options {
             reserved,
             mask: self.mark_mask,
         };
+        self.dns.config(ranges)?;
         let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };
         Ok(Settings { node, addresses, timeouts: self.ipvs_timeouts.0 })
     }
@@ -389,6 +393,11 @@ pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
     let ranges: Vec<String> = state.ranges.iter().map(|(_, range)| range.to_string()).collect();
     let timeouts = state.ipvs_timeouts.map_or_else(|| "keep".to_owned(), |(ours, _)| ours.to_string());
     let kubeconfig = state.kubeconfig.as_ref().map_or_else(String::new, |f| f.display().to_string());
+    let listen = if state.dns_listen.is_empty() && !state.node.is_empty() {
+        "off".to_owned()
+    } else {
+        state.dns_listen.join(",")
+    };
     let mask = if state.mark_mask == 0 { String::new() } else { format!("{:#x}", state.mark_mask) };
     for (id, value) in [
         ("node", state.node.clone()),
@@ -396,6 +405,7 @@ pub fn with_state(mut command: clap::Command, state: &State) -> clap::Command {
         ("mark_mask", mask),
         ("renderer", state.renderer.clone()),
         ("kubeconfig", kubeconfig),
+        ("dns_listen", listen),
         ("ipvs_timeouts", if state.node.is_empty() { String::new() } else { timeouts }),
     ] {
         if !value.is_empty() {

@@ -9,10 +9,12 @@ use std::{
 
 use serde::Serialize;
 
+use super::names::NameReport;
 use super::session::notes_of;
 use crate::{
     compile::{CompiledPort, CompiledService, RealState},
     dataplane::{Counters, Error, ProgramState, netfilter},
+    dns::names::Names,
     model::{
         ids::{Family, Mark, Scope},
         kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey},
@@ -58,6 +60,8 @@ pub struct ServiceReport {
     pub ready_endpoints: usize,
     /// All endpoints.
     pub total_endpoints: usize,
+    /// Its names. `explain` asks for them.
+    pub names: Vec<NameReport>,
     /// Its ports.
     pub ports: Vec<PortReport>,
     /// Conflicts and other reasons why it is not served as declared.
@@ -180,13 +184,15 @@ pub fn report(
     engine: &mut Engine,
     observed: &Observed,
     source_problems: Vec<String>,
+    names: &Names,
     problems: &dyn Fn(&CompiledService) -> Vec<String>,
     wanted: &dyn Fn(&CompiledService) -> bool,
 ) -> Result<Report, Error> {
     let compiled: Vec<_> = engine.merged().services().values().filter(|s| wanted(s)).cloned().collect();
     let mut services = Vec::with_capacity(compiled.len());
     for service in &compiled {
-        services.push(service_report(engine, observed, service, problems(service))?);
+        let names = super::names::of(names, &service.key);
+        services.push(service_report(engine, observed, service, names, problems(service))?);
     }
     Ok(Report {
         node: engine.settings().node.name.to_string(),
@@ -244,6 +250,7 @@ fn service_report(
     engine: &mut Engine,
     observed: &Observed,
     service: &CompiledService,
+    names: Vec<NameReport>,
     problems: Vec<String>,
 ) -> Result<ServiceReport, Error> {
     let mut ports = Vec::new();
@@ -260,6 +267,7 @@ fn service_report(
         vips: service.vips.iter().map(|(_, ip)| *ip).collect(),
         ready_endpoints: service.endpoints.0,
         total_endpoints: service.endpoints.1,
+        names,
         ports,
         problems,
         notes: notes_of(engine, service),

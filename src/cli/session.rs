@@ -1,6 +1,8 @@
 //! What every command that looks at or changes a kernel needs: an engine over the real dataplane, fed
 //! from a source, with the state that earlier runs left.
 
+use std::sync::Arc;
+
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
@@ -21,6 +23,7 @@ use crate::{
         netfilter::{self, Iptables, Nftables, RendererChoice as Choice, Variant},
         preflight,
     },
+    dns::{names::Names, zone::Zone},
     model::{
         kernel::{RealServerKey, Timeouts, VirtualServerKey},
         node::NodeConfig,
@@ -39,6 +42,9 @@ pub struct Session {
     pub problems: Vec<Problem>,
     /// Where state is kept.
     pub keeper: Keeper,
+    zone: Arc<Zone>,
+    /// Names of all services, once they are asked for.
+    pub names: std::cell::OnceCell<Names>,
 }
 
 /// Writes down what has to outlive the process.
@@ -276,6 +282,14 @@ impl Session {
             let ports = |runs: &Vec<PublishedPorts>| runs.iter().flat_map(|run| run.ports()).collect();
             engine.set_served(state.served.iter().map(|(key, runs)| (key.clone(), ports(runs))).collect());
         }
+        let zone = options.dns.zone(engine.settings().node.ranges)?;
+        let dns_listen = match purpose {
+            Purpose::Agent if options.dns.config(engine.settings().node.ranges)?.is_some() => {
+                options.dns.dns_listen.clone()
+            }
+            Purpose::Agent | Purpose::Apply => Vec::new(),
+            Purpose::Look => state.dns_listen.clone(),
+        };
         let mut problems = Vec::new();
         if purpose != Purpose::Agent {
             let loaded = load(options, &source, &engine.settings().node)?;
@@ -293,12 +307,15 @@ impl Session {
                 state: State {
                     kubeconfig: options.kubeconfig.clone(),
                     flags: options.remembered.clone(),
+                    dns_listen,
                     ..state
                 },
                 source,
                 generation: None,
                 written: None,
             },
+            zone,
+            names: std::cell::OnceCell::new(),
         })
     }
 
@@ -320,7 +337,14 @@ impl Session {
 
     /// What keeps a service from being served as declared.
     pub fn problems_of(&self, service: &CompiledService) -> Vec<String> {
-        problems_of(&self.engine, service)
+        let mut out = problems_of(&self.engine, service);
+        out.extend(self.names().conflicts(&service.key));
+        out
+    }
+
+    /// Names of all services as compiled when this is called first.
+    pub fn names(&self) -> &Names {
+        self.names.get_or_init(|| super::dns::all_names(self.zone.clone(), &self.engine))
     }
 
     /// What is wrong in the folder, and what is left as it is because of it.

@@ -60,10 +60,14 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
         .map(|service| (service.key.clone(), session.problems_of(service)))
         .collect();
     let source_problems = session.source_problems();
+    session.names();
+    let Session { engine, names, .. } = session;
+    let Some(names) = names.get() else { bail!("names of services were not worked out") };
     let report = report(
-        &mut session.engine,
+        engine,
         &observed,
         source_problems,
+        names,
         &|service| problems.get(&service.key).cloned().unwrap_or_default(),
         &|service| means(&service.key),
     )?;

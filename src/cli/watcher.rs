@@ -10,6 +10,7 @@ use anyhow::Result;
 use tracing::{info, warn};
 
 use super::{
+    dns::Feed,
     report::firewall_advice,
     session::{Keeper, notes_of, problems_of},
 };
@@ -33,6 +34,7 @@ pub struct Watcher {
     metrics: Metrics,
     health: Health,
     traffic: Traffic,
+    dns: Feed,
     /// Problems that were logged, by service.
     told: BTreeMap<ServiceKey, Vec<String>>,
     /// What else was logged of services.
@@ -62,6 +64,7 @@ impl Watcher {
         metrics: Metrics,
         health: Health,
         traffic: Traffic,
+        dns: Feed,
         node: Option<meshnode::writer::Handle>,
     ) -> Self {
         Self {
@@ -69,6 +72,7 @@ impl Watcher {
             metrics,
             health,
             traffic,
+            dns,
             told: BTreeMap::new(),
             noted: BTreeMap::new(),
             firewall: Vec::new(),
@@ -86,7 +90,8 @@ impl Watcher {
 
     fn tell(&mut self, engine: &Engine, key: &ServiceKey) {
         let service = engine.merged().services().get(key);
-        let now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        let mut now: Vec<String> = service.map(|service| problems_of(engine, service)).unwrap_or_default();
+        now.extend(self.dns.conflicts(key));
         self.faults.settled(key, service.and_then(|service| fault_of(engine, service)));
         let before = self.told.remove(key).unwrap_or_default();
         tell_changes(&format!("{key}: "), &before, &now);
@@ -164,6 +169,7 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
+        self.dns.begin(engine);
         match self.save(engine) {
             // Endpoints that are gone must not stay because a disk is full.
             Err(_) if self.keeper.on_disk() => Ok(()),
@@ -180,6 +186,10 @@ impl Observer for Watcher {
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>) {
         // Whatever went wrong has been told.
         let _ = self.save(engine);
+        let others = self.dns.update(engine, &turn.services, since);
+        for key in others.difference(&turn.services) {
+            self.tell(engine, key);
+        }
         for key in &turn.services {
             self.tell(engine, key);
             self.traffic.set(key, engine.merged().services().get(key));
@@ -238,6 +248,7 @@ impl Observer for Watcher {
         self.health.set_synced(synced);
         self.health.set_in_sync(in_sync, self.reason.as_str());
         self.metrics.in_sync(in_sync);
+        self.health.set_notes(self.dns.problems());
         self.look_at_firewall(engine);
         self.report(engine);
     }

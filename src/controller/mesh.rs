@@ -563,6 +563,8 @@ fn pinned(key: &ServiceKey, last: Option<&Service>, status: &MeshServiceStatus) 
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: std::time::Duration::ZERO,
+        publish_not_ready: false,
+        dns: crate::model::service::Dns::default(),
         created: 0,
         granted: Some(granted),
     })

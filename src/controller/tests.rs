@@ -305,6 +305,7 @@ fn endpoints_are_counted_once() {
         node: None,
         zone: None,
         target: Some(target.into()),
+        hostname: None,
     };
     for (name, family, endpoints) in [
         ("a-4", Family::V4, vec![endpoint("10.0.0.1", "p1", true), endpoint("10.0.0.2", "p2", false)]),
@@ -367,6 +368,7 @@ fn what_nodes_say_is_in_the_status() {
             node: None,
             zone: None,
             target: None,
+            hostname: None,
         };
         let slice = Slice {
             key: key(name),

@@ -3,6 +3,7 @@
 //! [`Metrics`] is recorded into from anywhere and rendered by the admin server ([`crate::admin`]).
 
 pub mod controller;
+mod dns;
 mod exposition;
 mod process;
 mod traffic;
@@ -18,6 +19,7 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
+pub use dns::DnsMetrics;
 pub use traffic::{EndpointTraffic, ServiceTraffic, TrafficSource};
 
 /// Upper bounds in seconds. A change reaches the kernel in milliseconds; a full resync of a large node
@@ -92,6 +94,7 @@ struct Inner {
     programmed_generation: Gauge,
     last_success: Gauge<f64, AtomicU64>,
     in_sync: Gauge,
+    dns: DnsMetrics,
 }
 
 impl Default for Metrics {
@@ -117,6 +120,7 @@ impl Metrics {
             programmed_generation: Gauge::default(),
             last_success: Gauge::default(),
             in_sync: Gauge::default(),
+            dns: DnsMetrics::default(),
         };
         inner.register();
         inner.registry.register_collector(Box::new(traffic));
@@ -174,6 +178,11 @@ impl Metrics {
         self.0.in_sync.set(i64::from(yes));
     }
 
+    /// Series of the DNS server.
+    pub fn dns(&self) -> &DnsMetrics {
+        &self.0.dns
+    }
+
     /// Where traffic series come from; without it there are none.
     pub fn set_traffic_source(&self, source: Box<dyn TrafficSource>) {
         self.0.traffic.set_source(source);
@@ -225,6 +234,7 @@ impl Inner {
             self.last_success.clone(),
         );
         registry.register("in_sync", "1 while the kernel is as it should be", self.in_sync.clone());
+        self.dns.register(registry);
     }
 }
 

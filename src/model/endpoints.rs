@@ -47,4 +47,6 @@ pub struct Endpoint {
     pub zone: Option<Arc<str>>,
     /// `targetRef.name`, else `hostname`: the name that `weights` uses.
     pub target: Option<Arc<str>>,
+    /// `hostname`: its name in DNS, below the service's.
+    pub hostname: Option<Arc<str>>,
 }

@@ -27,6 +27,8 @@ pub fn service(name: &str) -> Service {
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
         drain: Duration::from_secs(30),
+        publish_not_ready: false,
+        dns: super::service::Dns::default(),
         created: 0,
         granted: None,
     }
@@ -60,6 +62,7 @@ pub fn endpoint(address: &str, node: &str) -> Endpoint {
         node: Some(node.into()),
         zone: None,
         target: None,
+        hostname: None,
     }
 }
 

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ids::{Family, Mark, PerFamily, Protocol},
+    node::nth_address,
     small::SmallMap,
 };
 
@@ -185,6 +186,13 @@ pub struct FamilyProgram {
     pub ingress: IpAddr,
     /// The node's own address: source of traffic from 127.0.0.1 and of the VIP route.
     pub node: IpAddr,
+}
+
+impl FamilyProgram {
+    /// The DNS address: second of the range. A range that is too small for one is refused before this.
+    pub fn dns(&self) -> IpAddr {
+        nth_address(&self.range, 2).unwrap_or(self.ingress)
+    }
 }
 
 /// A subnet behind a Linux bridge.

@@ -31,6 +31,10 @@ pub struct Service {
     pub external_policy: TrafficPolicy,
     /// How long established TCP connections of a removed endpoint may go on.
     pub drain: Duration,
+    /// Endpoints that are not ready are used as ready ones are.
+    pub publish_not_ready: bool,
+    /// How its names answer.
+    pub dns: Dns,
     /// When its object was created, in seconds since 1970: of two claims on one value the older wins. 0 where age does
     /// not count, as in a folder.
     pub created: u64,
@@ -45,6 +49,33 @@ pub struct Granted {
     pub vips: PerFamily<IpAddr>,
     /// Published port (of a range: the first) by port.
     pub published: BTreeMap<PortId, u16>,
+}
+
+/// How a service's names answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Dns {
+    /// Seconds that an answer may be kept.
+    pub ttl: u32,
+    /// What of several addresses is answered.
+    pub answer: DnsAnswer,
+    /// Further names in its namespace, each one label.
+    pub aliases: Vec<Arc<str>>,
+}
+
+impl Default for Dns {
+    /// As in the CRD.
+    fn default() -> Self {
+        Self { ttl: 5, answer: DnsAnswer::Shuffle, aliases: Vec::new() }
+    }
+}
+
+/// What of several addresses is answered.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum DnsAnswer {
+    /// All, in random order.
+    Shuffle,
+    /// One, in turn: what sorts answers (RFC 6724) has nothing to sort.
+    Single,
 }
 
 /// How clients find the endpoints.

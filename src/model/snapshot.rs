@@ -103,14 +103,23 @@ impl Snapshot {
         &self.services
     }
 
-    /// The slices with a service's endpoints, in order of their keys.
+    /// The slices with a service's endpoints, in order of their keys; with every endpoint ready where the service asks for that.
     pub fn slices_for(&self, service: &Service) -> Vec<Arc<Slice>> {
+        let all_ready = |slice: Arc<Slice>| {
+            if !service.publish_not_ready || slice.endpoints.iter().all(|e| e.ready) {
+                return slice;
+            }
+            let mut slice = Slice::clone(&slice);
+            slice.endpoints.iter_mut().for_each(|e| e.ready = true);
+            Arc::new(slice)
+        };
         let group = ServiceKey::new(service.key.namespace.clone(), service.service_name.clone());
         self.slices_of
             .get(&group)
             .into_iter()
             .flat_map(SmallSet::keys)
             .filter_map(|key| self.slices.get(key).cloned())
+            .map(all_ready)
             .collect()
     }
 }

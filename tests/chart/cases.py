@@ -235,7 +235,8 @@ def agents_pod():
         spec = pod(objects, "DaemonSet", "meshlb-agent")
         (container,) = spec["containers"]
         security = container["securityContext"]
-        equal(security["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]})
+        dns = [] if config(objects, "agent")["dns-listen"] == ["off"] else ["NET_BIND_SERVICE"]
+        equal(security["capabilities"], {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"] + dns})
         assert not security["privileged"] and not security["allowPrivilegeEscalation"] and security["readOnlyRootFilesystem"]
         equal(spec["securityContext"]["seccompProfile"], {"type": "RuntimeDefault"})
         assert spec["hostNetwork"] and not spec.get("hostPID") and not spec.get("hostIPC")
@@ -304,8 +305,10 @@ def uninstalls_job():
 
 
 def configuration_is_flags():
-    options = (ROOT / "src/cli/options.rs").read_text().split("pub struct Options {")[1].split("\n}")[0]
-    known = {name.replace("_", "-") for name in re.findall(r"^    pub (\w+):", options, re.M)}
+    known = set()
+    for file, struct in [("options", "Options"), ("dns", "DnsOptions")]:
+        text = (ROOT / f"src/cli/{file}.rs").read_text().split(f"pub struct {struct} {{")[1].split("\n}")[0]
+        known |= {name.replace("_", "-") for name in re.findall(r"^    pub (\w+):", text, re.M)}
     for flags in [(), *(("-f", str(v)) for v in VALUES)]:
         objects = render(*flags)
         name = next(name for kind, name in objects if kind == "ConfigMap")
@@ -327,7 +330,7 @@ def configuration_is_flags():
 
 def defaults_are_the_programs():
     """But for those that a comment in values.yaml gives a reason for."""
-    options = (ROOT / "src/cli/options.rs").read_text()
+    options = "".join((ROOT / f"src/cli/{file}.rs").read_text() for file in ("options", "dns"))
     values = load((ROOT / CHART / "values.yaml").read_text())[0]["config"]
     for flag, value in values.items():
         variable = "MESHLB_" + flag.upper().replace("-", "_")

@@ -480,6 +480,7 @@ pub fn load_modules() -> Result<()> {
         "nf_conntrack_netlink",
         "nf_tables",
         "nft_compat",
+        "nft_socket",
         "xt_ipvs",
         "xt_set",
         "ip_set_hash_ipport",

@@ -20,6 +20,7 @@ need python3 python3 "runs firewalld in one case"
 need modprobe kmod "loads ip_vs and friends"
 need wg wireguard-tools "makes the keys of the WireGuard overlay"
 need strace strace "counts what an agent that starts again writes"
+need dig bind9-dnsutils "asks the DNS server"
 need tcpdump tcpdump "shows packets when a case is looked into by hand"
 need curl curl "the client of the demo (make demo)"
 if [ -z "$host_only" ]; then

@@ -9,7 +9,7 @@ use std::{
 use super::{
     exec,
     nftread::NftReader,
-    rules_nft::{TABLE, install_text},
+    rules_nft::{ASKS_SOCKET, TABLE, install_text},
     sets::{Kind, Layout, NftKey, nft_elements, nft_name},
 };
 use crate::{
@@ -30,7 +30,12 @@ pub(crate) fn run(text: &str) -> Result<(), Error> {
 
 /// Replaces our table, whatever is there.
 pub(crate) fn install(program: &Program, elements: &Elements, layout: Layout) -> Result<(), Error> {
-    run(&install_text(program, elements, layout))
+    let text = install_text(program, elements, layout);
+    run(&text).or_else(|e| {
+        // Kernels before 5.13, or without nft_socket: DNS is then refused while no agent runs, and not dropped.
+        let plain = text.replace(ASKS_SOCKET, "");
+        if matches!(e, Error::Failed { .. }) { run(&plain).map_err(|_| e) } else { Err(e) }
+    })
 }
 
 /// Removes our table.

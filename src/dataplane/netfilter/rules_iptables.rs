@@ -130,6 +130,9 @@ fn filter_rules(push: Push, family: Family, f: &FamilyProgram, options: Options)
                 );
             }
         }
+        for protocol in ["udp", "tcp"] {
+            input("DNS", format!("-d {} -p {protocol} --dport 53 -j ACCEPT", f.dns()));
+        }
         input("no service here", format!("-d {range} -p tcp -j REJECT --reject-with tcp-reset"));
         input("no service here", format!("-d {range} -p sctp -j REJECT --reject-with {protocol}"));
         input("no service here", format!("-d {range} -j REJECT"));

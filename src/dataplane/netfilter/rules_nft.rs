@@ -14,6 +14,9 @@ use crate::model::{
 /// Family and name of our table, as nft writes it.
 pub(crate) const TABLE: &str = "inet meshlb";
 
+/// Whether a socket of this very address is there (kernel 5.13): not one of all addresses, which is another program's.
+pub(crate) const ASKS_SOCKET: &str = " socket wildcard 0";
+
 /// The chains of the table; without a program, those of both families.
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
     let base = ["lo-out", "vip-first", "vip-first-out", "out", "lo-guard", "in", "guard", "refuse", "lo-in"];
@@ -143,6 +146,7 @@ struct Names {
     family: Family,
     range: String,
     ingress: String,
+    dns: String,
     node: String,
     lo: String,
     mask: u32,
@@ -161,6 +165,7 @@ impl Names {
             family,
             range: f.range.to_string(),
             ingress: f.ingress.to_string(),
+            dns: f.dns().to_string(),
             node: f.node.to_string(),
             lo: loopback(family).to_string(),
             mask: program.mask,
@@ -276,10 +281,21 @@ impl Names {
                 "icmpv6 type { echo-request, destination-unreachable, packet-too-big, time-exceeded, parameter-problem, nd-neighbor-solicit, nd-neighbor-advert } accept"
             }
         };
+        let mut rules = vec![icmp.to_owned(), format!("{} {} accept", self.target(), self.set(Kind::Own))];
+        rules.extend(self.dns());
+        rules.push("jump refuse".to_owned());
+        rules
+    }
+
+    /// The agent's DNS. While no agent runs, questions are dropped: a client takes a refusal as final, and asks again
+    /// after silence. A connection that is open already is the agent's, whose socket may be one that is just beginning.
+    fn dns(&self) -> Vec<String> {
+        let Self { ip, dns, .. } = self;
+        let to = format!("{ip} daddr {dns} meta l4proto {{ tcp, udp }} th dport 53");
         vec![
-            icmp.to_owned(),
-            format!("{} {} accept", self.target(), self.set(Kind::Own)),
-            "jump refuse".to_owned(),
+            format!("{ip} daddr {dns} tcp dport 53 ct state established accept"),
+            format!("{to}{ASKS_SOCKET} accept"),
+            format!("{to} drop"),
         ]
     }
 

@@ -1,6 +1,7 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod dns;
 mod errors;
 mod facts;
 mod firewalld;
@@ -38,6 +39,7 @@ pub fn register(suite: &mut Suite) {
     renderer::register(suite);
     restart::register(suite);
     telling::register(suite);
+    dns::register(suite);
     facts::register(suite);
     scrape::register(suite);
     healing::register(suite);

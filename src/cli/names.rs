@@ -1,0 +1,151 @@
+//! What `show` and `explain` tell of a service's names.
+
+use std::{
+    collections::BTreeSet,
+    fmt::Write,
+    net::{IpAddr, SocketAddr},
+};
+
+use hickory_proto::rr::RecordType;
+use serde::Serialize;
+
+use crate::{
+    dns::{
+        ask,
+        names::Names,
+        records::{Main, ServiceNames},
+    },
+    model::{
+        ids::{Family, ServiceKey},
+        service::DnsAnswer,
+    },
+};
+
+/// A name and what it answers.
+#[derive(Serialize, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct NameReport {
+    /// The name.
+    pub name: String,
+    /// `A` or `AAAA`; `SRV` for ports.
+    pub kind: &'static str,
+    /// What it should answer.
+    pub answers: Vec<String>,
+    /// Only one of them at a time.
+    pub single: bool,
+    /// `ok`, or how the server's answer differs; absent where it has not been asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state: Option<String>,
+}
+
+/// The names of a service: its own, its aliases, its endpoints' together, its ports.
+pub fn of(names: &Names, key: &ServiceKey) -> Vec<NameReport> {
+    let Some(service) = names.get(key) else { return Vec::new() };
+    let below = format!("{}.{}", key.namespace, names.zone().name.to_ascii().trim_end_matches('.'));
+    let own = format!("{}.{below}", key.name);
+    let mut out = main(service, &own);
+    for alias in names.aliases(key) {
+        out.extend(main(service, &format!("{alias}.{below}")));
+    }
+    for (family, tasks) in service.tasks.iter() {
+        let tasks = tasks.entries().iter().map(|(ip, _)| *ip);
+        out.extend(name(format!("tasks.{own}"), family, tasks, false));
+    }
+    for port in &service.ports {
+        let target = |label: &Option<std::sync::Arc<str>>| match label {
+            Some(label) => format!("{label}.{own}"),
+            None => own.clone(),
+        };
+        out.push(NameReport {
+            name: format!("_{}._{}.{own}", port.name, port.protocol.lower()),
+            kind: "SRV",
+            answers: port.targets.iter().map(|t| format!("{}:{}", target(&t.label), t.port)).collect(),
+            single: false,
+            state: None,
+        });
+    }
+    out
+}
+
+fn main(service: &ServiceNames, text: &str) -> Vec<NameReport> {
+    match &service.main {
+        Main::Vips(vips) => vips.iter().flat_map(|(f, ip)| name(text.to_owned(), f, [*ip], false)).collect(),
+        Main::Endpoints(answer, of) => of
+            .iter()
+            .flat_map(|(family, addresses)| {
+                let addresses = addresses.entries().iter().map(|(ip, _)| *ip);
+                name(text.to_owned(), family, addresses, *answer == DnsAnswer::Single)
+            })
+            .collect(),
+    }
+}
+
+fn name(
+    name: String,
+    family: Family,
+    of: impl IntoIterator<Item = IpAddr>,
+    single: bool,
+) -> Option<NameReport> {
+    let kind = if family == Family::V4 { "A" } else { "AAAA" };
+    let answers = of.into_iter().map(|ip| ip.to_string()).collect();
+    Some(NameReport { name, kind, answers, single, state: None })
+}
+
+/// Asks a server for names of addresses and notes how it answers.
+pub fn ask(reports: &mut [NameReport], server: SocketAddr) {
+    for report in reports.iter_mut() {
+        let kind = match report.kind {
+            "A" => RecordType::A,
+            "AAAA" => RecordType::AAAA,
+            _ => continue,
+        };
+        let state = match ask::addresses(server, &format!("{}.", report.name), kind) {
+            Err(e) => e,
+            Ok(found) => verdict(report, &found),
+        };
+        let silent = state.starts_with("no answer");
+        report.state = Some(state);
+        if silent {
+            // The next one would take as long.
+            return;
+        }
+    }
+}
+
+fn verdict(report: &NameReport, found: &[IpAddr]) -> String {
+    let want: BTreeSet<&str> = report.answers.iter().map(String::as_str).collect();
+    let texts: Vec<String> = found.iter().map(ToString::to_string).collect();
+    let have: BTreeSet<&str> = texts.iter().map(String::as_str).collect();
+    let right =
+        if report.single { have.is_subset(&want) && have.len() == want.len().min(1) } else { have == want };
+    if right {
+        "ok".into()
+    } else if texts.is_empty() {
+        "answers nothing".into()
+    } else {
+        format!("answers {}", texts.join(" "))
+    }
+}
+
+/// Whether each is answered as it should be, as far as it was asked.
+pub fn fine(reports: &[NameReport]) -> bool {
+    reports.iter().all(|report| report.state.as_deref().is_none_or(|state| state == "ok"))
+}
+
+/// A line a name.
+pub fn lines(out: &mut String, reports: &[NameReport], server: Option<SocketAddr>) {
+    let asked = match server {
+        Some(server) => format!("asked at {server}"),
+        None => "no agent serves DNS here".into(),
+    };
+    let _ = writeln!(out, "\nnames, {asked}");
+    for report in reports {
+        let answers = match report.answers.as_slice() {
+            [] => "nothing".to_owned(),
+            all if report.single && all.len() > 1 => format!("one of {}", all.join(" ")),
+            all => all.join(" "),
+        };
+        let state = report.state.as_ref().map_or(String::new(), |state| format!(": {state}"));
+        let _ = writeln!(out, "  {} {} {answers}{state}", report.name, report.kind);
+    }
+}

@@ -1,0 +1,289 @@
+//! From a question to an answer, over a [`Table`]. Pure but for whose turn it is.
+
+use std::{cell::RefCell, net::IpAddr, sync::Arc};
+
+use hickory_proto::{
+    op::ResponseCode,
+    rr::{
+        Name, RData, Record, RecordType,
+        rdata::{A, AAAA, HINFO, PTR, SRV},
+    },
+};
+
+use super::{
+    choice::{Addresses, Random},
+    records::{Main, PortNames, ServiceNames},
+    table::{Table, name_key},
+    zone::{NEGATIVE_TTL, Zone},
+};
+use crate::model::{ids::Family, service::DnsAnswer};
+
+/// PTR records of one answer: an address may be an endpoint of many services.
+const MOST_POINTERS: usize = 16;
+
+thread_local! {
+    static RANDOM: RefCell<Random> = RefCell::default();
+}
+
+/// What is answered.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// Response code.
+    pub code: ResponseCode,
+    /// Answer section.
+    pub answers: Vec<Record>,
+    /// Authority section.
+    pub authorities: Vec<Record>,
+    /// Additional section, without EDNS.
+    pub additionals: Vec<Record>,
+}
+
+impl Answer {
+    /// A response code alone.
+    pub fn code(code: ResponseCode) -> Self {
+        Self { code, ..Self::default() }
+    }
+}
+
+impl Table {
+    /// The answer to a question of class IN; `None` where it is not ours to answer. `client` is who asks, as far as that is
+    /// known.
+    pub fn answer(&self, name: &Name, kind: RecordType, client: Option<IpAddr>) -> Option<Answer> {
+        if let Some((labels, n)) = self.zone.relative(name) {
+            return Some(self.in_zone(name, &labels[..n], kind));
+        }
+        if let Some(answer) = self.reverse(name, kind) {
+            return Some(answer);
+        }
+        self.short(name, kind, client)
+    }
+
+    fn in_zone(&self, name: &Name, labels: &[&[u8]], kind: RecordType) -> Answer {
+        if !self.synced {
+            return Answer::code(ResponseCode::ServFail);
+        }
+        match labels {
+            [] => self.apex(name, kind),
+            [namespace] => match self.namespaces.get(namespace.to_ascii_lowercase().as_slice()) {
+                Some(_) => self.no_data(NEGATIVE_TTL),
+                None => self.no_name(),
+            },
+            [before @ .., service, namespace] if before.len() <= 2 => {
+                let key = name_key(service, namespace);
+                match self.names.get(key.as_slice()) {
+                    Some(entry) => {
+                        self.of_service(name, before, kind, &entry.service).unwrap_or_else(|| self.no_name())
+                    }
+                    None if self.unknown.contains(&key) => Answer::code(ResponseCode::ServFail),
+                    None => self.no_name(),
+                }
+            }
+            _ => self.no_name(),
+        }
+    }
+
+    /// `before` are the labels before the service's; `None` where there is no such name.
+    fn of_service(
+        &self,
+        name: &Name,
+        before: &[&[u8]],
+        kind: RecordType,
+        service: &ServiceNames,
+    ) -> Option<Answer> {
+        match before {
+            [] => {
+                let addrs = |family| match &service.main {
+                    Main::Vips(vips) => vips.get(family).copied().into_iter().collect(),
+                    Main::Endpoints(DnsAnswer::Shuffle, of) => shuffled(of.get(family)),
+                    Main::Endpoints(DnsAnswer::Single, of) => {
+                        of.get(family).and_then(|of| of.next(service.turns.of(family))).into_iter().collect()
+                    }
+                };
+                Some(self.addresses(name, kind, service.ttl, &addrs))
+            }
+            [label] if label.eq_ignore_ascii_case(b"tasks") => {
+                Some(self.addresses(name, kind, service.ttl, &|f| shuffled(service.tasks.get(f))))
+            }
+            [label] if label.starts_with(b"_") => {
+                let any = service.ports.iter().any(|port| is_protocol(port, label));
+                any.then(|| self.no_data(service.ttl))
+            }
+            [label] => {
+                let label = std::str::from_utf8(label).ok()?.to_ascii_lowercase();
+                let addrs = service.endpoints.get(label.as_str())?;
+                let of = |family| addrs.iter().copied().filter(|ip| Family::of(ip) == family).collect();
+                Some(self.addresses(name, kind, service.ttl, &of))
+            }
+            [port, protocol] => {
+                let port = service.ports.iter().find(|p| is_protocol(p, protocol) && is_port(p, port))?;
+                Some(self.port(name, kind, service, port))
+            }
+            _ => None,
+        }
+    }
+
+    fn addresses(
+        &self,
+        name: &Name,
+        kind: RecordType,
+        ttl: u32,
+        of: &dyn Fn(Family) -> Vec<IpAddr>,
+    ) -> Answer {
+        let family = match kind {
+            RecordType::A => Family::V4,
+            RecordType::AAAA => Family::V6,
+            _ => return self.other(name, kind, ttl),
+        };
+        let answers: Vec<_> = of(family).into_iter().map(|ip| address(name.clone(), ttl, ip)).collect();
+        if answers.is_empty() { self.no_data(ttl) } else { Answer { answers, ..Answer::default() } }
+    }
+
+    fn port(&self, name: &Name, kind: RecordType, service: &ServiceNames, port: &PortNames) -> Answer {
+        if kind != RecordType::SRV {
+            return self.other(name, kind, service.ttl);
+        }
+        let mut out = Answer::default();
+        let Some(own) = self.name_of(service) else { return Answer::code(ResponseCode::ServFail) };
+        for target in &port.targets {
+            let (host, addrs) = match &target.label {
+                None => (own.clone(), service.addresses()),
+                Some(label) => {
+                    let Ok(host) = own.prepend_label(&**label) else { continue };
+                    (host, service.endpoints.get(label).cloned().unwrap_or_default())
+                }
+            };
+            for ip in addrs {
+                out.additionals.push(address(host.clone(), service.ttl, ip));
+            }
+            let data = SRV::new(0, target.weight, target.port, host);
+            out.answers.push(Record::from_rdata(name.clone(), service.ttl, RData::SRV(data)));
+        }
+        if out.answers.is_empty() { self.no_data(service.ttl) } else { out }
+    }
+
+    fn apex(&self, name: &Name, kind: RecordType) -> Answer {
+        let zone = &self.zone;
+        let answer = |record| Answer { answers: vec![record], ..Answer::default() };
+        match kind {
+            RecordType::SOA => answer(zone.soa(self.serial, NEGATIVE_TTL)),
+            RecordType::NS => {
+                let additionals = zone.servers.iter();
+                let additionals =
+                    additionals.map(|(_, ip)| address(zone.name.clone(), NEGATIVE_TTL, *ip)).collect();
+                Answer { additionals, ..answer(zone.ns(name.clone(), NEGATIVE_TTL)) }
+            }
+            _ => self.addresses(name, kind, NEGATIVE_TTL, &|family| {
+                zone.servers.get(family).copied().into_iter().collect()
+            }),
+        }
+    }
+
+    /// Names of addresses.
+    fn reverse(&self, name: &Name, kind: RecordType) -> Option<Answer> {
+        let net = name.parse_arpa_name().ok()?;
+        let (addr, whole) = (net.addr(), net.prefix_len() == net.max_prefix_len());
+        let soa = self.zone.reverse_soa(addr, self.serial);
+        let cut = soa.as_ref().map_or(0, |soa| soa.name.iter().count());
+        if soa.is_some() && name.iter().count() < cut {
+            // Above our zones, which is not ours.
+            return None;
+        }
+        if !self.synced {
+            return soa.map(|_| Answer::code(ResponseCode::ServFail));
+        }
+        let pointers = if whole { self.addresses.get(&addr) } else { None };
+        let Some(pointers) = pointers else {
+            let soa = soa?;
+            return Some(match kind {
+                RecordType::SOA if soa.name == *name => Answer { answers: vec![soa], ..Answer::default() },
+                RecordType::NS if soa.name == *name => {
+                    let ns = self.zone.ns(name.clone(), NEGATIVE_TTL);
+                    Answer { answers: vec![ns], ..Answer::default() }
+                }
+                _ => {
+                    let code = if whole { ResponseCode::NXDomain } else { ResponseCode::NoError };
+                    Answer { code, authorities: vec![soa], ..Answer::default() }
+                }
+            });
+        };
+        match (kind, soa) {
+            (RecordType::PTR, _) => {
+                let records = pointers.iter().take(MOST_POINTERS).filter_map(|(key, pointer)| {
+                    let mut target = service_name(&self.zone, &key.name, &key.namespace)?;
+                    if let Some(label) = &pointer.label {
+                        target = target.prepend_label(&**label).ok()?;
+                    }
+                    Some(Record::from_rdata(name.clone(), pointer.ttl, RData::PTR(PTR(target))))
+                });
+                Some(Answer { answers: records.collect(), ..Answer::default() })
+            }
+            (RecordType::ANY, _) => Some(self.other(name, kind, NEGATIVE_TTL)),
+            (_, Some(soa)) => Some(Answer { authorities: vec![soa], ..Answer::default() }),
+            // Someone else's zone has more to say.
+            (_, None) => None,
+        }
+    }
+
+    /// Names without the zone, as a pod of a namespace may use them for services of that namespace: only those that are
+    /// there, since every other one belongs to the rest of the world.
+    fn short(&self, name: &Name, kind: RecordType, client: Option<IpAddr>) -> Option<Answer> {
+        let labels: Vec<&[u8]> = name.iter().take(4).collect();
+        let (service, before) = labels.split_last()?;
+        if before.len() > 2 || !self.synced {
+            return None;
+        }
+        let namespace = self.namespace_of(client?)?;
+        let entry = self.names.get(name_key(service, namespace.as_bytes()).as_slice())?;
+        self.of_service(name, before, kind, &entry.service)
+    }
+
+    fn name_of(&self, service: &ServiceNames) -> Option<Name> {
+        service_name(&self.zone, &service.key.name, &service.key.namespace)
+    }
+
+    /// A type that a name does not have, or all types.
+    fn other(&self, name: &Name, kind: RecordType, ttl: u32) -> Answer {
+        if kind != RecordType::ANY {
+            return self.no_data(ttl);
+        }
+        // RFC 8482, 4.2: one record that says so.
+        let data = HINFO::new("RFC8482".into(), String::new());
+        let record = Record::from_rdata(name.clone(), NEGATIVE_TTL, RData::HINFO(data));
+        Answer { answers: vec![record], ..Answer::default() }
+    }
+
+    /// The name is there and has nothing of that type. May be kept as long as an answer may.
+    fn no_data(&self, ttl: u32) -> Answer {
+        let soa = self.zone.soa(self.serial, ttl.min(NEGATIVE_TTL));
+        Answer { authorities: vec![soa], ..Answer::default() }
+    }
+
+    fn no_name(&self) -> Answer {
+        Answer { code: ResponseCode::NXDomain, ..self.no_data(NEGATIVE_TTL) }
+    }
+}
+
+fn shuffled(of: Option<&Addresses>) -> Vec<IpAddr> {
+    of.map(|of| RANDOM.with_borrow_mut(|random| of.shuffled(random))).unwrap_or_default()
+}
+
+fn is_protocol(port: &PortNames, label: &[u8]) -> bool {
+    label.strip_prefix(b"_").is_some_and(|l| l.eq_ignore_ascii_case(port.protocol.lower().as_bytes()))
+}
+
+fn is_port(port: &PortNames, label: &[u8]) -> bool {
+    label.strip_prefix(b"_").is_some_and(|l| l.eq_ignore_ascii_case(port.name.as_bytes()))
+}
+
+fn address(owner: Name, ttl: u32, ip: IpAddr) -> Record {
+    let data = match ip {
+        IpAddr::V4(ip) => RData::A(A(ip)),
+        IpAddr::V6(ip) => RData::AAAA(AAAA(ip)),
+    };
+    Record::from_rdata(owner, ttl, data)
+}
+
+/// `service.namespace.zone.`
+pub fn service_name(zone: &Zone, service: &Arc<str>, namespace: &Arc<str>) -> Option<Name> {
+    zone.name.prepend_label(&**namespace).and_then(|n| n.prepend_label(&**service)).ok()
+}

@@ -1,0 +1,211 @@
+//! Names that are not ours, looked up by others: hickory's resolver with its cache, one for each set of upstreams.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    sync::Arc,
+    time::Duration,
+};
+
+use hickory_net::{DnsError, NetError, runtime::TokioRuntimeProvider};
+use hickory_proto::{
+    op::{Query, ResponseCode},
+    rr::Name,
+};
+use hickory_resolver::{
+    Resolver, TokioResolver,
+    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
+};
+use tokio::sync::Semaphore;
+
+use super::{answer::Answer, counted::Counted, handler::Elsewhere, upstream::Probe};
+use crate::metrics::DnsMetrics;
+
+/// An upstream has this long for one try. Clients wait 5 s (resolv.conf(5)); two tries of two upstreams fit into that.
+const TRY: Duration = Duration::from_secs(2);
+const TRIES: usize = 2;
+/// A cached answer lives no longer than this, whatever its TTL says (RFC 8767, 4 recommends a cap of days; ours is for nodes).
+const LONGEST: Duration = Duration::from_secs(3600);
+/// The same of negative answers (RFC 2308, 5 recommends one to three hours at most).
+const LONGEST_NEGATIVE: Duration = Duration::from_secs(300);
+
+/// Upstreams of one zone: `corp.example=10.0.0.53`, with `+` between several.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ZoneForward {
+    /// The zone.
+    pub zone: Name,
+    /// Who is asked for it.
+    pub upstreams: Vec<SocketAddr>,
+}
+
+impl FromStr for ZoneForward {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (zone, servers) =
+            text.split_once('=').ok_or_else(|| format!("{text:?} is not ZONE=ADDRESS[:PORT][+ADDRESS…]"))?;
+        let mut zone = Name::from_ascii(zone).map_err(|e| format!("{zone:?} is not a domain name: {e}"))?;
+        zone.set_fqdn(true);
+        let upstreams = servers.split('+').map(parse_upstream).collect::<Result<_, _>>()?;
+        Ok(Self { zone: zone.to_lowercase(), upstreams })
+    }
+}
+
+/// `ADDRESS` or `ADDRESS:PORT`; port 53 where none is given.
+///
+/// # Errors
+/// A text for people.
+pub fn parse_upstream(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(SocketAddr::new(ip, 53));
+    }
+    let bare =
+        text.strip_prefix('[').and_then(|t| t.strip_suffix(']')).and_then(|t| t.parse::<IpAddr>().ok());
+    match bare {
+        Some(ip) => Ok(SocketAddr::new(ip, 53)),
+        None => text.parse().map_err(|_| format!("{text:?} is not ADDRESS or ADDRESS:PORT")),
+    }
+}
+
+/// What is looked up where.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct ForwardConfig {
+    /// Who is asked for names that no zone below has.
+    pub upstreams: Vec<SocketAddr>,
+    /// Zones with upstreams of their own.
+    pub zones: Vec<ZoneForward>,
+    /// Answers that are kept.
+    pub cache: u64,
+}
+
+impl ForwardConfig {
+    /// Whether nothing is looked up elsewhere.
+    pub fn is_empty(&self) -> bool {
+        self.upstreams.is_empty() && self.zones.is_empty()
+    }
+
+    /// Every upstream, once.
+    pub fn all(&self) -> Vec<SocketAddr> {
+        let mut out = self.upstreams.clone();
+        out.extend(self.zones.iter().flat_map(|z| z.upstreams.iter().copied()));
+        out.sort();
+        out.dedup();
+        out
+    }
+}
+
+/// Looks names up elsewhere.
+pub struct Forwarder {
+    /// By zone, the longest first; the root zone last, where there are upstreams for it.
+    zones: Vec<(Name, TokioResolver)>,
+    /// Lookups that may run at once. Each takes a socket, and the agent has other uses for those.
+    running: Arc<Semaphore>,
+    probe: Arc<Probe>,
+    metrics: DnsMetrics,
+}
+
+impl fmt::Debug for Forwarder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.zones.iter().map(|(zone, _)| zone)).finish()
+    }
+}
+
+impl Forwarder {
+    /// A forwarder with at most `most` lookups at once.
+    ///
+    /// # Errors
+    /// A text for people.
+    pub fn new(
+        config: &ForwardConfig,
+        most: usize,
+        probe: Arc<Probe>,
+        metrics: DnsMetrics,
+    ) -> Result<Self, String> {
+        let counted = Counted(metrics.clone());
+        let build = |upstreams: &[SocketAddr]| {
+            ::metrics::with_local_recorder(&counted, || resolver(upstreams, config.cache))
+                .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
+        };
+        let mut zones = Vec::new();
+        for zone in &config.zones {
+            zones.push((zone.zone.clone(), build(&zone.upstreams)?));
+        }
+        if !config.upstreams.is_empty() {
+            zones.push((Name::root(), build(&config.upstreams)?));
+        }
+        zones.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.iter().count()));
+        Ok(Self { zones, running: Arc::new(Semaphore::new(most)), probe, metrics })
+    }
+
+    fn resolver(&self, name: &Name) -> Option<&TokioResolver> {
+        self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, resolver)| resolver)
+    }
+
+    /// Looks a question up.
+    pub async fn lookup(&self, query: &Query) -> Answer {
+        let Some(resolver) = self.resolver(query.name()) else {
+            return Answer::code(ResponseCode::Refused);
+        };
+        let Ok(_permit) = self.running.try_acquire() else {
+            self.metrics.limited("forwards");
+            return Answer::code(ResponseCode::ServFail);
+        };
+        let mut name = query.name().clone();
+        name.set_fqdn(true);
+        match resolver.lookup(name, query.query_type()).await {
+            Ok(found) => Answer {
+                code: ResponseCode::NoError,
+                answers: found.answers().to_vec(),
+                authorities: found.authorities().to_vec(),
+                additionals: Vec::new(),
+            },
+            Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
+                let mut authorities = none.authorities.map(|a| a.to_vec()).unwrap_or_default();
+                if authorities.is_empty() {
+                    authorities.extend(none.soa.map(|soa| soa.into_record_of_rdata()));
+                }
+                Answer { code: none.response_code, authorities, ..Answer::default() }
+            }
+            Err(e) => {
+                tracing::debug!("{}: {e}", query.name());
+                Answer::code(ResponseCode::ServFail)
+            }
+        }
+    }
+}
+
+impl Elsewhere for Forwarder {
+    fn covers(&self, name: &Name) -> bool {
+        self.resolver(name).is_some()
+    }
+
+    fn is_loop(&self, name: &Name, client: IpAddr) -> bool {
+        self.probe.is_echo(name) || self.probe.is_loop(client)
+    }
+}
+
+fn resolver(upstreams: &[SocketAddr], cache: u64) -> Result<TokioResolver, NetError> {
+    let servers = upstreams.iter().map(|at| {
+        let on = |mut connection: ConnectionConfig| {
+            connection.port = at.port();
+            connection
+        };
+        let connections = vec![on(ConnectionConfig::udp()), on(ConnectionConfig::tcp())];
+        NameServerConfig::new(at.ip(), true, connections)
+    });
+    let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
+    let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
+    let mut options = ResolverOpts::default();
+    options.timeout = TRY;
+    options.attempts = TRIES;
+    options.cache_size = cache;
+    options.use_hosts_file = ResolveHosts::Never;
+    options.preserve_intermediates = true;
+    options.try_tcp_on_error = true;
+    options.positive_max_ttl = Some(LONGEST);
+    options.negative_max_ttl = Some(LONGEST_NEGATIVE);
+    options.edns_payload_len = super::message::LARGEST_UDP;
+    options.enable_per_name_server_metrics = true;
+    *builder.options_mut() = options;
+    builder.build()
+}

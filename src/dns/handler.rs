@@ -1,0 +1,242 @@
+//! What is done with a packet: the manners of the protocol. No input makes it panic.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use hickory_proto::{
+    op::{Message, OpCode, Query, ResponseCode},
+    rr::{DNSClass, Name, RecordType},
+};
+
+use super::{
+    answer::Answer,
+    limit::{Allowed, Rate},
+    message::{self, LARGEST_UDP, PLAIN_UDP, Packet, Shape},
+    table::Table,
+};
+use crate::metrics::DnsMetrics;
+
+/// How a packet came.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transport {
+    /// One datagram; its sender may be forged.
+    Udp,
+    /// A connection.
+    Tcp,
+}
+
+impl Transport {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Udp => "udp",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// What answers are made from; shared with who changes it.
+#[derive(Debug)]
+pub struct Shared {
+    /// All names.
+    pub table: ArcSwap<Table>,
+    /// The node's own addresses, which may ask whatever they are.
+    pub node: ArcSwap<BTreeSet<IpAddr>>,
+}
+
+/// Names that are looked up elsewhere.
+pub trait Elsewhere: Send + Sync {
+    /// Whether there is someone to ask for a name.
+    fn covers(&self, name: &Name) -> bool;
+    /// Whether the question is our own, come back to us, or its sender forwards to us what we forward to it.
+    fn is_loop(&self, name: &Name, client: IpAddr) -> bool;
+}
+
+/// What is done with a packet.
+#[derive(Debug)]
+pub enum Action {
+    /// Nothing.
+    Ignore,
+    /// This is sent back.
+    Reply(Vec<u8>),
+    /// Someone else has to be asked.
+    Forward(Box<Asked>),
+}
+
+/// A question that has to be asked elsewhere.
+#[derive(Debug)]
+pub struct Asked {
+    /// The request.
+    pub request: Message,
+    /// Its question.
+    pub query: Query,
+    transport: Transport,
+    limit: u16,
+    began: Instant,
+}
+
+/// Answers packets.
+pub struct Handler<E> {
+    /// What answers are made from.
+    pub shared: Arc<Shared>,
+    /// Who else is asked.
+    pub elsewhere: Option<Arc<E>>,
+    /// Who may ask.
+    pub allowed: Allowed,
+    /// How fast.
+    pub rate: Rate,
+    /// What is counted.
+    pub metrics: DnsMetrics,
+    /// Until when questions about our names wait for the source to be read: they get no answer, since a client asks again
+    /// after silence (resolv.conf(5): after 5 s) and takes a SERVFAIL as final.
+    pub patient_until: Instant,
+}
+
+impl<E: Elsewhere> Handler<E> {
+    /// What is done with a packet from there.
+    pub fn handle(&self, bytes: &[u8], from: SocketAddr, transport: Transport) -> Action {
+        let began = Instant::now();
+        let client = from.ip().to_canonical();
+        let packet = message::read(bytes);
+        if matches!(packet, Packet::Noise) || from.port() == 0 {
+            self.metrics.limited("noise");
+            return Action::Ignore;
+        }
+        let allowed = self.allowed.contains(client) || self.shared.node.load().contains(&client);
+        let within = transport == Transport::Tcp || self.rate.take(client, began);
+        let (request, query) = match packet {
+            Packet::Question(request, query) if allowed || within => (*request, query),
+            Packet::Malformed(metadata) if allowed && within => {
+                let took = began.elapsed();
+                self.metrics.answered("none", "FORMERR", transport.label(), "refused", took);
+                return Action::Reply(message::bare(&metadata, ResponseCode::FormErr));
+            }
+            _ => {
+                self.metrics.limited(if allowed { "rate" } else { "client" });
+                return Action::Ignore;
+            }
+        };
+        let payload = request.edns.as_ref().map_or(PLAIN_UDP, |e| e.max_payload());
+        let limit = match transport {
+            Transport::Udp => payload.clamp(PLAIN_UDP, LARGEST_UDP),
+            Transport::Tcp => u16::MAX,
+        };
+        let asked = Asked { request, query, transport, limit, began };
+        if !allowed {
+            self.metrics.limited("client");
+            return self.reply(&asked, &Answer::code(ResponseCode::Refused), "refused", false);
+        }
+        if !within {
+            self.metrics.limited("rate");
+            return self.reply(&asked, &Answer::default(), "refused", true);
+        }
+        match self.decide(&asked, client) {
+            Decision::Answer(answer, from) => self.reply(&asked, &answer, from, false),
+            Decision::Elsewhere => Action::Forward(Box::new(asked)),
+            Decision::TooEarly => {
+                self.metrics.limited("early");
+                Action::Ignore
+            }
+        }
+    }
+
+    fn decide(&self, asked: &Asked, client: IpAddr) -> Decision {
+        let code = |code| Decision::Answer(Answer::code(code), "refused");
+        if asked.request.metadata.op_code != OpCode::Query {
+            return code(ResponseCode::NotImp);
+        }
+        if asked.request.version() > 0 {
+            return code(ResponseCode::BADVERS);
+        }
+        let (name, kind) = (asked.query.name(), asked.query.query_type());
+        if asked.query.query_class() != DNSClass::IN
+            || matches!(kind, RecordType::AXFR | RecordType::IXFR | RecordType::OPT | RecordType::TSIG)
+        {
+            return code(ResponseCode::Refused);
+        }
+        let table = self.shared.table.load();
+        if let Some(answer) = table.answer(name, kind, Some(client)) {
+            let early = !table.is_synced() && asked.began < self.patient_until;
+            return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
+        }
+        match &self.elsewhere {
+            // Who asks us without wanting a lookup elsewhere wants what is ours.
+            Some(elsewhere) if asked.request.metadata.recursion_desired => {
+                if elsewhere.is_loop(name, client) || kind == RecordType::ANY || !elsewhere.covers(name) {
+                    code(ResponseCode::Refused)
+                } else {
+                    Decision::Elsewhere
+                }
+            }
+            _ => code(ResponseCode::Refused),
+        }
+    }
+
+    /// The answer to a question that was asked elsewhere.
+    pub fn forwarded(&self, asked: &Asked, answer: &Answer) -> Action {
+        self.reply(asked, answer, "forward", false)
+    }
+
+    fn reply(&self, asked: &Asked, answer: &Answer, from: &'static str, empty: bool) -> Action {
+        let shape = Shape {
+            limit: asked.limit,
+            authoritative: from == "mesh" && answer.code != ResponseCode::ServFail,
+            recursive: self.elsewhere.is_some(),
+            empty,
+        };
+        let reply = message::write(&asked.request, &asked.query, answer, shape);
+        let (reply, code) = match reply {
+            Ok(reply) => (reply, answer.code),
+            Err(e) => {
+                tracing::debug!("the answer to {} can't be written: {e}", asked.query);
+                let code = ResponseCode::ServFail;
+                (message::bare(&asked.request.metadata, code), code)
+            }
+        };
+        let kind = kind_label(asked.query.query_type());
+        let took = asked.began.elapsed();
+        self.metrics.answered(kind, code_label(code), asked.transport.label(), from, took);
+        Action::Reply(reply)
+    }
+}
+
+enum Decision {
+    Answer(Answer, &'static str),
+    Elsewhere,
+    TooEarly,
+}
+
+/// The types that are counted by name: what anyone can send must not make a series each.
+fn kind_label(kind: RecordType) -> &'static str {
+    match kind {
+        RecordType::A => "A",
+        RecordType::AAAA => "AAAA",
+        RecordType::SRV => "SRV",
+        RecordType::PTR => "PTR",
+        RecordType::SOA => "SOA",
+        RecordType::NS => "NS",
+        RecordType::TXT => "TXT",
+        RecordType::MX => "MX",
+        RecordType::CNAME => "CNAME",
+        RecordType::HTTPS => "HTTPS",
+        RecordType::ANY => "ANY",
+        _ => "other",
+    }
+}
+
+fn code_label(code: ResponseCode) -> &'static str {
+    match code {
+        ResponseCode::NoError => "NOERROR",
+        ResponseCode::FormErr => "FORMERR",
+        ResponseCode::ServFail => "SERVFAIL",
+        ResponseCode::NXDomain => "NXDOMAIN",
+        ResponseCode::NotImp => "NOTIMP",
+        ResponseCode::Refused => "REFUSED",
+        ResponseCode::BADVERS => "BADVERS",
+        _ => "other",
+    }
+}

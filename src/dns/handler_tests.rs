@@ -1,0 +1,293 @@
+//! Packets in, packets out.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use arc_swap::ArcSwap;
+use hickory_proto::{
+    op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
+    rr::{DNSClass, Name, RecordType},
+};
+use ipnet::IpNet;
+use proptest::prelude::*;
+
+use super::{
+    answer::Answer,
+    handler::{Action, Elsewhere, Handler, Shared, Transport},
+    limit::{Allowed, PRIVATE, Rate},
+    names::Names,
+    tests::{dnsrr, put, some},
+};
+use crate::{
+    metrics::DnsMetrics,
+    model::{
+        fixtures::{endpoint, slice},
+        ids::PerFamily,
+    },
+};
+
+struct Others;
+
+impl Elsewhere for Others {
+    fn covers(&self, name: &Name) -> bool {
+        name.to_ascii().ends_with("example.")
+    }
+    fn is_loop(&self, name: &Name, _: std::net::IpAddr) -> bool {
+        name.to_ascii().starts_with("echo.")
+    }
+}
+
+fn handler(mut names: Names, rate: u32) -> Handler<Others> {
+    let many = (1..=300_u16).map(|i| endpoint(&format!("10.245.{}.{}", i / 256, i % 256), "n1")).collect();
+    put(&mut names, &dnsrr("many"), &[slice("many", many)], PerFamily::default());
+    let private: Vec<IpNet> = PRIVATE.iter().map(|r| r.parse().unwrap()).collect();
+    let shared = Shared {
+        table: ArcSwap::new(names.publish(true, &BTreeSet::new())),
+        node: ArcSwap::from_pointee(BTreeSet::from(["203.0.113.1".parse().unwrap()])),
+    };
+    Handler {
+        shared: Arc::new(shared),
+        elsewhere: Some(Arc::new(Others)),
+        allowed: Allowed::new(private),
+        rate: Rate::new(rate),
+        metrics: DnsMetrics::default(),
+        patient_until: Instant::now(),
+    }
+}
+
+fn from(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn request(name: &str, kind: RecordType) -> Message {
+    let mut request = Message::query();
+    request.metadata.recursion_desired = true;
+    request.add_query(Query::query(Name::from_ascii(name).unwrap(), kind));
+    request
+}
+
+fn send(handler: &Handler<Others>, request: &Message, client: &str, how: Transport) -> Action {
+    handler.handle(&request.to_vec().unwrap(), from(client), how)
+}
+
+fn reply(action: Action) -> (Message, Vec<u8>) {
+    match action {
+        Action::Reply(bytes) => (Message::from_vec(&bytes).unwrap(), bytes),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn ask(handler: &Handler<Others>, request: &Message) -> Message {
+    let (answer, _) = reply(send(handler, request, "10.244.1.11:4000", Transport::Udp));
+    assert_eq!(answer.metadata.id, request.metadata.id);
+    assert_eq!(answer.metadata.message_type, MessageType::Response);
+    answer
+}
+
+const VOTE: &str = "vote.default.mesh.internal.";
+
+#[test]
+fn the_question_is_repeated_letter_by_letter() {
+    let handler = handler(some(), 0);
+    let odd = "vOtE.deFAUlt.Mesh.INTERNAL.";
+    let answer = ask(&handler, &request(odd, RecordType::A));
+    assert_eq!(answer.queries[0].name().to_ascii(), odd);
+    assert_eq!(answer.answers[0].name.to_ascii(), odd);
+    assert!(answer.metadata.authoritative && answer.metadata.recursion_available);
+    assert!(answer.metadata.recursion_desired && !answer.metadata.authentic_data);
+}
+
+#[test]
+fn what_is_refused_and_how() {
+    let handler = handler(some(), 0);
+    let code = |request: &Message| ask(&handler, request).metadata.response_code;
+    assert_eq!(code(&request("www.elsewhere.", RecordType::A)), ResponseCode::Refused);
+    assert_eq!(code(&request("echo.example.", RecordType::A)), ResponseCode::Refused);
+    assert_eq!(code(&request("x.example.", RecordType::ANY)), ResponseCode::Refused);
+    assert_eq!(code(&request("mesh.internal.", RecordType::AXFR)), ResponseCode::Refused);
+    let mut chaos = request("version.bind.", RecordType::TXT);
+    chaos.queries[0].set_query_class(DNSClass::CH);
+    assert_eq!(code(&chaos), ResponseCode::Refused);
+    let mut update = request(VOTE, RecordType::A);
+    update.metadata.op_code = OpCode::Notify;
+    assert_eq!(code(&update), ResponseCode::NotImp);
+    let mut future = request(VOTE, RecordType::A);
+    future.set_edns(Edns::new()).edns.as_mut().unwrap().set_version(1);
+    let answer = ask(&handler, &future);
+    // 16 is BADSIG as well, and is read as that.
+    assert_eq!(u16::from(answer.metadata.response_code), u16::from(ResponseCode::BADVERS));
+    assert_eq!(answer.edns.unwrap().version(), 0);
+    let mut only_ours = request("www.example.", RecordType::A);
+    only_ours.metadata.recursion_desired = false;
+    assert_eq!(code(&only_ours), ResponseCode::Refused);
+    assert!(matches!(
+        send(&handler, &request("www.example.", RecordType::A), "10.0.0.1:4000", Transport::Udp),
+        Action::Forward(_)
+    ));
+    // Our zone is never asked elsewhere, whatever it has.
+    for name in ["nothing.default.mesh.internal.", "x.y.z.mesh.internal.", "mesh.internal."] {
+        for kind in [RecordType::A, RecordType::DS, RecordType::HTTPS] {
+            ask(&handler, &request(name, kind));
+        }
+    }
+    let two = {
+        let mut two = request(VOTE, RecordType::A);
+        two.add_query(two.queries[0].clone());
+        two
+    };
+    let answer = ask(&handler, &two);
+    assert_eq!((answer.metadata.response_code, answer.queries.len()), (ResponseCode::FormErr, 0));
+}
+
+#[test]
+fn who_is_not_allowed_gets_a_refusal_and_no_more() {
+    let handler = handler(some(), 0);
+    let question = request(VOTE, RecordType::A);
+    let (answer, _) = reply(send(&handler, &question, "198.51.100.7:4000", Transport::Udp));
+    assert_eq!(answer.metadata.response_code, ResponseCode::Refused);
+    assert!(answer.answers.is_empty());
+    let (own, _) = reply(send(&handler, &question, "203.0.113.1:4000", Transport::Udp));
+    assert_eq!(own.metadata.response_code, ResponseCode::NoError);
+    assert!(matches!(send(&handler, &question, "10.0.0.1:0", Transport::Udp), Action::Ignore));
+    let mut answer = question.clone();
+    answer.metadata.message_type = MessageType::Response;
+    assert!(matches!(send(&handler, &answer, "10.0.0.1:4000", Transport::Udp), Action::Ignore));
+}
+
+#[test]
+fn answers_are_cut_to_what_the_client_takes() {
+    let handler = handler(some(), 0);
+    let mut question = request("many.default.mesh.internal.", RecordType::A);
+    let mut sizes = Vec::new();
+    for payload in [None, Some(100), Some(1232), Some(4096)] {
+        question.edns = payload.map(|n| {
+            let mut edns = Edns::new();
+            edns.set_max_payload(n);
+            edns
+        });
+        let (answer, bytes) = reply(send(&handler, &question, "10.0.0.1:4000", Transport::Udp));
+        assert!(answer.metadata.truncation);
+        assert_eq!(answer.edns.is_some(), payload.is_some(), "OPT is answered with OPT, even when it is cut");
+        let limit = payload.map_or(512, |n| n.clamp(512, 1232));
+        assert!(
+            bytes.len() <= usize::from(limit) && bytes.len() > usize::from(limit) - 40,
+            "{}",
+            bytes.len()
+        );
+        sizes.push(answer.answers.len());
+    }
+    assert!(sizes[0] > 20 && sizes[2] > 60, "what fits is there: {sizes:?}");
+    let (answer, _) = reply(send(&handler, &question, "10.0.0.1:4000", Transport::Tcp));
+    assert!(!answer.metadata.truncation);
+    let mut all: Vec<_> = answer.answers.iter().map(|r| r.data.to_string()).collect();
+    all.sort();
+    all.dedup();
+    assert_eq!(all.len(), 300);
+}
+
+#[test]
+fn too_fast_is_told_to_come_by_tcp_in_no_more_bytes() {
+    let handler = handler(some(), 5);
+    let question = request("tasks.vote.default.mesh.internal.", RecordType::A);
+    let length = question.to_vec().unwrap().len();
+    let mut cut = 0;
+    for _ in 0..20 {
+        let (answer, bytes) = reply(send(&handler, &question, "10.0.0.1:4000", Transport::Udp));
+        if answer.metadata.truncation {
+            cut += 1;
+            assert!(answer.answers.is_empty() && bytes.len() <= length);
+        }
+    }
+    assert_eq!(cut, 10);
+    let (answer, _) = reply(send(&handler, &question, "10.0.0.1:4000", Transport::Tcp));
+    assert_eq!(answer.answers.len(), 2);
+    // Who may not ask either gets nothing at all any more.
+    let strangers: Vec<_> =
+        (0..20).map(|_| send(&handler, &question, "198.51.100.7:4000", Transport::Udp)).collect();
+    assert_eq!(strangers.iter().filter(|a| matches!(a, Action::Ignore)).count(), 10);
+}
+
+#[test]
+fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
+    let mut handler = handler(some(), 0);
+    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    let question = request(VOTE, RecordType::A);
+    assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::ServFail);
+    handler.patient_until = Instant::now() + Duration::from_secs(60);
+    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Ignore));
+    // What is not ours does not have to wait.
+    let other = request("www.example.", RecordType::A);
+    assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
+    handler.shared.table.store(some().publish(true, &BTreeSet::new()));
+    assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::NoError);
+}
+
+#[test]
+fn a_forwarded_answer_is_not_ours() {
+    let handler = handler(some(), 0);
+    let Action::Forward(asked) =
+        send(&handler, &request("www.example.", RecordType::A), "10.0.0.1:4000", Transport::Udp)
+    else {
+        panic!("not forwarded")
+    };
+    let (answer, _) = reply(handler.forwarded(&asked, &Answer::code(ResponseCode::NXDomain)));
+    assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
+    assert!(!answer.metadata.authoritative && answer.metadata.recursion_available);
+}
+
+/// Bytes that are almost a query.
+fn nearly(base: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
+    prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..12).prop_map(move |changes| {
+        let mut bytes = base.clone();
+        for (at, value) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = value;
+        }
+        bytes
+    })
+}
+
+fn with_edns(name: &str) -> Vec<u8> {
+    let mut request = request(name, RecordType::A);
+    request.set_edns(Edns::new());
+    request.to_vec().unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_packet_is_too_much(
+        bytes in prop_oneof![
+            prop::collection::vec(any::<u8>(), 0..600),
+            nearly(with_edns(VOTE)),
+            nearly(with_edns("_pg._tcp.db.default.mesh.internal.")),
+            nearly(with_edns("7.7.200.10.in-addr.arpa.")),
+            nearly(with_edns("vote.")),
+        ],
+        tcp: bool,
+        client in prop::sample::select(vec!["10.244.1.11:99", "[::1]:5", "8.8.8.8:53", "[::ffff:10.0.0.1]:7"]),
+    ) {
+        thread_local! {
+            static HANDLER: Handler<Others> = handler(some(), 0);
+        }
+        let how = if tcp { Transport::Tcp } else { Transport::Udp };
+        HANDLER.with(|handler| {
+            let action = handler.handle(&bytes, from(client), how);
+            let action = match action {
+                Action::Forward(asked) => handler.forwarded(&asked, &Answer::code(ResponseCode::NXDomain)),
+                other => other,
+            };
+            if let Action::Reply(reply) = action {
+                let answer = Message::from_vec(&reply).expect("what is answered is a message");
+                assert_eq!(answer.metadata.message_type, MessageType::Response);
+                assert_eq!(reply[..2], bytes[..2], "with the id of its question");
+                assert!(tcp || reply.len() <= 1232);
+            }
+        });
+    }
+}

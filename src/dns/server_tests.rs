@@ -1,0 +1,211 @@
+//! The server with real sockets, on loopback.
+
+use std::{
+    collections::BTreeSet,
+    net::{SocketAddr, UdpSocket},
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::{Name, RData, Record, RecordType, rdata::A},
+};
+
+use super::{
+    ask,
+    forward::{ForwardConfig, ZoneForward},
+    names::Names,
+    server::{Config, Server},
+    tests::{change, crowd, some, zone},
+};
+use crate::metrics::DnsMetrics;
+
+/// An address of loopback for each test: a port that is free now may be another one's in a moment.
+fn at(test: u8) -> SocketAddr {
+    SocketAddr::from(([127, 0, 53, test], 5300))
+}
+
+fn config(listen: SocketAddr) -> Config {
+    let allow = vec!["127.0.0.0/8".parse().unwrap()];
+    Config {
+        listen: vec![listen],
+        allow,
+        rate: 0,
+        forward: ForwardConfig { cache: 100, ..Default::default() },
+    }
+}
+
+fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
+    let server = Server::start(config, zone(), metrics.clone()).unwrap();
+    server.publish(names.publish(true, &BTreeSet::new()));
+    let begun = Instant::now();
+    while ask::addresses(config.listen[0], "mesh.internal.", RecordType::A).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", server.problems());
+        thread::sleep(Duration::from_millis(20));
+    }
+    server
+}
+
+/// An upstream that answers every name with one address; until it is told to stop.
+fn upstream(address: [u8; 4], asked: &'static AtomicUsize, silent: &'static AtomicBool) -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = socket.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
+            if silent.load(Ordering::Relaxed) {
+                continue;
+            }
+            let query: Query = question.queries[0].clone();
+            if !query.name().to_ascii().ends_with("invalid.") {
+                asked.fetch_add(1, Ordering::Relaxed);
+            }
+            let mut answer = question.into_response();
+            answer.metadata.recursion_available = true;
+            answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A(address.into()))));
+            let _ = socket.send_to(&answer.to_vec().unwrap(), from);
+        }
+    });
+    at
+}
+
+#[test]
+fn others_are_asked_and_one_that_dies_is_passed_over() {
+    static ASKED: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
+    static SILENT: [AtomicBool; 2] = [AtomicBool::new(false), AtomicBool::new(false)];
+    let first = upstream([192, 0, 2, 1], &ASKED[0], &SILENT[0]);
+    let second = upstream([192, 0, 2, 1], &ASKED[1], &SILENT[1]);
+    static CORP: (AtomicUsize, AtomicBool) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let corp = upstream([192, 0, 2, 2], &CORP.0, &CORP.1);
+    let at = at(1);
+    let mut config = config(at);
+    config.forward.upstreams = vec![first, second];
+    let zone: ZoneForward = format!("corp.example={corp}").parse().unwrap();
+    config.forward.zones = vec![zone];
+    let metrics = DnsMetrics::default();
+    let server = serve(&config, &mut some(), &metrics);
+    let a = |name: &str| ask::addresses(at, name, RecordType::A).map(|ips| format!("{ips:?}"));
+    assert_eq!(a("www.example."), Ok("[192.0.2.1]".into()));
+    assert_eq!(a("x.corp.example."), Ok("[192.0.2.2]".into()));
+    assert_eq!(a("vote.default.mesh.internal."), Ok("[10.200.7.7]".into()));
+    assert_eq!(a("nothing.default.mesh.internal."), Err(ResponseCode::NXDomain.to_string()));
+    let before = ASKED[0].load(Ordering::Relaxed) + ASKED[1].load(Ordering::Relaxed);
+    assert_eq!(a("www.example."), Ok("[192.0.2.1]".into()));
+    assert_eq!(ASKED[0].load(Ordering::Relaxed) + ASKED[1].load(Ordering::Relaxed), before, "the cache");
+    assert_eq!(metrics.cache_hits.get(), 1);
+    SILENT[0].store(true, Ordering::Relaxed);
+    for i in 0..4 {
+        assert_eq!(a(&format!("again{i}.example.")), Ok("[192.0.2.1]".into()), "{i}");
+    }
+    // Told, once it has been looked at.
+    let begun = Instant::now();
+    let told = format!("DNS upstream {first} does not answer");
+    while !server.problems().contains(&told) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", server.problems());
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+fn an_upstream_that_asks_us_is_a_loop() {
+    let at = at(2);
+    let mut config = config(at);
+    // It is ourselves, which the command line would not let through; a forwarder in between does the same.
+    config.forward.upstreams = vec![at];
+    let server = serve(&config, &mut some(), &DnsMetrics::default());
+    let begun = Instant::now();
+    while !server.problems().iter().any(|p| p.contains("a loop")) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", server.problems());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let a = |name: &str| ask::addresses(at, name, RecordType::A);
+    assert_eq!(a("www.example."), Err(ResponseCode::Refused.to_string()));
+    assert!(a("vote.default.mesh.internal.").is_ok(), "our own names are there for everyone");
+}
+
+#[test]
+fn a_port_that_is_taken_is_told_and_had_later() {
+    let at = at(3);
+    let taken = UdpSocket::bind(at).unwrap();
+    let server = Server::start(&config(at), zone(), DnsMetrics::default()).unwrap();
+    server.publish(some().publish(true, &BTreeSet::new()));
+    let begun = Instant::now();
+    while server.problems().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(5));
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(
+        server.problems(),
+        [format!("DNS can't be served on {at}: Address already in use (os error 98)")]
+    );
+    drop(taken);
+    while ask::addresses(at, "vote.default.mesh.internal.", RecordType::A).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", server.problems());
+    }
+    assert!(server.problems().is_empty());
+}
+
+/// 1,000 changes a second under load: every answer is one that was right at the time, and none is missing.
+#[test]
+fn answers_hold_while_everything_changes() {
+    const SERVICES: u32 = 500;
+    let at = at(4);
+    let mut names = crowd(SERVICES);
+    let server = serve(&config(at), &mut names, &DnsMetrics::default());
+    let stop = AtomicBool::new(false);
+    let (changes, answers) = thread::scope(|scope| {
+        let clients: Vec<_> = (0..2_u32)
+            .map(|k| {
+                let stop = &stop;
+                scope.spawn(move || {
+                    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+                    socket.connect(at).unwrap();
+                    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                    let mut buffer = [0; 1500];
+                    let mut n = 0_u32;
+                    while !stop.load(Ordering::Relaxed) {
+                        let i = (n * 2 + k) * 7919 % SERVICES;
+                        let name = Name::from_ascii(format!("tasks.s{i}.default.mesh.internal.")).unwrap();
+                        let mut question = Message::query();
+                        question.add_query(Query::query(name, RecordType::A));
+                        socket.send(&question.to_vec().unwrap()).unwrap();
+                        let length = socket.recv(&mut buffer).expect("an answer");
+                        let answer = Message::from_vec(&buffer[..length]).unwrap();
+                        assert_eq!(answer.metadata.id, question.metadata.id);
+                        let mut ips: Vec<_> = answer.answers.iter().map(|r| r.data.to_string()).collect();
+                        ips.sort();
+                        let pair = |turn: u8| {
+                            let base = format!("10.{}.{}", 100 + turn, i / 125);
+                            vec![format!("{base}.{}", i % 125 * 2), format!("{base}.{}", i % 125 * 2 + 1)]
+                        };
+                        let as_text = |turn| {
+                            let mut pair = pair(turn);
+                            pair.sort();
+                            pair
+                        };
+                        assert!(ips == as_text(0) || ips == as_text(1), "s{i}: {ips:?}");
+                        n += 1;
+                    }
+                    n
+                })
+            })
+            .collect();
+        let begun = Instant::now();
+        let mut changes = 0_u32;
+        while begun.elapsed() < Duration::from_secs(2) {
+            for _ in 0..10 {
+                change(&mut names, changes * 31 % SERVICES, (changes / SERVICES % 2) as u8 + 1);
+                changes += 1;
+            }
+            server.publish(names.publish(true, &BTreeSet::new()));
+            thread::sleep(Duration::from_millis(8));
+        }
+        stop.store(true, Ordering::Relaxed);
+        (changes, clients.into_iter().map(|c| c.join().unwrap()).sum::<u32>())
+    });
+    println!("{changes} changes and {answers} answers in 2 s");
+    assert!(changes > 500 && answers > 500, "{changes} changes, {answers} answers");
+}

@@ -1,0 +1,148 @@
+//! All names, as answers read them: immutable, replaced as a whole. Parts that did not change are shared with the one before,
+//! so that one change among thousands of services costs what one service costs.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    hash::{BuildHasher, Hash},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{records::ServiceNames, zone::Zone};
+use crate::model::ids::ServiceKey;
+
+/// Parts of each index. A change copies one of them.
+pub(super) const PARTS: usize = 256;
+
+/// A name of a service: its own or an alias.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// The service.
+    pub service: Arc<ServiceNames>,
+    /// Whether the name is an alias.
+    pub alias: bool,
+}
+
+/// Who has an address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pointer {
+    /// Label of the endpoint; none for a virtual IP.
+    pub label: Option<Arc<str>>,
+    /// Seconds that the answer may be kept.
+    pub ttl: u32,
+}
+
+/// Pointers of one address by service.
+pub type Pointers = BTreeMap<ServiceKey, Pointer>;
+
+/// A map in parts that copies share.
+#[derive(Clone, Debug)]
+pub(super) struct Parts<K, V> {
+    parts: Vec<Arc<HashMap<K, V>>>,
+    hasher: std::hash::RandomState,
+}
+
+impl<K: Eq + Hash + Clone, V: Clone> Parts<K, V> {
+    fn new() -> Self {
+        Self { parts: vec![Arc::default(); PARTS], hasher: std::hash::RandomState::new() }
+    }
+
+    fn part<Q: Hash + ?Sized>(&self, key: &Q) -> usize {
+        self.hasher.hash_one(key) as usize % PARTS
+    }
+
+    pub(super) fn get<Q: Hash + Eq + ?Sized>(&self, key: &Q) -> Option<&V>
+    where
+        K: std::borrow::Borrow<Q>,
+    {
+        self.parts[self.part(key)].get(key)
+    }
+
+    /// Changes one value; `None` before and after stands for its absence.
+    pub(super) fn change(&mut self, key: K, act: impl FnOnce(Option<V>) -> Option<V>) {
+        let part = self.part(&key);
+        let map = Arc::make_mut(&mut self.parts[part]);
+        let old = map.remove(&key);
+        if let Some(new) = act(old) {
+            map.insert(key, new);
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.parts.iter().map(|part| part.len()).sum()
+    }
+
+    /// How many parts two copies do not share.
+    #[cfg(test)]
+    pub(super) fn unshared(&self, other: &Self) -> usize {
+        self.parts.iter().zip(&other.parts).filter(|(a, b)| !Arc::ptr_eq(a, b)).count()
+    }
+}
+
+/// Key of a name in its index: `label.namespace`, in lower case.
+pub(super) fn name_key(label: &[u8], namespace: &[u8]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(label.len() + namespace.len() + 1);
+    key.extend(label.iter().map(u8::to_ascii_lowercase));
+    key.push(b'.');
+    key.extend(namespace.iter().map(u8::to_ascii_lowercase));
+    key
+}
+
+/// All names.
+#[derive(Clone, Debug)]
+pub struct Table {
+    /// The zone they are in.
+    pub(super) zone: Arc<Zone>,
+    pub(super) names: Parts<Vec<u8>, Entry>,
+    pub(super) addresses: Parts<IpAddr, Pointers>,
+    /// Namespaces with how many names each has.
+    pub(super) namespaces: Parts<Vec<u8>, u32>,
+    /// Services that nobody can say anything about: what the source says of them can't be read.
+    pub(super) unknown: Arc<std::collections::HashSet<Vec<u8>>>,
+    /// Whether the source has told everything.
+    pub(super) synced: bool,
+    /// Of the SOA record: grows with every change.
+    pub(super) serial: u32,
+}
+
+impl Table {
+    /// Without names; it answers SERVFAIL until the source has told everything.
+    pub fn new(zone: Arc<Zone>) -> Self {
+        Self {
+            zone,
+            names: Parts::new(),
+            addresses: Parts::new(),
+            namespaces: Parts::new(),
+            unknown: Arc::default(),
+            synced: false,
+            serial: 0,
+        }
+    }
+
+    /// How many names of services and aliases there are.
+    pub fn len(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Whether the source has told everything.
+    pub fn is_synced(&self) -> bool {
+        self.synced
+    }
+
+    /// The zone.
+    pub fn zone(&self) -> &Zone {
+        &self.zone
+    }
+
+    /// The namespace of the pod with this address, where its endpoints tell.
+    pub fn namespace_of(&self, client: IpAddr) -> Option<&Arc<str>> {
+        let mut keys = self.addresses.get(&client)?.iter().filter(|(_, p)| p.label.is_some()).map(|(k, _)| k);
+        let first = &keys.next()?.namespace;
+        keys.all(|key| key.namespace == *first).then_some(first)
+    }
+}

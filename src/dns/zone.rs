@@ -1,0 +1,172 @@
+//! The zone that is ours, and the zones of its addresses.
+
+use std::{net::IpAddr, sync::Arc};
+
+use hickory_proto::{
+    ProtoError,
+    rr::{
+        Name, RData, Record,
+        rdata::{NS, SOA},
+    },
+};
+use ipnet::IpNet;
+
+use crate::model::{
+    ids::{Family, PerFamily},
+    node::nth_address,
+};
+
+/// Seconds that a negative answer may be kept: minimum and TTL of the SOA record (RFC 2308, 5). As low as the default of
+/// positive ones, since a service may come at any time.
+pub const NEGATIVE_TTL: u32 = 5;
+/// What nobody reads: there are no secondaries (values of RFC 1912, 2.2).
+const REFRESH: i32 = 7200;
+const RETRY: i32 = 1800;
+const EXPIRE: i32 = 86_400;
+
+/// The zone and where it is served.
+#[derive(Debug)]
+pub struct Zone {
+    /// Its name, in lower case.
+    pub name: Name,
+    /// Its labels, in lower case.
+    labels: Vec<Box<[u8]>>,
+    /// Ranges of virtual IPs, whose reverse zones are ours.
+    ranges: PerFamily<IpNet>,
+    /// Addresses that it is served at.
+    pub servers: PerFamily<IpAddr>,
+}
+
+/// Labels that stand before the zone, at most.
+const DEEPEST: usize = 4;
+
+/// A name in the zone: its labels before it. Names with more of them than any of ours has are cut.
+pub type Relative<'a> = ([&'a [u8]; DEEPEST + 1], usize);
+
+impl Zone {
+    /// The zone of this name, for services with virtual IPs from these ranges.
+    ///
+    /// # Errors
+    /// A text for people when it is not the name of a zone.
+    pub fn new(name: &str, ranges: PerFamily<IpNet>) -> Result<Arc<Self>, String> {
+        let bad = |e: ProtoError| format!("--zone {name:?} is not a domain name: {e}");
+        let mut parsed = Name::from_ascii(name).map_err(bad)?.to_lowercase();
+        parsed.set_fqdn(true);
+        if parsed.is_root() {
+            return Err(format!("--zone {name:?} is not a domain name, as mesh.internal is"));
+        }
+        // `_port._protocol`, service and namespace have to fit before it.
+        if parsed.len() > 255 - 160 {
+            return Err(format!("--zone {name}: longer than 95 characters"));
+        }
+        let mut servers = PerFamily::default();
+        for (family, range) in ranges.iter() {
+            servers.set(family, nth_address(range, 2));
+        }
+        let labels = parsed.iter().map(Box::from).collect();
+        Ok(Arc::new(Self { name: parsed, labels, ranges, servers }))
+    }
+
+    /// The labels that a name has before the zone; `None` outside it.
+    pub fn relative<'a>(&self, name: &'a Name) -> Option<Relative<'a>> {
+        // `num_labels` does not count a wildcard.
+        let before = name.iter().count().checked_sub(self.labels.len())?;
+        let mut out: Relative<'a> = ([&[][..]; DEEPEST + 1], before.min(DEEPEST + 1));
+        for (i, label) in name.iter().enumerate() {
+            match i.checked_sub(before) {
+                None => {
+                    if let Some(slot) = out.0.get_mut(i) {
+                        *slot = label;
+                    }
+                }
+                Some(k) => {
+                    if !self.labels.get(k).is_some_and(|own| own.eq_ignore_ascii_case(label)) {
+                        return None;
+                    }
+                }
+            }
+        }
+        Some(out)
+    }
+
+    /// Its SOA record.
+    pub fn soa(&self, serial: u32, ttl: u32) -> Record {
+        self.soa_of(self.name.clone(), serial, ttl)
+    }
+
+    fn soa_of(&self, owner: Name, serial: u32, ttl: u32) -> Record {
+        let contact = self.name.prepend_label("hostmaster").unwrap_or_else(|_| self.name.clone());
+        let data = SOA::new(self.name.clone(), contact, serial, REFRESH, RETRY, EXPIRE, ttl);
+        Record::from_rdata(owner, ttl, RData::SOA(data))
+    }
+
+    /// Its NS record. The server's name is the zone's own, which no service can have.
+    pub fn ns(&self, owner: Name, ttl: u32) -> Record {
+        Record::from_rdata(owner, ttl, RData::NS(NS(self.name.clone())))
+    }
+
+    /// Where an address that is asked for by name (`4.3.2.1.in-addr.arpa`) is in a reverse zone of ours, that zone's SOA
+    /// record.
+    pub fn reverse_soa(&self, addr: IpAddr, serial: u32) -> Option<Record> {
+        let range = self.ranges.get(Family::of(&addr)).filter(|range| range.contains(&addr))?;
+        // Zones are cut at octets (IPv6: at nibbles); the range may be larger than one of them.
+        let (unit, labels) = if addr.is_ipv4() { (8, 4) } else { (4, 32) };
+        let depth = usize::from(range.prefix_len().div_ceil(unit));
+        let owner = Name::from(addr).trim_to(depth.min(labels) + 2);
+        Some(self.soa_of(owner, serial, NEGATIVE_TTL))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn zone() -> Arc<Zone> {
+        let ranges = PerFamily {
+            v4: Some("10.200.0.0/16".parse().unwrap()),
+            v6: Some("fd00:200::/112".parse().unwrap()),
+        };
+        Zone::new("Mesh.Internal", ranges).unwrap()
+    }
+
+    fn labels(name: &str) -> Option<Vec<String>> {
+        let name = Name::from_ascii(name).unwrap();
+        let zone = zone();
+        let (labels, n) = zone.relative(&name)?;
+        Some(labels[..n].iter().map(|l| String::from_utf8_lossy(l).into_owned()).collect())
+    }
+
+    #[test]
+    fn names_in_the_zone() {
+        assert_eq!(labels("vote.default.mesh.internal."), Some(vec!["vote".into(), "default".into()]));
+        assert_eq!(labels("VOTE.default.MESH.internal."), Some(vec!["VOTE".into(), "default".into()]));
+        assert_eq!(labels("mesh.internal."), Some(vec![]));
+        assert_eq!(labels("*.mesh.internal."), Some(vec!["*".into()]));
+        assert_eq!(labels("a.b.c.d.e.f.mesh.internal.").map(|l| l.len()), Some(5));
+        assert_eq!(labels("mesh.internal.example."), None);
+        assert_eq!(labels("xmesh.internal."), None);
+        assert_eq!(labels("internal."), None);
+        assert_eq!(labels("."), None);
+    }
+
+    #[test]
+    fn zones_that_can_not_be() {
+        let refused = |name: &str| Zone::new(name, PerFamily::default()).unwrap_err();
+        assert!(refused(".").contains("--zone"));
+        assert!(refused("a..b").contains("--zone"));
+        assert!(refused(&"a23456789.".repeat(10)).contains("longer"));
+    }
+
+    #[test]
+    fn reverse_zones_are_cut_at_labels() {
+        let soa = |ip: &str| zone().reverse_soa(ip.parse().unwrap(), 1).map(|r| r.name.to_ascii());
+        assert_eq!(soa("10.200.7.9").as_deref(), Some("200.10.in-addr.arpa."));
+        assert_eq!(soa("10.201.7.9"), None);
+        let v6 = soa("fd00:200::5").unwrap();
+        assert_eq!(v6, format!("{}0.0.2.0.0.0.d.f.ip6.arpa.", "0.".repeat(20)));
+        let ranges = PerFamily { v4: Some("10.200.32.0/20".parse().unwrap()), v6: None };
+        let small = Zone::new("m", ranges).unwrap();
+        let owner = small.reverse_soa("10.200.33.1".parse().unwrap(), 1).unwrap().name;
+        assert_eq!(owner.to_ascii(), "33.200.10.in-addr.arpa.");
+    }
+}

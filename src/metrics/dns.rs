@@ -1,0 +1,140 @@
+//! Series of the DNS server.
+
+use std::time::Duration;
+
+use prometheus_client::{
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::{Registry, Unit},
+};
+
+use super::{Label, Timer};
+
+/// Upper bounds in seconds: an answer of our own takes microseconds, a forwarded one as long as the upstream.
+const SECONDS: [f64; 13] =
+    [0.000_025, 0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.005, 0.025, 0.1, 0.25, 1.0, 2.5, 5.0];
+
+/// Labels with one value that is not known beforehand.
+type Text<const N: usize> = [(&'static str, String); N];
+
+/// All series of the DNS server. Clones are handles to the same ones.
+#[derive(Clone, Debug)]
+pub struct DnsMetrics {
+    queries: Family<[Label; 3], Counter>,
+    seconds: Timer<1>,
+    dropped: Family<[Label; 1], Counter>,
+    /// Lookups that were answered from the cache of forwarded names.
+    pub cache_hits: Counter,
+    /// Lookups that were not.
+    pub cache_misses: Counter,
+    /// Answers in that cache.
+    pub cache_entries: Gauge,
+    upstream: Family<Text<3>, Counter>,
+    upstream_up: Family<Text<1>, Gauge>,
+    listening: Family<Text<2>, Gauge>,
+    /// Names of services and aliases.
+    pub names: Gauge,
+    /// From seeing a change to answering it.
+    change_seconds: Histogram,
+}
+
+fn timer() -> Histogram {
+    Histogram::new(SECONDS)
+}
+
+impl Default for DnsMetrics {
+    fn default() -> Self {
+        Self {
+            queries: Family::default(),
+            seconds: Family::new_with_constructor(timer),
+            dropped: Family::default(),
+            cache_hits: Counter::default(),
+            cache_misses: Counter::default(),
+            cache_entries: Gauge::default(),
+            upstream: Family::default(),
+            upstream_up: Family::default(),
+            listening: Family::default(),
+            names: Gauge::default(),
+            change_seconds: super::timer(),
+        }
+    }
+}
+
+impl DnsMetrics {
+    /// One answer. `from` says who gave it: `mesh`, `forward` or `refused`.
+    pub fn answered(
+        &self,
+        kind: &'static str,
+        code: &'static str,
+        transport: &'static str,
+        from: &'static str,
+        took: Duration,
+    ) {
+        let labels = [("type", kind), ("rcode", code), ("transport", transport)];
+        self.queries.get_or_create_owned(&labels).inc();
+        self.seconds.get_or_create(&[("from", from)]).observe(took.as_secs_f64());
+    }
+
+    /// A query without the answer that it asked for: `rate` (told to come by TCP), `client` (not allowed),
+    /// `connections`, `forwards` (too many at once), `early` (the source has not been read), `noise`.
+    pub fn limited(&self, why: &'static str) {
+        self.dropped.get_or_create_owned(&[("reason", why)]).inc();
+    }
+
+    /// The counter of an upstream's answers of one kind.
+    pub fn upstream(&self, upstream: &str, protocol: &str, status: &str) -> Counter {
+        self.upstream.get_or_create_owned(&[
+            ("upstream", upstream.to_owned()),
+            ("protocol", protocol.to_owned()),
+            ("status", status.to_owned()),
+        ])
+    }
+
+    /// Whether an upstream answers.
+    pub fn upstream_up(&self, upstream: &str, up: bool) {
+        self.upstream_up.get_or_create_owned(&[("upstream", upstream.to_owned())]).set(i64::from(up));
+    }
+
+    /// Whether an address is served.
+    pub fn listening(&self, address: &str, transport: &str, yes: bool) {
+        let labels = [("address", address.to_owned()), ("transport", transport.to_owned())];
+        self.listening.get_or_create_owned(&labels).set(i64::from(yes));
+    }
+
+    /// A change is answered this long after it was seen.
+    pub fn changed(&self, took: Duration) {
+        self.change_seconds.observe(took.as_secs_f64());
+    }
+
+    pub(super) fn register(&self, registry: &mut Registry) {
+        let registry = registry.sub_registry_with_prefix("dns");
+        registry.register("queries", "Queries answered", self.queries.clone());
+        registry.register_with_unit(
+            "answer_duration",
+            "Time from reading a query to its answer",
+            Unit::Seconds,
+            self.seconds.clone(),
+        );
+        registry.register(
+            "limited",
+            "Queries that were not answered as asked, by reason",
+            self.dropped.clone(),
+        );
+        registry.register("cache_hits", "Forwarded lookups answered from the cache", self.cache_hits.clone());
+        registry.register(
+            "cache_misses",
+            "Forwarded lookups that went to an upstream",
+            self.cache_misses.clone(),
+        );
+        registry.register("cache_entries", "Answers in the cache", self.cache_entries.clone());
+        registry.register("upstream_answers", "Answers of upstreams, by status", self.upstream.clone());
+        registry.register("upstream_up", "1 while an upstream answers", self.upstream_up.clone());
+        registry.register("listening", "1 while an address is served", self.listening.clone());
+        registry.register("names", "Names of services and aliases", self.names.clone());
+        registry.register_with_unit(
+            "change",
+            "Time from a change at the source until it is answered",
+            Unit::Seconds,
+            self.change_seconds.clone(),
+        );
+    }
+}

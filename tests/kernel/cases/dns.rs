@@ -1,0 +1,541 @@
+//! Names, asked for by dig and by glibc's getaddrinfo in pods.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+
+use super::support::{ADMIN, http, metric, one_node, ready, start, wait_until};
+use crate::check;
+use crate::client::Probe;
+use crate::manifests::{Endpoint, Manifests};
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::topology::{Host, Topology};
+
+const SERVERS: [&str; 2] = ["10.200.0.2", "fd00:200::2"];
+const ZONE: &str = "default.mesh.internal";
+
+pub fn register(suite: &mut Suite) {
+    let limit = Duration::from_secs(400);
+    suite.add_slow("dns::answers", &Matrix::pair(), limit, answers);
+    suite.add_slow("dns::names_follow_services", &Matrix::once(), limit, follows);
+    suite.add_slow("dns::round_robin", &Matrix::once(), limit, round_robin);
+    suite.add_slow("dns::agent_is_away", &Matrix::pair(), limit, away);
+    suite.add_slow("dns::large_answers", &Matrix::once(), limit, large);
+    suite.add_slow("dns::forwarding", &Matrix::once(), limit, forwarding);
+    suite.add_slow("dns::port_is_taken", &Matrix::once(), limit, taken);
+}
+
+fn server(family: Family) -> &'static str {
+    family.pick(SERVERS[0], SERVERS[1])
+}
+
+/// What dig prints.
+fn dig(from: &Host, server: &str, args: &[&str]) -> Result<String> {
+    let at = format!("@{server}");
+    let mut command = vec!["dig", "+time=9", "+tries=1", at.as_str()];
+    command.extend(args);
+    Ok(from.run(&command)?.stdout)
+}
+
+/// The answers, in order of their text.
+fn short(from: &Host, server: &str, name: &str, kind: &str) -> Result<Vec<String>> {
+    let text = dig(from, server, &["+short", name, kind])?;
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.sort();
+    Ok(lines)
+}
+
+/// One answer is this.
+fn answers_with(from: &Host, server: &str, name: &str, kind: &str, want: &[&str]) -> Result<()> {
+    let got = short(from, server, name, kind)?;
+    ensure!(got == want, "{} asks {server} for {name} {kind}: {got:?}, not {want:?}", from.name);
+    Ok(())
+}
+
+/// The pod asks our server for its names from now on, with the search list that Kubernetes would give it.
+fn use_server(cx: &Cx, host: &Host, servers: &[&str], search: &str, options: &str) -> Result<()> {
+    let file = cx.dir.join(format!("{}-resolv.conf", host.name));
+    let mut text: String = servers.iter().map(|s| format!("nameserver {s}\n")).collect();
+    text += &format!("search {search}\noptions {options}\n");
+    fs::write(&file, text)?;
+    let file = file.to_string_lossy().into_owned();
+    let script = format!(
+        "umount /etc/resolv.conf 2>/dev/null; : >>/etc/resolv.conf; mount --bind {file} /etc/resolv.conf"
+    );
+    host.run(&["sh", "-c", &script])?.ok()?;
+    Ok(())
+}
+
+/// The first address that getaddrinfo gives, so many times.
+fn first_addresses(host: &Host, name: &str, n: usize) -> Result<BTreeMap<IpAddr, usize>> {
+    host.ns.enter(|| {
+        let mut out = BTreeMap::new();
+        for _ in 0..n {
+            let mut found = (name, 80_u16).to_socket_addrs().with_context(|| name.to_owned())?;
+            let first = found.next().context("no address")?;
+            *out.entry(first.ip()).or_insert(0) += 1;
+        }
+        Ok(out)
+    })
+}
+
+fn answers(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    let web = m.service("web").vips(&["10.200.0.5", "fd00:200::5"])?;
+    web.port(Proto::Tcp, 80, 8080, None);
+    web.set("dns", json!({"ttlSeconds": 17, "aliases": ["www"]}));
+    m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+    let rr = m.service("rr");
+    rr.set("mode", json!("DNSRR")).port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("rr", &[t.pod("p11"), t.pod("p12")]);
+    m.service("none").vips(&["10.200.0.9", "fd00:200::9"])?.port(Proto::Tcp, 80, 8080, None);
+    m.service("none-rr").set("mode", json!("DNSRR")).port(Proto::Tcp, 80, 8080, None);
+    m.write()?;
+    let _agent = start(cx, &meshlb, &t, &m)?;
+    let (p12, n1) = (t.pod("p12"), t.node(1));
+    let pods = [("A", ["10.244.1.11", "10.244.1.12"]), ("AAAA", ["fd00:244:1::11", "fd00:244:1::12"])];
+    for (from, family) in [(p12, Family::V4), (p12, Family::V6), (&**n1, Family::V4), (&**n1, Family::V6)] {
+        let at = server(family);
+        answers_with(from, at, &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
+        answers_with(from, at, &format!("www.{ZONE}"), "AAAA", &["fd00:200::5"])?;
+        for (kind, want) in pods {
+            answers_with(from, at, &format!("tasks.web.{ZONE}"), kind, &want)?;
+            answers_with(from, at, &format!("rr.{ZONE}"), kind, &want)?;
+            answers_with(from, at, &format!("tasks.rr.{ZONE}"), kind, &want)?;
+        }
+        answers_with(from, at, &format!("p11.web.{ZONE}"), "A", &["10.244.1.11"])?;
+        let srv = format!("0 1 80 web.{ZONE}.");
+        answers_with(from, at, &format!("_tcp-80._tcp.web.{ZONE}"), "SRV", &[&srv])?;
+        answers_with(from, at, "5.0.200.10.in-addr.arpa", "PTR", &[&format!("web.{ZONE}.")])?;
+        let ptr = short(from, at, "11.1.244.10.in-addr.arpa", "PTR")?;
+        ensure!(ptr == [format!("p11.rr.{ZONE}."), format!("p11.web.{ZONE}.")], "{ptr:?}");
+    }
+    let at = SERVERS[0];
+    // Short names belong to the pod's namespace, and to nobody else.
+    answers_with(p12, at, "web", "A", &["10.200.0.5"])?;
+    answers_with(n1, at, "web", "A", &[])?;
+    // How it is said.
+    for (args, texts) in [
+        (
+            vec!["WeB.default.MESH.internal", "A"],
+            vec!["WeB.default.MESH.internal. 17 IN A 10.200.0.5", "flags: qr aa rd;"],
+        ),
+        (vec!["nothing.default.mesh.internal", "A"], vec!["status: NXDOMAIN", "mesh.internal. 5 IN SOA"]),
+        (vec!["web.default.mesh.internal", "MX"], vec!["status: NOERROR", "ANSWER: 0", "IN SOA"]),
+        (vec!["none-rr.default.mesh.internal", "A"], vec!["status: NOERROR", "ANSWER: 0", "IN SOA"]),
+        (vec!["web.default.mesh.internal", "TYPE65399"], vec!["status: NOERROR", "ANSWER: 0", "IN SOA"]),
+        (vec!["web.default.mesh.internal", "ANY"], vec!["status: NOERROR", "HINFO \"RFC8482\""]),
+        (vec!["+tcp", "web.default.mesh.internal", "A"], vec!["10.200.0.5"]),
+        (vec!["+noedns", "web.default.mesh.internal", "A"], vec!["10.200.0.5"]),
+        (vec!["+edns=1", "+noednsneg", "web.default.mesh.internal", "A"], vec!["status: BADVERS"]),
+        (vec!["example.com", "A"], vec!["status: REFUSED"]),
+        (vec!["version.bind", "CH", "TXT"], vec!["status: REFUSED"]),
+        (vec!["mesh.internal", "AXFR"], vec!["Transfer failed"]),
+        (vec!["mesh.internal", "SOA"], vec!["mesh.internal. hostmaster.mesh.internal."]),
+        (vec!["mesh.internal", "NS"], vec!["IN NS mesh.internal.", "IN A 10.200.0.2"]),
+    ] {
+        let text = dig(p12, at, &args)?;
+        let flat = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        for want in texts {
+            ensure!(flat.contains(want), "dig {args:?}: no {want:?} in\n{text}");
+        }
+    }
+    // As programs ask: by the search list.
+    use_server(cx, p12, &[at], &format!("{ZONE} mesh.internal"), "ndots:5")?;
+    for (name, want) in
+        [("web", "10.200.0.5"), ("www.default", "10.200.0.5"), ("web.default.mesh.internal", "10.200.0.5")]
+    {
+        let got = p12.run(&["getent", "ahostsv4", name])?.ok()?.stdout;
+        ensure!(got.starts_with(want), "getent {name}: {got}");
+    }
+    let got = p12.run(&["getent", "hosts", "10.200.0.5"])?.ok()?.stdout;
+    ensure!(got.contains(&format!("web.{ZONE}")), "getent hosts 10.200.0.5: {got}");
+    // A service without endpoints has its name, and refuses at once.
+    answers_with(p12, at, &format!("none.{ZONE}"), "A", &["10.200.0.9"])?;
+    let vip: SocketAddr = "10.200.0.9:80".parse()?;
+    let tally = p12.probe(&Probe::new(Proto::Tcp, vip).times(3))?;
+    ensure!(
+        tally.answered() == 0 && tally.slowest < Duration::from_millis(900),
+        "not refused at once: {tally}"
+    );
+    // The DNS address is open for nothing else, and every other address is as closed as before.
+    for dst in ["10.200.0.2:80", "10.200.0.2:22", "10.200.0.5:53", "[fd00:200::2]:8080"] {
+        let tally = p12.probe(&Probe::new(Proto::Tcp, dst.parse::<SocketAddr>()?))?;
+        ensure!(tally.answered() == 0 && tally.slowest < Duration::from_millis(900), "{dst}: {tally}");
+    }
+    let explain = meshlb.run(n1, &["explain", "web"])?.ok()?.stdout;
+    for want in [format!("web.{ZONE} A 10.200.0.5: ok"), format!("www.{ZONE} AAAA fd00:200::5: ok")] {
+        ensure!(explain.contains(&want), "explain: no {want:?} in\n{explain}");
+    }
+    ensure!(metric(n1, "meshlb_dns_queries_total")? > 50.0);
+    ensure!(metric(n1, "meshlb_dns_listening")? == 4.0);
+    Ok(())
+}
+
+/// Aliases, modes, readiness: all while the agent runs.
+fn follows(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    m.service("web").port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
+    m.write()?;
+    let _agent = start(cx, &meshlb, &t, &m)?;
+    let p12 = t.pod("p12");
+    let name = format!("web.{ZONE}");
+    let a = |name: &str| short(p12, SERVERS[0], name, "A");
+    let becomes = |m: &mut Manifests, what: &str, name: &str, want: &[&str]| -> Result<Duration> {
+        m.write()?;
+        wait_until(&format!("{what}: {name} is {want:?}"), Duration::from_secs(10), || Ok(a(name)? == want))
+    };
+    let vip = a(&name)?;
+    ensure!(vip.len() == 1 && vip[0].starts_with("10.200."), "{vip:?}");
+    // VIP to round robin: the address is free, and another service may have it.
+    m.service("web").set("mode", json!("DNSRR"));
+    becomes(&mut m, "DNSRR", &name, &["10.244.1.11", "10.244.1.12"])?;
+    let tally = p12.probe(&Probe::new(Proto::Tcp, SocketAddr::new(vip[0].parse()?, 80)))?;
+    ensure!(tally.answered() == 0, "the old address is still served: {tally}");
+    m.service("taker").vips(&[&vip[0]])?.port(Proto::Tcp, 80, 8080, None);
+    becomes(&mut m, "its address is free", &format!("taker.{ZONE}"), &[&vip[0]])?;
+    m.remove("taker");
+    becomes(&mut m, "gone", &format!("taker.{ZONE}"), &[])?;
+    // A failing endpoint leaves the answers, within a TTL at a client, at once here.
+    let mut ends = vec![Endpoint::of(t.pod("p11"), Family::V4), Endpoint::of(p12, Family::V4)];
+    ends[0] = ends[0].clone().not_ready();
+    m.slice("web", Family::V4, ends.clone());
+    let took = becomes(&mut m, "not ready", &name, &["10.244.1.12"])?;
+    cx.note(format!("an endpoint that is not ready is out of the answers after {took:?}"));
+    m.service("web").set("publishNotReadyAddresses", json!(true));
+    becomes(&mut m, "on request", &format!("tasks.web.{ZONE}"), &["10.244.1.11", "10.244.1.12"])?;
+    m.service("web").set("publishNotReadyAddresses", json!(false)).set("mode", json!("VIP"));
+    m.write()?;
+    let back = |now: &[String]| now.len() == 1 && now[0].starts_with("10.200.");
+    wait_until("back to a VIP", Duration::from_secs(10), || Ok(back(&a(&name)?)))?;
+    answers_with(p12, SERVERS[0], &format!("tasks.web.{ZONE}"), "A", &["10.244.1.12"])?;
+    check::only(&p12.connect(Proto::Tcp, SocketAddr::new(a(&name)?[0].parse()?, 80), 2)?, "p12")?;
+    // Aliases come and go; one that is another's is told.
+    let now = a(&name)?;
+    m.service("web").set("dns", json!({"aliases": ["one", "two"]}));
+    becomes(&mut m, "alias", &format!("two.{ZONE}"), &[&now[0]])?;
+    m.service("web").set("dns", json!({"aliases": ["one"]}));
+    becomes(&mut m, "alias gone", &format!("two.{ZONE}"), &[])?;
+    let other = m.service("other").vips(&["10.200.0.77"])?;
+    other.port(Proto::Tcp, 80, 8080, None).set("dns", json!({"aliases": ["web", "mine"]}));
+    becomes(&mut m, "other", &format!("mine.{ZONE}"), &["10.200.0.77"])?;
+    ensure!(a(&name)? == now, "a service's own name is its own");
+    let show = meshlb.run(t.node(1), &["show", "other"])?.stdout;
+    let told = "spec.dns.aliases[0]: web is the name of the service default/web";
+    ensure!(show.contains(told), "not told: {show}");
+    ensure!(metric(t.node(1), "meshlb_problems{of=\"services\"}")? == 1.0);
+    Ok(())
+}
+
+/// Round robin by names: even, by weight; and what sorting by rule 9 of RFC 6724 makes of it.
+fn round_robin(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder().nodes(2))?;
+    let mut m = cx.manifests()?;
+    let pods = ["p12", "p21", "p22"];
+    let hosts: Vec<&Host> = pods.iter().map(|p| t.pod(p)).collect();
+    for (name, answer) in [("shuffle", "Shuffle"), ("single", "Single"), ("weighted", "Single")] {
+        let service = m.service(name);
+        service.set("mode", json!("DNSRR")).set("dns", json!({"answer": answer, "ttlSeconds": 0}));
+        service.port(Proto::Tcp, 8080, 8080, None);
+        if name == "weighted" {
+            service.set("weights", json!({"p12": 3, "p22": 0}));
+        }
+        m.endpoints(name, &hosts);
+    }
+    m.write()?;
+    let _agent = start(cx, &meshlb, &t, &m)?;
+    let p11 = t.pod("p11");
+    let servers: Vec<&str> = SERVERS.to_vec();
+    use_server(cx, p11, &servers[..1], ZONE, "ndots:1")?;
+    // What is answered first by the server itself.
+    let mut firsts: BTreeMap<String, usize> = BTreeMap::new();
+    for _ in 0..45 {
+        let text = dig(p11, SERVERS[0], &["+short", &format!("shuffle.{ZONE}"), "AAAA"])?;
+        ensure!(text.lines().count() == 3, "not all: {text}");
+        *firsts.entry(text.lines().next().unwrap_or_default().to_owned()).or_default() += 1;
+    }
+    ensure!(firsts.len() == 3 && firsts.values().all(|n| (4..=28).contains(n)), "not shuffled: {firsts:?}");
+    cx.note(format!("Shuffle, first on the wire: {firsts:?}"));
+    // IPv6 sorts by the longest matching prefix, and p12 is p11's neighbour.
+    let skewed = p11.ns.enter(|| first_v6(&format!("shuffle.{ZONE}"), 300))?;
+    cx.note(format!("Shuffle, chosen by getaddrinfo: {skewed:?}"));
+    let near = t.pod("p12").ip(Family::V6);
+    ensure!(skewed.get(&near) == Some(&300), "sorting was expected to choose {near} every time: {skewed:?}");
+    let even = p11.ns.enter(|| first_v6(&format!("single.{ZONE}"), 999))?;
+    cx.note(format!("Single, chosen by getaddrinfo: {even:?}"));
+    ensure!(even.len() == 3 && even.values().all(|n| (300..=366).contains(n)), "not within 10 %: {even:?}");
+    // The same with connections, and where nothing sorts.
+    let mut reached: BTreeMap<String, usize> = BTreeMap::new();
+    for _ in 0..60 {
+        let address = *first_addresses(p11, &format!("single.{ZONE}"), 1)?.keys().next().context("none")?;
+        let tally = p11.connect(Proto::Tcp, SocketAddr::new(address, 8080), 1)?;
+        ensure!(tally.answered() == 1, "{tally}");
+        *reached.entry(address.to_string()).or_default() += 1;
+    }
+    cx.note(format!("Single, connected to: {reached:?}"));
+    ensure!(reached.len() >= 3, "{reached:?}");
+    let v4 = first_v4(p11, &format!("shuffle.{ZONE}"), 300)?;
+    cx.note(format!("Shuffle over IPv4 with a /32 of the pod's own, chosen by getaddrinfo: {v4:?}"));
+    ensure!(v4.len() == 3 && v4.values().all(|n| (60..=140).contains(n)), "not even: {v4:?}");
+    let weighted = p11.ns.enter(|| first_v6(&format!("weighted.{ZONE}"), 400))?;
+    cx.note(format!("weights 3, 1, 0: {weighted:?}"));
+    let counts: BTreeSet<usize> = weighted.values().copied().collect();
+    ensure!(counts == BTreeSet::from([100, 300]), "not by weight: {weighted:?}");
+    Ok(())
+}
+
+/// The first IPv6 address that getaddrinfo gives, in this thread's namespace.
+fn first_v6(name: &str, n: usize) -> Result<BTreeMap<IpAddr, usize>> {
+    let mut out = BTreeMap::new();
+    for _ in 0..n {
+        let mut found = (name, 80_u16).to_socket_addrs().with_context(|| name.to_owned())?;
+        let first = found.find(|a| a.is_ipv6()).context("no IPv6 address")?;
+        *out.entry(first.ip()).or_insert(0) += 1;
+    }
+    Ok(out)
+}
+
+fn first_v4(host: &Host, name: &str, n: usize) -> Result<BTreeMap<IpAddr, usize>> {
+    host.ns.enter(|| {
+        let mut out = BTreeMap::new();
+        for _ in 0..n {
+            let mut found = (name, 80_u16).to_socket_addrs().with_context(|| name.to_owned())?;
+            let first = found.find(|a| a.is_ipv4()).context("no IPv4 address")?;
+            *out.entry(first.ip()).or_insert(0) += 1;
+        }
+        Ok(out)
+    })
+}
+
+/// While no agent runs, questions are dropped and not refused; clients see no failure over a restart.
+fn away(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    m.service("web").vips(&["10.200.0.5", "fd00:200::5"])?.port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("web", &[t.pod("p11")]);
+    m.write()?;
+    let agent = start(cx, &meshlb, &t, &m)?;
+    let (p11, p12, n1) = (t.pod("p11"), t.pod("p12"), t.node(1));
+    let name = format!("web.{ZONE}");
+    answers_with(p12, SERVERS[0], &name, "A", &["10.200.0.5"])?;
+    agent.kill();
+    // Another program of the node that listens on every address does not get them.
+    n1.serve_as("HOST-53", &crate::server::everywhere(&[53], false))?;
+    for family in Family::ALL {
+        for from in [p12, &**n1] {
+            let at = server(family);
+            let begun = Instant::now();
+            let text = dig(from, at, &["+time=2", &name, "A"])?;
+            let took = begun.elapsed();
+            ensure!(
+                text.contains("timed out") && took > Duration::from_millis(1900),
+                "{} asks {at}, not silent but after {took:?}: {text}",
+                from.name
+            );
+            let text = dig(from, at, &["+time=2", "+tcp", &name, "A"])?;
+            ensure!(text.contains("timed out"), "{} asks {at} by TCP: {text}", from.name);
+        }
+    }
+    n1.stop_serving("HOST-53");
+    // Under load, killed and started again: nobody with the usual retry sees it.
+    // As resolv.conf(5) has it by default: 5 s, twice.
+    use_server(cx, p11, &SERVERS[..1], ZONE, "ndots:1")?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    ready(n1, &mut agent)?;
+    let stop = AtomicBool::new(false);
+    let (asked, slowest) = std::thread::scope(|scope| -> Result<(usize, Duration)> {
+        let load = scope.spawn(|| {
+            p11.ns.enter(|| {
+                let (mut n, mut slowest) = (0, Duration::ZERO);
+                while !stop.load(Ordering::Relaxed) {
+                    let begun = Instant::now();
+                    let found =
+                        (name.as_str(), 80_u16).to_socket_addrs().with_context(|| format!("query {n}"))?;
+                    let ips: Vec<_> = found.map(|a| a.ip().to_string()).collect();
+                    ensure!(ips.contains(&"10.200.0.5".to_owned()), "query {n}: {ips:?}");
+                    slowest = slowest.max(begun.elapsed());
+                    n += 1;
+                }
+                Ok((n, slowest))
+            })
+        });
+        let restart = || -> Result<crate::program::Agent> {
+            let mut agent = agent;
+            for _ in 0..3 {
+                std::thread::sleep(Duration::from_secs(1));
+                agent.kill();
+                agent = meshlb.agent(n1, &m.dir)?;
+                ready(n1, &mut agent)?;
+            }
+            std::thread::sleep(Duration::from_secs(1));
+            Ok(agent)
+        };
+        let restarted = restart();
+        stop.store(true, Ordering::Relaxed);
+        let done = load.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
+        drop(restarted?);
+        done
+    })?;
+    cx.note(format!("{asked} lookups over three kills, the slowest took {slowest:?}"));
+    ensure!(asked > 50, "only {asked} lookups");
+    Ok(())
+}
+
+/// 300 endpoints: cut over UDP, whole over TCP.
+fn large(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    m.service("many").set("mode", json!("DNSRR")).port(Proto::Tcp, 80, 8080, None);
+    let template = Endpoint::of(t.pod("p11"), Family::V4);
+    let all: Vec<Endpoint> = (0..300_u16)
+        .map(|i| Endpoint {
+            addr: IpAddr::from([10, 250, (i / 200) as u8, (i % 200) as u8 + 1]),
+            target: format!("m{i}"),
+            ..template.clone()
+        })
+        .collect();
+    m.slice("many", Family::V4, all);
+    m.write()?;
+    let _agent = start(cx, &meshlb, &t, &m)?;
+    let (p12, name) = (t.pod("p12"), format!("many.{ZONE}"));
+    for (args, at_least, at_most) in [
+        (vec!["+ignore", "+noedns"], 25, 30),
+        (vec!["+ignore", "+bufsize=4096"], 65, 75),
+        (vec!["+ignore", "+bufsize=600"], 30, 36),
+        (vec!["+noedns"], 300, 300),
+        (vec![], 300, 300),
+        (vec!["+tcp"], 300, 300),
+    ] {
+        let mut all = args.clone();
+        all.extend([name.as_str(), "A"]);
+        let text = dig(p12, SERVERS[0], &all)?;
+        let n = text.lines().filter(|l| l.contains("\tA\t")).count();
+        ensure!((at_least..=at_most).contains(&n), "dig {args:?}: {n} addresses in\n{text}");
+        let cut = text.lines().any(|l| l.contains("flags:") && l.contains(" tc"));
+        ensure!(cut == (at_most < 300), "dig {args:?}: {text}");
+    }
+    use_server(cx, p12, &SERVERS[..1], ZONE, "timeout:5")?;
+    let got = p12.ns.enter(|| {
+        let found = (name.as_str(), 80_u16).to_socket_addrs()?;
+        Ok(found.map(|a| a.ip()).collect::<BTreeSet<_>>().len())
+    })?;
+    ensure!(got == 300, "getaddrinfo found {got}");
+    Ok(())
+}
+
+/// Names of others: two meshes ask each other, as upstreams that come and go.
+fn forwarding(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&Topology::builder().nodes(3))?;
+    // Nodes 2 and 3 answer `corp.example`, a mesh of its own, at their own addresses.
+    let mut m = cx.manifests()?;
+    m.service("web").vips(&["10.200.0.5", "fd00:200::5"])?.port(Proto::Tcp, 80, 8080, None);
+    m.service("big").set("mode", json!("DNSRR")).port(Proto::Tcp, 80, 8080, None);
+    let template = Endpoint::of(t.pod("p11"), Family::V4);
+    let all = (1..=200_u8).map(|i| Endpoint { addr: [10, 250, 0, i].into(), ..template.clone() }).collect();
+    m.slice("big", Family::V4, all);
+    m.write()?;
+    let upstream = |k: u8| -> Result<crate::program::Agent> {
+        let node = t.node(k);
+        let program = meshlb.clone().flag("--zone=corp.example").flag(&format!("--dns-listen={}", node.v4));
+        cx.will_clean(node);
+        let mut agent = program.agent(node, &m.dir)?;
+        ready(node, &mut agent)?;
+        Ok(agent)
+    };
+    let two = upstream(2)?;
+    let _three = upstream(3)?;
+    let (n1, p12) = (t.node(1), t.pod("p12"));
+    let (u2, u3) = (t.node(2).v4, t.node(3).v4);
+    let first = meshlb
+        .clone()
+        .flag(&format!("--dns-forward=corp.example={u2}+{u3}"))
+        .flag("--dns-upstream=192.0.2.1");
+    cx.will_clean(n1);
+    let mut agent = first.agent(n1, &m.dir)?;
+    ready(n1, &mut agent)?;
+    let at = SERVERS[0];
+    let web = "web.default.corp.example";
+    answers_with(p12, at, &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
+    answers_with(p12, at, web, "A", &["10.200.0.5"])?;
+    let text = dig(p12, at, &[web, "A"])?;
+    ensure!(text.contains("flags: qr rd ra;"), "{text}");
+    let text = dig(p12, at, &["nothing.default.corp.example", "A"])?;
+    ensure!(text.contains("status: NXDOMAIN") && text.contains("SOA\tcorp.example."), "{text}");
+    // Too large for UDP: fetched and given by TCP.
+    let text = dig(p12, at, &["big.default.corp.example", "A"])?;
+    let n = text.lines().filter(|l| l.contains("\tA\t")).count();
+    ensure!(n == 200, "{n} addresses: {text}");
+    // One upstream dies: the other answers, also what is not in the cache.
+    two.kill();
+    let begun = Instant::now();
+    answers_with(p12, at, "tasks.big.default.corp.example", "AAAA", &[])?;
+    let text = dig(p12, at, &["+time=5", "default.corp.example", "TXT"])?;
+    ensure!(text.contains("status: NOERROR"), "{text}");
+    cx.note(format!("answered by the other upstream after {:?}", begun.elapsed()));
+    wait_until("it is told", Duration::from_secs(25), || {
+        Ok(http(n1, ADMIN, "/readyz")?.1.contains(&format!("DNS upstream {u2}:53 does not answer")))
+    })?;
+    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u3}:53\"}}"))? == 1.0);
+    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u2}:53\"}}"))? == 0.0);
+    let before = metric(n1, "meshlb_dns_cache_hits_total")?;
+    for _ in 0..5 {
+        dig(p12, at, &["default.corp.example", "TXT"])?;
+    }
+    ensure!(metric(n1, "meshlb_dns_cache_hits_total")? >= before + 4.0, "the cache was not used");
+    // Our zone is never asked for elsewhere: every upstream there is would take seconds to fail.
+    let begun = Instant::now();
+    let text = dig(p12, at, &["nothing.default.mesh.internal", "A"])?;
+    ensure!(text.contains("status: NXDOMAIN") && begun.elapsed() < Duration::from_millis(900), "{text}");
+    // An upstream that is dead takes its time and is told.
+    let text = dig(p12, at, &["elsewhere.example", "A"])?;
+    ensure!(text.contains("status: SERVFAIL"), "{text}");
+    drop(agent);
+    let out = meshlb.clone().flag("--dns-upstream=10.200.0.2").run(n1, &["show"])?;
+    ensure!(out.status == 2 && out.stderr.contains("would ask itself"), "{out}");
+    Ok(())
+}
+
+/// A port that is taken is told, tried again, and no reason not to balance.
+fn taken(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone().flag("--dns-listen=vip,192.168.50.1");
+    let t = cx.topology(&one_node())?;
+    let mut m = cx.manifests()?;
+    m.service("web").vips(&["10.200.0.5", "fd00:200::5"])?.port(Proto::Tcp, 80, 8080, None);
+    m.endpoints("web", &[t.pod("p11")]);
+    m.write()?;
+    let n1 = t.node(1);
+    n1.serve_as("HOST-53", &[crate::server::Listen { proto: Proto::Udp, addr: "192.168.50.1:53".parse()? }])?;
+    let _agent = start(cx, &meshlb, &t, &m)?;
+    let p12 = t.pod("p12");
+    answers_with(p12, SERVERS[0], &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
+    let told = "DNS can't be served on 192.168.50.1:53: Address already in use";
+    wait_until("it is told", Duration::from_secs(10), || {
+        let (status, body) = http(n1, ADMIN, "/readyz")?;
+        if status != 200 {
+            bail!("not ready for it: {body}");
+        }
+        Ok(body.contains(told))
+    })?;
+    check::only(&p12.connect(Proto::Tcp, "10.200.0.5:80".parse::<SocketAddr>()?, 2)?, "p11")?;
+    n1.stop_serving("HOST-53");
+    wait_until("it is had", Duration::from_secs(20), || {
+        Ok(short(p12, "192.168.50.1", &format!("web.{ZONE}"), "A")? == ["10.200.0.5"])
+    })?;
+    // The outside client is in a private range here; with another list it is refused.
+    answers_with(&t.ext, "192.168.50.1", &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
+    Ok(())
+}
