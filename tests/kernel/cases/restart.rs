@@ -365,8 +365,9 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         let hosts = [t.pod("p11")];
         m.endpoints("web", &hosts);
         m.write()?;
+        // It is told before the change is made.
         agent.wait_for_log("can't be written", Duration::from_secs(10))?;
-        served(&t, &["p11"])?;
+        wait_until("the change", Duration::from_secs(5), || Ok(served(&t, &["p11"]).is_ok()))?;
         ensure!(metric(n1, "meshlb_problems{of=\"state\"}")? > 0.0, "the metric says nothing of it");
         ready(n1, &mut agent)?;
         // There is room again: it is written with the next change.
@@ -374,7 +375,7 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         m.endpoints("web", &[t.pod("p11"), t.pod("p12")]);
         m.write()?;
         agent.wait_for_log("no longer: ", Duration::from_secs(10))?;
-        served(&t, &["p11", "p12"])?;
+        wait_until("the other change", Duration::from_secs(5), || Ok(served(&t, &["p11", "p12"]).is_ok()))?;
         ensure!(agent.terminate(Duration::from_secs(5))? == 0, "the agent ended badly");
         cx.cleanup(&t)
     })();
