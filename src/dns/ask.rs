@@ -22,6 +22,7 @@ const PATIENCE: Duration = Duration::from_millis(700);
 pub fn addresses(server: SocketAddr, name: &str, kind: RecordType) -> Result<Vec<IpAddr>, String> {
     let name = Name::from_ascii(name).map_err(|e| e.to_string())?;
     let mut request = Message::query();
+    request.metadata.recursion_desired = true;
     request.add_query(Query::query(name, kind));
     let mut edns = Edns::new();
     edns.set_max_payload(super::message::LARGEST_UDP);

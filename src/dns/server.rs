@@ -228,8 +228,8 @@ async fn serve_udp(socket: UdpSocket, handler: Arc<Handle>) {
                 None
             }
         };
-        for _ in 0..AT_ONCE {
-            let Some((n, from)) = read else { break };
+        let mut n_read = 0;
+        while let Some((n, from)) = read {
             match handler.handle(&buffer[..n], from, Transport::Udp) {
                 Action::Ignore => {}
                 Action::Reply(reply) => send(&socket, &reply, from).await,
@@ -244,7 +244,9 @@ async fn serve_udp(socket: UdpSocket, handler: Arc<Handle>) {
                     });
                 }
             }
-            read = socket.try_recv_from(&mut buffer).ok();
+            n_read += 1;
+            // What is read is answered: the last one of a round must not read another.
+            read = if n_read < AT_ONCE { socket.try_recv_from(&mut buffer).ok() } else { None };
         }
         tokio::task::yield_now().await;
     }
