@@ -14,14 +14,7 @@ export MESHLB_CLUSTER_NAME=chart
 . "$here/../cluster/lib.sh"
 cd "$here/../.."
 
-helm_version=v3.18.6
-HELM=${HELM:-$cache/helm/$helm_version/helm}
-if [ ! -x "$HELM" ]; then
-  say "chart: building Helm $helm_version (from the Go module proxy) into $cache/helm: it renders and installs the chart"
-  mkdir -p "$cache/helm/$helm_version"
-  CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=$cache/helm/$helm_version nice -n 10 "$(go_bin)" install \
-    -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
-fi
+need_helm
 python3 -c 'import yaml' 2>/dev/null || {
   say "chart: installing python3-yaml from Debian: the checks read what is rendered with it"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-yaml >/dev/null
@@ -47,11 +40,7 @@ rules:
 - {level: Metadata, userGroups: ["system:serviceaccounts:meshlb-system"]}
 - {level: None}
 Y
-    printf '%s\n' --audit-policy-file "$dir/audit.yaml" --audit-log-path "$AUDIT_LOG" >>"$dir/kube-apiserver.args"
-    touch "$dir/hold/kube-apiserver"
-    while "$KUBECTL" get --raw /readyz >/dev/null 2>&1; do sleep 0.2; done
-    rm "$dir/hold/kube-apiserver"
-    for _ in $(seq 200); do "$KUBECTL" get --raw /readyz >/dev/null 2>&1 && break; sleep 0.3; done
+    apiserver_args "${KUBE_BIN:-$(kube_dir)}" --audit-policy-file "$dir/audit.yaml" --audit-log-path "$AUDIT_LOG"
   fi
 fi
 python3 "$here/cases.py" "$@"

@@ -10,6 +10,7 @@ mod healing;
 mod host_network;
 mod idle;
 mod kube;
+mod kube_proxy;
 mod lifecycle;
 mod many;
 mod neighbours;
@@ -49,5 +50,6 @@ pub fn register(suite: &mut Suite) {
     step::register(suite);
     firewalld::register(suite);
     kube::register(suite);
+    kube_proxy::register(suite);
     idle::end(suite);
 }
