@@ -243,8 +243,118 @@ def helm_upgrades_under_load():
     return said
 
 
+def agents_template(*changes):
+    """Changes the DaemonSet as nobody should: JSON patches below its pods' spec."""
+    patch = [{"op": op, "path": f"/spec/template/spec/{path}", "value": value} for op, path, value in changes]
+    kubectl("patch", "daemonset", "meshlb-agent", "-n", NS, "--type=json", "-p", json.dumps(patch))
+
+
+def nowhere():
+    agents_template(("add", "nodeSelector/nobody", "here"))
+    until("no agent is left", lambda: not get("pods", "-n", NS, "-l", "app.kubernetes.io/component=agent")["items"])
+
+
+def cleanup():
+    """What docs/install.md says for a node whose agent has gone."""
+    said = vm("""ctr -n k8s.io run --rm --net-host --privileged \
+        --mount type=bind,src=/run/meshlb,dst=/run/meshlb,options=rbind:rw --mount type=bind,src=/var/lib/meshlb,dst=/var/lib/meshlb,options=rbind:rw \
+        docker.io/library/meshlb:test cleanup meshlb cleanup --node n1 2>&1""").stdout
+    assert "nothing of meshlb is left" in said, said
+
+
+def left_on_the_node():
+    """Whatever of ours is in the kernel."""
+    return vm("""{ iptables-save; ip6tables-save; iptables-legacy-save; ipset list -n; nft list tables; } 2>/dev/null | grep -i meshlb
+        ipvsadm -Sn | grep -e '-f '; ip route show table local | grep 10.200.0.0; true""").stdout.strip()
+
+
+def each_capability_is_needed():
+    """Each is taken away in turn, on a node where nothing is programmed yet."""
+    path = "containers/0/securityContext/capabilities/add"
+    added = get("daemonset", "meshlb-agent", "-n", NS)["spec"]["template"]["spec"]["containers"][0]["securityContext"]["capabilities"]["add"]
+    # What the log then says: our own words without NET_ADMIN; the failure of the kernel's without NET_RAW.
+    said = {"NET_ADMIN": "no CAP_NET_ADMIN", "NET_RAW": "Can't open socket to ipset"}
+    assert sorted(added) == sorted(said), added
+    for dropped in added:
+        nowhere()
+        cleanup()
+        agents_template(("replace", path, [c for c in added if c != dropped]), ("remove", "nodeSelector/nobody", None))
+        log = lambda: kubectl("logs", "-n", NS, agents()[0]["metadata"]["name"]).stdout if agents() else ""
+        until(f"the agent without {dropped} says why", lambda: said[dropped] in log())
+        # Whatever it tries, it does not get there.
+        for _ in range(10):
+            assert not agent_ready(), f"an agent without {dropped} is ready"
+            time.sleep(1)
+        got = ask(f"{NODE}:30080", n=1)
+        assert not got["answers"], f"without {dropped}: {got}"
+    # Without NET_ADMIN the kernel itself refuses; with it alone it does not.
+    for given, phase in ((["NET_RAW"], "Failed"), (["NET_ADMIN"], "Succeeded")):
+        apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe", "namespace": NS}, "spec": {
+            "restartPolicy": "Never", "hostNetwork": True, "containers": [{
+                "name": "probe", "image": "docker.io/library/meshlb:test", "imagePullPolicy": "Never",
+                "command": ["sh", "-c", "nft add table inet probe && nft delete table inet probe"],
+                "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": given}}}]}})
+        until(f"nft with {given} alone: {phase}", lambda: get("pod", "probe", "-n", NS)["status"]["phase"] == phase)
+        kubectl("delete", "pod", "probe", "-n", NS)
+    agents_template(("replace", path, added))
+    until("the agent with its rights is ready", agent_ready)
+    until("it serves", lambda: answers(names(), f"{NODE}:30080"))
+
+
+NODE_PORT = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "core", "namespace": "default"},
+             "spec": {"type": "NodePort", "selector": {"app": "vote"}, "ports": [{"port": 80, "targetPort": 8080, "nodePort": 30900}]}}
+
+
+def beside_kube_proxy_in_each_mode():
+    """It changes its mode under us: each time it removes what it had and starts anew. (The kernel tests have more of it.)"""
+    apply(NODE_PORT)
+    core = get("service", "core")["spec"]["clusterIP"]
+    ours, theirs = f"{NODE}:30080", f"{NODE}:30900"
+    address = vip()
+
+    def both():
+        answers(names(), ours, theirs, f"{address}:80", n=6)
+        answers(names(), ours, theirs, f"{address}:80", f"{core}:80", n=6, where="")
+        refused(f"{address}:30900")
+        return True
+
+    notes = []
+    for mode in ("nftables", "ipvs", "iptables"):
+        vm(f"/run/proxy.sh {mode}")
+        until(f"both work with kube-proxy in {mode} mode", both)
+        load = Load(ours, theirs)
+        # Four of its whole comparisons.
+        time.sleep(40)
+        notes.append(f"{mode}: {load.stop(50)}")
+        both()
+        assert agent_ready()
+    kubectl("delete", "service", "core")
+    return "; ".join(notes)
+
+
+def helm_uninstall_leaves_nothing():
+    # A chart that clears nodes says so by a hook; without one, docs/install.md has a command.
+    clears = "pre-delete" in helm("get", "hooks", "meshlb").stdout
+    helm("uninstall", "meshlb", "--wait", "--timeout", f"{2 * PATIENCE}s")
+    until("its pods are gone", lambda: not get("pods", "-n", NS, "-l", "app.kubernetes.io/part-of=meshlb")["items"])
+    # No object of a person's is deleted.
+    assert service()["spec"]["ports"][0]["publish"]["port"] == 30080
+    if not clears:
+        answers(names(), f"{NODE}:30080")
+        cleanup()
+    left = left_on_the_node()
+    assert not left, f"left on the node: {left}"
+    kinds = "deployment,daemonset,replicaset,service,serviceaccount,role,rolebinding,networkpolicy,pdb,clusterrole,clusterrolebinding,job"
+    until("its objects are gone", lambda: not kubectl("get", kinds, "-A", "-l", "app.kubernetes.io/part-of=meshlb,app.kubernetes.io/managed-by=Helm", "-o", "name").stdout.strip())
+    refused(f"{NODE}:30080")
+    # The node goes on: kube-proxy's rules are there.
+    assert "gitVersion" in vm("curl -sk --max-time 20 https://10.96.0.1/version").stdout
+    return "cleared by the chart" if clears else "cleared by `meshlb cleanup`"
+
+
 CASES = [node_is_ready, helm_installs, it_has_the_charts_rights_and_no_more, serves_a_deployment, kubectl_exec_shows_and_explains,
-         helm_test_passes, a_rollout_of_the_pods_under_load, helm_upgrades_under_load]
+         helm_test_passes, a_rollout_of_the_pods_under_load, helm_upgrades_under_load, beside_kube_proxy_in_each_mode,
+         each_capability_is_needed, helm_uninstall_leaves_nothing]
 
 
 def main():

@@ -187,6 +187,8 @@ fn together(t: &Topology, given: &Granted, ours: &[&str], proxies: &mut Proxies)
 fn beside(cx: &mut Cx, mode: &'static str) -> Result<()> {
     let kube = Kube::find()?;
     let t = cx.fresh_topology(&Topology::builder())?;
+    // kube-proxy leaves sysctls behind.
+    cx.taint();
     kube.delete(&service())?;
     let objects: Vec<Value> = t
         .nodes

@@ -1,6 +1,7 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod cni;
 mod errors;
 mod facts;
 mod firewalld;
@@ -45,6 +46,7 @@ pub fn register(suite: &mut Suite) {
     lifecycle::register(suite);
     underlays::register(suite);
     host_network::register(suite);
+    cni::register(suite);
     many::register(suite);
     reload::register(suite);
     step::register(suite);
