@@ -40,8 +40,9 @@ rust=$(rustc --version | cut -d' ' -f2)
 if ! b inspect --type image localhost/debian:bookworm >/dev/null 2>&1; then
   say "image: making a base image of Debian 12"
   # As debian:bookworm-slim: without manual pages and translations.
-  mmdebstrap --quiet --mode=root --variant=minbase --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-    --dpkgopt='path-exclude=/usr/share/doc/*' bookworm "$images/debian.tar" /etc/apt/sources.list.d/debian.sources
+  mmdebstrap --quiet --mode=root --variant=minbase --include=usr-is-merged --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+    --dpkgopt='path-exclude=/usr/share/doc/*' \
+    --customize-hook='rm -rf "$1"/var/cache/apt/*.bin "$1"/var/log/*.log' bookworm "$images/debian.tar" /etc/apt/sources.list.d/debian.sources
   base localhost/debian:bookworm scratch "$images/debian.tar" --cmd bash
   rm -f "$images/debian.tar"
 fi

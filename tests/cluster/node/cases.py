@@ -16,7 +16,7 @@ IMAGE = ("--set", "image.repository=docker.io/library/meshlb,image.tag=test,imag
 # A node's address, seen from outside the cluster.
 NODE = "192.168.60.1"
 # Everything on this node is emulated.
-PATIENCE = 240
+PATIENCE = int(os.environ.get("MESHLB_NODE_PATIENCE", "300"))
 
 
 def run(*command, ok=True, stdin=None, seconds=900):

@@ -31,7 +31,7 @@ setsid containerd --config "$share/containerd.toml" >/var/log/containerd.log 2>&
 until_true 120 ctr version
 for image in pause meshlb; do ctr -n k8s.io images import "$share/$image.tar"; done
 setsid /run/kube/kubelet --config "$share/kubelet.yaml" --kubeconfig "$share/kubelet.kubeconfig" --hostname-override n1 --node-ip 10.0.2.15 \
-  --root-dir /var/lib/kubelet --cert-dir /var/lib/kubelet/pki >/var/log/kubelet.log 2>&1 </dev/null &
+  --housekeeping-interval 60s --root-dir /var/lib/kubelet --cert-dir /var/lib/kubelet/pki >/var/log/kubelet.log 2>&1 </dev/null &
 cat >/run/proxy.sh <<'P'
 #!/usr/bin/env bash
 # proxy.sh MODE|stop: ends kube-proxy and removes what it has programmed, and starts it in a mode.
