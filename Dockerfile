@@ -52,7 +52,7 @@ FROM ${DEBIAN}
 # ipset: not needed by meshlb; shows people on a node what iptables rules look up.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends iptables ipset nftables kmod \
-    && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log /var/cache/ldconfig
 COPY --from=build /out/meshlb /usr/local/bin/meshlb
 # No USER: the agent must be root, since added capabilities are given to root only. The controller needs nothing, and the
 # chart runs it as 65532.

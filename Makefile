@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart demo bench vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-node demo bench vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,11 +24,12 @@ fmt: ## formats the sources
 test: setup ## all tests: units here, kernel tests here or in a VM
 	@.ci/run unit kernel
 
-test-full: setup ## the same with both flavours of iptables everywhere, the control plane and the chart
+test-full: setup ## the same with both flavours of iptables everywhere, the control plane, the chart and a real node
 	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel
 	@tests/cluster/run.sh
 	@tests/cluster/packets.sh
 	@tests/chart/run.sh --server
+	@tests/cluster/node.sh
 
 test-unit: setup ## the tests that need no kernel
 	@.ci/run unit
@@ -42,6 +43,9 @@ test-cluster: ## CRD, source and controller on a real control plane, built from 
 
 test-chart: ## the chart and deploy/: lint, schema, rights, installed on a real control plane; builds helm the first time
 	@tests/chart/run.sh --server $(FILTER)
+
+test-node: ## a real node in a VM: the image built, the chart installed with helm, upgraded under load, uninstalled (docs/testing.md)
+	@tests/cluster/node.sh
 
 demo: setup ## shows what meshlb does, in network namespaces
 	@tests/demo.sh

@@ -262,6 +262,10 @@ impl Session {
             drains.iter().map(running).collect(),
         );
         if purpose != Purpose::Look {
+            if let Some(reason) = preflight::refused(&LinuxHost::new(options.proc_sys.clone()).link_names()?)
+            {
+                bail!(reason);
+            }
             look_first(options, &engine);
         }
         engine.refresh_node().context("addresses of this node")?;

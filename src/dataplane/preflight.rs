@@ -1,6 +1,6 @@
 //! Looks, before anything is programmed, whether this node can do it. Changes nothing.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use super::{AddressRules, Error, Host};
 use crate::model::{ids::Family, node::NodeFacts};
@@ -47,6 +47,34 @@ pub struct Subject<'a> {
     pub ra_links: &'a [String],
     /// Whether the program is going to write. `plan` and `show` do without rights to.
     pub writes: bool,
+}
+
+/// Links by which a program shows that can't be on one node with us, who that is, and what comes of it. Names: kube-router
+/// pkg/controllers/proxy/network_services_controller.go, Cilium pkg/defaults, Calico
+/// felix/dataplane/linux/dataplanedefs.
+const STRANGERS: [(&str, &str, &str); 3] = [
+    (
+        "kube-dummy-if",
+        "kube-router's service proxy",
+        "it removes every IPVS service that is not its own: run kube-router with --run-service-proxy=false, beside \
+         kube-proxy, and delete that link",
+    ),
+    (
+        "cilium_host",
+        "Cilium",
+        "its eBPF programs take packets past netfilter and IPVS, which serve ours: use another network plugin",
+    ),
+    (
+        "bpfin.cali",
+        "Calico's eBPF data plane",
+        "it takes packets past netfilter and IPVS, which serve ours: give Calico its iptables or nftables data plane",
+    ),
+];
+
+/// One line for people where somebody is on this node beside whom services can't work.
+pub fn refused(links: &BTreeSet<String>) -> Option<String> {
+    let (link, who, why) = STRANGERS.iter().find(|(link, ..)| links.contains(*link))?;
+    Some(format!("{who} is on this node (link {link}), and meshlb does not work beside it: {why}"))
 }
 
 /// /proc/self/status of the calling thread (its capabilities may differ from the process's); empty where
@@ -229,7 +257,7 @@ fn overlap(range: &ipnet::IpNet, line: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use ipnet::IpNet;
 
@@ -337,6 +365,21 @@ mod tests {
         assert!(no_net_admin(NOBODY).unwrap().starts_with("no CAP_NET_ADMIN: run as root"));
         let subject = Subject { rules: &rules, ipvs: Ok(()), status: NOBODY, ra_links: &[], writes: false };
         assert_eq!(check(&mut good(), &subject), []);
+    }
+
+    #[test]
+    fn who_takes_packets_away_is_refused_by_name() {
+        let links = |names: &[&str]| names.iter().map(|&name| name.to_owned()).collect();
+        assert_eq!(
+            refused(&links(&["lo", "eth0", "cni0", "flannel.1", "kube-ipvs0", "cali123", "vxlan.calico"])),
+            None
+        );
+        for (link, who) in
+            [("kube-dummy-if", "kube-router"), ("cilium_host", "Cilium"), ("bpfin.cali", "Calico's eBPF")]
+        {
+            let message = refused(&links(&["lo", link])).unwrap();
+            assert!(message.contains(who) && message.contains(link), "{message}");
+        }
     }
 
     #[test]

@@ -14,14 +14,7 @@ export MESHLB_CLUSTER_NAME=${MESHLB_CLUSTER_NAME:+$MESHLB_CLUSTER_NAME-}chart
 . "$here/../cluster/lib.sh"
 cd "$here/../.."
 
-helm_version=v3.18.6
-HELM=${HELM:-$cache/helm/$helm_version/helm}
-if [ ! -x "$HELM" ]; then
-  say "chart: building Helm $helm_version (from the Go module proxy) into $cache/helm: it renders and installs the chart"
-  mkdir -p "$cache/helm/$helm_version"
-  CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=$cache/helm/$helm_version nice -n 10 "$(go_bin)" install \
-    -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
-fi
+need_helm
 python3 -c 'import yaml' 2>/dev/null || {
   say "chart: installing python3-yaml from Debian: the checks read what is rendered with it"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-yaml >/dev/null

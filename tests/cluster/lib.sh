@@ -21,3 +21,39 @@ go_bin() {
 # What is kept of the running control plane, and its keeper's pid if it is there.
 dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}
 running() { local pid; pid=$(cat "$dir/pid" 2>/dev/null) && grep -qs "cluster/up.sh" "/proc/$pid/cmdline" && echo "$pid"; }
+
+# apiserver_args BIN ARG…: starts the running API server anew with more arguments.
+apiserver_args() {
+  local bin=$1; shift
+  printf '%s\n' "$@" >>"$dir/kube-apiserver.args"
+  touch "$dir/hold/kube-apiserver"
+  while "$bin/kubectl" --kubeconfig "$dir/kubeconfig" get --raw /readyz >/dev/null 2>&1; do sleep 0.2; done
+  rm "$dir/hold/kube-apiserver"
+  local start=$SECONDS
+  until "$bin/kubectl" --kubeconfig "$dir/kubeconfig" get --raw /readyz >/dev/null 2>&1; do
+    [ $((SECONDS - start)) -lt 90 ] || die "the API server does not come back; the end of its log, $dir/kube-apiserver.log: $(grep 'command failed' "$dir/kube-apiserver.log" | tail -1)"
+    sleep 0.3
+  done
+}
+
+# to_apiserver FILE PORT: writes what QEMU starts for each connection from a VM to the API server.
+to_apiserver() {
+  cat >"$1" <<R
+#!$BASH
+exec 3<>/dev/tcp/127.0.0.1/$2
+cat <&3 & cat >&3
+kill \$!
+R
+  chmod +x "$1"
+}
+
+# Sets HELM to a helm, built if need be.
+need_helm() {
+  local helm_version=v3.18.6
+  HELM=${HELM:-$cache/helm/$helm_version/helm}
+  [ ! -x "$HELM" ] || return 0
+  say "building Helm $helm_version (from the Go module proxy) into $cache/helm: it renders and installs the chart"
+  mkdir -p "$cache/helm/$helm_version"
+  CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=$cache/helm/$helm_version nice -n 10 "$(go_bin)" install \
+    -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
+}

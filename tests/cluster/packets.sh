@@ -2,13 +2,13 @@
 # The kernel tests that need a control plane: it runs here, at full speed; controller, agents, kernels and pods live in the VM,
 # or here too where this kernel has IPVS.
 #
-#   tests/cluster/packets.sh [FILTER…]        (default: kube::)
+#   tests/cluster/packets.sh [FILTER…]        (default: kube)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 "$here/setup.sh"
 . "$here/lib.sh"
 cd "$here/../.."
-[ $# -gt 0 ] || set -- kube::
+[ $# -gt 0 ] || set -- kube
 if ! running >/dev/null; then
   trap '"$here/up.sh" --stop' EXIT
   "$here/up.sh"
@@ -22,22 +22,17 @@ port=$(cat "$dir/port")
 # The certificate in the file, since the VM sees another root.
 ca=$(base64 -w0 <"$dir/pki/ca.crt")
 given=$dir/kubeconfig-packets-$$
+# The neighbour on the nodes, found beside the kubeconfig.
+proxy=$(readlink -f "${KUBE_BIN:-$(kube_dir)}/kube-proxy"); ln -f "$proxy" "$dir/kube-proxy" 2>/dev/null || cp "$proxy" "$dir/kube-proxy"
 config() { sed -e "s|https://127.0.0.1:$port|https://$1|" -e "s|certificate-authority: [^ }]*|certificate-authority-data: $ca|" "$dir/kubeconfig"; }
 if [ "$(id -u)" = 0 ] && { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }; then
   config "127.0.0.1:$port" >"$given"
   MESHLB_KUBECONFIG_FOR_TESTS=$given tests/kernel/run.sh --host "$@"
 else
   config 10.0.2.100:6443 >"$given"
-  # QEMU starts one for each connection.
-  cat >"$dir/to-apiserver" <<R
-#!$BASH
-exec 3<>/dev/tcp/127.0.0.1/$port
-cat <&3 & cat >&3
-kill \$!
-R
-  chmod +x "$dir/to-apiserver"
+  to_apiserver "$dir/to-apiserver" "$port"
   # Everything is shut but the API server.
-  export MESHLB_VM=${MESHLB_VM_NAME:-kube} MESHLB_VM_QEMU_OPTS="-netdev user,id=host,restrict=on,guestfwd=tcp:10.0.2.100:6443-cmd:$dir/to-apiserver -device virtio-net-pci,netdev=host"
+  export MESHLB_VM=${MESHLB_VM_NAME:-kube} MESHLB_VM_MEMORY=${MESHLB_VM_MEMORY:-4G} MESHLB_VM_QEMU_OPTS="-netdev user,id=host,restrict=on,guestfwd=tcp:10.0.2.100:6443-cmd:$dir/to-apiserver -device virtio-net-pci,netdev=host"
   tests/vm/up.sh
   trap 'tests/vm/down.sh; "$here/up.sh" --stop' EXIT
   tests/vm/run.sh <<'V'

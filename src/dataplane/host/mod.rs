@@ -94,6 +94,14 @@ impl LinuxHost {
         Ok(names)
     }
 
+    /// Names of all links.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub fn link_names(&mut self) -> Result<BTreeSet<String>, Error> {
+        Ok(address::links(&mut self.route)?.into_values().map(|link| link.name).collect())
+    }
+
     fn warn_of_strangers(&mut self, rules: &AddressRules, all: &BTreeSet<IpAddr>) {
         let now: BTreeSet<_> = rules.node_ips.iter().map(|(_, a)| *a).filter(|a| !all.contains(a)).collect();
         for addr in now.difference(&self.strangers) {

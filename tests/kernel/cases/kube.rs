@@ -36,7 +36,7 @@ fn condition(object: &Value, type_: &str) -> String {
         .collect()
 }
 
-fn service() -> Value {
+pub(super) fn service() -> Value {
     json!({
         "apiVersion": "meshlb.dev/v1alpha1", "kind": "MeshService",
         "metadata": {"name": "vote", "namespace": "default"},
@@ -50,7 +50,7 @@ fn service() -> Value {
     })
 }
 
-fn slice(family: Family, pods: &[&Host]) -> Value {
+pub(super) fn slice(family: Family, pods: &[&Host]) -> Value {
     let endpoint = |pod: &&Host| {
         json!({"addresses": [pod.ip(family).to_string()], "nodeName": format!("n{}", &pod.name[1..2]),
             "targetRef": {"kind": "Pod", "name": pod.name}})
@@ -65,18 +65,18 @@ fn slice(family: Family, pods: &[&Host]) -> Value {
     })
 }
 
-fn endpoints(kube: &Kube, t: &Topology, names: &[&str]) -> Result<()> {
+pub(super) fn endpoints(kube: &Kube, t: &Topology, names: &[&str]) -> Result<()> {
     let pods: Vec<&Host> = names.iter().map(|name| t.pod(name)).collect();
     Family::ALL.into_iter().try_for_each(|family| kube.apply(&slice(family, &pods)))
 }
 
 /// What the status grants: both VIPs, and the published ports of TCP and UDP.
-struct Granted {
-    vips: Vec<SocketAddr>,
-    ports: [u16; 2],
+pub(super) struct Granted {
+    pub vips: Vec<SocketAddr>,
+    pub ports: [u16; 2],
 }
 
-fn granted(kube: &Kube) -> Result<Granted> {
+pub(super) fn granted(kube: &Kube) -> Result<Granted> {
     let mut found = None;
     wait_until("the status grants VIPs and ports", PATIENCE, || {
         let status = kube.get(&service())?["status"].clone();
@@ -97,7 +97,7 @@ fn granted(kube: &Kube) -> Result<Granted> {
 }
 
 /// From everywhere, all of them evenly; each node's published port too.
-fn works(t: &Topology, granted: &Granted, names: &[&str]) -> Result<()> {
+pub(super) fn works(t: &Topology, granted: &Granted, names: &[&str]) -> Result<()> {
     let n = 2 * names.len();
     for vip in &granted.vips {
         for proto in [Proto::Tcp, Proto::Udp] {

@@ -1,6 +1,7 @@
 //! The cases. Each file registers its own.
 
 mod basics;
+mod cni;
 mod dns;
 mod errors;
 mod facts;
@@ -11,6 +12,7 @@ mod healing;
 mod host_network;
 mod idle;
 mod kube;
+mod kube_proxy;
 mod lifecycle;
 mod many;
 mod neighbours;
@@ -46,10 +48,12 @@ pub fn register(suite: &mut Suite) {
     lifecycle::register(suite);
     underlays::register(suite);
     host_network::register(suite);
+    cni::register(suite);
     many::register(suite);
     reload::register(suite);
     step::register(suite);
     firewalld::register(suite);
     kube::register(suite);
+    kube_proxy::register(suite);
     idle::end(suite);
 }

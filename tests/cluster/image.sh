@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# image.sh FILE          builds the Dockerfile with what Debian has (buildah); FILE is a docker-archive of docker.io/library/meshlb:test
+# image.sh --pause FILE  the image that holds a pod's namespaces, as registry.test/pause:1
+#
+# No registry of images is asked: both base images are made here, one from Debian's packages and one from that and this
+# machine's Rust. So everything in the Dockerfile is run but the build for another architecture.
+here=$(cd "$(dirname "$0")" && pwd)
+. "$here/lib.sh"
+pause=; [ "${1:-}" != --pause ] || { pause=1; shift; }
+file=$1
+[ "$(id -u)" = 0 ] || die "building an image needs root"
+want=()
+command -v buildah >/dev/null || want+=(buildah)
+command -v mmdebstrap >/dev/null || want+=(mmdebstrap)
+if [ ${#want[@]} -gt 0 ]; then
+  say "image: installing from Debian: ${want[*]} (buildah builds the Dockerfile, mmdebstrap makes its base image)"
+  apt-get -qq update >&2
+  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${want[@]}" >/dev/null
+fi
+images=$cache/images; mkdir -p "$images"
+# Its own storage. chroot: no service and no container runtime is needed. TMPDIR holds the caches of RUN --mount=type=cache.
+export TMPDIR=$images/tmp BUILDAH_ISOLATION=chroot; mkdir -p "$TMPDIR"
+b() { buildah --root "$images/storage" --runroot "$images/run" --storage-driver overlay "$@"; }
+base() { # base NAME FROM TAR [CONFIG…]
+  local c; c=$(b from --pull-never "$2"); local name=$1 tar=$3; shift 3
+  b add -q "$c" "$tar" / >/dev/null
+  [ $# = 0 ] || b config "$@" "$c"
+  b commit -q --rm "$c" "$name" >/dev/null
+}
+push() { rm -f "$file.new"; b push -q "$1" "docker-archive:$file.new:$1" >&2; mv "$file.new" "$file"; }
+if [ -n "$pause" ]; then
+  echo 'int pause(void); void *signal(int, void (*)(int)); void _exit(int); void stop(int s) { _exit(s * 0); } int main(void) { signal(15, stop); for (;;) pause(); }' \
+    | gcc -static -O1 -w -x c - -o "$images/pause"
+  c=$(b from scratch); b add -q "$c" "$images/pause" /pause >/dev/null; b config --entrypoint '["/pause"]' "$c"
+  b commit -q --rm "$c" registry.test/pause:1 >/dev/null
+  push registry.test/pause:1
+  exit 0
+fi
+rust=$(rustc --version | cut -d' ' -f2)
+if ! b inspect --type image localhost/debian:bookworm >/dev/null 2>&1; then
+  say "image: making a base image of Debian 12"
+  # As debian:bookworm-slim: without manual pages and translations.
+  mmdebstrap --quiet --mode=root --variant=minbase --include=usr-is-merged --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+    --dpkgopt='path-exclude=/usr/share/doc/*' \
+    --customize-hook='rm -rf "$1"/var/cache/apt/*.bin "$1"/var/log/*.log' bookworm "$images/debian.tar" /etc/apt/sources.list.d/debian.sources
+  base localhost/debian:bookworm scratch "$images/debian.tar" --cmd bash
+  rm -f "$images/debian.tar"
+fi
+if ! b inspect --type image "localhost/rust:$rust" >/dev/null 2>&1; then
+  say "image: making a base image of Rust $rust"
+  rm -rf "$images/rust"; mkdir -p "$images/rust/usr/local" "$images/rust/etc/ssl/certs"
+  cp -rL "$(rustc --print sysroot)" "$images/rust/usr/local/rustup"; rm -rf "$images/rust/usr/local/rustup/share"
+  # crates.io is reached as this machine reaches it.
+  cp -L /etc/ssl/certs/ca-certificates.crt "$images/rust/etc/ssl/certs/"
+  tar -C "$images/rust" -cf "$images/rust.tar" .
+  base "localhost/rust-only:$rust" localhost/debian:bookworm "$images/rust.tar" --env CARGO_HOME=/usr/local/cargo \
+    --env PATH=/usr/local/rustup/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+  rm -rf "$images/rust" "$images/rust.tar"
+  c=$(b from --pull-never "localhost/rust-only:$rust")
+  b run "$c" sh -c 'apt-get -qq update && apt-get -qq install -y --no-install-recommends gcc libc6-dev >/dev/null && rm -rf /var/lib/apt/lists/*' >&2
+  b commit -q --rm "$c" "localhost/rust:$rust" >/dev/null
+fi
+start=$SECONDS
+b bud --pull-never --layers --build-arg RUST="localhost/rust:$rust" --build-arg DEBIAN=localhost/debian:bookworm \
+  --build-arg REVISION="$(git -C "$here" rev-parse HEAD)" -t docker.io/library/meshlb:test "$here/../.." >"$images/build.log" 2>&1 \
+  || { tail -40 "$images/build.log" >&2; die "the image does not build; all of it in $images/build.log"; }
+push docker.io/library/meshlb:test
+say "image: built in $((SECONDS - start)) s, $(du -m "$file" | cut -f1) MB: $file"
+# The program in it starts.
+c=$(b from --pull-never docker.io/library/meshlb:test)
+b run "$c" meshlb --version >&2 || { b rm "$c" >/dev/null; die "the program in the image does not start"; }
+b rm "$c" >/dev/null
