@@ -12,7 +12,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Builder, Node, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
-    let limit = Duration::from_secs(120);
+    let limit = Duration::from_secs(300);
     for renderer in Renderer::ALL {
         let one = Matrix::once().with_renderers(&[renderer]);
         suite.add_slow("cni::flannel_rules", &one, limit, flannel);
