@@ -28,6 +28,7 @@ use super::{
     Settings, Told,
     mesh::{Core, Mesh, Meta},
     nodes::Said as NodeSaid,
+    pace::Bucket,
     pools::Pools,
     requests::{self, Todo},
     status::{self, News},
@@ -46,6 +47,8 @@ use crate::{
 const COUNTS_EVERY: Duration = Duration::from_secs(5);
 /// So many statuses of that kind are written a second, over all services: a node that fails as a whole is told in each.
 const COUNTS_A_SECOND: u32 = 100;
+/// What a new service is given is in its status: of many at once, an Event tells so many, and one more each second.
+const FIRST_EVENTS: u32 = 20;
 /// What could not be written is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(1);
 /// Changes that come within this time of one another are one turn.
@@ -127,8 +130,8 @@ pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence
         fence,
         listings: Default::default(),
         absent: [false; 5],
-        counts: COUNTS_A_SECOND,
-        refilled: Instant::now(),
+        counts: Bucket::new(COUNTS_A_SECOND, COUNTS_A_SECOND, Instant::now()),
+        first: Bucket::new(FIRST_EVENTS, 1, Instant::now()),
         report: told.clone(),
         broken: HashMap::new(),
         synced: false,
@@ -152,9 +155,10 @@ struct Leader {
     listings: [Listing; 5],
     /// Of [`WATCHED`], what the API server does not have or does not let us read.
     absent: [bool; 5],
-    /// So many statuses whose counts alone differ may still be written, and when that was filled up.
-    counts: u32,
-    refilled: Instant,
+    /// So many statuses whose counts alone differ may still be written.
+    counts: Bucket,
+    /// So many new services may still be told of in an Event.
+    first: Bucket,
     report: Told,
     broken: HashMap<&'static str, String>,
     synced: bool,
@@ -318,15 +322,6 @@ impl Leader {
         change.gone.iter().for_each(|key| self.mesh.put_node(&key.name, None));
     }
 
-    /// How many statuses whose counts alone differ may be written now.
-    fn refill(&mut self) {
-        let more = self.refilled.elapsed().as_secs_f64() * f64::from(COUNTS_A_SECOND);
-        if more >= 1.0 {
-            self.counts = (self.counts + more as u32).min(COUNTS_A_SECOND);
-            self.refilled = Instant::now();
-        }
-    }
-
     /// Brings everything that is not as it should be closer to that.
     async fn turn(&mut self) -> Result<()> {
         self.mesh.allocate();
@@ -339,8 +334,9 @@ impl Leader {
         let mut writes = Vec::new();
         let mut clean = Vec::new();
         let mut later = false;
-        self.refill();
-        let mut counts = self.counts;
+        let now_at = Instant::now();
+        let may = self.counts.left(now_at);
+        let mut counts = may;
         for key in self.mesh.dirty() {
             let (Some(entry), Some(new)) = (self.mesh.entry(key), self.mesh.desired(key, now)) else {
                 continue;
@@ -363,7 +359,7 @@ impl Leader {
                 writes.push((key.clone(), entry.meta.clone(), entry.status.clone(), new));
             }
         }
-        self.counts = counts;
+        self.counts.take(may - counts, now_at);
         clean.iter().for_each(|key| self.mesh.clean(key));
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
@@ -453,7 +449,8 @@ impl Leader {
             match result {
                 None => bail!("the lease could not be renewed in time"),
                 Some(Ok(version)) => {
-                    events.push((key.clone(), meta, status::news(&old, &new)));
+                    let first = status::held(&old).is_empty() && status::differ(&old, &new);
+                    events.push((key.clone(), meta, status::news(&old, &new), first));
                     self.written.insert(key.clone(), Instant::now());
                     self.failed.remove(&key);
                     self.mesh.written(&key, new, version);
@@ -472,7 +469,10 @@ impl Leader {
         if let Some(problem) = problem {
             self.tell(problem);
         }
-        for (key, meta, news) in events {
+        for (key, meta, mut news, first) in events {
+            if first && !news.is_empty() && !self.first.take(1, Instant::now()) {
+                news.retain(|news| !news.good);
+            }
             self.announce(&key, &meta, news);
         }
         Ok(())

@@ -11,6 +11,7 @@ pub mod lease;
 pub mod mesh;
 pub mod nodes;
 pub mod numbers;
+pub mod pace;
 pub mod pools;
 pub mod requests;
 pub mod status;
