@@ -11,11 +11,12 @@ use std::{
 use hickory_net::{DnsError, NetError, runtime::TokioRuntimeProvider};
 use hickory_proto::{
     op::{Query, ResponseCode},
-    rr::Name,
+    rr::{Name, RecordType},
 };
 use hickory_resolver::{
     Resolver, TokioResolver,
     config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
+    lookup::Lookup,
 };
 use tokio::sync::Semaphore;
 
@@ -94,10 +95,28 @@ impl ForwardConfig {
     }
 }
 
+/// The upstreams of a zone.
+struct Resolvers {
+    /// By UDP, and by TCP where an answer is too large for that.
+    any: TokioResolver,
+    /// By TCP alone. hickory-resolver asks two upstreams at once, and gives up when the second one says too that its answer is
+    /// too large (`NameServerPool::send`, 0.26.3: the first such answer has switched UDP off by then).
+    tcp: TokioResolver,
+}
+
+impl Resolvers {
+    async fn lookup(&self, name: Name, kind: RecordType) -> Result<Lookup, NetError> {
+        match self.any.lookup(name.clone(), kind).await {
+            Err(NetError::Truncated) => self.tcp.lookup(name, kind).await,
+            found => found,
+        }
+    }
+}
+
 /// Looks names up elsewhere.
 pub struct Forwarder {
     /// By zone, the longest first; the root zone last, where there are upstreams for it.
-    zones: Vec<(Name, TokioResolver)>,
+    zones: Vec<(Name, Resolvers)>,
     /// Lookups that may run at once. Each takes a socket, and the agent has other uses for those.
     running: Arc<Semaphore>,
     probe: Arc<Probe>,
@@ -123,8 +142,13 @@ impl Forwarder {
     ) -> Result<Self, String> {
         let counted = Counted(metrics.clone());
         let build = |upstreams: &[SocketAddr]| {
-            ::metrics::with_local_recorder(&counted, || resolver(upstreams, config.cache))
-                .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
+            ::metrics::with_local_recorder(&counted, || {
+                let udp = [ConnectionConfig::udp(), ConnectionConfig::tcp()];
+                let tcp = [ConnectionConfig::tcp()];
+                let any = resolver(upstreams, config.cache, &udp)?;
+                Ok(Resolvers { any, tcp: resolver(upstreams, config.cache, &tcp)? })
+            })
+            .map_err(|e: NetError| format!("upstreams {upstreams:?}: {e}"))
         };
         let mut zones = Vec::new();
         for zone in &config.zones {
@@ -137,7 +161,7 @@ impl Forwarder {
         Ok(Self { zones, running: Arc::new(Semaphore::new(most)), probe, metrics })
     }
 
-    fn resolver(&self, name: &Name) -> Option<&TokioResolver> {
+    fn resolver(&self, name: &Name) -> Option<&Resolvers> {
         self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, resolver)| resolver)
     }
 
@@ -184,13 +208,18 @@ impl Elsewhere for Forwarder {
     }
 }
 
-fn resolver(upstreams: &[SocketAddr], cache: u64) -> Result<TokioResolver, NetError> {
+fn resolver(
+    upstreams: &[SocketAddr],
+    cache: u64,
+    ways: &[ConnectionConfig],
+) -> Result<TokioResolver, NetError> {
     let servers = upstreams.iter().map(|at| {
-        let on = |mut connection: ConnectionConfig| {
+        let on = |way: &ConnectionConfig| {
+            let mut connection = way.clone();
             connection.port = at.port();
             connection
         };
-        let connections = vec![on(ConnectionConfig::udp()), on(ConnectionConfig::tcp())];
+        let connections = ways.iter().map(on).collect();
         NameServerConfig::new(at.ip(), true, connections)
     });
     let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
