@@ -156,6 +156,12 @@ fn needs_vip(service: &Service, family: Family) -> bool {
     service.mode == Mode::Vip && asks
 }
 
+/// A value that the manifest itself names, and that the service does not get.
+fn asked_in_vain(asked: impl std::fmt::Display, by: Option<&ServiceKey>) -> String {
+    let why = by.map_or_else(|| "can't be had".into(), |by| format!("belongs to {by}"));
+    format!("{asked}, which the manifest asks for, {why}")
+}
+
 fn why_no_vip(
     vip: IpAddr,
     asked: Option<&IpAddr>,
@@ -168,11 +174,10 @@ fn why_no_vip(
     let family = Family::of(&vip);
     if let Some(asked) = asked {
         let by = conflicts.iter().find_map(|c| match c {
-            Conflict::VipTaken { vip, by } if vip == asked => Some(format!("belongs to {by}")),
+            Conflict::VipTaken { vip, by } if vip == asked => Some(by),
             _ => None,
         });
-        let by = by.unwrap_or_else(|| "can't be had".into());
-        return format!("{asked}, which the manifest asks for, {by}");
+        return asked_in_vain(asked, by);
     }
     let Some(range) = config.ranges.get(family) else {
         return format!("no {family} VIP range is configured (--vip-cidr)");
@@ -200,11 +205,10 @@ fn why_no_port(
 ) -> String {
     if let Some(asked) = asked {
         let by = conflicts.iter().find_map(|c| match c {
-            Conflict::PortTaken { port, by, .. } if *port == id => Some(format!("belongs to {by}")),
+            Conflict::PortTaken { port, by, .. } if *port == id => Some(by),
             _ => None,
         });
-        let by = by.unwrap_or_else(|| "can't be had".into());
-        return format!("{asked}, which the manifest asks for, {by}");
+        return asked_in_vain(asked, by);
     }
     if config.reserved.iter().any(|reserved| reserved.covers(id.protocol, number)) {
         return "it is reserved (--publish-reserved)".into();
