@@ -378,8 +378,9 @@ fn away(cx: &mut Cx) -> Result<()> {
                 agent.kill();
                 agent = meshlb.agent(n1, &m.dir)?;
                 ready(n1, &mut agent)?;
+                // A question that was lost is asked once more, 5 s later: that must not meet the next kill.
+                std::thread::sleep(Duration::from_secs(5));
             }
-            std::thread::sleep(Duration::from_secs(1));
             Ok(agent)
         };
         let restarted = restart();
