@@ -12,6 +12,7 @@
 # MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
 # MESHLB_KERNEL_FULL=1             also without a FILTER every case with both flavours of iptables, not with one of them
 # MESHLB_KERNEL_SECONDS            the limit for the whole run (4300)
+# MESHLB_KERNEL_VMS=N              the whole run in so many VMs at once (one a core, at most 4); one if the VM is up already
 # MESHLB_KERNEL_UNLOAD=1           on a host: also the tests that unload ip_vs
 # Details of failed cases end up in target/kernel-test/.
 set -euo pipefail
@@ -69,40 +70,73 @@ if [ $where = host ]; then
   PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
 fi
 
-if ! vm_up; then
-  trap '"$vm_dir/down.sh"' EXIT
-  "$vm_dir/up.sh"
-fi
-# Fresh names each time: the VM may have read the old files. Without debug information they load faster.
-run=$vm/run-$$-$(date +%s)
-rm -rf "$vm"/run-*; mkdir -p "$run/out"
-cp "$test_bin" "$run/cases"
-[ -z "$codec_bin" ] || cp "$codec_bin" "$run/codec"
-for f in "$run/cases" ${codec_bin:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
-# 100 MB, so only for those who ask for it.
-prometheus=
-# Not by a pipe: grep ends at the first line, and a program that can't say the rest has failed.
-if grep -q '^scrape::' <<<"$("$test_bin" --list ${args[@]+"${args[@]}"})"; then
-  cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"; prometheus=1
-fi
-set +e
-MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
-  MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} \
-  MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS" \
-  "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
+# in_vm NAME CLAIMS CODEC: in the VM of that name, which is left as it was. With CLAIMS, a folder, several VMs share the
+# cases. CODEC, if any, runs first.
+in_vm() {
+  export MESHLB_VM=$1; shift
+  . "$vm_dir/lib.sh"
+  local claims=$1 codec=$2 run rc f
+  if ! vm_up; then
+    trap '"$vm_dir/down.sh"' EXIT
+    MESHLB_VM_SHARES=$claims "$vm_dir/up.sh"
+  fi
+  # Fresh names each time: the VM may have read the old files. Without debug information they load faster.
+  run=$vm/run-$$-$(date +%s)
+  rm -rf "$vm"/run-*; mkdir -p "$run/out"
+  cp "$test_bin" "$run/cases"
+  [ -z "$codec" ] || cp "$codec" "$run/codec"
+  for f in "$run/cases" ${codec:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
+  [ -z "$prometheus" ] || cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"
+  MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
+    MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} MESHLB_KERNEL_CLAIMS=$claims \
+    MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS" \
+    "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
-cp $(printf '%q ' "$run/cases" ${codec_bin:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
+cp $(printf '%q ' "$run/cases" ${codec:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
 [ -z "$prometheus" ] || cp $run/prom{etheus,tool} /tmp/root/usr/bin/
+claims=
+[ -z "$claims" ] || { mkdir -p /tmp/root/kernel-test/claims; mount --bind $(printf %q "$claims") /tmp/root/kernel-test/claims; claims=/kernel-test/claims; }
 codec=0
 [ ! -e /tmp/root/kernel-test/codec ] || /tmp/in-tools env MESHLB_KERNEL_TESTS=1 /kernel-test/codec --ignored --test-threads 1 || codec=\$?
 /tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
-  /kernel-test/cases $(printf '%q ' ${args[@]+"${args[@]}"})
+  MESHLB_KERNEL_CLAIMS="\$claims" /kernel-test/cases $(printf '%q ' ${args[@]+"${args[@]}"})
 rc=\$?
 [ \$rc != 0 ] || rc=\$codec
 cp -r /tmp/root/kernel-test/out $run/
+[ -z "\$claims" ] || umount /tmp/root/kernel-test/claims
 exit \$rc
 EOF
-rc=$?
-cp -r "$run/out/." "$out/" 2>/dev/null; rm -rf "$run"
+  rc=$?
+  cp -r "$run/out/." "$out/" 2>/dev/null; rm -rf "$run"
+  return $rc
+}
+
+# Prometheus is 100 MB, so only for those who ask for it.
+prometheus=
+# Not by a pipe: grep ends at the first line, and a program that can't say the rest has failed.
+if grep -q '^scrape::' <<<"$("$test_bin" --list ${args[@]+"${args[@]}"})"; then prometheus=1; fi
+name=${MESHLB_VM:-default}
+cores=$(nproc)
+vms=${MESHLB_KERNEL_VMS:-$((cores < 4 ? cores : 4))}
+if [ ${#args[@]} -gt 0 ] || [ "$vms" -lt 2 ] || vm_up; then
+  set +e
+  (in_vm "$name" "" "$codec_bin"); exit
+fi
+# The whole run takes a VM for each core: in an emulated machine with two processors one waits for the other. Each takes the
+# next cases that no other has.
+echo "kernel tests: in $vms VMs at once"
+claims=$cache/claims-$name; rm -rf "$claims"; mkdir -p "$claims"
+export MESHLB_VM_CPUS=${MESHLB_VM_CPUS:-1}
+rc=0 parts=()
+for ((i = 2; i <= vms; i++)); do
+  (set +e; in_vm "$name-$i" "$claims" "") >"$claims.$i.log" 2>&1 & parts+=($!)
+done
+trap 'kill "${parts[@]}" 2>/dev/null' INT TERM
+(set +e; in_vm "$name" "$claims" "$codec_bin") || rc=$?
+for ((i = 2; i <= vms; i++)); do
+  wait "${parts[i - 2]}" || rc=$?
+  echo; echo "== VM $i"; cat "$claims.$i.log"
+done
+rm -rf "$claims" "$claims".*.log
 exit $rc

@@ -45,7 +45,12 @@ struct Case {
     params: Params,
     limit: Duration,
     run: Function,
+    /// Where several machines share the cases: those of one group run on one of them.
+    group: String,
 }
+
+/// The limit of cases that are not slow ones.
+const QUICK: Duration = Duration::from_secs(60);
 
 /// The cases.
 #[derive(Default)]
@@ -57,13 +62,23 @@ impl Suite {
     /// Adds a case for every point of the matrix, each with a minute of time. Put cases that use the same topology after one
     /// another.
     pub fn add(&mut self, name: &str, matrix: &Matrix, run: Function) {
-        self.add_slow(name, matrix, Duration::from_secs(60), run);
+        self.add_slow(name, matrix, QUICK, run);
     }
 
     /// Adds cases that may take longer.
     pub fn add_slow(&mut self, name: &str, matrix: &Matrix, limit: Duration, run: Function) {
         for (suffix, params) in matrix.expand(name) {
-            self.cases.push(Case { name: format!("{name}{suffix}"), params, limit, run });
+            let full = format!("{name}{suffix}");
+            // Quick ones may share what their nodes are programmed with.
+            let group = if limit > QUICK { full.clone() } else { name.to_owned() };
+            self.cases.push(Case { name: full, params, limit, run, group });
+        }
+    }
+
+    /// Puts the case that was added last into a group of another name.
+    pub fn grouped(&mut self, group: &str) {
+        if let Some(case) = self.cases.last_mut() {
+            group.clone_into(&mut case.group);
         }
     }
 }
@@ -404,8 +419,12 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     let session = Session { work, out, pool: Pool::default(), with_meshlb, nocapture };
     let (mut passed, mut skipped, mut failed, mut times) = (0, 0, Vec::new(), Vec::new());
     let mut second_try = Vec::new();
+    let mut claims = Claims::new();
     let start = Instant::now();
     for case in cases {
+        if !claims.take(&case.group)? {
+            continue;
+        }
         if nocapture {
             println!("      … {}", case.name);
         }
@@ -463,6 +482,32 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         start.elapsed().as_secs_f32()
     );
     Ok(failed.is_empty())
+}
+
+/// Which groups of cases this machine runs: all, or, with a folder that several machines share (MESHLB_KERNEL_CLAIMS), those
+/// that it is the first to make an entry for there.
+struct Claims {
+    folder: Option<PathBuf>,
+    ours: BTreeSet<String>,
+}
+
+impl Claims {
+    fn new() -> Self {
+        let folder = std::env::var_os("MESHLB_KERNEL_CLAIMS").filter(|f| !f.is_empty()).map(PathBuf::from);
+        Claims { folder, ours: BTreeSet::new() }
+    }
+
+    fn take(&mut self, group: &str) -> Result<bool> {
+        let Some(folder) = &self.folder else { return Ok(true) };
+        if self.ours.contains(group) {
+            return Ok(true);
+        }
+        match fs::create_dir(folder.join(group)) {
+            Ok(()) => Ok(self.ours.insert(group.to_owned())),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+            Err(e) => Err(e).with_context(|| format!("{}, which several machines share", folder.display())),
+        }
+    }
 }
 
 /// Loads what the kernel has of what the tests use.

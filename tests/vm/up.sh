@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Boots the VM and leaves it up (at most MESHLB_VM_HOURS, 3). Emulation only: KVM is never used.
 # Its root is this machine's file system, read-only to it (writes stay in the VM's memory).
+# MESHLB_VM_SHARES=DIR: a folder that it may write to, as it is called here.
 # MESHLB_VM=NAME for a second one, MESHLB_VM_MEMORY (2G), MESHLB_VM_CPUS (2), MESHLB_VM_QEMU_OPTS for more of qemu's.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -13,6 +14,7 @@ rm -rf "$queue"; mkdir -p "$queue"; : >"$vm/console.log"
 cp "$here/guest.sh" "$vm/guest.sh"
 rm -rf "$vm/root" "$vm/root.tar"
 say "vm: booting ${kernel##*/} (console: $vm/console.log)"
+shares=(); [ -z "${MESHLB_VM_SHARES:-}" ] || shares=("--rwdir=$MESHLB_VM_SHARES")
 qemu=(); [ -z "${MESHLB_VM_QEMU_OPTS:-}" ] || qemu=("--qemu-opts=$MESHLB_VM_QEMU_OPTS")
 cd "$vm"
 # no_timer_check: on a busy machine an emulated timer interrupt comes too late for the kernel's check, and it panics.
@@ -20,7 +22,7 @@ cd "$vm"
 # vng starts its neighbour virtme-run by name.
 PATH=$(dirname "$vng"):$PATH setsid timeout $((3600 * ${MESHLB_VM_HOURS:-3})) "$vng" -v --disable-kvm --force-9p --run "$kernel" \
   --cpus "${MESHLB_VM_CPUS:-2}" --memory "${MESHLB_VM_MEMORY:-2G}" --user root "${qemu[@]}" \
-  --append panic=-1 --append no_timer_check --rwdir="$vm" -- "bash $vm/guest.sh $queue" >"$vm/console.log" 2>&1 </dev/null &
+  --append panic=-1 --append no_timer_check --rwdir="$vm" ${shares[@]+"${shares[@]}"} -- "bash $vm/guest.sh $queue" >"$vm/console.log" 2>&1 </dev/null &
 pid=$!; echo "$pid" >"$vm/pid"
 start=$SECONDS
 "$here/tools.sh" "$vm/root"; tar -C "$vm/root" -cf "$vm/root.tar.new" .; rm -rf "$vm/root"; mv "$vm/root.tar.new" "$vm/root.tar"

@@ -19,11 +19,13 @@ const IDLE: Duration = Duration::from_secs(16 * 60);
 /// The first half, before the cases that take long.
 pub fn begin(suite: &mut Suite) {
     suite.add("idle::begins", &Matrix::once(), start);
+    suite.grouped("idle");
 }
 
 /// The second half, after them.
 pub fn end(suite: &mut Suite) {
     suite.add_slow("idle::sixteen_minutes_later", &Matrix::once(), IDLE + Duration::from_secs(60), finish);
+    suite.grouped("idle");
 }
 
 /// A node with one pod and one client, apart from everybody else's.

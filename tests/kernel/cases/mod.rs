@@ -34,6 +34,9 @@ pub fn register(suite: &mut Suite) {
     // One of these takes the module ip_vs out, which needs a kernel where nothing uses it.
     errors::register(suite);
     idle::begin(suite);
+    // Those that take long come before the many that don't, so that machines which share them end together.
+    firewalld::register(suite);
+    step::register(suite);
     basics::register(suite);
     source_ports::register(suite);
     guard::register(suite);
@@ -51,8 +54,6 @@ pub fn register(suite: &mut Suite) {
     cni::register(suite);
     many::register(suite);
     reload::register(suite);
-    step::register(suite);
-    firewalld::register(suite);
     kube::register(suite);
     kube_proxy::register(suite);
     idle::end(suite);
