@@ -14,6 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+
 const NAME: &[u8] = b"meshlb.dev/instance";
 /// So many bytes of what the other one says of itself are read.
 const MAX_ABOUT: usize = 1024;
@@ -32,6 +34,17 @@ pub enum Error {
     /// Another meshlb has it.
     #[error("another meshlb programs this network namespace: {0}")]
     Taken(String),
+    /// A program that can't be meshlb has its lock.
+    #[error(
+        "process {pid} of user {uid} holds the lock of this network namespace (the abstract socket @meshlb.dev/instance) and can't be meshlb, \
+         which runs as root: end it"
+    )]
+    Stranger {
+        /// The process, as it is numbered here; 0 where it is not.
+        pid: i32,
+        /// Its user.
+        uid: u32,
+    },
     /// The socket could not be made.
     #[error("the lock of this network namespace can't be taken: {0}")]
     Io(#[from] io::Error),
@@ -47,6 +60,10 @@ impl Instance {
         let listener = match UnixListener::bind_addr(&address) {
             Ok(listener) => listener,
             Err(e) if e.kind() == io::ErrorKind::AddrInUse => {
+                // Anybody who may make sockets here can take the name. Who programs a kernel is root.
+                if let Some((pid, uid)) = holder().filter(|(_, uid)| *uid != 0) {
+                    return Err(Error::Stranger { pid, uid });
+                }
                 return Err(Error::Taken(other().unwrap_or_else(|| "it does not say which".into())));
             }
             Err(e) => return Err(e.into()),
@@ -60,6 +77,13 @@ impl Instance {
         })?;
         Ok(Self { _listener: listener })
     }
+}
+
+/// The process and the user that listen there, as the kernel knows them (unix(7), `SO_PEERCRED`).
+fn holder() -> Option<(i32, u32)> {
+    let peer = UnixStream::connect_addr(&SocketAddr::from_abstract_name(NAME).ok()?).ok()?;
+    let who = getsockopt(&peer, PeerCredentials).ok()?;
+    Some((who.pid(), who.uid()))
 }
 
 /// What the meshlb that holds this network namespace says of itself, if there is one.
@@ -98,6 +122,38 @@ mod tests {
                 Err(Error::Taken(about)) => assert_eq!(about, "pid 1, folder /a"),
                 other => panic!("{other:?}"),
             }
+        });
+        done.join().unwrap();
+    }
+
+    #[test]
+    fn a_stranger_who_has_the_lock_is_named() {
+        use std::{
+            io::BufRead as _,
+            os::unix::process::CommandExt as _,
+            process::{Command, Stdio},
+        };
+        // Another user needs another process; perl is on every Debian.
+        const LISTEN: &str = r#"use Socket; $| = 1; socket(S, AF_UNIX, SOCK_STREAM, 0) and bind(S, pack_sockaddr_un("\0meshlb.dev/instance"))
+            and listen(S, 5) or die $!; print "listening\n"; <STDIN>"#;
+        let done = thread::spawn(|| {
+            if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).is_err() {
+                return;
+            }
+            let mut stranger = Command::new("perl");
+            stranger.args(["-e", LISTEN]).uid(65534).stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut stranger = stranger.spawn().unwrap();
+            let mut line = String::new();
+            io::BufReader::new(stranger.stdout.take().unwrap()).read_line(&mut line).unwrap();
+            assert_eq!(line, "listening\n");
+            let told = Instance::take("pid 2".into()).unwrap_err();
+            drop(stranger.stdin.take());
+            stranger.wait().unwrap();
+            let told = told.to_string();
+            assert!(
+                told.starts_with(&format!("process {} of user 65534 holds the lock", stranger.id())),
+                "{told}"
+            );
         });
         done.join().unwrap();
     }

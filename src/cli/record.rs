@@ -37,20 +37,21 @@ impl Record {
         Self { path: run_dir.join(FILE), told: false }
     }
 
-    /// Completes a state that knows nothing of the kernel. Whether the kernel still is as the record says is found
-    /// out by looking at it.
-    pub fn complete(&self, state: &mut State) {
+    /// Completes a state that knows nothing of the kernel, and says whether it could. Whether the kernel still is as the
+    /// record says is found out by looking at it.
+    pub fn complete(&self, state: &mut State) -> bool {
         if !state.netfilter.is_null() {
-            return;
+            return false;
         }
-        let Ok(bytes) = fs::read(&self.path) else { return };
-        let Ok(content) = serde_json::from_slice::<Content>(&bytes) else { return };
+        let Ok(bytes) = fs::read(&self.path) else { return false };
+        let Ok(content) = serde_json::from_slice::<Content>(&bytes) else { return false };
         state.renderer = content.renderer;
         state.netfilter = content.netfilter;
         for (path, value) in content.sysctls {
             state.sysctls.entry(path).or_insert(value);
         }
         state.ipvs_timeouts = state.ipvs_timeouts.or(content.ipvs_timeouts);
+        true
     }
 
     /// Writes it.

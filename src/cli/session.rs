@@ -25,7 +25,7 @@ use crate::{
     },
     dns::{names::Names, zone::Zone},
     model::{
-        kernel::{RealServerKey, Timeouts, VirtualServerKey},
+        kernel::{RealServerKey, VirtualServerKey},
         node::NodeConfig,
     },
     plan::{Observed, Op},
@@ -54,9 +54,12 @@ pub struct Keeper {
     state: State,
     /// Where services come from.
     pub source: Origin,
-    /// The engine's generation that is in the file.
+    /// The engine's generation that is in the state.
     generation: Option<u64>,
-    written: Option<Written>,
+    /// Whether the state has something that its file has not.
+    stale: bool,
+    /// Whether it has something of the kernel that the record has not.
+    unrecorded: bool,
     /// Whether there is a file, if not the newest: what was in the kernel before us is in it.
     on_disk: bool,
 }
@@ -69,7 +72,8 @@ impl Keeper {
         self.on_disk
     }
 
-    /// Writes the engine's allocations, drains and fingerprints down, where they changed.
+    /// Writes the engine's allocations, drains and fingerprints down, where they changed. They are compared one by one:
+    /// the text of all of it takes long to make.
     ///
     /// # Errors
     /// The file that could not be written.
@@ -77,32 +81,31 @@ impl Keeper {
         let settings = engine.settings();
         let state = &mut self.state;
         if self.generation != Some(engine.generation()) {
-            state.allocations = engine.allocator().allocations();
+            self.stale |= put(&mut state.allocations, engine.allocator().allocations());
             let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
-            state.served = runs.collect();
-        }
-        state.source = Some(self.source.clone());
-        state.node = settings.node.name.to_string();
-        state.ranges = settings.node.ranges;
-        state.mark_mask = settings.node.mask.bits();
-        state.renderer = engine.dataplane.netfilter.name().to_owned();
-        state.netfilter = engine.dataplane.netfilter.fingerprint().unwrap_or_default();
-        state.sysctls = engine.sysctl_originals(&state.sysctls);
-        state.ipvs_timeouts = engine.timeouts(state.ipvs_timeouts);
-        let written = Written {
-            generation: engine.generation(),
-            netfilter: state.netfilter.clone(),
-            sysctls: state.sysctls.clone(),
-            timeouts: state.ipvs_timeouts,
-        };
-        if self.written.as_ref() != Some(&written) {
-            self.dir.save(state).context("state.json can't be written")?;
-            if !self.written.as_ref().is_some_and(|before| before.same_kernel(&written)) {
-                self.record.save(state);
-            }
+            self.stale |= put(&mut state.served, runs.collect());
             self.generation = Some(engine.generation());
-            self.written = Some(written);
+        }
+        self.stale |= put(&mut state.source, Some(self.source.clone()));
+        self.stale |= put(&mut state.node, settings.node.name.to_string());
+        self.stale |= put(&mut state.ranges, settings.node.ranges);
+        self.stale |= put(&mut state.mark_mask, settings.node.mask.bits());
+        let originals = engine.sysctl_originals(&state.sysctls);
+        let timeouts = engine.timeouts(state.ipvs_timeouts);
+        let fingerprint = engine.dataplane.netfilter.fingerprint().unwrap_or_default();
+        let mut kernel = put(&mut state.renderer, engine.dataplane.netfilter.name().to_owned());
+        kernel |= put(&mut state.netfilter, fingerprint);
+        kernel |= put(&mut state.sysctls, originals);
+        kernel |= put(&mut state.ipvs_timeouts, timeouts);
+        self.stale |= kernel;
+        self.unrecorded |= kernel;
+        if self.stale {
+            self.dir.save(state).context("state.json can't be written")?;
+            self.stale = false;
             self.on_disk = true;
+        }
+        if std::mem::take(&mut self.unrecorded) {
+            self.record.save(state);
         }
         let drains: Vec<Drain> = engine.drains().iter().map(kept).collect();
         self.dir.save_drains(&drains).context("drains.json can't be written")?;
@@ -110,20 +113,11 @@ impl Keeper {
     }
 }
 
-/// What decides whether the state file has to be written again; cheap to compare, unlike the whole state.
-#[derive(PartialEq)]
-struct Written {
-    generation: u64,
-    netfilter: serde_json::Value,
-    sysctls: std::collections::BTreeMap<String, String>,
-    timeouts: Option<(Timeouts, Timeouts)>,
-}
-
-impl Written {
-    /// Whether it says the same about the kernel.
-    fn same_kernel(&self, other: &Self) -> bool {
-        self.netfilter == other.netfilter && self.sysctls == other.sysctls && self.timeouts == other.timeouts
-    }
+/// Puts a value in the place of another; whether it is a different one.
+fn put<T: PartialEq>(place: &mut T, value: T) -> bool {
+    let different = *place != value;
+    *place = value;
+    different
 }
 
 fn kept(((server, real), until): (&(VirtualServerKey, RealServerKey), &Timestamp)) -> Drain {
@@ -152,6 +146,8 @@ pub struct Left {
     pub state: State,
     /// Drains that run.
     pub drains: Vec<Drain>,
+    /// Whether the state has something that its file has not.
+    pub stale: bool,
 }
 
 /// Reads what earlier runs left. Who only looks leaves the files and the directory as they are: they may be a running
@@ -171,6 +167,7 @@ pub fn open_state(options: &Options, purpose: Purpose) -> Result<Left> {
             dir: StateDir::at(&options.state_dir),
             state: state.unwrap_or_default(),
             drains: drains.unwrap_or_default(),
+            stale: false,
         }
     } else {
         let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
@@ -179,9 +176,9 @@ pub fn open_state(options: &Options, purpose: Purpose) -> Result<Left> {
         for note in note.into_iter().chain(drains_note) {
             warn!("{note}");
         }
-        Left { dir, state, drains }
+        Left { dir, stale: state.node.is_empty(), state, drains }
     };
-    Record::new(&options.run_dir).complete(&mut left.state);
+    left.stale |= Record::new(&options.run_dir).complete(&mut left.state);
     Ok(left)
 }
 
@@ -245,7 +242,7 @@ impl Session {
         if purpose != Purpose::Look {
             need_rights()?;
         }
-        let Left { dir: state_dir, state, drains } = open_state(options, purpose)?;
+        let Left { dir: state_dir, state, drains, stale } = open_state(options, purpose)?;
         let Some(source) = source.or_else(|| state.source.clone()) else {
             bail!(
                 "no folder: nothing was applied here yet (state in {}); name one",
@@ -307,6 +304,11 @@ impl Session {
             keeper: Keeper {
                 dir: state_dir,
                 on_disk: !state.node.is_empty(),
+                stale: stale
+                    || state.kubeconfig != options.kubeconfig
+                    || state.flags != options.remembered
+                    || state.dns_listen != dns_listen,
+                unrecorded: true,
                 record: Record::new(&options.run_dir),
                 state: State {
                     kubeconfig: options.kubeconfig.clone(),
@@ -316,7 +318,6 @@ impl Session {
                 },
                 source,
                 generation: None,
-                written: None,
             },
             zone,
             names: std::cell::OnceCell::new(),

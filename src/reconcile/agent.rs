@@ -255,7 +255,10 @@ impl<O: Observer> Agent<O> {
         if !drift.is_empty() {
             self.observer.drifted(&drift);
         }
-        if let Err(e) = self.observer.before_apply(&self.engine) {
+        // Nothing has to be on disk for what is not done.
+        if !ops.is_empty()
+            && let Err(e) = self.observer.before_apply(&self.engine)
+        {
             self.engine.distrust();
             self.oldest = since;
             self.failed(&e);

@@ -63,17 +63,8 @@ agent_start() {
     --state-dir "$WORK/state-$NODE" --run-dir "$WORK/run-$NODE" --resync 3600 --log-format json >"$WORK/agent-$NODE.log" 2>&1 &
   AGENT=$!
 }
-# Waits until the agent says that the kernel is as it should be. Rarely asked, and by bash itself: where programs start slowly
-# the asking would take the time that the agent needs.
-agent_ready() {
-  local i
-  for ((i = 0; i < 400; i++)); do
-    kill -0 "$AGENT" 2>/dev/null || { say "the agent ended:"; tail -5 "$WORK/agent-$NODE.log"; return 1; }
-    on_node bash -c 'exec 3<>"/dev/tcp/${1/://}" && printf "GET /readyz HTTP/1.0\r\n\r\n" >&3 && read -r -t 5 line <&3 && [[ $line == *" 200 "* ]]' ready $METRICS 2>/dev/null && return 0
-    sleep 3
-  done
-  say "the agent is not ready after 20 minutes:"; tail -5 "$WORK/agent-$NODE.log"; return 1
-}
+# Waits until the agent says that the kernel is as it should be.
+agent_ready() { on_node "$HELPER_BIN" ready "$AGENT" "$METRICS" || { tail -5 "$WORK/agent-$NODE.log"; return 1; }; }
 agent_stop() {
   [ -n "$AGENT" ] || return 0
   kill "$AGENT" 2>/dev/null || true

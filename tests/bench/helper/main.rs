@@ -6,6 +6,7 @@
 //! | `changes PID DIR COUNT PID DIR COUNT TIMES` | changes one endpoint in each folder in turn; CPU time of the two agents for each change |
 //! | `quiet PID` | waits until a process does nothing |
 //! | `cpu PID` | CPU time of a process so far, in nanoseconds |
+//! | `ready PID ADDR` | waits until the agent there says that the kernel is as it should be |
 //! | `dumps RENDERER NODE TIMES` | reads the kernel as a comparison has to, and nothing else |
 //! | `accept ADDR` | takes connections and closes them |
 //! | `connect SECONDS TIMES ADDR ADDR` | connections per second to each address, in turn |
@@ -15,6 +16,7 @@ mod connect;
 mod dumps;
 mod folder;
 mod manifests;
+mod ready;
 
 use anyhow::{Result, bail};
 
@@ -33,6 +35,7 @@ fn main() -> Result<()> {
             println!("{}", changes::cpu(pid.parse()?)?);
             Ok(())
         }
+        ["ready", pid, addr] => ready::wait(pid.parse()?, addr.parse()?),
         ["dumps", renderer, node, times] => dumps::run(renderer, node, times.parse()?),
         ["accept", addr] => connect::accept(addr),
         ["connect", seconds, times, one, other] => {
