@@ -44,6 +44,9 @@ pub struct State {
     pub renderer: String,
     /// Where services come from.
     pub source: Option<Origin>,
+    /// The folder itself, while there were manifests in it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub folder: Option<crate::source::watch::FolderId>,
     /// Kubeconfig file, where one was named.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kubeconfig: Option<PathBuf>,

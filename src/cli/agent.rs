@@ -31,7 +31,7 @@ use crate::{
     metrics::{Metrics, Series},
     model::node::NodeConfig,
     reconcile::agent::{Agent, Input, Pace},
-    source::{self, Origin, Problem, SourceMessage, problem::Severity},
+    source::{self, Origin, Problem, SourceMessage, problem::Severity, watch::FolderId},
 };
 
 /// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
@@ -107,7 +107,8 @@ fn serve(
     })?;
     let pace = Pace { resync: options.resync, probe: Duration::from_secs(1) };
     info!(node = %session.engine.settings().node.name, renderer = session.engine.dataplane.netfilter.name(), %source, "agent starts");
-    let messages = watch(options, source, session.engine.settings().node.clone())?;
+    let before = session.keeper.folder();
+    let messages = watch(options, source, session.engine.settings().node.clone(), before)?;
     forward(messages, metrics.clone(), node.cloned(), sender)?;
     let traffic = Traffic::open()?;
     metrics.set_traffic_source(Box::new(traffic.clone()));
@@ -143,10 +144,15 @@ pub fn serve_admin(addr: SocketAddr, metrics: Arc<dyn Series>, health: Health) -
 }
 
 /// Begins to follow the source.
-fn watch(options: &Options, source: &Origin, config: NodeConfig) -> Result<Receiver<SourceMessage>> {
+fn watch(
+    options: &Options,
+    source: &Origin,
+    config: NodeConfig,
+    before: Option<FolderId>,
+) -> Result<Receiver<SourceMessage>> {
     let (sender, messages) = mpsc::channel();
     match source {
-        Origin::Folder(dir) => drop(source::watch::watch(dir, config, sender)?),
+        Origin::Folder(dir) => drop(source::watch::watch(dir, config, sender, before)?),
         Origin::Kube => {
             let access = source::kube::config(options.kubeconfig.as_deref())?;
             // Who gives addresses does not want others.

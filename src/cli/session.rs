@@ -65,6 +65,12 @@ pub struct Keeper {
 }
 
 impl Keeper {
+    /// The folder that an earlier run has served services from, if it is the one of this run.
+    pub fn folder(&self) -> Option<crate::source::watch::FolderId> {
+        let same = self.state.source.as_ref() == Some(&self.source);
+        self.state.folder.filter(|_| same && !self.state.allocations.services.is_empty())
+    }
+
     /// Whether an earlier state is on disk. Where a newer one can't be written, it is better to go on with that than to
     /// leave the kernel with endpoints that are dead: what a restart then does not find is which automatic values
     /// depended on history, and drains.
@@ -84,6 +90,10 @@ impl Keeper {
             self.stale |= put(&mut state.allocations, engine.allocator().allocations());
             let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
             self.stale |= put(&mut state.served, runs.collect());
+            let dir = self.source.dir().filter(|_| self.generation.is_none());
+            if let Some(folder) = dir.and_then(crate::source::watch::filled) {
+                self.stale |= put(&mut state.folder, Some(folder));
+            }
             self.generation = Some(engine.generation());
         }
         self.stale |= put(&mut state.source, Some(self.source.clone()));

@@ -6,7 +6,7 @@ use super::{ElementChange, Error, Host, Ipvs, IpvsChange, Netfilter};
 use crate::{
     model::{
         ids::{Mark, PerFamily},
-        kernel::KernelState,
+        kernel::{Element, KernelState},
     },
     plan::{Observed, Op},
 };
@@ -80,19 +80,43 @@ impl Dataplane {
         })
     }
 
-    /// Applies operations in order and goes on after a failure, except that no VIP route is added when
-    /// the rules that guard it could not be installed.
-    pub fn apply(&mut self, ops: &[Op], desired: &KernelState) -> Vec<Failure> {
+    /// Applies operations in order and goes on after a failure, except with what would send packets to a wrong place then:
+    /// no VIP route is added when the rules that guard it could not be installed; a server gets no destinations while an entry
+    /// that had to go leads to it, and no entry while it has some that had to go. `leads_to` knows the entries of before.
+    pub fn apply(
+        &mut self,
+        ops: &[Op],
+        desired: &KernelState,
+        leads_to: &dyn Fn(&Element) -> Option<Mark>,
+    ) -> Vec<Failure> {
         let mut failures = Vec::new();
         let mut unguarded = None;
+        let mut stuck = Stuck::default();
         let mut rest = ops;
         while let Some(first) = rest.first() {
             let same = rest.iter().take_while(|op| kind(op) == kind(first)).count();
             let (run, tail) = rest.split_at(same);
             rest = tail;
+            let put_off: Vec<_> = run.iter().filter_map(|op| Some((op, stuck.put_off(op)?))).collect();
+            let kept: Vec<Op>;
+            let run = if put_off.is_empty() {
+                run
+            } else {
+                kept = run.iter().filter(|op| stuck.put_off(op).is_none()).cloned().collect();
+                failures.extend(put_off.into_iter().map(|(op, error)| Failure {
+                    op: op.clone(),
+                    error,
+                    follows: true,
+                }));
+                &kept
+            };
+            if run.is_empty() {
+                continue;
+            }
             for (op, result) in run.iter().zip(self.apply_run(run, desired, &mut unguarded)) {
                 if let Err(error) = result {
                     let follows = matches!(op, Op::PutRoute(_)) && unguarded.is_some();
+                    stuck.failed(op, leads_to);
                     failures.push(Failure { op: op.clone(), error, follows });
                 }
             }
@@ -150,7 +174,7 @@ impl Dataplane {
                 None => self.host.put_vip_route(route),
             },
             Op::DelRoute(family, range) => self.host.del_vip_route(*family, range),
-            Op::ForgetUdp(reals) => self.host.forget_udp(reals).map(drop),
+            Op::ForgetUdp(flows) => self.host.forget_udp(flows).map(drop),
             Op::CutFlows(flows) => self.host.cut_flows(flows).map(drop),
             Op::RemoveLeftovers(_) => self.netfilter.remove_leftovers(),
             Op::Ipvs(_) | Op::Element(_) => Ok(()),
@@ -158,6 +182,132 @@ impl Dataplane {
     }
 }
 
+/// What could not be taken out.
+#[derive(Default)]
+struct Stuck {
+    /// Marks that entries still lead to.
+    entered: BTreeSet<Mark>,
+    /// Marks of servers with destinations that had to go.
+    untrimmed: BTreeSet<Mark>,
+}
+
+impl Stuck {
+    fn failed(&mut self, op: &Op, leads_to: &dyn Fn(&Element) -> Option<Mark>) {
+        match op {
+            Op::Element(ElementChange::Del(element)) => self.entered.extend(leads_to(element)),
+            Op::Ipvs(IpvsChange::DelService(key) | IpvsChange::DelReal(key, _)) => {
+                self.untrimmed.insert(key.mark);
+            }
+            _ => {}
+        }
+    }
+
+    /// Why this has to wait, if it has to.
+    fn put_off(&self, op: &Op) -> Option<Error> {
+        let reason = match op {
+            Op::Ipvs(IpvsChange::AddReal(key, ..) | IpvsChange::SetReal(key, ..))
+                if self.entered.contains(&key.mark) =>
+            {
+                "put off: an entry that had to go still leads there"
+            }
+            Op::Element(ElementChange::Put(_, Some(mark))) if self.untrimmed.contains(mark) => {
+                "put off: it would lead to destinations that had to go"
+            }
+            _ => return None,
+        };
+        Some(Error::Failed { object: op.to_string(), reason: reason.into() })
+    }
+}
+
 fn kind(op: &Op) -> std::mem::Discriminant<Op> {
     std::mem::discriminant(op)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, sync::Arc};
+
+    use super::*;
+    use crate::{
+        dataplane::fake::FakeKernel,
+        model::{
+            ids::{Family, Protocol},
+            kernel::{
+                Program, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
+                VirtualServerKey,
+            },
+        },
+    };
+
+    fn program() -> Program {
+        Program {
+            mask: 0x3fff,
+            families: PerFamily::default(),
+            masquerade_bridges: vec![],
+            uplinks: [].into(),
+        }
+    }
+
+    fn key(mark: u32) -> VirtualServerKey {
+        VirtualServerKey { family: Family::V4, mark: Mark(mark) }
+    }
+
+    fn real(last: u8) -> RealServerKey {
+        RealServerKey { addr: [10, 244, 1, last].into(), port: 8080 }
+    }
+
+    /// Two servers, each with a destination, and an entry that leads to the first.
+    fn kernel() -> (FakeKernel, Element) {
+        let entry = Element::Vip(Target { addr: [10, 200, 0, 5].into(), protocol: Protocol::Tcp, port: 80 });
+        let server = VirtualServer {
+            config: VirtualServerConfig { scheduler: "rr".into(), flags: 0 },
+            protocol: None,
+            reals: Arc::new([(real(1), RealServerConfig { weight: 1 })].into_iter().collect()),
+        };
+        let kernel = FakeKernel::default();
+        let state = &mut kernel.lock().state;
+        state.program = Some(program());
+        state.elements.insert(entry, Some(Mark(256)));
+        state.virtual_servers = HashMap::from([(key(256), server.clone()), (key(257), server)]);
+        (kernel.clone(), entry)
+    }
+
+    fn apply(kernel: &FakeKernel, entry: Element, ops: &[Op]) -> Vec<(bool, String)> {
+        let mut dataplane = Dataplane {
+            ipvs: Box::new(kernel.clone()),
+            netfilter: Box::new(kernel.clone()),
+            host: Box::new(kernel.clone()),
+        };
+        let desired = KernelState { program: Some(program()), ..KernelState::default() };
+        let leads_to = |element: &Element| (*element == entry).then_some(Mark(256));
+        let failures = dataplane.apply(ops, &desired, &leads_to);
+        failures.iter().map(|f| (f.follows, f.op.to_string())).collect()
+    }
+
+    #[test]
+    fn a_server_that_an_old_entry_leads_to_gets_no_destinations() {
+        let (kernel, entry) = kernel();
+        kernel.lock().faults.push("10.200.0.5".into());
+        let add = |mark| Op::Ipvs(IpvsChange::AddReal(key(mark), real(2), RealServerConfig { weight: 1 }));
+        let ops = [Op::Element(ElementChange::Del(entry)), add(256), add(257)];
+        let failures = apply(&kernel, entry, &ops);
+        assert_eq!(failures, [(false, ops[0].to_string()), (true, ops[1].to_string())]);
+        let reals = |mark| kernel.lock().state.virtual_servers[&key(mark)].reals.len();
+        assert_eq!((reals(256), reals(257)), (1, 2));
+        assert_eq!(apply(&kernel, entry, &ops), []);
+        assert_eq!((reals(256), reals(257)), (2, 2));
+    }
+
+    #[test]
+    fn no_entry_leads_to_destinations_that_had_to_go() {
+        let (kernel, entry) = kernel();
+        kernel.lock().faults.push("10.244.1.1".into());
+        let put = |mark| Op::Element(ElementChange::Put(entry, Some(Mark(mark))));
+        let ops = [Op::Ipvs(IpvsChange::DelReal(key(257), real(1))), put(257)];
+        let failures = apply(&kernel, entry, &ops);
+        assert_eq!(failures, [(false, ops[0].to_string()), (true, ops[1].to_string())]);
+        assert_eq!(kernel.lock().state.elements[&entry], Some(Mark(256)));
+        assert_eq!(apply(&kernel, entry, &ops), []);
+        assert_eq!(kernel.lock().state.elements[&entry], Some(Mark(257)));
+    }
 }

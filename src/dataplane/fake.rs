@@ -15,7 +15,7 @@ use crate::model::{
     ids::{Family, Mark, PerFamily},
     kernel::{
         BridgeSubnet, Elements, KernelState, Program, PublishedFlows, RealServerConfig, RealServerKey,
-        Timeouts, VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
+        Timeouts, UdpFlows, VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
     node::NodeFacts,
 };
@@ -292,8 +292,8 @@ impl Host for FakeKernel {
         Ok(self.may_fail("listeners")?.listeners.clone())
     }
 
-    fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
-        self.write("conntrack")?.forgotten.extend(reals.iter().copied());
+    fn forget_udp(&mut self, flows: &UdpFlows) -> Result<usize, Error> {
+        self.write("conntrack")?.forgotten.extend(flows.keys().copied());
         Ok(0)
     }
 

@@ -22,8 +22,8 @@ use crate::model::{
     ids::Mark,
     ids::{Family, PerFamily, Protocol},
     kernel::{
-        Element, Elements, Program, PublishedFlows, RealServerConfig, RealServerKey, Timeouts, VipRoute,
-        VirtualServer, VirtualServerConfig, VirtualServerKey,
+        Element, Elements, Program, PublishedFlows, RealServerConfig, RealServerKey, Timeouts, UdpFlows,
+        VipRoute, VirtualServer, VirtualServerConfig, VirtualServerKey,
     },
 };
 
@@ -248,8 +248,8 @@ pub trait Host {
     ) -> Result<Vec<crate::model::kernel::BridgeSubnet>, Error>;
     /// Sockets that listen (TCP, SCTP) or are bound without a peer (UDP).
     fn listeners(&mut self) -> Result<Vec<Listener>, Error>;
-    /// Deletes conntrack entries of UDP flows that were sent to one of these real servers. Returns how many.
-    fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error>;
+    /// Deletes conntrack entries of UDP flows to these real servers that came by the given addresses. Returns how many.
+    fn forget_udp(&mut self, flows: &UdpFlows) -> Result<usize, Error>;
     /// Whether one of these connections is open.
     fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error>;
     /// Ends these connections: their next packet is refused. Says how many there were.

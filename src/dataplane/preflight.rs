@@ -266,7 +266,7 @@ mod tests {
         dataplane::Listener,
         model::{
             ids::PerFamily,
-            kernel::{BridgeSubnet, PublishedFlows, RealServerKey, VipRoute},
+            kernel::{BridgeSubnet, PublishedFlows, VipRoute},
         },
     };
 
@@ -305,7 +305,7 @@ mod tests {
         fn listeners(&mut self) -> Result<Vec<Listener>, Error> {
             unreachable!()
         }
-        fn forget_udp(&mut self, _: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
+        fn forget_udp(&mut self, _: &crate::model::kernel::UdpFlows) -> Result<usize, Error> {
             unreachable!()
         }
         fn has_flows(&mut self, _: &PublishedFlows) -> Result<bool, Error> {

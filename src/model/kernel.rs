@@ -70,6 +70,10 @@ pub struct PublishedFlows {
     pub to: BTreeSet<(IpAddr, u16)>,
 }
 
+/// UDP flows: by the real server that they were led to, the addresses and ports that clients sent to. To the same server others
+/// may lead, too.
+pub type UdpFlows = BTreeMap<RealServerKey, BTreeSet<(IpAddr, u16)>>;
+
 /// What we set on a destination. Forwarding is masquerading.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct RealServerConfig {

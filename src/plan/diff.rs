@@ -9,8 +9,8 @@ use crate::{
     model::{
         ids::{Family, Mark, PerFamily, Protocol},
         kernel::{
-            Element, Elements, KernelState, RealServerKey, Timeouts, VipRoute, VirtualServer,
-            VirtualServerKey,
+            Element, Elements, KernelState, RealServerKey, Target, Timeouts, UdpFlows, VipRoute,
+            VirtualServer, VirtualServerKey,
         },
     },
 };
@@ -84,7 +84,9 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
     }
     let servers = differing_servers(&desired.virtual_servers, &observed.virtual_servers);
     let elements = differing_elements(&desired.elements, &observed.elements);
-    diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &observed.elements);
+    let all = || desired.elements.keys().chain(observed.elements.keys());
+    let targets = |marks: &BTreeSet<Mark>| led_to(marks, all(), &desired.elements, &observed.elements);
+    diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &targets);
     diff_elements(&mut ops, &elements, desired, &observed.elements, reinstalled);
     free_reused_marks(&mut ops, &elements, desired, &observed.elements);
     trim_gaining_marks(&mut ops, &elements, desired, &observed.elements);
@@ -94,7 +96,10 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
 /// Changes for some keys only, against what we know we wrote.
 pub fn plan(desired: &KernelState, known: &KernelState, touched: &Touched) -> Vec<Op> {
     let mut ops = Ordered::default();
-    diff_servers(&mut ops, &touched.virtual_servers, desired, &known.virtual_servers, &known.elements);
+    // A change of a service touches all of its elements.
+    let targets =
+        |marks: &BTreeSet<Mark>| led_to(marks, touched.elements.iter(), &desired.elements, &known.elements);
+    diff_servers(&mut ops, &touched.virtual_servers, desired, &known.virtual_servers, &targets);
     diff_elements(&mut ops, &touched.elements, desired, &known.elements, false);
     free_reused_marks(&mut ops, &touched.elements, desired, &known.elements);
     trim_gaining_marks(&mut ops, &touched.elements, desired, &known.elements);
@@ -127,9 +132,9 @@ fn diff_servers(
     keys: &BTreeSet<VirtualServerKey>,
     desired: &KernelState,
     observed: &HashMap<VirtualServerKey, VirtualServer>,
-    elements: &Elements,
+    targets: &dyn Fn(&BTreeSet<Mark>) -> LedTo,
 ) {
-    let mut flows = BTreeSet::new();
+    let mut gone: BTreeSet<(VirtualServerKey, RealServerKey)> = BTreeSet::new();
     for key in keys {
         let before = ops.0.get(&Phase::ServersOut).map_or(0, Vec::len);
         match (desired.virtual_servers.get(key), observed.get(key)) {
@@ -141,40 +146,56 @@ fn diff_servers(
             }
             (None, Some(have)) => {
                 ops.push(Phase::ServersOut, Op::Ipvs(IpvsChange::DelService(*key)));
-                flows.extend(have.reals.keys().map(|real| (*key, *real)));
+                gone.extend(have.reals.keys().map(|real| (*key, *real)));
             }
             (Some(want), Some(have)) => diff_server(ops, *key, want, have),
             (None, None) => {}
         }
         for op in ops.0.get(&Phase::ServersOut).into_iter().flatten().skip(before) {
             if let Op::Ipvs(IpvsChange::DelReal(key, real)) = op {
-                flows.insert((*key, *real));
+                gone.insert((*key, *real));
             }
         }
     }
-    let led_to = std::cell::OnceCell::new();
     let protocol = |key: &VirtualServerKey| {
         let told = |servers: &HashMap<VirtualServerKey, VirtualServer>| servers.get(key)?.protocol;
-        told(&desired.virtual_servers)
-            .or_else(|| told(observed))
-            .or_else(|| led_to.get_or_init(|| protocols(elements)).get(&key.mark).copied())
+        told(&desired.virtual_servers).or_else(|| told(observed))
     };
-    let flows: BTreeSet<RealServerKey> = flows
-        .into_iter()
-        .filter(|(key, _)| protocol(key).is_none_or(|p| p == Protocol::Udp))
-        .map(|(_, real)| real)
-        .collect();
+    gone.retain(|(key, _)| protocol(key).is_none_or(|p| p == Protocol::Udp));
+    if gone.is_empty() {
+        return;
+    }
+    let by = targets(&gone.iter().map(|(key, _)| key.mark).collect());
+    let mut flows = UdpFlows::new();
+    for (key, real) in gone {
+        let to = by.get(&key.mark).into_iter().flatten();
+        let to = to.filter(|t| t.protocol == Protocol::Udp && Family::of(&t.addr) == key.family);
+        for target in to {
+            flows.entry(real).or_default().insert((target.addr, target.port));
+        }
+    }
     if !flows.is_empty() {
         ops.push(Phase::FlowsOut, Op::ForgetUdp(flows));
     }
 }
 
-/// Protocols of IPVS services that only the kernel knows, by the entries that lead to them.
-fn protocols(elements: &Elements) -> HashMap<Mark, Protocol> {
-    let mut out = HashMap::new();
-    for (element, mark) in elements {
-        if let (Element::Vip(t) | Element::Published(t), Some(mark)) = (element, mark) {
-            out.entry(*mark).or_insert(t.protocol);
+/// What leads to a mark.
+type LedTo = BTreeMap<Mark, BTreeSet<Target>>;
+
+/// Which of these elements lead to one of these marks, or did.
+fn led_to<'a>(
+    marks: &BTreeSet<Mark>,
+    elements: impl Iterator<Item = &'a Element>,
+    desired: &Elements,
+    observed: &Elements,
+) -> LedTo {
+    let mut out = LedTo::new();
+    for element in elements {
+        let (Element::Vip(target) | Element::Published(target)) = element else { continue };
+        for mark in [desired.get(element), observed.get(element)].into_iter().flatten().flatten() {
+            if marks.contains(mark) {
+                out.entry(*mark).or_default().insert(*target);
+            }
         }
     }
     out
@@ -278,5 +299,43 @@ fn trim_gaining_marks(
     *out = rest;
     if !trimmed.is_empty() {
         ops.0.entry(Phase::ServersTrimmed).or_default().extend(trimmed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::kernel::{RealServerConfig, VirtualServerConfig};
+
+    #[test]
+    fn only_flows_of_the_service_that_lost_a_destination_are_forgotten() {
+        let target = |addr: &str, port| Target { addr: addr.parse().unwrap(), protocol: Protocol::Udp, port };
+        let real = RealServerKey { addr: "10.244.1.11".parse().unwrap(), port: 5353 };
+        let key = |mark| VirtualServerKey { family: Family::V4, mark: Mark(mark) };
+        let server = |reals: &[RealServerKey]| VirtualServer {
+            config: VirtualServerConfig { scheduler: "rr".into(), flags: 0 },
+            protocol: Some(Protocol::Udp),
+            reals: std::sync::Arc::new(reals.iter().map(|r| (*r, RealServerConfig { weight: 1 })).collect()),
+        };
+        let mut have = KernelState::default();
+        let vip = Element::Vip(target("10.200.0.5", 53));
+        let published = Element::Published(target("192.168.50.1", 30053));
+        let other = Element::Vip(target("10.200.0.6", 53));
+        have.elements.extend([
+            (vip, Some(Mark(256))),
+            (published, Some(Mark(256))),
+            (other, Some(Mark(257))),
+        ]);
+        have.virtual_servers.extend([(key(256), server(&[real])), (key(257), server(&[real]))]);
+        let mut want = have.clone();
+        want.virtual_servers.insert(key(256), server(&[]));
+        let mut touched = Touched::default();
+        touched.virtual_servers.insert(key(256));
+        touched.elements.extend([vip, published]);
+        let ops = plan(&want, &have, &touched);
+        let by =
+            [("10.200.0.5", 53), ("192.168.50.1", 30053)].map(|(addr, port)| (addr.parse().unwrap(), port));
+        let flows = UdpFlows::from([(real, BTreeSet::from(by))]);
+        assert_eq!(ops, [Op::Ipvs(IpvsChange::DelReal(key(256), real)), Op::ForgetUdp(flows)]);
     }
 }

@@ -1,12 +1,12 @@
 //! One change of a kernel, and how it is told to people.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
 use crate::{
     dataplane::{ElementChange, IpvsChange},
     model::{
         ids::{Family, Mark},
-        kernel::{Program, PublishedFlows, RealServerKey, Timeouts, VipRoute},
+        kernel::{Program, PublishedFlows, Timeouts, UdpFlows, VipRoute},
     },
 };
 
@@ -44,8 +44,8 @@ pub enum Op {
     PutRoute(VipRoute),
     /// Removes a VIP route.
     DelRoute(Family, ipnet::IpNet),
-    /// Forgets UDP flows to these real servers.
-    ForgetUdp(BTreeSet<RealServerKey>),
+    /// Forgets UDP flows that our services led to these real servers.
+    ForgetUdp(UdpFlows),
     /// Ends connections by published ports to a real server whose drain is over.
     CutFlows(PublishedFlows),
     /// Removes what another renderer left.
@@ -116,8 +116,8 @@ impl fmt::Display for Op {
             Self::Install { reasons, .. } => write!(f, "~ rules: {}", reasons.join("; ")),
             Self::PutRoute(r) => write!(f, "+ route local {} dev lo src {}", r.range, r.source),
             Self::DelRoute(_, range) => write!(f, "- route local {range} dev lo"),
-            Self::ForgetUdp(reals) => {
-                let names: Vec<_> = reals.iter().map(ToString::to_string).collect();
+            Self::ForgetUdp(flows) => {
+                let names: Vec<_> = flows.keys().map(ToString::to_string).collect();
                 write!(f, "- conntrack UDP flows to {}", names.join(", "))
             }
             Self::CutFlows(flows) => {

@@ -441,7 +441,9 @@ impl Engine {
 
     /// Applies prepared operations.
     pub fn apply(&mut self, ops: &[Op]) -> Vec<Failure> {
-        let failures = self.dataplane.apply(ops, self.merged.state());
+        let known = &self.known.elements;
+        let failures =
+            self.dataplane.apply(ops, self.merged.state(), &|element| known.get(element).copied().flatten());
         for op in ops {
             self.remember(op);
         }

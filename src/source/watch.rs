@@ -69,12 +69,18 @@ const RESCAN_AT_LEAST: Duration = Duration::from_secs(60);
 /// Follows a folder in a thread of its own, until the receiver of the messages is gone.
 ///
 /// The first messages are the problems and events of the whole folder, then [`SourceMessage::Synced`]. A folder
-/// that can't be read never syncs; it is reported and tried again.
+/// that can't be read never syncs; it is reported and tried again. So does an empty one in the place of `before`, the folder
+/// that an earlier run has served services from ([`filled`]).
 ///
 /// # Errors
 /// The thread can't be started.
-pub fn watch(dir: &Path, config: NodeConfig, sender: Sender<SourceMessage>) -> io::Result<JoinHandle<()>> {
-    watch_with(dir, config, sender, Timing::default())
+pub fn watch(
+    dir: &Path,
+    config: NodeConfig,
+    sender: Sender<SourceMessage>,
+    before: Option<FolderId>,
+) -> io::Result<JoinHandle<()>> {
+    watch_with(dir, config, sender, Timing::default(), before)
 }
 
 /// [`watch`] with another patience.
@@ -86,6 +92,7 @@ pub fn watch_with(
     config: NodeConfig,
     sender: Sender<SourceMessage>,
     timing: Timing,
+    before: Option<FolderId>,
 ) -> io::Result<JoinHandle<()>> {
     let follower = Follower {
         dir: dir.into(),
@@ -95,6 +102,7 @@ pub fn watch_with(
         store: Store::default(),
         stamps: HashMap::new(),
         identity: None,
+        before,
         synced: false,
         told: Vec::new(),
         trouble: None,
@@ -161,7 +169,9 @@ struct Follower {
     store: Store,
     stamps: HashMap<OsString, Stamp>,
     /// Device and inode of the folder when it was last read.
-    identity: Option<(u64, u64)>,
+    identity: Option<FolderId>,
+    /// The folder that an earlier run has served services from.
+    before: Option<FolderId>,
     synced: bool,
     told: Vec<Problem>,
     /// Why the folder can't be used now.
@@ -369,10 +379,11 @@ impl Follower {
                 return Vec::new();
             }
         };
-        let other = self.identity.is_some_and(|before| before != identity);
-        if names.is_empty() && other && !self.store.is_empty() {
+        let other = self.identity.or(self.before).is_some_and(|before| before != identity);
+        let served = !self.store.is_empty() || (self.identity.is_none() && self.before.is_some());
+        if names.is_empty() && other && served {
             let message = "was replaced by an empty folder (unmounted?); what was in it stays in force. \
-                           If it is meant to be empty, restart the agent";
+                           If it is meant to be empty, put an empty file none.yaml into it";
             self.trouble = Some(self.about_folder(message.into(), Severity::Error));
             return Vec::new();
         }
@@ -441,7 +452,16 @@ impl Follower {
     }
 }
 
-fn identity(dir: &Path) -> io::Result<(u64, u64)> {
+/// A folder: its file system and its number there. The path may lead to another one at any time.
+pub type FolderId = (u64, u64);
+
+/// The folder that this path leads to, if there is a manifest in it.
+pub fn filled(dir: &Path) -> Option<FolderId> {
+    let found = identity(dir).ok()?;
+    list(dir).is_ok_and(|names| !names.is_empty()).then_some(found)
+}
+
+fn identity(dir: &Path) -> io::Result<FolderId> {
     fs::metadata(dir).map(|m| (m.dev(), m.ino()))
 }
 

@@ -477,9 +477,10 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         }
     }
     println!(
-        "kernel tests: {passed} passed, {} failed, {skipped} skipped in {:.0} s",
+        "kernel tests: {passed} passed, {} failed, {skipped} skipped in {:.0} s, {} tried twice",
         failed.len(),
-        start.elapsed().as_secs_f32()
+        start.elapsed().as_secs_f32(),
+        second_try.len()
     );
     Ok(failed.is_empty())
 }

@@ -6,7 +6,7 @@
 //! A connection by a published port is translated by conntrack alone after its first packet, since its destination
 //! was changed before IPVS. Whether such connections are open, and ending them at the end of a drain, is asked here.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::net::IpAddr;
 
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_netfilter::{
@@ -20,7 +20,7 @@ use crate::{
     dataplane::Error,
     model::{
         ids::Family,
-        kernel::{PublishedFlows, RealServerKey},
+        kernel::{PublishedFlows, RealServerKey, UdpFlows},
     },
 };
 
@@ -56,20 +56,15 @@ const DESTINATION: [u16; 3] = [2, 4, 3];
 /// `struct nfgenmsg`.
 const HEADER_LEN: usize = 4;
 
-/// Deletes the UDP entries that were translated to one of these servers; port 0 stands for any.
-/// Counts the entries deleted. `writes` counts commands.
+/// Deletes the UDP entries that lead from one of the given addresses to the server; its port 0 stands for any. Counts the entries deleted. `writes` counts commands.
 ///
 /// The dump is read as a stream of raw bytes: an entry that doesn't match costs no allocation.
-pub(crate) fn forget_udp(
-    conn: &mut Conn,
-    reals: &BTreeSet<RealServerKey>,
-    writes: &mut u64,
-) -> Result<usize, Error> {
+pub(crate) fn forget_udp(conn: &mut Conn, flows: &UdpFlows, writes: &mut u64) -> Result<usize, Error> {
     let mut deleted = 0;
-    for family in Family::ALL.into_iter().filter(|f| reals.iter().any(|r| Family::of(&r.addr) == *f)) {
+    for family in Family::ALL.into_iter().filter(|f| flows.keys().any(|r| Family::of(&r.addr) == *f)) {
         let mut requests = Vec::new();
         dump(conn, &dump_request(family, true), family, &mut |kind, body| {
-            requests.extend(delete_request(kind, body, reals));
+            requests.extend(delete_request(kind, body, flows));
         })?;
         deleted += delete(conn, &requests, writes)?;
     }
@@ -133,24 +128,22 @@ pub(super) fn dump_request(family: Family, filter: bool) -> Vec<u8> {
     request
 }
 
-/// The request that deletes this entry, if it is one of a UDP flow to one of `reals`.
-fn delete_request(kind: u16, body: &[u8], reals: &BTreeSet<RealServerKey>) -> Option<Vec<u8>> {
+/// The request that deletes this entry, if it is one of these flows. One straight to the server, or by another program's
+/// address for it, is not ours.
+fn delete_request(kind: u16, body: &[u8], flows: &UdpFlows) -> Option<Vec<u8>> {
     if kind != CT_NEW {
         return None;
     }
     let (head, entry) = body.split_at_checked(HEADER_LEN)?;
     let tuple = |which| attrs(entry).find(|(kind, _)| *kind == which).map(|(_, value)| value);
-    let replying = end_of(tuple(CTA_TUPLE_REPLY)?, SOURCE)?;
-    let (protocol, addr, port) = replying;
-    let is_real = |port| reals.contains(&RealServerKey { addr, port });
-    if protocol != u8::from(Protocol::Udp) || !(is_real(port) || is_real(0)) {
+    let (protocol, addr, port) = end_of(tuple(CTA_TUPLE_REPLY)?, SOURCE)?;
+    let by = |port| flows.get(&RealServerKey { addr, port });
+    if protocol != u8::from(Protocol::Udp) || (by(port).is_none() && by(0).is_none()) {
         return None;
     }
-    // A flow straight to the server: nothing was translated, and it is not ours.
-    if end_of(tuple(CTA_TUPLE_ORIG)?, DESTINATION)? == replying {
-        return None;
-    }
-    Some(deletion(head, entry))
+    let (_, to, to_port) = end_of(tuple(CTA_TUPLE_ORIG)?, DESTINATION)?;
+    let ours = [by(port), by(0)].into_iter().flatten().any(|by| by.contains(&(to, to_port)));
+    ours.then(|| deletion(head, entry))
 }
 
 /// The request that deletes an entry: its original tuple, id and zone, verbatim. The id makes sure that no newer
@@ -319,11 +312,11 @@ pub(crate) fn udp_entry(
 mod tests {
     use super::*;
 
-    fn reals(list: &[&str]) -> BTreeSet<RealServerKey> {
-        list.iter()
-            .map(|s| s.parse::<std::net::SocketAddr>().unwrap())
-            .map(|s| RealServerKey { addr: s.ip(), port: s.port() })
-            .collect()
+    /// Flows to these servers by one address.
+    fn flows(list: &[&str], to: &str) -> UdpFlows {
+        let at = |text: &str| text.parse::<std::net::SocketAddr>().unwrap();
+        let by = [(at(to).ip(), at(to).port())];
+        list.iter().map(|s| (RealServerKey { addr: at(s).ip(), port: at(s).port() }, by.into())).collect()
     }
 
     #[test]
@@ -333,24 +326,27 @@ mod tests {
             "10.200.0.5:53".parse().unwrap(),
             "10.244.2.12:5353".parse().unwrap(),
         );
-        let request = |list: &[&str]| delete_request(CT_NEW, &entry, &reals(list));
+        let by = "10.200.0.5:53";
+        let request = |list: &[&str]| delete_request(CT_NEW, &entry, &flows(list, by));
         assert!(request(&["10.244.2.12:5353"]).is_some());
         assert!(request(&["10.244.2.12:0"]).is_some());
         assert!(request(&["10.244.2.12:53"]).is_none());
         assert!(request(&["10.200.0.5:53"]).is_none());
         assert!(request(&["10.244.1.11:40000"]).is_none());
+        // Another program, or another service of ours, leads to the same server.
+        assert!(delete_request(CT_NEW, &entry, &flows(&["10.244.2.12:5353"], "10.96.0.10:53")).is_none());
         let direct = udp_entry(
             "10.244.1.11:40000".parse().unwrap(),
             "10.244.2.12:5353".parse().unwrap(),
             "10.244.2.12:5353".parse().unwrap(),
         );
-        assert!(delete_request(CT_NEW, &direct, &reals(&["10.244.2.12:0"])).is_none());
+        assert!(delete_request(CT_NEW, &direct, &flows(&["10.244.2.12:0"], by)).is_none());
         // The request holds the original tuple and nothing else that could be wrong.
         let wanted = request(&["10.244.2.12:5353"]).unwrap();
         let kinds: Vec<_> = attrs(&wanted[HEADER_LEN..]).map(|(k, _)| k).collect();
         assert_eq!(kinds, [CTA_TUPLE_ORIG]);
         // Neither other messages nor cut ones.
-        assert!(delete_request(CT_DELETE, &entry, &reals(&["10.244.2.12:0"])).is_none());
-        assert!(delete_request(CT_NEW, &entry[..20], &reals(&["10.244.2.12:0"])).is_none());
+        assert!(delete_request(CT_DELETE, &entry, &flows(&["10.244.2.12:0"], by)).is_none());
+        assert!(delete_request(CT_NEW, &entry[..20], &flows(&["10.244.2.12:0"], by)).is_none());
     }
 }

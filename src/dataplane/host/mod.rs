@@ -31,7 +31,7 @@ use self::{address::Link, netlink::Conn, sysctl::Sysctls};
 use super::{AddressRules, Error, Host, Listener};
 use crate::model::{
     ids::{Family, PerFamily},
-    kernel::{BridgeSubnet, PublishedFlows, RealServerKey, VipRoute},
+    kernel::{BridgeSubnet, PublishedFlows, UdpFlows, VipRoute},
     node::NodeFacts,
 };
 
@@ -196,8 +196,8 @@ impl Host for LinuxHost {
         sockets::listeners(&mut self.diag)
     }
 
-    fn forget_udp(&mut self, reals: &BTreeSet<RealServerKey>) -> Result<usize, Error> {
-        conntrack::forget_udp(&mut self.netfilter, reals, &mut self.writes)
+    fn forget_udp(&mut self, flows: &UdpFlows) -> Result<usize, Error> {
+        conntrack::forget_udp(&mut self.netfilter, flows, &mut self.writes)
     }
 
     fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {

@@ -6,7 +6,10 @@ use super::{
     testing::{eth0, in_netns, ip, ip_says},
     *,
 };
-use crate::model::ids::Protocol;
+use crate::model::{
+    ids::Protocol,
+    kernel::{RealServerKey, UdpFlows},
+};
 
 fn net(s: &str) -> IpNet {
     s.parse().unwrap()
@@ -299,9 +302,12 @@ impl Conntrack {
     }
 }
 
-fn reals(list: &[&str]) -> BTreeSet<RealServerKey> {
-    let sockets = list.iter().map(|s| s.parse::<std::net::SocketAddr>().unwrap());
-    sockets.map(|s| RealServerKey { addr: s.ip(), port: s.port() }).collect()
+/// Flows to a server by some addresses.
+fn flows(list: &[(&str, &[&str])]) -> UdpFlows {
+    let at = |text: &str| text.parse::<std::net::SocketAddr>().unwrap();
+    let real = |text: &str| RealServerKey { addr: at(text).ip(), port: at(text).port() };
+    let by = |list: &[&str]| list.iter().map(|text| (at(text).ip(), at(text).port())).collect();
+    list.iter().map(|(server, to)| (real(server), by(to))).collect()
 }
 
 #[test]
@@ -325,12 +331,17 @@ fn udp_flows_to_a_server_that_is_gone_are_forgotten() {
         }
         assert_eq!(table.count(), 202);
         let mut host = LinuxHost::default();
-        assert_eq!(host.forget_udp(&reals(&["10.244.2.12:5353"])), Ok(100));
-        assert_eq!(host.forget_udp(&reals(&["10.244.2.12:5353"])), Ok(0));
-        assert_eq!(table.count(), 102);
-        assert_eq!(host.forget_udp(&reals(&["10.244.2.12:0", "[fd00:244:2::c]:5353"])), Ok(2));
-        assert_eq!(table.count(), 100);
-        assert_eq!(host.forget_udp(&BTreeSet::new()), Ok(0));
+        // Another program's address for the same server.
+        table.add("10.244.1.11:41000", "10.96.0.10:53", "10.244.2.12:5353");
+        let to_first = flows(&[("10.244.2.12:5353", &["10.200.0.5:53", "192.168.50.1:30053"])]);
+        assert_eq!(host.forget_udp(&to_first), Ok(100));
+        assert_eq!(host.forget_udp(&to_first), Ok(0));
+        assert_eq!(table.count(), 103);
+        let rest =
+            flows(&[("10.244.2.12:0", &["10.200.0.7:53"]), ("[fd00:244:2::c]:5353", &["[fd00:200::5]:53"])]);
+        assert_eq!(host.forget_udp(&rest), Ok(2));
+        assert_eq!(table.count(), 101);
+        assert_eq!(host.forget_udp(&UdpFlows::new()), Ok(0));
         assert_eq!(host.writes(), 102);
     });
 }
@@ -383,7 +394,8 @@ fn many_udp_flows_are_no_trouble() {
             table.add(&client, "10.200.0.5:53", real);
         }
         let start = std::time::Instant::now();
-        let count = LinuxHost::default().forget_udp(&reals(&["10.244.2.12:5353"])).unwrap();
+        let to = flows(&[("10.244.2.12:5353", &["10.200.0.5:53"])]);
+        let count = LinuxHost::default().forget_udp(&to).unwrap();
         println!("{count} of 120000 entries deleted in {:?}", start.elapsed());
         assert_eq!(count, 120);
     });

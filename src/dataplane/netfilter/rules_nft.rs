@@ -19,13 +19,21 @@ pub(crate) const ASKS_SOCKET: &str = " socket wildcard 0";
 
 /// The chains of the table; without a program, those of both families.
 pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<String> {
-    let base = ["lo-out", "vip-first", "vip-first-out", "out", "lo-guard", "in", "guard", "refuse", "lo-in"];
+    let base = [
+        "lo-out",
+        "vip-first",
+        "vip-first-out",
+        "out",
+        "lo-guard",
+        "in",
+        "guard",
+        "refuse",
+        "lo-in",
+        "unmark",
+    ];
     let mut names: Vec<_> = base.iter().map(|name| (*name).to_owned()).collect();
     if layout.kinds().contains(&Kind::Hairpin) {
         names.push("post".to_owned());
-    }
-    if layout == Layout::Whole {
-        names.push("unmark".to_owned());
     }
     for family in Family::ALL.into_iter().filter(|f| program.is_none_or(|p| p.families.get(*f).is_some())) {
         names.push(format!("guard-{}", family.digit()));
@@ -91,7 +99,7 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
     chain("out", "filter hook output priority -99", each(&|n| n.mark_out(whole)));
     chain("lo-guard", "filter hook output priority -97", each(&Names::guard_loopback));
     chain("in", "filter hook input priority 90", each(&|n| n.mark_in(whole)));
-    chain("guard", "filter hook input priority 101", each(&Names::guard));
+    chain("guard", "filter hook input priority 101", each(&|n| n.guard(whole)));
     for n in &families {
         chain(&format!("guard-{}", n.digit), "", n.guard_vip());
     }
@@ -108,8 +116,8 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
         for n in &families {
             chain(&format!("post-{}", n.digit), "", n.masquerade(program));
         }
-        chain("unmark", "filter hook postrouting priority 110", unmark(&families, program));
     }
+    chain("unmark", "filter hook postrouting priority 110", unmark(&families, program, whole));
     out.push_str("}\n");
     out
 }
@@ -249,15 +257,24 @@ impl Names {
         rules
     }
 
-    /// After IPVS: what is still here was not taken, so it must not reach a socket of the host.
-    fn guard(&self) -> Vec<String> {
+    /// After IPVS: what is still here was not taken, so it must not reach a socket of the host. Published ports are
+    /// known by two sets, since DNAT goes by the first: who empties that one has no guard otherwise.
+    fn guard(&self, whole: bool) -> Vec<String> {
         let Self { ip, range, digit, .. } = self;
         let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
-        vec![
+        let mut rules = vec![
             format!("{ip} daddr {range} jump guard-{digit}"),
             // Only new ones: a client may have got a published number as its own port.
             format!("{target} {published} {target} != {own} ct state new jump refuse"),
-        ]
+        ];
+        if whole {
+            let marks = self.set(Kind::PublishedMarks);
+            // The mark is the map's way of telling a hit; the packet ends here.
+            rules.push(format!(
+                "ct state new {target} != {own} meta mark set {target} map {marks} meta mark set 0 jump refuse"
+            ));
+        }
+        rules
     }
 
     /// The same for 127.0.0.1, already on the way out: the error for a packet whose source was rewritten would
@@ -357,15 +374,22 @@ fn masquerade(families: &[Names], program: &Program) -> Vec<String> {
     rules
 }
 
-/// A mark that leaves on an overlay's outer packet would bring that packet to IPVS. So our packets lose it,
-/// and only they: a value of our field alone, on a connection to one of our addresses.
-fn unmark(families: &[Names], program: &Program) -> Vec<String> {
-    let mut rules = vec![
-        format!("meta mark & {:#x} == 0 return", program.mask),
-        format!("meta mark & {:#x} != 0 return", !program.mask),
-    ];
+/// A mark that leaves on an overlay's outer packet would bring that packet to IPVS. So our packets lose it, and only they:
+/// those of a connection to one of our addresses. Other bits are not ours, whoever has set them meanwhile. Beside iptables,
+/// which does that for all that IPVS has sent on, this table does it for those that it marks itself: its marks and the end
+/// of them come and go together.
+fn unmark(families: &[Names], program: &Program, whole: bool) -> Vec<String> {
+    let mut rules = vec![format!("meta mark & {:#x} == 0 return", program.mask)];
     for n in families {
-        rules.extend(n.originals().map(|original| format!("{original} meta mark set 0")));
+        let [range, addresses, lo] = n.originals();
+        // Also by the node's address itself: a set can be emptied.
+        let node = format!("ct original {} daddr {}", n.ip, n.node);
+        let originals = if whole { vec![range, addresses, node, lo] } else { vec![lo] };
+        rules.extend(
+            originals
+                .iter()
+                .map(|original| format!("{original} meta mark set meta mark & {:#x}", !program.mask)),
+        );
     }
     rules
 }

@@ -36,8 +36,13 @@ struct Watched {
 
 impl Watched {
     fn new(dir: &Path, timing: Timing) -> Self {
+        Self::after(dir, timing, None)
+    }
+
+    /// After an earlier run that has served services from this folder.
+    fn after(dir: &Path, timing: Timing, before: Option<FolderId>) -> Self {
         let (sender, messages) = mpsc::channel();
-        watch_with(dir, config(), sender, timing).unwrap();
+        watch_with(dir, config(), sender, timing, before).unwrap();
         Self { messages, dir: dir.into(), problems: vec![] }
     }
 
@@ -203,6 +208,37 @@ fn a_folder_that_vanishes_takes_nothing_away() {
     }
     events.sort();
     assert_eq!(events, ["-x", "z:1"]);
+}
+
+#[test]
+fn an_empty_folder_in_the_place_of_an_earlier_one_is_not_believed_at_the_start() {
+    let base = tempfile::tempdir().unwrap();
+    let dir = base.path().join("services");
+    fs::create_dir(&dir).unwrap();
+    assert_eq!(filled(&dir), None);
+    fs::write(dir.join("a.yaml"), service("x", 1)).unwrap();
+    let before = filled(&dir);
+    assert!(before.is_some());
+    // Not mounted yet.
+    fs::rename(&dir, base.path().join("away")).unwrap();
+    fs::create_dir(&dir).unwrap();
+    let mut watched = Watched::after(&dir, TIMING, before);
+    watched.expect(&[&["problems"]]);
+    assert!(
+        watched.problems[0].starts_with("DIR: was replaced by an empty folder"),
+        "{:?}",
+        watched.problems
+    );
+    watched.expect_nothing();
+    // It is meant.
+    fs::write(dir.join("none.yaml"), "").unwrap();
+    watched.expect(&[&["problems"], &["synced"]]);
+    // The same folder, emptied while no agent was there.
+    fs::remove_dir_all(&dir).unwrap();
+    fs::rename(base.path().join("away"), &dir).unwrap();
+    fs::remove_file(dir.join("a.yaml")).unwrap();
+    let mut watched = Watched::after(&dir, TIMING, before);
+    watched.expect(&[&["synced"]]);
 }
 
 #[test]

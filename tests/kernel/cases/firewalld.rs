@@ -175,28 +175,30 @@ fn reloads(cx: &mut Cx) -> Result<()> {
         if cx.renderer() == Renderer::Nftables { &["--reload", "--complete-reload"] } else { &["--reload"] };
     for how in ways {
         firewalld.sh(&format!("firewall-cmd {how}"))?.ok()?;
-        let start = Instant::now();
-        loop {
-            let result = works(&t, &BOTH);
-            let took = start.elapsed();
-            match result {
-                Ok(()) => {
-                    cx.note(format!("{how}: everything works {:.1} s later", took.as_secs_f32()));
-                    break;
-                }
-                Err(e) if took > Duration::from_secs(5) => {
-                    return Err(e.context(format!("{how}, after {took:?}")));
-                }
-                Err(_) => sleep(Duration::from_millis(50)),
-            }
-        }
+        let took = works_soon(&t).context(*how)?;
+        cx.note(format!("{how}: everything works {:.1} s later", took.as_secs_f32()));
         refused(&to_nothing(&t)?).context(*how)?;
         let plan = meshlb.run(n1, &["plan"])?;
         ensure!(plan.status == 0, "{how}: {plan}");
     }
     drop(firewalld);
-    works(&t, &BOTH).context("firewalld has ended")?;
+    // Its end takes rules of others along, too.
+    works_soon(&t).context("firewalld has ended")?;
     ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
     let tally = t.ext.connect(Proto::Tcp, n1.at(cx.family(), 30080), 6)?;
     check::even(&tally, &t.pod_names())
+}
+
+/// Until everything works again: within the five seconds that healing may take.
+fn works_soon(t: &Topology) -> Result<Duration> {
+    let start = Instant::now();
+    loop {
+        let result = works(t, &BOTH);
+        let took = start.elapsed();
+        match result {
+            Ok(()) => return Ok(took),
+            Err(e) if took > Duration::from_secs(5) => return Err(e.context(format!("after {took:?}"))),
+            Err(_) => sleep(Duration::from_millis(50)),
+        }
+    }
 }

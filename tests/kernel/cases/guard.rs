@@ -223,19 +223,21 @@ X";
 const FOREIGN_BIT_GONE: &str = "nft delete table inet foreign";
 
 /// One of each kind that goes alone. The service is that of the port of TCP, which has the first mark.
-fn singles(renderer: Renderer) -> [(&'static str, String); 4] {
-    let (entry, rule, nat) = if renderer == Renderer::Nftables {
+fn singles(renderer: Renderer) -> [(&'static str, String); 5] {
+    let (entry, rule, nat, published) = if renderer == Renderer::Nftables {
         (
             "nft delete element inet meshlb vips-4 '{ 10.200.0.5 . tcp . 80 }'",
             "nft -a list chain inet meshlb in | sed -n 's/^[[:space:]][[:space:]].* # handle \\([0-9]*\\)$/\\1/p' | head -1 |
                xargs nft delete rule inet meshlb in handle",
             "nft flush chain inet meshlb vip-first",
+            "nft flush set inet meshlb published-4; nft flush set inet meshlb published-6",
         )
     } else {
         (
             "ipset del meshlb-vips-4 10.200.0.5,tcp:80",
             "iptables -t mangle -D MESHLB-INPUT 1; ip6tables -t mangle -D MESHLB-INPUT 1",
             "iptables -t nat -F; ip6tables -t nat -F",
+            "ipset flush meshlb-published-4; ipset flush meshlb-published-6",
         )
     };
     [
@@ -243,6 +245,7 @@ fn singles(renderer: Renderer) -> [(&'static str, String); 4] {
         ("one entry", entry.to_owned()),
         ("one rule", rule.to_owned()),
         ("nat alone", nat.to_owned()),
+        ("published ports alone", published.to_owned()),
     ]
 }
 

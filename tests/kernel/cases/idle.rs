@@ -4,11 +4,12 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::ns::{IDLE_PREFIX, Netns};
 use crate::runner::{Cx, Matrix, Skip, Suite};
@@ -39,6 +40,7 @@ struct Idle {
 }
 
 static RUNNING: Mutex<Option<Idle>> = Mutex::new(None);
+static BEGUN: AtomicBool = AtomicBool::new(false);
 
 const NODE: &str = "10.210.0.1";
 const VIP: &str = "10.211.0.5";
@@ -110,8 +112,12 @@ fn start(cx: &mut Cx) -> Result<()> {
     // The one by VIP is in the kernel's table with more than the 900 seconds that it has by itself.
     let table = node.run(&["ipvsadm", "-Lnc"])?.ok()?.stdout;
     cx.note(&table);
+    let minutes = |line: &str| line.split_whitespace().nth(1)?.split(':').next()?.parse::<u64>().ok();
+    let left = table.lines().filter(|l| l.contains("ESTABLISHED")).filter_map(minutes).max();
+    ensure!(left > Some(16), "it will not last that long:\n{table}");
     let idle = Idle { node, client, pod, connections, since: Instant::now(), state };
     *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = Some(idle);
+    BEGUN.store(true, Ordering::Relaxed);
     Ok(())
 }
 
@@ -136,6 +142,9 @@ fn exchange(stream: &TcpStream) -> Result<()> {
 
 fn finish(cx: &mut Cx) -> Result<()> {
     let idle = RUNNING.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if idle.is_none() && BEGUN.load(Ordering::Relaxed) {
+        bail!("it has failed, and there is no second connection that is as old");
+    }
     let idle = idle.ok_or_else(|| Skip("idle::begins has not run, or failed".to_owned()))?;
     let left = IDLE.saturating_sub(idle.since.elapsed());
     cx.note(format!("waiting for {left:?} more"));

@@ -234,8 +234,15 @@ fn unread(cx: &mut Cx) -> Result<()> {
     check::same(&before, &n1.snapshot()?, "without a folder")?;
     served(&t, &["p11", "p12"])?;
     agent.kill();
-    // The folder is there, but a file in it leads nowhere: it may be the service.
+    // An empty folder, as while its file system is not mounted yet.
     fs::create_dir(&m.dir)?;
+    let mut agent = meshlb.agent(n1, &m.dir)?;
+    agent.wait_for_log("was replaced by an empty folder", Duration::from_secs(10))?;
+    sleep(Duration::from_secs(2));
+    check::same(&before, &n1.snapshot()?, "with an empty folder")?;
+    served(&t, &["p11", "p12"])?;
+    agent.kill();
+    // The folder is there, but a file in it leads nowhere: it may be the service.
     std::os::unix::fs::symlink("/nonexistent/web.yaml", m.dir.join("web.yaml"))?;
     let out = meshlb.run(n1, &["apply", &dir])?;
     ensure!(out.status == 1 && out.stderr.contains("web.yaml: does not exist"), "{out}");

@@ -5,18 +5,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::guard::{BOTH, VIPS, refused, to_nothing, vip, works};
+use super::guard::{BOTH, VIPS, ask, refused, sh, to_nothing, to_service, vip, works};
 use super::support::covered;
 use crate::check;
 use crate::client::Probe;
 use crate::ns::COMMAND_LIMIT;
 use crate::program::Meshlb;
-use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Builder, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
     type Case = fn(&mut Cx) -> Result<()>;
-    let kinds: [(&str, Case); 6] = [
+    let kinds: [(&str, Case); 7] = [
         ("underlays::vxlan_bridge", |cx| {
             carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1), &[Family::V4], None)
         }),
@@ -51,6 +51,7 @@ pub fn register(suite: &mut Suite) {
                 None,
             )
         }),
+        ("underlays::marks_that_others_touch", strangers),
         ("underlays::narrow_link", narrow),
     ];
     for (name, run) in kinds {
@@ -152,6 +153,41 @@ impl<'a> OuterLinks<'a> {
         Ok(())
     }
 }
+
+/// Others add a bit to our packets, or take away some of what marks them or clears the mark: no mark leaves for that. (Over
+/// IPIP, where a mark that leaves does not take the test's kernel along.)
+fn strangers(cx: &mut Cx) -> Result<()> {
+    let t = cx.topology(&Topology::builder().underlay(Underlay::Ipip).cni_masquerade().rp_filter(1))?;
+    let mut m = cx.manifests()?;
+    m.standard(&t, "vote", &VIPS)?;
+    cx.apply(&t, &mut m)?;
+    let n1 = t.node(1);
+    let outer = OuterLinks::watch(&t)?;
+    n1.ns.run_with(&["nft", "-f", "-"], LATE_BIT, COMMAND_LIMIT)?.ok()?;
+    works(&t, &BOTH).context("with another program's bit")?;
+    outer.unmarked().context("with another program's bit")?;
+    n1.run(&["nft", "delete", "table", "inet", "foreign"])?.ok()?;
+    let script = if cx.renderer() == Renderer::Nftables {
+        "nft flush set inet meshlb addresses-4; nft flush set inet meshlb addresses-6"
+    } else {
+        "iptables -t mangle -F; ip6tables -t mangle -F"
+    };
+    let outer = OuterLinks::watch(&t)?;
+    sh(cx, n1, script)?;
+    // Not all of it works then.
+    let short = Duration::from_millis(800);
+    let jobs = to_service(&t, &BOTH)?;
+    let jobs: Vec<_> = jobs.into_iter().map(|(host, probe)| (host, probe.within(short).times(3))).collect();
+    let answered = ask(&jobs)?.iter().filter(|tally| tally.answered() > 0).count();
+    cx.note(format!("{answered} of {} were answered", jobs.len()));
+    outer.unmarked().context(script)
+}
+
+/// After IPVS and before the mark is cleared.
+const LATE_BIT: &str = "table inet foreign {
+  chain last { type filter hook postrouting priority 0; meta mark set meta mark or 0x10000; }
+}
+";
 
 /// A kernel without the module, as `meshlb` sees it: bridged packets pass by netfilter, and there is no sysctl to change that.
 /// So pods behind one bridge that reach each other by a virtual address are masqueraded.

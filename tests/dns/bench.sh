@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# Measures our DNS beside CoreDNS, in turn on one machine, both with the same names: docs/performance.md says what came out.
+# dnsperf (Debian's) counts answers a second, a client of our own how long they take at a fixed rate.
+# MESHLB_BENCH_SERVICES (10000), MESHLB_BENCH_REPEAT (3), MESHLB_BENCH_SECONDS (8) of each measurement.
+. "$(dirname "$0")/lib.sh"
+dns_setup; dns_build
+services=${MESHLB_BENCH_SERVICES:-10000} repeat=${MESHLB_BENCH_REPEAT:-3} seconds=${MESHLB_BENCH_SECONDS:-8}
+mkdir "$work/dir"
+"$HELPER" manifests "$work/dir" "$services"
+"$HELPER" names "$services" >"$work/hosts"
+awk '{print $2, "A"}' "$work/hosts" | shuf --random-source=/dev/zero >"$work/queries"
+# Names of others: a CoreDNS has them, and both forward to it with a cache.
+for i in $(seq 1000); do echo "192.0.2.$((i % 250)) w$i.example.com"; done >"$work/others"
+awk '{print $2, "A"}' "$work/others" >"$work/other-queries"
+BEHIND=127.77.0.3
+cat >"$work/Corefile.behind" <<C
+. {
+  bind $BEHIND
+  hosts $work/others {
+    ttl 3600
+  }
+}
+C
+ready_name=w1.example.com start behind $BEHIND "$(dns_dir)/coredns" -conf "$work/Corefile.behind" -quiet
+rss() { awk '$1 == "VmRSS:" {printf "%.1f", $2 / 1024}' "/proc/$1/status"; }
+median() { sort -n | awk '{v[NR] = $1} END {printf "%.3f (%.3f–%.3f, n=%d)", v[int((NR + 1) / 2)], v[1], v[NR], NR}'; }
+qps() { # qps ADDRESS FILE
+  dnsperf -s "$1" -d "$2" -l "$seconds" -c 8 -q 100 -T 1 2>/dev/null | awk '/Queries per second/ {print $4} /Queries lost/ && $3 > 0 {print "lost", $3 > "/dev/stderr"}'
+}
+p99() { "$HELPER" latency "$1:53" "$services" 5000 "$seconds"; }
+
+coredns <<C
+mesh.internal {
+  bind $THEIRS
+  hosts $work/hosts {
+    ttl 30
+  }
+}
+. {
+  bind $THEIRS
+  forward . $BEHIND
+  cache 3600
+}
+C
+theirs=$STARTED
+begun=$(date +%s%N)
+serve "$work/dir" --dns-upstream $BEHIND; ours=$STARTED
+until [ "$(dig +short @$OURS "$(head -1 "$work/queries" | cut -d' ' -f1)")" ]; do sleep 0.2; done
+echo "bench: $services services are answered $((($(date +%s%N) - begun) / 1000000)) ms after the start"
+for ((i = 1; i <= repeat; i++)); do
+  a=$(qps $OURS "$work/queries") b=$(qps $THEIRS "$work/queries")
+  awk -v a="$a" -v b="$b" 'BEGIN {printf "%.4f\n", a / b}' >>"$work/zone"
+  echo "bench: our zone: $a and $b answers a second"
+  a=$(qps $OURS "$work/other-queries") b=$(qps $THEIRS "$work/other-queries")
+  awk -v a="$a" -v b="$b" 'BEGIN {printf "%.4f\n", a / b}' >>"$work/cached"
+  echo "bench: cached names of others: $a and $b answers a second"
+  read -r a50 a99 alost <<<"$(p99 $OURS)"; read -r b50 b99 blost <<<"$(p99 $THEIRS)"
+  awk -v a="$a99" -v b="$b99" 'BEGIN {printf "%.4f\n", a / b}' >>"$work/p99"
+  echo "bench: at 5,000 questions a second: p50 $a50 and $b50 µs, p99 $a99 and $b99 µs, without an answer $alost and $blost"
+done
+echo "bench: resident memory with $services services: $(rss "$ours") MiB, CoreDNS $(rss "$theirs") MiB"
+"$HELPER" changes $OURS:53 "$work/dir" 200
+echo
+echo "answers a second for our zone / CoreDNS with the hosts plugin:  $(median <"$work/zone")  goal >= 2"
+echo "answers a second for cached names of others / CoreDNS:          $(median <"$work/cached")  goal >= 1"
+echo "p99 for our zone at 5,000 a second / CoreDNS:                   $(median <"$work/p99")"
