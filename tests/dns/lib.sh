@@ -15,7 +15,7 @@ dns_setup() {
   command -v dig >/dev/null || want+=(bind9-dnsutils)
   command -v dnsperf >/dev/null || want+=(dnsperf)
   command -v musl-gcc >/dev/null || want+=(musl-tools)
-  python3 -c 'import dns.resolver' 2>/dev/null || want+=(python3-dnspython)
+  /usr/bin/python3 -c 'import dns.resolver' 2>/dev/null || want+=(python3-dnspython)
   if [ ${#want[@]} -gt 0 ]; then
     say "dns: installing ${want[*]} from Debian: dig and other resolvers (musl's, dnspython) ask, dnsperf measures"
     as_root apt-get -qq update >&2

@@ -54,13 +54,13 @@ mesh.internal 200.10.in-addr.arpa {
 C
 }
 serve "$work/dir" --dns-upstream $THEIRS; ours=$STARTED
-coredns_config | coredns; theirs=$STARTED
+coredns < <(coredns_config); theirs=$STARTED
 
 vip=$(ask @$OURS s00003.default.mesh.internal)
 check "we answer a virtual IP" 10.200.1.3 "$vip"
 check "CoreDNS forwards our zone" "$vip" "$(ask @$THEIRS s00003.default.mesh.internal)"
 check "and the names of our addresses" s00003.default.mesh.internal. "$(ask @$THEIRS -x "$vip")"
-check "and a service's ports" "0 0 80 s00003.default.mesh.internal." "$(ask @$THEIRS _80._tcp.s00003.default.mesh.internal SRV | awk '{$1 = $2 = 0} 1')"
+check "and a service's ports" "0 0 80 s00003.default.mesh.internal." "$(ask @$THEIRS _http._tcp.s00003.default.mesh.internal SRV | awk '{$1 = $2 = 0} 1')"
 check "what is not there is not there through CoreDNS either" NXDOMAIN "$(dig @$THEIRS nothing.default.mesh.internal | sed -n 's/.*status: \([A-Z]*\).*/\1/p')"
 check "300 endpoints through CoreDNS" 300 "$(ask @$THEIRS crowd.default.mesh.internal | sort -u | wc -l)"
 check "the same by UDP without EDNS is cut" tc "$(dig +noedns +ignore @$THEIRS crowd.default.mesh.internal | grep -o 'flags:[a-z ]*' | grep -o '\btc\b')"
@@ -71,7 +71,7 @@ check "a change is in CoreDNS's answers" 1 "$(ask @$THEIRS crowd.default.mesh.in
 
 crowd=$(ask @$OURS crowd.default.mesh.internal | sort | words)
 for client in glibc musl go dnspython; do
-  if [ $client = dnspython ]; then run=(python3 "$dns/client/client.py"); else run=("$(dns_dir)/client-$client"); fi
+  if [ $client = dnspython ]; then run=(/usr/bin/python3 "$dns/client/client.py"); else run=("$(dns_dir)/client-$client"); fi
   for at in $OURS $THEIRS; do
     how=$([ $at = $OURS ] && echo "asks us" || echo "asks CoreDNS")
     check "$client $how: a virtual IP" "$vip" "$(with_resolver $at "${run[@]}" s00003.default.mesh.internal)"
@@ -82,8 +82,12 @@ for client in glibc musl go dnspython; do
     check "$client $how: a name that is not there is an error" 1 "$rc"
     got=$(with_resolver $at "${run[@]}" crowd.default.mesh.internal | words)
     case $client in
-      # musl's resolver reads at most 48 addresses of an answer (MAXADDRS in src/network/lookup.h).
-      musl) check "musl $how: 48 of 300 endpoints" 48 "$(tr ' ' '\n' <<<"$got" | grep -cFxf <(tr ' ' '\n' <<<"$crowd"))" ;;
+      # musl reads at most 48 addresses (MAXADDRS in src/network/lookup.h), and before 1.2.4 it never asks by TCP, but takes
+      # what there is of an answer that was cut at 512 bytes: 28.
+      musl)
+        n=$(tr ' ' '\n' <<<"$got" | grep -cFxf <(tr ' ' '\n' <<<"$crowd"))
+        check "musl $how: $n of 300 endpoints, and nothing else" "28 or 48, all of $n" "$(case $n in 28 | 48) echo "28 or 48" ;; *) echo "$n" ;; esac), all of $(wc -w <<<"$got")"
+        ;;
       *) check "$client $how: 300 endpoints" "$crowd" "$got" ;;
     esac
   done

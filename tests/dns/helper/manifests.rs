@@ -36,7 +36,7 @@ pub fn write_all(dir: &Path, count: u32) -> Result<()> {
     for n in 0..count {
         let mut text = format!(
             "apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: s{n:05}}}\nspec:\n  vips: [{}]\n  \
-             ports: [{{port: 80, targetPort: 8080}}]\n---\n",
+             ports: [{{name: http, port: 80, targetPort: 8080}}]\n---\n",
             vip(n)
         );
         text += &slice(&format!("s{n:05}"), (0..5).map(|e| address(n, e)));
@@ -61,7 +61,7 @@ pub fn read(address: Ipv4Addr) -> (u32, u32) {
 pub fn round_robin(n: u32) -> String {
     format!(
         "apiVersion: meshlb.dev/v1alpha1\nkind: MeshService\nmetadata: {{name: s{n:05}}}\nspec:\n  mode: DNSRR\n  \
-         ports: [{{port: 80, targetPort: 8080}}]\n"
+         ports: [{{name: http, port: 80, targetPort: 8080}}]\n"
     )
 }
 
@@ -70,7 +70,7 @@ pub fn slice(name: &str, addresses: impl Iterator<Item = Ipv4Addr>) -> String {
     let mut out = format!(
         "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
          metadata: {{name: {name}-1, labels: {{kubernetes.io/service-name: {name}}}}}\n\
-         addressType: IPv4\nports: [{{port: 8080, protocol: TCP}}]\nendpoints:\n"
+         addressType: IPv4\nports: [{{name: http, port: 8080, protocol: TCP}}]\nendpoints:\n"
     );
     for address in addresses {
         let _ = writeln!(out, "- {{addresses: [{address}], nodeName: n1, conditions: {{ready: true}}}}");

@@ -44,14 +44,14 @@ impl Observer for Served {
 
 /// Until it is killed.
 pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
-    let fixed = ["meshlb", "agent", "--source", dir, "--node", "n1", "--node-ip", "127.0.0.1"];
+    let fixed = ["meshlb", "agent", "--source", dir, "--node", "n1", "--node-ip", "192.0.2.10"];
     let cli = Cli::try_parse_from(fixed.iter().chain(flags))?;
-    let loopback = [[127, 0, 0, 1].into()];
+    let node = [[192, 0, 2, 10].into()];
     let kernel = FakeKernel::default();
     kernel.lock().facts = NodeFacts {
-        primary: PerFamily { v4: Some(loopback[0]), v6: None },
-        published_addresses: BTreeSet::from(loopback),
-        all_addresses: BTreeSet::from(loopback),
+        primary: PerFamily { v4: Some(node[0]), v6: None },
+        published_addresses: BTreeSet::from(node),
+        all_addresses: BTreeSet::from(node),
         uplinks: BTreeSet::new(),
     };
     let dataplane = Dataplane {
