@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-node demo bench vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node demo bench bench-dns vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,7 @@ test: setup ## all tests: units here, kernel tests here or in a VM
 
 test-full: setup ## the same with both flavours of iptables everywhere, the control plane, the chart and a real node
 	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel
+	@tests/dns/run.sh
 	@tests/cluster/run.sh
 	@tests/cluster/packets.sh
 	@tests/chart/run.sh --server
@@ -44,6 +45,9 @@ test-cluster: ## CRD, source and controller on a real control plane, built from 
 test-chart: ## the chart and deploy/: lint, schema, rights, installed on a real control plane; builds helm the first time
 	@tests/chart/run.sh --server $(FILTER)
 
+test-dns: ## the DNS server with other people's resolvers and a real CoreDNS, built the first time (docs/testing.md)
+	@tests/dns/run.sh
+
 test-node: ## a real node in a VM: the image built, the chart installed with helm, upgraded under load, uninstalled (docs/testing.md)
 	@tests/cluster/node.sh
 
@@ -52,6 +56,9 @@ demo: setup ## shows what meshlb does, in network namespaces
 
 bench: setup ## measures it
 	@tests/bench/run.sh
+
+bench-dns: ## measures the DNS server beside CoreDNS
+	@tests/dns/bench.sh
 
 vm-up: ## boots the VM and leaves it up: test-kernel then takes seconds
 	@tests/vm/up.sh
