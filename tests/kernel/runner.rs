@@ -526,6 +526,13 @@ pub fn load_modules() -> Result<()> {
         "nf_conntrack_netlink",
         "nf_tables",
         "nft_compat",
+        // Loaded one by one when a rule asks for them, they can take half a minute on an emulated machine that has just begun.
+        "nft_chain_nat",
+        "nft_ct",
+        "nft_fib_inet",
+        "nft_masq",
+        "nft_nat",
+        "nft_reject_inet",
         "nft_socket",
         "xt_ipvs",
         "xt_set",
