@@ -162,8 +162,11 @@ fn watch(
     Ok(messages)
 }
 
-/// Forwards what the source says.
-fn forward(
+/// Forwards what the source says, and logs what is wrong with it.
+///
+/// # Errors
+/// The thread can't be started.
+pub fn forward(
     messages: Receiver<SourceMessage>,
     metrics: Metrics,
     node: Option<Handle>,

@@ -239,7 +239,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 /// Logging of the agent.
-fn log(options: &Options) -> anyhow::Result<()> {
+///
+/// # Errors
+/// A level that is none.
+pub fn log(options: &Options) -> anyhow::Result<()> {
     init_log(options, &options.log_level)
 }
 

@@ -97,17 +97,16 @@ impl Dataplane {
             let same = rest.iter().take_while(|op| kind(op) == kind(first)).count();
             let (run, tail) = rest.split_at(same);
             rest = tail;
-            let put_off: Vec<_> = run.iter().filter_map(|op| Some((op, stuck.put_off(op)?))).collect();
-            let kept: Vec<Op>;
-            let run = if put_off.is_empty() {
+            let mut kept = Vec::new();
+            let run = if stuck.is_empty() {
                 run
             } else {
-                kept = run.iter().filter(|op| stuck.put_off(op).is_none()).cloned().collect();
-                failures.extend(put_off.into_iter().map(|(op, error)| Failure {
-                    op: op.clone(),
-                    error,
-                    follows: true,
-                }));
+                for op in run {
+                    match stuck.put_off(op) {
+                        Some(error) => failures.push(Failure { op: op.clone(), error, follows: true }),
+                        None => kept.push(op.clone()),
+                    }
+                }
                 &kept
             };
             if run.is_empty() {
@@ -192,6 +191,10 @@ struct Stuck {
 }
 
 impl Stuck {
+    fn is_empty(&self) -> bool {
+        self.entered.is_empty() && self.untrimmed.is_empty()
+    }
+
     fn failed(&mut self, op: &Op, leads_to: &dyn Fn(&Element) -> Option<Mark>) {
         match op {
             Op::Element(ElementChange::Del(element)) => self.entered.extend(leads_to(element)),

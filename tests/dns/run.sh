@@ -35,9 +35,9 @@ endpoints:
 Y
 for i in $(seq 300); do echo "- {addresses: [10.50.$((i / 250)).$((i % 250 + 1))], nodeName: n1, conditions: {ready: true}}"; done >>"$work/dir/tasks.yaml"
 
-# Whom we ask: CoreDNS, which has a zone of its own and sends ours to us.
-coredns_config() {
-  cat <<C
+serve "$work/dir" --dns-upstream $THEIRS; ours=$STARTED
+# It has a zone of its own, and sends ours to us.
+coredns <<C
 mesh.internal 200.10.in-addr.arpa {
   bind $THEIRS
   forward . $OURS
@@ -52,9 +52,7 @@ mesh.internal 200.10.in-addr.arpa {
   errors
 }
 C
-}
-serve "$work/dir" --dns-upstream $THEIRS; ours=$STARTED
-coredns < <(coredns_config); theirs=$STARTED
+theirs=$STARTED
 
 vip=$(ask @$OURS s00003.default.mesh.internal)
 check "we answer a virtual IP" 10.200.1.3 "$vip"
@@ -93,9 +91,9 @@ for client in glibc musl go dnspython; do
   done
 done
 
-kill "$theirs"; wait "$theirs" 2>/dev/null || true
+stop "$theirs"
 check "our zone needs no upstream" "$vip" "$(ask @$OURS s00003.default.mesh.internal)"
-kill "$ours"; wait "$ours" 2>/dev/null || true
+stop "$ours"
 
 # A thousand changes and ten thousand questions a second.
 mkdir "$work/storm"

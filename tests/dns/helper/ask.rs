@@ -1,12 +1,22 @@
 //! Questions and answers.
 
-use std::{net::Ipv4Addr, str::FromStr as _};
+use std::{
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
+    str::FromStr as _,
+};
 
 use anyhow::{Context as _, Result, bail};
 use hickory_proto::{
     op::{Message, MessageType, OpCode, Query, ResponseCode},
     rr::{Name, RData, RecordType},
 };
+
+/// A socket to ask a server on loopback.
+pub fn open(at: SocketAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind((if at.is_ipv4() { "127.0.0.1" } else { "::1" }, 0))?;
+    socket.connect(at)?;
+    Ok(socket)
+}
 
 /// A question for IPv4 addresses.
 pub fn question(id: u16, name: &str) -> Result<Vec<u8>> {

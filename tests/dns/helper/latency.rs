@@ -1,7 +1,7 @@
 //! How long answers take at a given rate of questions.
 
 use std::{
-    net::{SocketAddr, UdpSocket},
+    net::SocketAddr,
     time::{Duration, Instant},
 };
 
@@ -11,8 +11,7 @@ use crate::{ask, manifests};
 
 /// Prints p50 and p99 in microseconds, and how many questions got no answer within a second.
 pub fn run(at: SocketAddr, count: u32, queries: u32, seconds: u32) -> Result<()> {
-    let socket = UdpSocket::bind(("127.0.0.1", 0))?;
-    socket.connect(at)?;
+    let socket = ask::open(at)?;
     let questions: Vec<Vec<u8>> =
         (0..count).map(|n| ask::question(0, &manifests::name(n))).collect::<Result<_>>()?;
     let total = queries * seconds;

@@ -1,21 +1,26 @@
 //! The agent without a kernel.
 
-use std::{collections::BTreeSet, path::Path, sync::mpsc, thread, time::Duration, time::Instant};
+use std::{
+    collections::BTreeSet,
+    path::Path,
+    sync::mpsc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Result;
 use clap::Parser as _;
 use meshlb::{
     allocate::{Allocations, Lock},
-    cli::{Cli, dns::Feed},
+    cli::{self, Cli, agent, dns::Feed},
     compile::service::Drains,
     dataplane::{executor::Dataplane, fake::FakeKernel},
     metrics::Metrics,
     model::{ids::PerFamily, node::NodeFacts},
     reconcile::{
         Drift, Engine, Turn,
-        agent::{Agent, Input, Observer, Pace},
+        agent::{Agent, Observer, Pace},
     },
-    source::{self, SourceMessage},
+    source,
 };
 
 /// Feeds the DNS server as the real agent does.
@@ -31,9 +36,7 @@ impl Observer for Served {
         self.0.update(engine, &turn.services, since);
     }
 
-    fn turn_failed(&mut self, error: &str) {
-        eprintln!("{error}");
-    }
+    fn turn_failed(&mut self, _: &str) {}
 
     fn drift(&mut self, _: &str) {}
 
@@ -45,7 +48,7 @@ impl Observer for Served {
 /// Until it is killed.
 pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
     let fixed = ["meshlb", "agent", "--source", dir, "--node", "n1", "--node-ip", "192.0.2.10"];
-    let cli = Cli::try_parse_from(fixed.iter().chain(flags))?;
+    let parsed = Cli::try_parse_from(fixed.iter().chain(flags))?;
     let node = [[192, 0, 2, 10].into()];
     let kernel = FakeKernel::default();
     kernel.lock().facts = NodeFacts {
@@ -59,29 +62,15 @@ pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
         netfilter: Box::new(kernel.clone()),
         host: Box::new(kernel),
     };
-    let settings = cli.options.settings()?;
+    cli::log(&parsed.options)?;
+    let metrics = Metrics::new();
+    let settings = parsed.options.settings()?;
     let (sender, messages) = mpsc::channel();
     let _watch = source::watch::watch(Path::new(dir), settings.node.clone(), sender, None)?;
     let engine = Engine::new(settings, dataplane, Allocations::default(), Lock::default(), Drains::new());
-    let feed = Feed::start(&cli.options, &engine, &Metrics::new())?;
+    let feed = Feed::start(&parsed.options, &engine, &metrics)?;
     let (sender, inputs) = mpsc::channel();
-    thread::spawn(move || {
-        for message in messages {
-            let input = match message {
-                SourceMessage::Events(events, seen) => Input::Events(events, seen),
-                SourceMessage::Lock(lock) => Input::Lock(lock),
-                SourceMessage::NodeAddresses(ips) => Input::NodeAddresses(ips),
-                SourceMessage::Synced => Input::Synced { complete: true },
-                SourceMessage::Problems(problems) => {
-                    problems.iter().for_each(|problem| eprintln!("{problem}"));
-                    continue;
-                }
-            };
-            if sender.send(input).is_err() {
-                return;
-            }
-        }
-    });
+    agent::forward(messages, metrics.clone(), None, sender)?;
     let pace = Pace { resync: Duration::from_secs(3600), probe: Duration::from_secs(1) };
     Agent::new(engine, Served(feed), pace).run(&inputs);
     Ok(())

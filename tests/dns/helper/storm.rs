@@ -24,12 +24,6 @@ pub struct Pace {
     pub seconds: u32,
 }
 
-fn open(at: SocketAddr) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind((if at.is_ipv4() { "127.0.0.1" } else { "::1" }, 0))?;
-    socket.connect(at)?;
-    Ok(socket)
-}
-
 fn put(dir: &Path, n: u32, generation: u32) -> Result<()> {
     let text = format!(
         "{}---\n{}",
@@ -54,7 +48,7 @@ fn ask_once(socket: &UdpSocket, n: u32) -> Result<u32> {
 
 /// Waits until every service answers this generation.
 fn settle(at: SocketAddr, services: u32, wanted: impl Fn(u32) -> u32) -> Result<Duration> {
-    let (socket, begun) = (open(at)?, Instant::now());
+    let (socket, begun) = (ask::open(at)?, Instant::now());
     for n in 0..services {
         while ask_once(&socket, n).ok() != Some(wanted(n)) {
             ensure!(
@@ -120,7 +114,7 @@ pub fn run(at: SocketAddr, dir: &Path, pace: &Pace) -> Result<()> {
 /// Asks in turn, at most 200 questions at a time; how many were answered.
 fn storm(at: SocketAddr, pace: &Pace, written: &[AtomicU32], stale: &AtomicU64) -> Result<u32> {
     const AT_A_TIME: u32 = 200;
-    let socket = open(at)?;
+    let socket = ask::open(at)?;
     let questions: Vec<Vec<u8>> = (0..pace.services)
         .map(|n| ask::question(u16::try_from(n)?, &manifests::name(n)))
         .collect::<Result<_>>()?;
@@ -167,7 +161,7 @@ fn storm(at: SocketAddr, pace: &Pace, written: &[AtomicU32], stale: &AtomicU64) 
 
 /// One change after the other, each until it is answered. The folder has whatever else it has.
 pub fn changes(at: SocketAddr, dir: &Path, times: u32) -> Result<()> {
-    let socket = open(at)?;
+    let socket = ask::open(at)?;
     let mut took = Vec::new();
     put(dir, 0, 1)?;
     settle(at, 1, |_| 1)?;
