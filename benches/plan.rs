@@ -41,6 +41,7 @@ fn world(count: u32) -> World {
         publish_range: 30_000..=32_767,
         reserved: Vec::new(),
         mask: MarkMask::default(),
+        zone: None,
     };
     let node = IpAddr::V4(Ipv4Addr::new(192, 168, 50, 1));
     let facts = NodeFacts {

@@ -1,7 +1,10 @@
 use super::*;
 use crate::model::{
     node::MarkMask,
-    service::{FamilyPolicy, Mode, Publish, PublishMode, Scheduler, ServicePort, TargetPort, TrafficPolicy},
+    service::{
+        FamilyPolicy, Mode, Publish, PublishMode, Scheduler, ServicePort, TargetPort, TrafficDistribution,
+        TrafficPolicy,
+    },
 };
 
 pub(super) type Services = BTreeMap<ServiceKey, Arc<Service>>;
@@ -13,6 +16,7 @@ pub(super) fn config(v4: &str, publish: std::ops::RangeInclusive<u16>) -> NodeCo
         publish_range: publish,
         reserved: vec!["22".parse().unwrap()],
         mask: MarkMask::new(0x3ff).unwrap(),
+        zone: None,
     }
 }
 
@@ -37,6 +41,7 @@ fn service(name: &str) -> Service {
         scheduler: Scheduler::default(),
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
+        distribution: TrafficDistribution::Any,
         drain: std::time::Duration::ZERO,
         publish_not_ready: false,
         dns: crate::model::service::Dns::default(),

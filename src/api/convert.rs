@@ -14,7 +14,7 @@ use crate::model::{
     ids::{Family, PortId, Protocol, ServiceKey},
     service::{
         Dns, DnsAnswer, FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort,
-        TargetPort, TrafficPolicy,
+        TargetPort, TrafficDistribution, TrafficPolicy,
     },
 };
 
@@ -74,7 +74,6 @@ fn not_supported_yet(spec: &api::MeshServiceSpec, in_kubernetes: bool, errors: &
     let asked = [
         ("forwarding", spec.forwarding != api::Forwarding::Masquerade),
         ("sessionAffinity", spec.session_affinity != api::SessionAffinity::None),
-        ("trafficDistribution", spec.traffic_distribution != api::TrafficDistribution::None),
         ("sourceRanges", !spec.source_ranges.is_empty()),
         ("healthCheck", spec.health_check.is_some()),
     ];
@@ -127,6 +126,11 @@ fn convert(object: &MeshService, errors: &mut Vec<FieldError>) -> Service {
         scheduler: scheduler(spec),
         internal_policy: policy(spec.internal_traffic_policy),
         external_policy: policy(spec.external_traffic_policy),
+        distribution: match spec.traffic_distribution {
+            api::TrafficDistribution::None => TrafficDistribution::Any,
+            api::TrafficDistribution::PreferSameZone => TrafficDistribution::SameZone,
+            api::TrafficDistribution::PreferSameNode => TrafficDistribution::SameNode,
+        },
         drain: Duration::from_secs(u64::try_from(spec.drain.timeout_seconds).unwrap_or(0)),
         publish_not_ready: spec.publish_not_ready_addresses,
         dns: Dns {

@@ -5,14 +5,14 @@ use std::{
     sync::Arc,
 };
 
-use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointSlice};
+use k8s_openapi::api::discovery::v1::{Endpoint as ApiEndpoint, EndpointHints, EndpointSlice};
 
 use super::{
     SERVICE_NAME_LABEL,
     error::{FieldError, Reason},
 };
 use crate::model::{
-    endpoints::{Endpoint, Slice, SlicePort},
+    endpoints::{Endpoint, Hints, Slice, SlicePort},
     ids::{Family, Protocol, ServiceKey},
 };
 
@@ -107,6 +107,12 @@ fn is_link_local(address: &IpAddr) -> bool {
     }
 }
 
+fn hints(hints: &EndpointHints) -> Option<Arc<Hints>> {
+    let zones: Vec<_> = hints.for_zones.iter().flatten().map(|zone| zone.name.as_str().into()).collect();
+    let nodes: Vec<_> = hints.for_nodes.iter().flatten().map(|node| node.name.as_str().into()).collect();
+    (!zones.is_empty() || !nodes.is_empty()).then(|| Arc::new(Hints { zones, nodes }))
+}
+
 fn convert(endpoint: &ApiEndpoint, address: IpAddr) -> Endpoint {
     let conditions = endpoint.conditions.as_ref();
     let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
@@ -119,6 +125,7 @@ fn convert(endpoint: &ApiEndpoint, address: IpAddr) -> Endpoint {
         terminating: conditions.and_then(|c| c.terminating).unwrap_or(false),
         node: text(&endpoint.node_name),
         zone: text(&endpoint.zone),
+        hints: endpoint.hints.as_ref().and_then(hints),
         target: target.or_else(|| text(&endpoint.hostname)),
         hostname: text(&endpoint.hostname),
     }

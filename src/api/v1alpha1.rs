@@ -154,7 +154,9 @@ pub struct MeshServiceSpec {
     #[serde(default = "defaults::traffic_policy")]
     pub external_traffic_policy: TrafficPolicy,
 
-    /// Preference for near endpoints: empty (the default, none), PreferSameZone or PreferSameNode.
+    /// Preference for near endpoints, of what the traffic policies allow: empty (the default, none); PreferSameZone, those in
+    /// the zone of the client's node; PreferSameNode, those on the client's node, else those in its zone. While none of them
+    /// is ready, all serve. An EndpointSlice's hints outweigh its nodeName and zone.
     #[serde(default)]
     pub traffic_distribution: TrafficDistribution,
 

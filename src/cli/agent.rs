@@ -155,7 +155,6 @@ fn watch(
         Origin::Folder(dir) => drop(source::watch::watch(dir, config, sender, before)?),
         Origin::Kube => {
             let access = source::kube::config(options.kubeconfig.as_deref())?;
-            // Who gives addresses does not want others.
             source::kube::watch(access, config, options.node_ip.is_empty(), sender)?;
         }
     }
@@ -180,7 +179,7 @@ pub fn forward(
             let input = match message {
                 SourceMessage::Events(events, seen) => Some(Input::Events(events, seen)),
                 SourceMessage::Lock(lock) => Some(Input::Lock(lock)),
-                SourceMessage::NodeAddresses(ips) => Some(Input::NodeAddresses(ips)),
+                SourceMessage::Node(says) => Some(Input::Node(says)),
                 SourceMessage::Synced => {
                     // Nothing is programmed anew in the middle of an uninstallation.
                     if let Some(node) = &node {

@@ -9,6 +9,7 @@ use tracing::{error, info, warn};
 
 use super::options::Options;
 use crate::{
+    compile::endpoints::Place,
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
@@ -180,7 +181,7 @@ pub fn all_names(zone: Arc<Zone>, engine: &Engine) -> Names {
 fn names_of(engine: &Engine, key: &ServiceKey, names: &Names) -> Option<ServiceNames> {
     let service = engine.snapshot().services().get(key)?;
     let compiled = engine.merged().services().get(key)?;
-    let context = Context { node: &engine.settings().node.name, vips: compiled.vips };
+    let context = Context { place: Place::of(&engine.settings().node), vips: compiled.vips };
     let slices = engine.snapshot().slices_for(service);
     Some(ServiceNames::new(service, &slices, context, names.get(key).map(|old| &**old)))
 }

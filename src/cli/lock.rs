@@ -280,6 +280,7 @@ mod tests {
             publish_range: 30000..=32767,
             reserved: vec![],
             mask: MarkMask::default(),
+            zone: None,
         };
         let service = |name: &str, more: &str| {
             let text = format!(
@@ -345,6 +346,7 @@ mod tests {
             publish_range: 30000..=32767,
             reserved: vec!["22".parse().unwrap()],
             mask: MarkMask::default(),
+            zone: None,
         };
         change(&mut config);
         let head = |name: &str| {

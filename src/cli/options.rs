@@ -76,6 +76,17 @@ pub struct Options {
         help_heading = "Node"
     )]
     pub node_ip: Vec<IpAddr>,
+    /// This node's topology zone, for services that prefer near endpoints [default: the Node's label
+    /// topology.kubernetes.io/zone; in a folder none]
+    #[arg(
+        long,
+        global = true,
+        env = "MESHLB_TOPOLOGY_ZONE",
+        value_name = "ZONE",
+        value_parser = clap::builder::NonEmptyStringValueParser::new(),
+        help_heading = "Node"
+    )]
+    pub topology_zone: Option<String>,
     /// Range that virtual IPs come from, at most one per family. Its first address is the ingress
     /// address, its second the DNS address.
     #[arg(
@@ -204,8 +215,9 @@ pub struct Options {
 }
 
 /// Flags that decide what is programmed and that the state keeps as they were given. (Others it has in fields of their own.)
-const REMEMBERED: [&str; 9] = [
+const REMEMBERED: [&str; 10] = [
     "node_ip",
+    "topology_zone",
     "publish_addresses",
     "publish_range",
     "publish_reserved",
@@ -349,6 +361,7 @@ impl Options {
             publish_range: self.publish_range.clone(),
             reserved,
             mask: self.mark_mask,
+            zone: self.topology_zone.as_deref().map(Into::into),
         };
         self.dns.config(ranges)?;
         let addresses = AddressRules { node_ips, publish_addresses: self.publish_addresses.clone(), ranges };

@@ -27,6 +27,7 @@ use crate::{
     model::{
         kernel::{RealServerKey, VirtualServerKey},
         node::NodeConfig,
+        service::TrafficDistribution,
     },
     plan::{Observed, Op},
     reconcile::Engine,
@@ -305,6 +306,10 @@ impl Session {
         if purpose != Purpose::Agent {
             let loaded = load(options, &source, &engine.settings().node)?;
             engine.feed(loaded.events());
+            if let Some(says) = loaded.node.clone() {
+                engine.set_node(says);
+                engine.refresh_node().context("addresses of this node")?;
+            }
             engine.synced(loaded.is_complete());
             problems = loaded.problems;
         }
@@ -413,7 +418,15 @@ pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
 /// What is to be known of a service that is served as declared: a value of it that has moved, a port that answers on other
 /// nodes only because it is to.
 pub fn notes_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
-    told_of(engine, service, false)
+    let declared = engine.snapshot().services().get(&service.key);
+    let in_vain = declared.is_some_and(|s| s.distribution == TrafficDistribution::SameZone)
+        && engine.settings().node.zone.is_none();
+    let zone = in_vain.then(|| {
+        "trafficDistribution: PreferSameZone has no effect here, since this node's zone is not known: label its Node \
+         topology.kubernetes.io/zone, or give --topology-zone"
+            .to_owned()
+    });
+    told_of(engine, service, false).into_iter().chain(zone).collect()
 }
 
 /// What compile says of a port with `publish.mode: Host` on a node that has none of its endpoints.

@@ -9,7 +9,7 @@ use std::{
 
 use jiff::Timestamp;
 
-use super::endpoints::{Candidate, serving};
+use super::endpoints::{Candidate, Place, serving};
 use crate::model::{
     endpoints::Slice,
     ids::{Family, Mark, PerFamily, PortId, Protocol, Scope, ServiceKey},
@@ -18,7 +18,7 @@ use crate::model::{
         VirtualServerKey,
     },
     node::{NodeConfig, NodeFacts},
-    service::{Mode, PublishMode, Service, ServicePort, TrafficPolicy},
+    service::{Mode, PublishMode, Reach, Service, ServicePort},
     small::SmallMap,
 };
 
@@ -158,7 +158,7 @@ pub fn compile_service(
                     port,
                     slices,
                     (family, mark),
-                    service.internal_policy,
+                    service.internal(),
                     inputs,
                 );
                 for p in ports_from(port.port, port.span()) {
@@ -221,10 +221,6 @@ fn publish(
     };
     compiled.published = Some(number);
     compiled.marks.insert(Scope::Ingress, mark);
-    let policy = match publish.mode {
-        PublishMode::Ingress => service.external_policy,
-        PublishMode::Host => TrafficPolicy::Local,
-    };
     if !publish.addresses.is_empty() {
         let own = |addr: &IpAddr| addr.is_loopback() || inputs.facts.published_addresses.contains(addr);
         if !publish.addresses.iter().any(own) {
@@ -239,7 +235,15 @@ fn publish(
     }
     for &family in families {
         let Some(ingress) = inputs.config.ingress(family) else { continue };
-        add_virtual_server(out, service, port, slices, (family, mark), policy, inputs);
+        add_virtual_server(
+            out,
+            service,
+            port,
+            slices,
+            (family, mark),
+            service.external(publish.mode),
+            inputs,
+        );
         let key = VirtualServerKey { family, mark };
         let empty = out.virtual_servers.get(&key).is_none_or(|vs| vs.reals.is_empty());
         if publish.mode == PublishMode::Host && empty {
@@ -284,18 +288,17 @@ fn add_virtual_server(
     port: &ServicePort,
     slices: &[Arc<Slice>],
     (family, mark): (Family, Mark),
-    policy: TrafficPolicy,
+    reach: Reach,
     inputs: &Inputs<'_>,
 ) {
     let key = VirtualServerKey { family, mark };
     if out.virtual_servers.contains_key(&key) {
         return;
     }
-    let candidates = serving(port, slices, family, &inputs.config.name, policy);
+    let candidates = serving(service, port, slices, family, Place::of(inputs.config), reach);
     let mut reals = BTreeMap::new();
     for (real, Candidate { endpoint, local }) in &candidates {
-        let weight = endpoint.target.as_deref().and_then(|t| service.weights.get(t)).copied().unwrap_or(1);
-        reals.insert(*real, RealServerConfig { weight: u32::from(weight) });
+        reals.insert(*real, RealServerConfig { weight: u32::from(service.weight(endpoint)) });
         out.reals.insert(
             (key, *real),
             RealInfo {

@@ -26,7 +26,7 @@ use crate::{
         node::{NodeConfig, nth_address},
         service::{
             FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
-            TrafficPolicy,
+            TrafficDistribution, TrafficPolicy,
         },
     },
     source::{
@@ -562,6 +562,7 @@ fn pinned(key: &ServiceKey, last: Option<&Service>, status: &MeshServiceStatus) 
         scheduler: Scheduler::default(),
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
+        distribution: TrafficDistribution::Any,
         drain: std::time::Duration::ZERO,
         publish_not_ready: false,
         dns: crate::model::service::Dns::default(),

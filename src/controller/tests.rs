@@ -304,6 +304,7 @@ fn endpoints_are_counted_once() {
         terminating: false,
         node: None,
         zone: None,
+        hints: None,
         target: Some(target.into()),
         hostname: None,
     };
@@ -367,6 +368,7 @@ fn what_nodes_say_is_in_the_status() {
             terminating: false,
             node: None,
             zone: None,
+            hints: None,
             target: None,
             hostname: None,
         };

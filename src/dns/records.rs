@@ -8,11 +8,11 @@ use std::{
 
 use super::choice::{Addresses, Random};
 use crate::{
-    compile::endpoints::serving,
+    compile::endpoints::{Place, choose, serving},
     model::{
         endpoints::{Endpoint, Slice},
         ids::{Family, PerFamily, Protocol, ServiceKey},
-        service::{DnsAnswer, Mode, Service, TrafficPolicy},
+        service::{DnsAnswer, Mode, Reach, Service},
     },
 };
 
@@ -101,8 +101,8 @@ pub struct PortTarget {
 /// What a service's names depend on besides the service and its slices.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
-    /// This node's name.
-    pub node: &'a str,
+    /// This node.
+    pub place: Place<'a>,
     /// The service's virtual IPs.
     pub vips: PerFamily<IpAddr>,
 }
@@ -120,7 +120,7 @@ impl ServiceNames {
         for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
             known.entry(endpoint.address).or_insert_with(|| label(endpoint));
         }
-        let tasks = taking(service, slices, context.node, TrafficPolicy::Cluster);
+        let tasks = taking(service, slices, context.place, Reach::ALL);
         for (_, addresses) in tasks.iter() {
             for (addr, _) in addresses.entries() {
                 let Some(label) = known.get(addr) else { continue };
@@ -131,7 +131,7 @@ impl ServiceNames {
             Mode::Vip => Main::Vips(context.vips),
             Mode::Dnsrr => Main::Endpoints(
                 service.dns.answer,
-                taking(service, slices, context.node, service.internal_policy),
+                taking(service, slices, context.place, service.internal()),
             ),
         };
         Self {
@@ -142,7 +142,7 @@ impl ServiceNames {
             main,
             tasks,
             endpoints,
-            ports: ports(service, slices, context.node, &known),
+            ports: ports(service, slices, context.place, &known),
             known: known.into_iter().collect(),
             turns: before.map(|names| names.turns.clone()).unwrap_or_default(),
         }
@@ -159,37 +159,17 @@ impl ServiceNames {
     }
 }
 
-/// Endpoints that take new connections, as the kernel's do: ready ones, or, where there are none, those that terminate and
-/// still serve. A family that the service does not have is not answered.
-fn taking(
-    service: &Service,
-    slices: &[Arc<Slice>],
-    node: &str,
-    policy: TrafficPolicy,
-) -> PerFamily<Addresses> {
+/// Addresses of the endpoints that take new connections, as the kernel's do. A family that the service does not have is not
+/// answered.
+fn taking(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, reach: Reach) -> PerFamily<Addresses> {
     let mut out = PerFamily::default();
     for &family in &service.families {
-        let mut ready = BTreeMap::new();
-        let mut ending = BTreeMap::new();
-        for endpoint in slices.iter().filter(|s| s.family == family).flat_map(|s| &s.endpoints) {
-            if policy == TrafficPolicy::Local && endpoint.node.as_deref() != Some(node) {
-                continue;
-            }
-            let weight = weight(service, endpoint);
-            if endpoint.ready {
-                ready.insert(endpoint.address, weight);
-            } else if endpoint.serving && endpoint.terminating {
-                ending.insert(endpoint.address, weight);
-            }
-        }
-        let chosen = if ready.is_empty() { ending } else { ready };
-        out.set(family, Some(Addresses::new(chosen)));
+        let of_family = slices.iter().filter(|s| s.family == family).flat_map(|s| &s.endpoints);
+        let chosen = choose(service, of_family.map(|e| (e.address, e)), place, reach);
+        let weighed = chosen.into_iter().map(|(addr, found)| (addr, service.weight(found.endpoint)));
+        out.set(family, Some(Addresses::new(weighed)));
     }
     out
-}
-
-fn weight(service: &Service, endpoint: &Endpoint) -> u16 {
-    endpoint.target.as_deref().and_then(|t| service.weights.get(t)).copied().unwrap_or(1)
 }
 
 /// Its hostname, else the name of its pod, else its address with dashes: what is a label.
@@ -217,7 +197,7 @@ fn is_label(text: &str) -> bool {
 fn ports(
     service: &Service,
     slices: &[Arc<Slice>],
-    node: &str,
+    place: Place<'_>,
     known: &BTreeMap<IpAddr, Arc<str>>,
 ) -> Vec<PortNames> {
     let named = service.ports.iter().filter_map(|port| Some((port, port.name.clone()?)));
@@ -227,9 +207,9 @@ fn ports(
             Mode::Dnsrr => {
                 let mut targets = Vec::new();
                 for &family in &service.families {
-                    let found = serving(port, slices, family, node, service.internal_policy);
+                    let found = serving(service, port, slices, family, place, service.internal());
                     for (real, candidate) in found {
-                        let weight = weight(service, candidate.endpoint);
+                        let weight = service.weight(candidate.endpoint);
                         // A range keeps the port that was asked for.
                         let port = if real.port == 0 { port.port } else { real.port };
                         let target = PortTarget { label: known.get(&real.addr).cloned(), port, weight };

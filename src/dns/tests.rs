@@ -14,11 +14,12 @@ use super::{
     table::Table,
     zone::Zone,
 };
+use crate::compile::endpoints::Place;
 use crate::model::{
     endpoints::Slice,
     fixtures::{config, endpoint, port, service, slice},
     ids::{Family, PerFamily, ServiceKey},
-    service::{DnsAnswer, Mode, Service, TrafficPolicy},
+    service::{DnsAnswer, Mode, Service, TrafficDistribution, TrafficPolicy},
 };
 
 pub(super) fn zone() -> Arc<Zone> {
@@ -36,7 +37,7 @@ pub(super) fn put(
     slices: &[Arc<Slice>],
     vips: PerFamily<IpAddr>,
 ) -> BTreeSet<ServiceKey> {
-    let context = Context { node: "n1", vips };
+    let context = Context { place: Place { node: "n1", zone: Some("z1") }, vips };
     let new = ServiceNames::new(service, slices, context, names.get(&service.key).map(|old| &**old));
     names.set(&service.key, Some(new))
 }
@@ -228,6 +229,26 @@ fn one_at_a_time_and_near_ones_only() {
     let table = published(&mut names);
     assert_eq!(told(&ask(&table, "db.default.mesh.internal.", RecordType::A)), "10.244.1.1");
     assert_eq!(told(&ask(&table, "tasks.db.default.mesh.internal.", RecordType::A)), "10.244.1.1 10.244.2.2");
+}
+
+#[test]
+fn near_ones_are_preferred() {
+    let mut names = Names::new(zone());
+    let mut db = dnsrr("db");
+    db.ports[0].name = Some("pg".into());
+    db.distribution = TrafficDistribution::SameZone;
+    let mut ends = vec![endpoint("10.244.1.1", "n2"), endpoint("10.244.2.2", "n3")];
+    (ends[0].zone, ends[1].zone) = (Some("z1".into()), Some("z2".into()));
+    put(&mut names, &db, &[slice("db", ends.clone())], PerFamily::default());
+    let table = published(&mut names);
+    assert_eq!(told(&ask(&table, "db.default.mesh.internal.", RecordType::A)), "10.244.1.1");
+    let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", RecordType::SRV);
+    assert_eq!(told(&srv), "0 1 8080 10-244-1-1.db.default.mesh.internal.");
+    assert_eq!(told(&ask(&table, "tasks.db.default.mesh.internal.", RecordType::A)), "10.244.1.1 10.244.2.2");
+    ends[0].ready = false;
+    put(&mut names, &db, &[slice("db", ends)], PerFamily::default());
+    let table = published(&mut names);
+    assert_eq!(told(&ask(&table, "db.default.mesh.internal.", RecordType::A)), "10.244.2.2");
 }
 
 #[test]

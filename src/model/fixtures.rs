@@ -7,7 +7,8 @@ use super::{
     ids::{Family, PerFamily, Protocol, ServiceKey},
     node::{MarkMask, NodeConfig, NodeFacts},
     service::{
-        FamilyPolicy, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort, TrafficPolicy,
+        FamilyPolicy, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
+        TrafficDistribution, TrafficPolicy,
     },
     snapshot::Event,
 };
@@ -26,6 +27,7 @@ pub fn service(name: &str) -> Service {
         scheduler: Scheduler::default(),
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
+        distribution: TrafficDistribution::Any,
         drain: Duration::from_secs(30),
         publish_not_ready: false,
         dns: super::service::Dns::default(),
@@ -61,6 +63,7 @@ pub fn endpoint(address: &str, node: &str) -> Endpoint {
         terminating: false,
         node: Some(node.into()),
         zone: None,
+        hints: None,
         target: None,
         hostname: None,
     }
@@ -89,6 +92,7 @@ pub fn config() -> NodeConfig {
         publish_range: 30000..=32767,
         reserved: vec![],
         mask: MarkMask::default(),
+        zone: None,
     }
 }
 

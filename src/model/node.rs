@@ -25,6 +25,8 @@ pub struct NodeConfig {
     pub reserved: Vec<ReservedPorts>,
     /// Bits of the packet mark that are ours.
     pub mask: MarkMask,
+    /// Its zone (`topology.kubernetes.io/zone`), where it is known: endpoints there are near.
+    pub zone: Option<Arc<str>>,
 }
 
 impl NodeConfig {
@@ -54,6 +56,15 @@ impl NodeConfig {
             None
         }
     }
+}
+
+/// What a source knows of this node.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct NodeSays {
+    /// Its own addresses, at most one per family.
+    pub addresses: PerFamily<IpAddr>,
+    /// Its zone.
+    pub zone: Option<Arc<str>>,
 }
 
 /// `network + n`, where the range has such an address.

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc, time::Duration};
 
-use super::ids::{Family, PerFamily, PortId, Protocol, ServiceKey};
+use super::{
+    endpoints::Endpoint,
+    ids::{Family, PerFamily, PortId, Protocol, ServiceKey},
+};
 
 /// A MeshService that passed validation.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -29,6 +32,8 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// Which endpoints serve published ports.
     pub external_policy: TrafficPolicy,
+    /// Which of those are preferred.
+    pub distribution: TrafficDistribution,
     /// How long established TCP connections of a removed endpoint may go on.
     pub drain: Duration,
     /// Endpoints that are not ready are used as ready ones are.
@@ -105,6 +110,53 @@ pub enum TrafficPolicy {
     Cluster,
     /// Only endpoints on the node that received the packet; none means refused.
     Local,
+}
+
+/// As `trafficDistribution` of a core Service (KEP-4444, KEP-3015): a preference, never a reason to refuse.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default, Debug)]
+pub enum TrafficDistribution {
+    /// None.
+    #[default]
+    Any,
+    /// Endpoints in this node's zone, while there are any.
+    SameZone,
+    /// Endpoints on this node, while there are any; else those in its zone.
+    SameNode,
+}
+
+/// Which endpoints a client may be led to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Reach {
+    /// On which nodes.
+    pub policy: TrafficPolicy,
+    /// And which of those first.
+    pub distribution: TrafficDistribution,
+}
+
+impl Reach {
+    /// All of them.
+    pub const ALL: Self = Self { policy: TrafficPolicy::Cluster, distribution: TrafficDistribution::Any };
+}
+
+impl Service {
+    /// Endpoints of the virtual IP, and of the name where there is none.
+    pub fn internal(&self) -> Reach {
+        Reach { policy: self.internal_policy, distribution: self.distribution }
+    }
+
+    /// Endpoints of a port that is published in this way.
+    pub fn external(&self, mode: PublishMode) -> Reach {
+        let policy = match mode {
+            PublishMode::Ingress => self.external_policy,
+            PublishMode::Host => TrafficPolicy::Local,
+        };
+        Reach { policy, distribution: self.distribution }
+    }
+
+    /// The IPVS weight of an endpoint.
+    pub fn weight(&self, endpoint: &Endpoint) -> u16 {
+        endpoint.target.as_deref().and_then(|target| self.weights.get(target)).copied().unwrap_or(1)
+    }
 }
 
 /// An IPVS scheduler and its flags (kernel: `net/netfilter/ipvs/ip_vs_*.c`).

@@ -2,7 +2,6 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
@@ -17,7 +16,7 @@ use super::{
 use crate::{
     allocate::Lock,
     dataplane::Probe,
-    model::{ids::PerFamily, snapshot::Event},
+    model::{node::NodeSays, snapshot::Event},
 };
 
 /// What wakes the agent.
@@ -33,7 +32,7 @@ pub enum Input {
         complete: bool,
     },
     /// The node's own addresses, as the source knows them.
-    NodeAddresses(PerFamily<IpAddr>),
+    Node(NodeSays),
     /// Addresses, links or routes of the node changed.
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
@@ -180,8 +179,8 @@ impl<O: Observer> Agent<O> {
                     );
                 }
             }
-            Input::NodeAddresses(ips) => {
-                self.engine.set_node_ips(ips);
+            Input::Node(says) => {
+                self.engine.set_node(says);
                 self.node_dirty = true;
             }
             Input::NodeChanged => self.node_dirty = true,

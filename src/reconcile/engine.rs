@@ -12,7 +12,6 @@ mod unread;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -38,7 +37,7 @@ use crate::{
     model::{
         ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
         kernel::{Element, KernelState, PublishedFlows, Timeouts},
-        node::{NodeConfig, NodeFacts},
+        node::{NodeConfig, NodeFacts, NodeSays},
         snapshot::{Event, Snapshot},
     },
     plan::{Observed, Op, plan, plan_all},
@@ -74,6 +73,8 @@ pub struct Turn {
 /// drives it.
 pub struct Engine {
     settings: Settings,
+    /// What the settings said of the node at first: it outweighs the source.
+    given: NodeSays,
     /// The kernel side.
     pub dataplane: Dataplane,
     snapshot: Snapshot,
@@ -134,7 +135,9 @@ impl Engine {
         drains: Drains,
     ) -> Self {
         let ours = previous.known_marks();
+        let given = NodeSays { addresses: settings.addresses.node_ips, zone: settings.node.zone.clone() };
         Self {
+            given,
             recover: previous.services.is_empty().then(|| lock.clone()),
             allocator: Allocator::new(settings.node.clone(), previous, lock, BTreeSet::new()),
             generation: 0,
@@ -236,9 +239,16 @@ impl Engine {
         &self.settings
     }
 
-    /// Takes the node's own addresses from the source: the next [`Self::refresh_node`] goes by them.
-    pub fn set_node_ips(&mut self, ips: PerFamily<IpAddr>) {
-        self.settings.addresses.node_ips = ips;
+    /// Takes in what the source knows of this node, as far as it was not given. The next [`Self::refresh_node`] goes by its
+    /// addresses; another zone makes other endpoints near.
+    pub fn set_node(&mut self, says: NodeSays) {
+        if self.given.addresses.is_empty() {
+            self.settings.addresses.node_ips = says.addresses;
+        }
+        if self.given.zone.is_none() && self.settings.node.zone != says.zone {
+            self.settings.node.zone = says.zone;
+            self.dirty.extend(self.snapshot.services().keys().cloned());
+        }
     }
 
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.

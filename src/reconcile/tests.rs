@@ -16,7 +16,8 @@ use crate::{
             BridgeSubnet, Element, PublishedFlows, RealServerKey, VipRoute, VirtualServer,
             VirtualServerConfig, VirtualServerKey,
         },
-        service::{Service, ServicePort},
+        node::NodeSays,
+        service::{Service, ServicePort, TrafficDistribution},
         snapshot::Event,
     },
     plan::Op,
@@ -55,6 +56,42 @@ pub(crate) fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
     ]);
     engine.synced(true);
     engine
+}
+
+#[test]
+fn the_zone_of_the_node_makes_endpoints_near() {
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let mut ends = ["10.244.1.11", "10.244.1.12"].map(|addr| endpoint(addr, "n2"));
+    (ends[0].zone, ends[1].zone) = (Some("z1".into()), Some("z2".into()));
+    let web = Service {
+        ports: vec![port(80, 8080)],
+        distribution: TrafficDistribution::SameZone,
+        ..service("web")
+    };
+    engine.feed([Event::Service(Arc::new(web)), Event::Slice(slice("web", ends.into()))]);
+    engine.synced(true);
+    turn(&mut engine, true);
+    let taking = || {
+        let state = &kernel.lock().state;
+        let reals = state.virtual_servers.values().flat_map(|server| server.reals.iter());
+        let mut taking: Vec<_> =
+            reals.filter(|(_, config)| config.weight > 0).map(|(key, _)| key.addr.to_string()).collect();
+        taking.sort();
+        taking.join(" ")
+    };
+    assert_eq!(taking(), "10.244.1.11 10.244.1.12");
+    let says = |zone: Option<&str>| NodeSays { zone: zone.map(Into::into), ..NodeSays::default() };
+    for (zone, want) in
+        [(Some("z1"), "10.244.1.11"), (Some("z2"), "10.244.1.12"), (None, "10.244.1.11 10.244.1.12")]
+    {
+        engine.set_node(says(zone));
+        assert!(engine.is_dirty());
+        turn(&mut engine, false);
+        assert_eq!(taking(), want, "{zone:?}");
+        engine.set_node(says(zone));
+        assert!(!engine.is_dirty(), "the same again");
+    }
 }
 
 #[test]

@@ -19,7 +19,13 @@ use super::{
 };
 use crate::{
     api,
-    model::{endpoints::Slice, ids::ServiceKey, node::NodeConfig, service::Service, snapshot::Event},
+    model::{
+        endpoints::Slice,
+        ids::ServiceKey,
+        node::{NodeConfig, NodeSays},
+        service::Service,
+        snapshot::Event,
+    },
 };
 
 /// Files bigger than this are not read: 10,000 services fit in half of it.
@@ -34,6 +40,8 @@ pub struct Loaded {
     pub slices: BTreeMap<ServiceKey, Arc<Slice>>,
     /// All that is wrong.
     pub problems: Vec<Problem>,
+    /// What the source knows of this node, where it knows any.
+    pub node: Option<NodeSays>,
 }
 
 impl Loaded {

@@ -10,7 +10,7 @@ pub mod problem;
 pub mod store;
 pub mod watch;
 
-use std::{net::IpAddr, time::Instant};
+use std::time::Instant;
 
 pub use files::{Loaded, load};
 pub use origin::Origin;
@@ -19,7 +19,7 @@ pub use watch::watch;
 
 use crate::{
     allocate::Lock,
-    model::{ids::PerFamily, snapshot::Event},
+    model::{node::NodeSays, snapshot::Event},
 };
 
 /// What a source tells its reader.
@@ -31,8 +31,8 @@ pub enum SourceMessage {
     Synced,
     /// What `meshlb.lock` says now, when that is something else than before.
     Lock(Lock),
-    /// This node's own addresses, as the source knows them.
-    NodeAddresses(PerFamily<IpAddr>),
+    /// What the source knows of this node.
+    Node(NodeSays),
     /// All that is wrong now; replaces the list before.
     Problems(Vec<Problem>),
 }

@@ -77,6 +77,26 @@ fn install_then_observe_then_nothing_to_write() {
 }
 
 #[test]
+fn an_element_that_is_refused_keeps_no_other_out() {
+    with_each(|mut r| {
+        // Without sets for IPv6.
+        let program = program(&[Family::V4], false);
+        r.install(&program, &elements(&[Family::V4])).unwrap();
+        let put = |addr, port| {
+            ElementChange::Put(vip(addr, Protocol::Tcp, port), Some(Mark(0x100 + u32::from(port))))
+        };
+        let mut changes: Vec<_> = (1..=40).map(|port| put("10.200.0.6", port)).collect();
+        changes.insert(20, put("fd00:200::6", 1));
+        let results = r.apply(&program, &changes);
+        let failed: Vec<usize> = (0..changes.len()).filter(|i| results[*i].is_err()).collect();
+        assert_eq!(failed, [20], "{results:?}");
+        let mut want = elements(&[Family::V4]);
+        note(&mut want, &changes, &results);
+        assert_eq!(r.observe(&program).unwrap().elements, want);
+    });
+}
+
+#[test]
 fn changes_of_elements_arrive() {
     with_each(|mut r| {
         r.install(&dual(), &all()).unwrap();

@@ -6,7 +6,7 @@ use super::{rules_iptables::Saved, xtables::Variant};
 use crate::{dataplane::Error, model::ids::Family};
 
 /// Where looking is cheap, healing takes no longer than this and a turn.
-const INTERVAL: Duration = Duration::from_secs(3);
+const INTERVAL: Duration = Duration::from_secs(2);
 /// On a host with many rules a look costs more, so it is rarer: never more than a tenth of a core.
 const REST: u32 = 10;
 

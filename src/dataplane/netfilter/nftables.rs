@@ -21,6 +21,8 @@ use crate::{
 
 /// The hash of rules that are needed and not there.
 const NONE: u64 = 0;
+/// So often may a refused transaction be halved: enough to find four bad ones among thousands.
+const SPLITS: usize = 64;
 
 /// The nftables renderer.
 #[derive(Debug)]
@@ -163,6 +165,40 @@ impl Nftables {
         Ok((needed, others))
     }
 
+    /// Makes the changes in one transaction. One element that the kernel refuses undoes all of it: then each half is tried
+    /// by itself, `splits` times in all, so that what can be done is done.
+    fn change(&mut self, changes: &[ElementChange], splits: &mut usize) -> Vec<Result<(), Error>> {
+        let result = self.transaction(changes);
+        if matches!(result, Err(Error::Failed { .. })) && changes.len() > 1 && *splits > 0 {
+            *splits -= 1;
+            let (first, second) = changes.split_at(changes.len() / 2);
+            let mut results = self.change(first, splits);
+            results.extend(self.change(second, splits));
+            return results;
+        }
+        let results = vec![result; changes.len()];
+        if let Some(known) = self.known.as_mut() {
+            super::note(known, changes, &results);
+        }
+        results
+    }
+
+    fn transaction(&mut self, changes: &[ElementChange]) -> Result<(), Error> {
+        let none = Elements::new();
+        let known = self.known.as_ref().unwrap_or(&none);
+        let text = nftwrite::change_text(&mut self.reader, known, changes, Layout::Whole)?;
+        if text.is_empty() {
+            return Ok(());
+        }
+        let before = self.reader.generation()?;
+        self.runs += 1;
+        nftwrite::run(&text)?;
+        let after = self.reader.generation()?;
+        let alone = self.generation == Some(before) && after == before.wrapping_add(1);
+        self.generation = alone.then_some(after);
+        Ok(())
+    }
+
     fn put_accepting_rules(&mut self, program: &Program) -> Result<(), Error> {
         for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
             for family in Family::ALL {
@@ -237,26 +273,8 @@ impl Netfilter for Nftables {
     }
 
     fn apply(&mut self, _program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
-        let none = Elements::new();
-        let known = self.known.as_ref().unwrap_or(&none);
-        let result =
-            nftwrite::change_text(&mut self.reader, known, changes, Layout::Whole).and_then(|text| {
-                if text.is_empty() {
-                    return Ok(());
-                }
-                let before = self.reader.generation()?;
-                self.runs += 1;
-                nftwrite::run(&text)?;
-                let after = self.reader.generation()?;
-                let alone = self.generation == Some(before) && after == before.wrapping_add(1);
-                self.generation = alone.then_some(after);
-                Ok(())
-            });
-        let results = vec![result; changes.len()];
-        if let Some(known) = self.known.as_mut() {
-            super::note(known, changes, &results);
-        }
-        results
+        let mut splits = SPLITS;
+        self.change(changes, &mut splits)
     }
 
     fn remove_leftovers(&mut self) -> Result<(), Error> {

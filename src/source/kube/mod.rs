@@ -1,4 +1,4 @@
-//! The API server as a source: MeshServices, EndpointSlices, and this node's own Node for its addresses.
+//! The API server as a source: MeshServices, EndpointSlices, and this node's own Node for its addresses and zone.
 //!
 //! Each kind has a watch that lists first and resumes or lists again by itself. Nothing that the data path depends on
 //! changes while the API server can't be reached; the first complete lists are what [`SourceMessage::Synced`] waits for.
@@ -37,7 +37,7 @@ use crate::{
     api::{MeshService, SERVICE_NAME_LABEL},
     model::{
         ids::{Family, PerFamily},
-        node::NodeConfig,
+        node::{NodeConfig, NodeSays},
     },
 };
 pub use feed::without_bulk;
@@ -92,15 +92,15 @@ async fn find_config(kubeconfig: Option<&Path>) -> Result<Config> {
     Ok(config)
 }
 
-/// Follows the API server in a thread of its own, until the receiver of the messages is gone. With `watch_node` the node's
-/// addresses are told too, and are part of what has to be there before it is synced.
+/// Follows the API server in a thread of its own, until the receiver of the messages is gone. Where `node_required`, this
+/// node's Node has to be there before it is synced.
 ///
 /// # Errors
 /// The thread can't be started.
 pub fn watch(
     access: Config,
     config: NodeConfig,
-    watch_node: bool,
+    node_required: bool,
     sender: Sender<SourceMessage>,
 ) -> io::Result<JoinHandle<()>> {
     let runtime = runtime()?;
@@ -116,8 +116,9 @@ pub fn watch(
             let follower = Follower {
                 url,
                 feed: Feed::new(config),
-                node: watch_node.then_some(node),
-                node_seen: !watch_node,
+                node,
+                node_required,
+                node_seen: false,
                 no_node: false,
                 broken: BTreeMap::new(),
                 told: Vec::new(),
@@ -160,8 +161,10 @@ struct Gone;
 struct Follower {
     url: String,
     feed: Feed,
-    /// The node whose addresses are told.
-    node: Option<String>,
+    /// The node that is told about.
+    node: String,
+    /// Without it nothing is synced.
+    node_required: bool,
     node_seen: bool,
     /// There is none of that name.
     no_node: bool,
@@ -176,9 +179,7 @@ impl Follower {
     async fn run(mut self, client: Client) {
         let mut streams: Vec<stream::BoxStream<'static, Said>> =
             KINDS.iter().map(|kind| objects(client.clone(), *kind).boxed()).collect();
-        if let Some(name) = &self.node {
-            streams.push(own_node(client, name).boxed());
-        }
+        streams.push(own_node(client, &self.node).boxed());
         let mut said = stream::select_all(streams).ready_chunks(CHUNK);
         let mut tick = tokio::time::interval(PAUSE.1 / 2);
         loop {
@@ -233,10 +234,11 @@ impl Follower {
             watcher::Event::Apply(node) | watcher::Event::InitApply(node) => {
                 self.broken.remove(&Watch::Node);
                 (self.node_seen, self.no_node) = (true, false);
-                self.send(SourceMessage::NodeAddresses(internal_ips(&node)))
+                self.send(SourceMessage::Node(what_it_says(&node)))
             }
             watcher::Event::InitDone => {
-                self.no_node = !self.node_seen;
+                self.no_node = !self.node_seen && self.node_required;
+                self.node_seen |= !self.node_required;
                 Ok(())
             }
             watcher::Event::Init | watcher::Event::Delete(_) => Ok(()),
@@ -244,7 +246,8 @@ impl Follower {
     }
 
     fn problems(&self) -> Vec<Problem> {
-        let no_node = self.node.as_ref().filter(|_| self.no_node).map(|name| {
+        let no_node = self.no_node.then(|| {
+            let name = &self.node;
             format!(
                 "there is no Node {name}: give --node the name that `kubectl get nodes` shows, or --node-ip"
             )
@@ -322,6 +325,17 @@ pub fn pause() -> impl kube::runtime::utils::Backoff {
     ResetTimerBackoff::new(watcher::ExponentialBackoff::from(growing.without_max_times()), RECOVERED)
 }
 
+/// The label that says where a node is (`topology.kubernetes.io`, well-known labels of Kubernetes).
+const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
+
+fn what_it_says(node: &Node) -> NodeSays {
+    let zone = node.metadata.labels.as_ref().and_then(|labels| labels.get(ZONE_LABEL));
+    NodeSays {
+        addresses: internal_ips(node),
+        zone: zone.filter(|z| !z.is_empty()).map(|z| z.as_str().into()),
+    }
+}
+
 /// A node's own addresses, the first of each family.
 fn internal_ips(node: &Node) -> PerFamily<IpAddr> {
     let mut out = PerFamily::default();
@@ -387,20 +401,17 @@ pub fn load(access: Config, config: NodeConfig) -> Result<Loaded> {
 async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
     let url = access.cluster_url.to_string();
     let client = Client::try_from(access).with_context(|| format!("API server {url}"))?;
+    let name = config.name.to_string();
     let mut feed = Feed::new(config);
     let mut events = Vec::new();
+    let node =
+        Api::<Node>::all(client.clone()).get_opt(&name).await.map_err(|e| failed(&url, Watch::Node, &e))?;
     for kind in KINDS {
         let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource(kind));
         let mut params = ListParams::default().limit(PAGE);
         params.label_selector = selector(kind).map(Into::into);
         loop {
-            let page = api.list(&params).await.map_err(|e| {
-                let watch = Watch::Objects(kind).resource();
-                anyhow::Error::msg(match &e {
-                    kube::Error::Api(status) => refused(&url, watch, status),
-                    other => unreachable(&url, watch, other),
-                })
-            })?;
+            let page = api.list(&params).await.map_err(|e| failed(&url, Watch::Objects(kind), &e))?;
             for object in page.items {
                 feed.take(kind, watcher::Event::Apply(object), &mut events);
             }
@@ -410,5 +421,13 @@ async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
             }
         }
     }
-    Ok(Loaded::new(events, feed.problems().cloned().collect()))
+    let problems = feed.problems().cloned().collect();
+    Ok(Loaded { node: node.as_ref().map(what_it_says), ..Loaded::new(events, problems) })
+}
+
+fn failed(url: &str, watch: Watch, error: &kube::Error) -> anyhow::Error {
+    anyhow::Error::msg(match error {
+        kube::Error::Api(status) => refused(url, watch.resource(), status),
+        other => unreachable(url, watch.resource(), other),
+    })
 }

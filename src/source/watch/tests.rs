@@ -19,6 +19,7 @@ fn config() -> NodeConfig {
         publish_range: 30000..=32767,
         reserved: vec![],
         mask: MarkMask::default(),
+        zone: None,
     }
 }
 
@@ -57,7 +58,7 @@ impl Watched {
                 self.problems = now.iter().map(|p| p.to_string().replace(&dir, "DIR")).collect();
                 Some(vec!["problems".into()])
             }
-            SourceMessage::NodeAddresses(_) => None,
+            SourceMessage::Node(_) => None,
             SourceMessage::Events(events, _) => Some(events.iter().map(brief).collect()),
         }
     }

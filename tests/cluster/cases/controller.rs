@@ -387,6 +387,7 @@ fn refused(cluster: &Cluster) -> Result<()> {
         publish_range: 30000..=32767,
         reserved: vec![],
         mask: MarkMask::default(),
+        zone: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let access = meshlb::source::kube::config(Some(&cluster.kubeconfig()))?;

@@ -236,6 +236,7 @@ fn rights(cluster: &Cluster) -> Result<()> {
         publish_range: 30000..=32767,
         reserved: vec![],
         mask: MarkMask::default(),
+        zone: None,
     };
     kube::watch(access()?, config, true, sender)?;
     loop {

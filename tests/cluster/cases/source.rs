@@ -1,7 +1,6 @@
 //! The API server as a source: what an agent is told, and what it is not told when things break.
 
 use std::{
-    net::IpAddr,
     path::Path,
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     time::{Duration, Instant},
@@ -11,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use meshlb::{
     model::{
         ids::{Family, PerFamily},
-        node::{MarkMask, NodeConfig},
+        node::{MarkMask, NodeConfig, NodeSays},
         snapshot::Event,
     },
     source::{SourceMessage, kube},
@@ -24,7 +23,7 @@ pub const CASES: [Case; 5] = [
     ("source::api_server_that_goes_and_comes_back", goes_and_comes_back),
     ("source::without_the_crd", without_crd),
     ("source::without_rights", without_rights),
-    ("source::addresses_of_the_node", node_addresses),
+    ("source::what_the_node_says", node_says),
 ];
 
 /// What a source has told so far.
@@ -32,23 +31,28 @@ struct Told {
     messages: Receiver<SourceMessage>,
     events: Vec<String>,
     problems: Vec<String>,
-    addresses: Option<PerFamily<IpAddr>>,
+    node: Option<NodeSays>,
     synced: bool,
+}
+
+fn config(node: &str) -> Result<NodeConfig> {
+    Ok(NodeConfig {
+        name: node.into(),
+        ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
+        publish_range: 30000..=32767,
+        reserved: vec![],
+        mask: MarkMask::default(),
+        zone: None,
+    })
 }
 
 impl Told {
     fn begin(kubeconfig: &Path, node: Option<&str>) -> Result<Told> {
-        let config = NodeConfig {
-            name: node.unwrap_or("n1").into(),
-            ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
-            publish_range: 30000..=32767,
-            reserved: vec![],
-            mask: MarkMask::default(),
-        };
+        let config = config(node.unwrap_or("n1"))?;
         let access = kube::config(Some(kubeconfig))?;
         let (sender, messages) = channel();
         kube::watch(access, config, node.is_some(), sender)?;
-        Ok(Told { messages, events: Vec::new(), problems: Vec::new(), addresses: None, synced: false })
+        Ok(Told { messages, events: Vec::new(), problems: Vec::new(), node: None, synced: false })
     }
 
     fn take(&mut self, message: SourceMessage) {
@@ -57,7 +61,7 @@ impl Told {
             SourceMessage::Problems(problems) => {
                 self.problems = problems.iter().map(ToString::to_string).collect()
             }
-            SourceMessage::NodeAddresses(addresses) => self.addresses = Some(addresses),
+            SourceMessage::Node(says) => self.node = Some(says),
             SourceMessage::Synced => self.synced = true,
             SourceMessage::Lock(_) => {}
         }
@@ -214,7 +218,7 @@ fn without_rights(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn node_addresses(cluster: &Cluster) -> Result<()> {
+fn node_says(cluster: &Cluster) -> Result<()> {
     cluster.install_crds()?;
     let mut told = Told::begin(&cluster.kubeconfig(), Some("n7"))?;
     told.until("told that there is no such Node", PATIENCE, |t| t.says("there is no Node n7"))?;
@@ -226,8 +230,19 @@ fn node_addresses(cluster: &Cluster) -> Result<()> {
         .kubectl(&["patch", "node", "n7", "--subresource=status", "--type=merge", "-p", status], "")?
         .good()?;
     let want = PerFamily { v4: Some("192.168.50.7".parse()?), v6: Some("fd00:50::7".parse()?) };
-    told.until("its addresses", PATIENCE, |t| t.addresses == Some(want) && t.synced)?;
+    let says = |t: &Told, zone: Option<&str>| {
+        t.node == Some(NodeSays { addresses: want, zone: zone.map(Into::into) })
+    };
+    told.until("its addresses", PATIENCE, |t| says(t, None) && t.synced)?;
     ensure!(told.problems.is_empty(), "{:?}", told.problems);
+    let label = |text: &str| cluster.kubectl(&["label", "--overwrite", "node", "n7", text], "")?.good();
+    label("topology.kubernetes.io/zone=eu-1a")?;
+    told.until("its zone", PATIENCE, |t| says(t, Some("eu-1a")))?;
+    // As commands that look once.
+    let loaded = kube::load(kube::config(Some(&cluster.kubeconfig()))?, config("n7")?)?;
+    ensure!(loaded.node == told.node, "{:?}", loaded.node);
+    label("topology.kubernetes.io/zone-")?;
+    told.until("no zone", PATIENCE, |t| says(t, None))?;
     cluster.kubectl(&["delete", "node", "n7"], "")?.good()?;
     Ok(())
 }

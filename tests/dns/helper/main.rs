@@ -7,11 +7,13 @@
 //! | `names COUNT` | their names and addresses, as a hosts file |
 //! | `storm ADDR DIR SERVICES CHANGES QUERIES SECONDS` | so many changes and queries a second: no answer may be wrong or missing |
 //! | `latency ADDR COUNT QUERIES SECONDS` | asks for the names of COUNT services, so many a second: p50 and p99 in microseconds |
+//! | `memory DIR` | MiB that the names of the services in DIR take |
 //! | `changes ADDR DIR TIMES` | how long a change takes until it is in the answers: p50 and p99 |
 
 mod ask;
 mod latency;
 mod manifests;
+mod memory;
 mod serve;
 mod storm;
 
@@ -39,6 +41,7 @@ fn main() -> Result<()> {
         ["latency", addr, count, queries, seconds] => {
             latency::run(addr.parse()?, count.parse()?, queries.parse()?, seconds.parse()?)
         }
+        ["memory", dir] => memory::run(dir.as_ref()),
         ["changes", addr, dir, times] => storm::changes(addr.parse()?, dir.as_ref(), times.parse()?),
         _ => bail!("see the top of tests/dns/helper/main.rs"),
     }

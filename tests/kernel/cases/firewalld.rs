@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::guard::{BOTH, VIPS, refused, to_nothing, to_service, works};
+use super::healing::within;
 use super::support::wait_until;
 use crate::check;
 use crate::ns::{Output, run_here};
@@ -189,15 +190,16 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     check::even(&tally, &t.pod_names())
 }
 
-/// Until everything works again: within the five seconds that healing may take.
+/// Until everything works again: within the time that healing may take.
 fn works_soon(t: &Topology) -> Result<Duration> {
+    let allowed = within(t.node(1))?;
     let start = Instant::now();
     loop {
         let result = works(t, &BOTH);
         let took = start.elapsed();
         match result {
             Ok(()) => return Ok(took),
-            Err(e) if took > Duration::from_secs(5) => return Err(e.context(format!("after {took:?}"))),
+            Err(e) if took > allowed => return Err(e.context(format!("after {took:?}, of {allowed:?}"))),
             Err(_) => sleep(Duration::from_millis(50)),
         }
     }

@@ -68,6 +68,16 @@ impl Cluster {
         describe: impl FnOnce(&Topology, &mut Manifests) -> Result<()>,
     ) -> Result<Cluster> {
         let meshlb = cx.meshlb()?.clone();
+        Cluster::start_with(cx, meshlb, spec, describe)
+    }
+
+    /// The same with this `meshlb`.
+    fn start_with(
+        cx: &Cx,
+        meshlb: Meshlb,
+        spec: &Builder,
+        describe: impl FnOnce(&Topology, &mut Manifests) -> Result<()>,
+    ) -> Result<Cluster> {
         let t = cx.topology(spec)?;
         let mut m = cx.manifests()?;
         describe(&t, &mut m)?;

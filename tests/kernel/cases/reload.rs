@@ -9,15 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::guard::sh;
-use super::healing::drifts;
+use super::healing::{drifts, within};
 use super::support::{served, start, vip, web_on_one_node};
 use crate::client::{Flows, Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::snapshot::Snapshot;
 use crate::topology::{Node, Topology};
-
-/// How long healing may take.
-const WITHIN: Duration = Duration::from_secs(5);
 
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(240);
@@ -153,8 +150,9 @@ fn reloads(cx: &mut Cx) -> Result<()> {
         cx.note(format!(
             "{what}: loaded in {loaded:?}, all of ours was back after {whole:?}; new connections failed from {first:?} to {last:?}"
         ));
-        if last.max(whole) > loaded + WITHIN {
-            late.push(format!("{what}: {whole:?}, a connection failed after {last:?}"));
+        let allowed = loaded + within(n1)?;
+        if last.max(whole) > allowed {
+            late.push(format!("{what}: {whole:?}, a connection failed after {last:?}, of {allowed:?}"));
         }
         served(&t, &["p11", "p12"]).with_context(|| format!("{what}: healed"))?;
         if drifts(n1)? <= counted {
@@ -208,7 +206,12 @@ fn healed(cx: &Cx, n1: &Node, ours: &Snapshot, way: &Reload, begun: Instant) -> 
         if diff.is_empty() {
             break took;
         }
-        ensure!(took < WITHIN * 4, "{}: not as before after {took:?}:\n{}", way.what, diff.join("\n"));
+        ensure!(
+            took < Duration::from_secs(30),
+            "{}: not as before after {took:?}:\n{}",
+            way.what,
+            diff.join("\n")
+        );
     };
     let nft = way.what.starts_with("nft");
     let list = if nft { "nft list ruleset" } else { "iptables-save; ip6tables-save" };

@@ -1,14 +1,18 @@
 //! Traffic policies.
 
 use anyhow::{Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Cluster, PROTOS, serve_from, two_nodes, vip, web};
 use crate::check;
-use crate::runner::{Cx, Family, Matrix, Suite};
+use crate::client::{Flows, Probe};
+use crate::manifests::{Endpoint, Manifests};
+use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::topology::Topology;
 
 pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::local_policies", &Matrix::pair(), local);
+    suite.add("lifecycle::near_endpoints", &Matrix::pair(), near);
 }
 
 /// Both policies Local: everybody gets the endpoints of the node, with the client's address kept, and a refusal where the
@@ -74,5 +78,73 @@ fn local(cx: &mut Cx) -> Result<()> {
     }
     let report = c.service(1, "web")?;
     ensure!(report["readyEndpoints"] == 2, "{report:#}");
+    c.in_sync()
+}
+
+/// `web` from three pods, of which p11 is in zone z1, p12 in z2 and p21 in z1; those in `away` are not ready.
+fn zoned(t: &Topology, m: &mut Manifests, away: &[&str]) {
+    for family in Family::ALL {
+        let endpoints = [("p11", "z1"), ("p12", "z2"), ("p21", "z1")].map(|(pod, zone)| {
+            let endpoint = Endpoint { zone: Some(zone.to_owned()), ..Endpoint::of(t.pod(pod), family) };
+            if away.contains(&pod) { endpoint.not_ready() } else { endpoint }
+        });
+        m.slice("web", family, endpoints.into());
+    }
+}
+
+/// `trafficDistribution`: the near endpoints serve while there are any, by virtual IP and published port; what is open stays.
+fn near(cx: &mut Cx) -> Result<()> {
+    // Both nodes are in z1.
+    let meshlb = cx.meshlb()?.clone().flag("--topology-zone=z1");
+    let mut c = Cluster::start_with(cx, meshlb, &two_nodes(), |t, m| {
+        web(t, m, &["p11"])?;
+        zoned(t, m, &[]);
+        Ok(())
+    })?;
+    let served = |c: &Cluster, nodes: [&[&str]; 2]| -> Result<()> {
+        for family in Family::ALL {
+            for proto in PROTOS {
+                for (node, servers) in (1..).zip(nodes) {
+                    let n = 2 * servers.len();
+                    check::even(
+                        &c.t.pod(if node == 1 { "p12" } else { "p22" }).connect(
+                            proto,
+                            vip(family, 80)?,
+                            n,
+                        )?,
+                        servers,
+                    )?;
+                    check::even(&c.t.ext.connect(proto, c.t.node(node).at(family, 30080), n)?, servers)?;
+                }
+            }
+        }
+        Ok(())
+    };
+    let prefer = |c: &mut Cluster, what: Value, away: &[&str]| {
+        c.change(|t, m| {
+            m.service("web").set("trafficDistribution", what);
+            zoned(t, m, away);
+            Ok(())
+        })
+    };
+    let all: &[&str] = &["p11", "p12", "p21"];
+    served(&c, [all, all])?;
+    let flows = Flows::start(
+        &c.t.pod("p22").ns,
+        &Probe::new(Proto::Tcp, vip(Family::V4, 80)?),
+        3,
+        std::time::Duration::from_millis(100),
+    )?;
+    prefer(&mut c, json!("PreferSameZone"), &[])?;
+    served(&c, [&["p11", "p21"], &["p11", "p21"]])?;
+    prefer(&mut c, json!("PreferSameNode"), &[])?;
+    served(&c, [&["p11", "p12"], &["p21"]])?;
+    let flows = flows.stop()?;
+    ensure!(flows.iter().all(|f| f.errors.is_empty() && f.exchanges > 3), "{flows:?}");
+    // None on n2: then those in its zone; none there either: then all.
+    prefer(&mut c, json!("PreferSameNode"), &["p21"])?;
+    served(&c, [&["p11", "p12"], &["p11"]])?;
+    prefer(&mut c, json!("PreferSameZone"), &["p11", "p21"])?;
+    served(&c, [&["p12"], &["p12"]])?;
     c.in_sync()
 }
