@@ -295,8 +295,13 @@ fn objects(client: Client, kind: Kind) -> impl Stream<Item = Said> {
     })
 }
 
+/// The field selector of one object.
+fn named(name: &str) -> String {
+    format!("metadata.name={name}")
+}
+
 fn own_node(client: Client, name: &str) -> impl Stream<Item = Said> + use<> {
-    let config = watcher::Config::default().fields(&format!("metadata.name={name}"));
+    let config = watcher::Config::default().fields(&named(name));
     watcher(Api::<Node>::all(client), config).backoff(pause()).map(|said| match said {
         Ok(event) => Said::Node(Box::new(event)),
         Err(e) => Said::Failed(Watch::Node, e),
@@ -404,8 +409,10 @@ async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
     let name = config.name.to_string();
     let mut feed = Feed::new(config);
     let mut events = Vec::new();
-    let node =
-        Api::<Node>::all(client.clone()).get_opt(&name).await.map_err(|e| failed(&url, Watch::Node, &e))?;
+    // As the agent does: who may list need not be one who may get.
+    let only = ListParams::default().fields(&named(&name));
+    let nodes =
+        Api::<Node>::all(client.clone()).list(&only).await.map_err(|e| failed(&url, Watch::Node, &e))?;
     for kind in KINDS {
         let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource(kind));
         let mut params = ListParams::default().limit(PAGE);
@@ -422,7 +429,7 @@ async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
         }
     }
     let problems = feed.problems().cloned().collect();
-    Ok(Loaded { node: node.as_ref().map(what_it_says), ..Loaded::new(events, problems) })
+    Ok(Loaded { node: nodes.items.first().map(what_it_says), ..Loaded::new(events, problems) })
 }
 
 fn failed(url: &str, watch: Watch, error: &kube::Error) -> anyhow::Error {
