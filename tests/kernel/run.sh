@@ -88,8 +88,8 @@ in_vm() {
   for f in "$run/cases" ${codec:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
   [ -z "$prometheus" ] || cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"
   MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
-    MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} MESHLB_KERNEL_CLAIMS=$claims \
-    MESHLB_VM_ENV="MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS" \
+    MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} MESHLB_KERNEL_CLAIMS=$claims MESHLB_KUBE_BENCH=${MESHLB_KUBE_BENCH:-} \
+    MESHLB_VM_ENV="MESHLB_KUBE_BENCH MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS" \
     "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/cases" ${codec:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/

@@ -247,7 +247,9 @@ fn counted(cluster: &Cluster) -> Result<()> {
     ensure!(said?.contains("[-] election: the Lease"), "it does not say why");
     cluster.wait_ready()?;
     drop((leader, second));
-    cluster.kubectl(&["delete", "--raw", "/apis/meshlb.dev/v1alpha1/namespaces/counted/meshservices"], "")?.good()?;
+    cluster
+        .kubectl(&["delete", "--raw", "/apis/meshlb.dev/v1alpha1/namespaces/counted/meshservices"], "")?
+        .good()?;
     clear(cluster)?;
     cluster.kubectl(&["delete", "clusterrolebinding", ACCOUNT], "")?.good()?;
     Ok(())

@@ -80,6 +80,26 @@ fn node_object(node: &Node) -> Value {
     })
 }
 
+/// kube-proxy on a node.
+pub(super) fn start_proxy(node: &Node, mode: &str, kubeconfig: &Path) -> Result<Agent> {
+    let program = program().context("no kube-proxy")?;
+    std::fs::create_dir_all(&node.dir)?;
+    let flag = |name: &str, value: &str| format!("--{name}={value}");
+    let command = [
+        program.display().to_string(),
+        flag("kubeconfig", &kubeconfig.display().to_string()),
+        flag("hostname-override", &node.name),
+        flag("cluster-cidr", "10.244.0.0/16"),
+        flag("proxy-mode", mode),
+        flag("iptables-sync-period", "10s"),
+        flag("ipvs-sync-period", "10s"),
+        // These are the whole machine's.
+        flag("conntrack-max-per-core", "0"),
+    ];
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    Agent::spawn(&node.ns, &command, &[], node.dir.join("kube-proxy.log"))
+}
+
 /// kube-proxy on every node.
 struct Proxies {
     mode: &'static str,
@@ -88,24 +108,7 @@ struct Proxies {
 
 impl Proxies {
     fn start(t: &Topology, mode: &'static str, kubeconfig: &Path) -> Result<Proxies> {
-        let program = program().context("no kube-proxy")?;
-        let start = |node: &Node| {
-            std::fs::create_dir_all(&node.dir)?;
-            let flag = |name: &str, value: &str| format!("--{name}={value}");
-            let command = [
-                program.display().to_string(),
-                flag("kubeconfig", &kubeconfig.display().to_string()),
-                flag("hostname-override", &node.name),
-                flag("cluster-cidr", "10.244.0.0/16"),
-                flag("proxy-mode", mode),
-                flag("iptables-sync-period", "10s"),
-                flag("ipvs-sync-period", "10s"),
-                // These are the whole machine's.
-                flag("conntrack-max-per-core", "0"),
-            ];
-            let command: Vec<&str> = command.iter().map(String::as_str).collect();
-            Agent::spawn(&node.ns, &command, &[], node.dir.join("kube-proxy.log"))
-        };
+        let start = |node| start_proxy(node, mode, kubeconfig);
         Ok(Proxies { mode, running: t.nodes.iter().map(start).collect::<Result<_>>()? })
     }
 

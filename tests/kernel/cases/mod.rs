@@ -12,6 +12,7 @@ mod healing;
 mod host_network;
 mod idle;
 mod kube;
+mod kube_bench;
 mod kube_proxy;
 mod lifecycle;
 mod many;
@@ -56,5 +57,6 @@ pub fn register(suite: &mut Suite) {
     reload::register(suite);
     kube::register(suite);
     kube_proxy::register(suite);
+    kube_bench::register(suite);
     idle::end(suite);
 }
