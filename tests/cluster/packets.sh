@@ -10,9 +10,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 [ $# -gt 0 ] || set -- kube
 # What was up before is left up.
-stop='"$here/up.sh" --stop'; ! running >/dev/null || stop=true
-trap "$stop" EXIT
-running >/dev/null || "$here/up.sh"
+was_up=$(running) || was_up=
+stop() { [ -n "$was_up" ] || "$here/up.sh" --stop; }
+trap stop EXIT
+[ -n "$was_up" ] || "$here/up.sh"
 kubectl() { "${KUBE_BIN:-$(kube_dir)}/kubectl" --kubeconfig "$dir/kubeconfig" "$@"; }
 kubectl apply --server-side -f crds/ >/dev/null
 kubectl create namespace meshlb-system --dry-run=client -o yaml | kubectl apply -f - >/dev/null
@@ -34,7 +35,7 @@ else
   # Everything is shut but the API server.
   export MESHLB_VM=${MESHLB_VM_NAME:-kube} MESHLB_VM_MEMORY=${MESHLB_VM_MEMORY:-4G} MESHLB_VM_QEMU_OPTS="-netdev user,id=host,restrict=on,guestfwd=tcp:10.0.2.100:6443-cmd:$dir/to-apiserver -device virtio-net-pci,netdev=host"
   tests/vm/up.sh
-  trap "tests/vm/down.sh; $stop" EXIT
+  trap 'tests/vm/down.sh; stop' EXIT
   tests/vm/run.sh <<'V'
 set -e
 [ ! -e /sys/class/net/host0 ] || exit 0
