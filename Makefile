@@ -4,10 +4,10 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node demo bench bench-dns vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node demo bench bench-dns bench-cluster vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## what building and testing need, from Debian and PyPI (nothing the second time)
 	@tests/vm/setup.sh
@@ -59,6 +59,9 @@ bench: setup ## measures it
 
 bench-dns: ## measures the DNS server beside CoreDNS
 	@tests/dns/bench.sh
+
+bench-cluster: ## measures the way from the API server to the kernel, and memory beside kube-proxy
+	@tests/cluster/bench.sh
 
 vm-up: ## boots the VM and leaves it up: test-kernel then takes seconds
 	@tests/vm/up.sh

@@ -125,7 +125,7 @@ impl DnsOptions {
             zones: self.dns_forward.clone(),
             cache: self.dns_cache,
         };
-        for upstream in forward.all() {
+        for (_, upstream) in forward.all() {
             if upstream.ip().is_unspecified() || upstream.port() == 0 {
                 bail!("DNS upstream {upstream} is no address that can be asked");
             }
@@ -196,6 +196,15 @@ pub struct Feed {
     problems: Vec<String>,
 }
 
+impl Drop for Feed {
+    /// What nobody keeps up to date is not to be answered.
+    fn drop(&mut self) {
+        if let Some(server) = &self.server {
+            server.stop();
+        }
+    }
+}
+
 impl Feed {
     /// Starts the server, where one is wanted. That it can't be is told; it is no reason not to balance.
     ///
@@ -204,9 +213,10 @@ impl Feed {
     pub fn start(options: &Options, engine: &Engine, metrics: &Metrics) -> Result<Self> {
         let ranges = engine.settings().node.ranges;
         let zone = options.dns.zone(ranges)?;
+        let node = engine.facts().all_addresses.clone();
         let server = match options.dns.config(ranges)? {
             None => None,
-            Some(config) => match Server::start(&config, zone.clone(), metrics.dns().clone()) {
+            Some(config) => match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {
                 Ok(server) => Some(server),
                 Err(e) => {
                     error!("DNS can't be served: {e}; everything else goes on");
@@ -237,11 +247,13 @@ impl Feed {
             others.extend(self.names.set(key, new));
         }
         let held = engine.held().clone();
+        if let Some(server) = &self.server {
+            server.set_node(engine.facts().all_addresses.clone());
+        }
         if let Some(server) = &self.server
             && (!keys.is_empty() || held != self.held || !self.published)
         {
             self.published = true;
-            server.set_node(engine.facts().all_addresses.clone());
             server.publish(self.names.publish(true, &held));
             self.held = held;
             if let Some(since) = since {

@@ -180,7 +180,7 @@ impl Table {
 
     /// Names of addresses.
     fn reverse(&self, name: &Name, kind: RecordType) -> Option<Answer> {
-        let net = name.parse_arpa_name().ok()?;
+        let Ok(net) = name.parse_arpa_name() else { return self.below_reverse(name) };
         let (addr, whole) = (net.addr(), net.prefix_len() == net.max_prefix_len());
         let soa = self.zone.reverse_soa(addr, self.serial);
         let cut = soa.as_ref().map_or(0, |soa| soa.name.iter().count());
@@ -192,6 +192,7 @@ impl Table {
             return soa.map(|_| Answer::code(ResponseCode::ServFail));
         }
         let pointers = if whole { self.addresses.get(&addr) } else { None };
+        let pointers = pointers.filter(|pointers| pointers.values().any(|pointer| pointer.named));
         let Some(pointers) = pointers else {
             let soa = soa?;
             return Some(match kind {
@@ -208,7 +209,8 @@ impl Table {
         };
         match (kind, soa) {
             (RecordType::PTR, _) => {
-                let records = pointers.iter().take(MOST_POINTERS).filter_map(|(key, pointer)| {
+                let named = pointers.iter().filter(|(_, pointer)| pointer.named).take(MOST_POINTERS);
+                let records = named.filter_map(|(key, pointer)| {
                     let mut target = service_name(&self.zone, &key.name, &key.namespace)?;
                     if let Some(label) = &pointer.label {
                         target = target.prepend_label(&**label).ok()?;
@@ -224,6 +226,24 @@ impl Table {
         }
     }
 
+    /// Names in a reverse zone that are no address's, as `_dns-sd._udp.0.0.200.10.in-addr.arpa` (RFC 6763, 11): there is none.
+    fn below_reverse(&self, name: &Name) -> Option<Answer> {
+        let labels = name.iter().count();
+        if labels < 3 || !name.iter().next_back().is_some_and(|top| top.eq_ignore_ascii_case(b"arpa")) {
+            return None;
+        }
+        let parents = (3..labels).rev().map(|n| name.trim_to(n));
+        let (parent, net) = parents.filter_map(|p| Some((p.clone(), p.parse_arpa_name().ok()?))).next()?;
+        let soa = self.zone.reverse_soa(net.addr(), self.serial)?;
+        if parent.iter().count() < soa.name.iter().count() {
+            return None;
+        }
+        if !self.synced {
+            return Some(Answer::code(ResponseCode::ServFail));
+        }
+        Some(Answer { code: ResponseCode::NXDomain, authorities: vec![soa], ..Answer::default() })
+    }
+
     /// Names without the zone, as a pod of a namespace may use them for services of that namespace: only those that are
     /// there, since every other one belongs to the rest of the world.
     fn short(&self, name: &Name, kind: RecordType, client: Option<IpAddr>) -> Option<Answer> {
@@ -233,8 +253,11 @@ impl Table {
             return None;
         }
         let namespace = self.namespace_of(client?)?;
-        let entry = self.names.get(name_key(service, namespace.as_bytes()).as_slice())?;
-        self.of_service(name, before, kind, &entry.service)
+        let key = name_key(service, namespace.as_bytes());
+        match self.names.get(key.as_slice()) {
+            Some(entry) => self.of_service(name, before, kind, &entry.service),
+            None => self.unknown.contains(&key).then(|| Answer::code(ResponseCode::ServFail)),
+        }
     }
 
     fn name_of(&self, service: &ServiceNames) -> Option<Name> {

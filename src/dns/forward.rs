@@ -3,8 +3,10 @@
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
+    pin::pin,
     str::FromStr,
     sync::Arc,
+    task::Poll,
     time::Duration,
 };
 
@@ -18,14 +20,13 @@ use hickory_resolver::{
     config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
     lookup::Lookup,
 };
-use tokio::sync::Semaphore;
 
-use super::{answer::Answer, counted::Counted, handler::Elsewhere, upstream::Probe};
+use super::{answer::Answer, counted::Counted, handler::Elsewhere, places::Places, upstream::Probe};
 use crate::metrics::DnsMetrics;
 
-/// An upstream has this long for one try. Clients wait 5 s (resolv.conf(5)); two tries of two upstreams fit into that.
+/// An upstream has this long for one try. Clients wait 5 s (resolv.conf(5)): a try and one more fit into that.
 const TRY: Duration = Duration::from_secs(2);
-const TRIES: usize = 2;
+const MORE_TRIES: usize = 1;
 /// A cached answer lives no longer than this, whatever its TTL says (RFC 8767, 4 recommends a cap of days; ours is for nodes).
 const LONGEST: Duration = Duration::from_secs(3600);
 /// The same of negative answers (RFC 2308, 5 recommends one to three hours at most).
@@ -85,10 +86,10 @@ impl ForwardConfig {
         self.upstreams.is_empty() && self.zones.is_empty()
     }
 
-    /// Every upstream, once.
-    pub fn all(&self) -> Vec<SocketAddr> {
-        let mut out = self.upstreams.clone();
-        out.extend(self.zones.iter().flat_map(|z| z.upstreams.iter().copied()));
+    /// Every upstream with the zone that it is asked for.
+    pub fn all(&self) -> Vec<(Name, SocketAddr)> {
+        let zones = self.zones.iter().flat_map(|z| z.upstreams.iter().map(|at| (z.zone.clone(), *at)));
+        let mut out: Vec<_> = self.upstreams.iter().map(|at| (Name::root(), *at)).chain(zones).collect();
         out.sort();
         out.dedup();
         out
@@ -102,12 +103,25 @@ struct Resolvers {
     /// By TCP alone. hickory-resolver asks two upstreams at once, and gives up when the second one says too that its answer is
     /// too large (`NameServerPool::send`, 0.26.3: the first such answer has switched UDP off by then).
     tcp: TokioResolver,
+    /// Each upstream by itself, where there are several. hickory-resolver takes the first answer there is, also one that says
+    /// no more than that this upstream can't or won't (`NameServerPool::try_send`, 0.26.3).
+    each: Vec<TokioResolver>,
 }
 
 impl Resolvers {
     async fn lookup(&self, name: Name, kind: RecordType) -> Result<Lookup, NetError> {
         match self.any.lookup(name.clone(), kind).await {
             Err(NetError::Truncated) => self.tcp.lookup(name, kind).await,
+            Err(NetError::Dns(DnsError::ResponseCode(code))) => {
+                for one in &self.each {
+                    match one.lookup(name.clone(), kind).await {
+                        Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
+                        Err(e) if !matches!(e, NetError::Dns(DnsError::NoRecordsFound(_))) => {}
+                        found => return found,
+                    }
+                }
+                Err(NetError::Dns(DnsError::ResponseCode(code)))
+            }
             found => found,
         }
     }
@@ -117,8 +131,8 @@ impl Resolvers {
 pub struct Forwarder {
     /// By zone, the longest first; the root zone last, where there are upstreams for it.
     zones: Vec<(Name, Resolvers)>,
-    /// Lookups that may run at once. Each takes a socket, and the agent has other uses for those.
-    running: Arc<Semaphore>,
+    /// Lookups that run. Each takes sockets, and the agent has other uses for those.
+    running: Arc<Places>,
     probe: Arc<Probe>,
     metrics: DnsMetrics,
 }
@@ -130,7 +144,7 @@ impl fmt::Debug for Forwarder {
 }
 
 impl Forwarder {
-    /// A forwarder with at most `most` lookups at once.
+    /// A forwarder with at most `most` lookups at once, half of them for one client.
     ///
     /// # Errors
     /// A text for people.
@@ -145,8 +159,10 @@ impl Forwarder {
             ::metrics::with_local_recorder(&counted, || {
                 let udp = [ConnectionConfig::udp(), ConnectionConfig::tcp()];
                 let tcp = [ConnectionConfig::tcp()];
-                let any = resolver(upstreams, config.cache, &udp)?;
-                Ok(Resolvers { any, tcp: resolver(upstreams, config.cache, &tcp)? })
+                let build = |of: &[SocketAddr], ways: &[ConnectionConfig]| resolver(of, config.cache, ways);
+                let alone = if upstreams.len() > 1 { upstreams } else { &[] };
+                let each = alone.iter().map(|at| build(&[*at], &udp)).collect::<Result<_, _>>()?;
+                Ok(Resolvers { any: build(upstreams, &udp)?, tcp: build(upstreams, &tcp)?, each })
             })
             .map_err(|e: NetError| format!("upstreams {upstreams:?}: {e}"))
         };
@@ -158,25 +174,34 @@ impl Forwarder {
             zones.push((Name::root(), build(&config.upstreams)?));
         }
         zones.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.iter().count()));
-        Ok(Self { zones, running: Arc::new(Semaphore::new(most)), probe, metrics })
+        Ok(Self { zones, running: Places::new(most, 2), probe, metrics })
     }
 
     fn resolver(&self, name: &Name) -> Option<&Resolvers> {
         self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, resolver)| resolver)
     }
 
-    /// Looks a question up.
-    pub async fn lookup(&self, query: &Query) -> Answer {
+    /// Looks a client's question up.
+    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Answer {
         let Some(resolver) = self.resolver(query.name()) else {
             return Answer::code(ResponseCode::Refused);
         };
-        let Ok(_permit) = self.running.try_acquire() else {
-            self.metrics.limited("forwards");
-            return Answer::code(ResponseCode::ServFail);
-        };
         let mut name = query.name().clone();
         name.set_fqdn(true);
-        match resolver.lookup(name, query.query_type()).await {
+        let mut lookup = pin!(resolver.lookup(name, query.query_type()));
+        // What is in the cache is there at once, and takes no place.
+        let at_once = std::future::poll_fn(|context| Poll::Ready(lookup.as_mut().poll(context))).await;
+        let found = match at_once {
+            Poll::Ready(found) => found,
+            Poll::Pending => {
+                let Some(_place) = self.running.take(client) else {
+                    self.metrics.limited("forwards");
+                    return Answer::code(ResponseCode::ServFail);
+                };
+                lookup.await
+            }
+        };
+        match found {
             Ok(found) => Answer {
                 code: ResponseCode::NoError,
                 answers: found.answers().to_vec(),
@@ -204,7 +229,7 @@ impl Elsewhere for Forwarder {
     }
 
     fn is_loop(&self, name: &Name, client: IpAddr) -> bool {
-        self.probe.is_echo(name) || self.probe.is_loop(client)
+        self.probe.is_echo(name, client) || self.probe.is_loop(client)
     }
 }
 
@@ -226,7 +251,7 @@ fn resolver(
     let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
     let mut options = ResolverOpts::default();
     options.timeout = TRY;
-    options.attempts = TRIES;
+    options.attempts = MORE_TRIES;
     options.cache_size = cache;
     options.use_hosts_file = ResolveHosts::Never;
     options.preserve_intermediates = true;

@@ -61,6 +61,8 @@ pub trait Elsewhere: Send + Sync {
 pub enum Action {
     /// Nothing.
     Ignore,
+    /// Nothing yet: the source has not told everything.
+    Later,
     /// This is sent back.
     Reply(Vec<u8>),
     /// Someone else has to be asked.
@@ -96,6 +98,14 @@ pub struct Handler<E> {
     pub patient_until: Instant,
 }
 
+impl<E> Handler<E> {
+    /// Whether a client gets answers.
+    pub fn is_allowed(&self, client: IpAddr) -> bool {
+        let client = client.to_canonical();
+        self.allowed.contains(client) || self.shared.node.load().contains(&client)
+    }
+}
+
 impl<E: Elsewhere> Handler<E> {
     /// What is done with a packet from there.
     pub fn handle(&self, bytes: &[u8], from: SocketAddr, transport: Transport) -> Action {
@@ -106,8 +116,8 @@ impl<E: Elsewhere> Handler<E> {
             self.metrics.limited("noise");
             return Action::Ignore;
         }
-        let allowed = self.allowed.contains(client) || self.shared.node.load().contains(&client);
-        let within = transport == Transport::Tcp || self.rate.take(client, began);
+        let allowed = self.is_allowed(client);
+        let within = transport == Transport::Tcp || self.rate.take(client, allowed, began);
         let (request, query) = match packet {
             Packet::Question(request, query) if allowed || within => (*request, query),
             Packet::Malformed(metadata) if allowed && within => {
@@ -137,10 +147,7 @@ impl<E: Elsewhere> Handler<E> {
         match self.decide(&asked, client) {
             Decision::Answer(answer, from) => self.reply(&asked, &answer, from, false),
             Decision::Elsewhere => Action::Forward(Box::new(asked)),
-            Decision::TooEarly => {
-                self.metrics.limited("early");
-                Action::Ignore
-            }
+            Decision::TooEarly => Action::Later,
         }
     }
 
@@ -159,9 +166,14 @@ impl<E: Elsewhere> Handler<E> {
             return code(ResponseCode::Refused);
         }
         let table = self.shared.table.load();
-        if let Some(answer) = table.answer(name, kind, Some(client)) {
-            let early = !table.is_synced() && asked.began < self.patient_until;
+        let early = !table.is_synced() && asked.began < self.patient_until;
+        // An address of the node is many clients': none of them a pod whose namespace is known.
+        let pod = (!self.shared.node.load().contains(&client)).then_some(client);
+        if let Some(answer) = table.answer(name, kind, pod) {
             return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
+        }
+        if early && may_be_ours(name, kind) {
+            return Decision::TooEarly;
         }
         match &self.elsewhere {
             // Who asks us without wanting a lookup elsewhere wants what is ours.
@@ -201,6 +213,18 @@ impl<E: Elsewhere> Handler<E> {
         let took = asked.began.elapsed();
         self.metrics.answered(kind, code_label(code), asked.transport.label(), from, took);
         Action::Reply(reply)
+    }
+}
+
+/// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name, as far as it
+/// can't be one of the world's, or the name of a pod's address.
+fn may_be_ours(name: &Name, kind: RecordType) -> bool {
+    let labels: Vec<&[u8]> = name.iter().take(4).collect();
+    match labels[..] {
+        [_] => true,
+        [first, _] => first.eq_ignore_ascii_case(b"tasks"),
+        [port, protocol, _] => port.starts_with(b"_") && protocol.starts_with(b"_"),
+        _ => kind == RecordType::PTR && name.parse_arpa_name().is_ok(),
     }
 }
 

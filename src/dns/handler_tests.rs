@@ -218,7 +218,19 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     let question = request(VOTE, RecordType::A);
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::ServFail);
     handler.patient_until = Instant::now() + Duration::from_secs(60);
-    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Ignore));
+    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Later));
+    // Names that may turn out to be ours wait too; the world's don't.
+    for (name, kind, later) in [
+        ("vote.", RecordType::A, true),
+        ("tasks.vote.", RecordType::A, true),
+        ("_http._tcp.vote.", RecordType::SRV, true),
+        ("11.1.244.10.in-addr.arpa.", RecordType::PTR, true),
+        ("www.example.", RecordType::A, false),
+        ("a.b.example.", RecordType::A, false),
+    ] {
+        let action = send(&handler, &request(name, kind), "10.0.0.1:4000", Transport::Udp);
+        assert_eq!(matches!(action, Action::Later), later, "{name}");
+    }
     // What is not ours does not have to wait.
     let other = request("www.example.", RecordType::A);
     assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));

@@ -67,6 +67,8 @@ const BURST: f64 = 2.0;
 const SWEEP: Duration = Duration::from_secs(10);
 /// Forged addresses must not fill the memory: above this many in one sweep's time, all are forgotten.
 const MOST_CLIENTS: usize = 100_000;
+/// Whom nobody can be.
+const STRANGERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 
 impl Rate {
     /// A limit of so many answers a second; 0 is none.
@@ -75,8 +77,9 @@ impl Rate {
         Self { per_second, buckets: Mutex::new(buckets) }
     }
 
-    /// Whether one more answer to a client is within the limit.
-    pub fn take(&self, client: IpAddr, now: Instant) -> bool {
+    /// Whether one more answer to a client is within the limit. Those that get no answers (not `known`) share one, so that
+    /// forged addresses of theirs neither fill the memory nor have others forgotten.
+    pub fn take(&self, client: IpAddr, known: bool, now: Instant) -> bool {
         if self.per_second == 0 {
             return true;
         }
@@ -90,7 +93,8 @@ impl Rate {
         if buckets.by_client.len() >= MOST_CLIENTS {
             buckets.by_client.clear();
         }
-        let bucket = buckets.by_client.entry(network(client)).or_insert(Bucket { left: full, seen: now });
+        let client = if known { client.to_canonical() } else { STRANGERS };
+        let bucket = buckets.by_client.entry(client).or_insert(Bucket { left: full, seen: now });
         let passed = now.saturating_duration_since(bucket.seen).as_secs_f64();
         bucket.left = (bucket.left + passed * rate).min(full);
         bucket.seen = now;
@@ -99,17 +103,6 @@ impl Rate {
             bucket.left -= 1.0;
         }
         may
-    }
-}
-
-/// Who counts as one client: of IPv6, a whole subnet may be one machine's.
-fn network(client: IpAddr) -> IpAddr {
-    match client.to_canonical() {
-        IpAddr::V6(a) => {
-            let bits = u128::from(a) & (u128::MAX << 64);
-            Ipv6Addr::from(bits).into()
-        }
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -125,14 +118,18 @@ mod tests {
     fn clients_have_their_own_limits() {
         let rate = Rate::new(10);
         let start = Instant::now();
-        let got = |client: &str, at: Duration| (0..100).filter(|_| rate.take(ip(client), start + at)).count();
+        let take =
+            |client: &str, known, at| (0..100).filter(|_| rate.take(ip(client), known, start + at)).count();
+        let got = |client: &str, at: Duration| take(client, true, at);
         assert_eq!(got("10.0.0.1", Duration::ZERO), 20);
         assert_eq!(got("10.0.0.2", Duration::ZERO), 20);
         assert_eq!(got("10.0.0.1", Duration::from_secs(1)), 10);
         assert_eq!(got("10.0.0.1", Duration::from_secs(30)), 20);
-        assert_eq!(got("fd00::1", Duration::ZERO) + got("fd00::2", Duration::ZERO), 20);
+        // Pods of one node, which have a /64 together.
+        assert_eq!([got("fd00::1", Duration::ZERO), got("fd00::2", Duration::ZERO)], [20, 20]);
+        assert_eq!(take("8.8.8.8", false, Duration::ZERO) + take("2001:db8::1", false, Duration::ZERO), 20);
         let free = Rate::new(0);
-        assert!((0..1000).all(|_| free.take(ip("10.0.0.1"), start)));
+        assert!((0..1000).all(|_| free.take(ip("10.0.0.1"), true, start)));
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod handler;
 pub mod limit;
 pub mod message;
 pub mod names;
+mod places;
 pub mod records;
 pub mod server;
 pub mod table;

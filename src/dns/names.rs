@@ -102,12 +102,17 @@ impl Names {
     fn set_addresses(&mut self, key: &ServiceKey, old: Option<&ServiceNames>, new: Option<&ServiceNames>) {
         let pointers = |names: Option<&ServiceNames>| -> BTreeMap<IpAddr, Pointer> {
             let Some(names) = names else { return BTreeMap::new() };
-            let endpoints = names.known.iter().map(|(ip, label)| (*ip, Some(label.clone())));
-            let vips = match &names.main {
-                Main::Vips(vips) => vips.iter().map(|(_, ip)| (*ip, None)).collect(),
+            let ttl = names.ttl;
+            let endpoints = names.known.iter().map(|(ip, label)| {
+                let named = names.endpoints.get(label).is_some_and(|of| of.contains(ip));
+                (*ip, Pointer { label: Some(label.clone()), ttl, named })
+            });
+            let vips: Vec<_> = match &names.main {
+                Main::Vips(vips) => vips.iter().map(|(_, ip)| *ip).collect(),
                 Main::Endpoints(..) => Vec::new(),
             };
-            endpoints.chain(vips).map(|(ip, label)| (ip, Pointer { label, ttl: names.ttl })).collect()
+            let vips = vips.into_iter().map(|ip| (ip, Pointer { label: None, ttl, named: true }));
+            endpoints.chain(vips).collect()
         };
         let (old, mut new) = (pointers(old), pointers(new));
         for (ip, pointer) in old {

@@ -29,7 +29,7 @@ pub struct ServiceNames {
     pub aliases: Vec<Arc<str>>,
     /// What its own name answers.
     pub main: Main,
-    /// All endpoints that serve, on any node, in both modes: `tasks.`.
+    /// All endpoints that serve, on any node and of any weight, in both modes: `tasks.`.
     pub tasks: PerFamily<Addresses>,
     /// Endpoints by their label below the service's name.
     pub endpoints: BTreeMap<Arc<str>, Vec<IpAddr>>,
@@ -120,7 +120,7 @@ impl ServiceNames {
         for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
             known.entry(endpoint.address).or_insert_with(|| label(endpoint));
         }
-        let tasks = taking(service, slices, context.place, Reach::ALL);
+        let tasks = taking(service, slices, context.place, Reach::ALL, 1);
         for (_, addresses) in tasks.iter() {
             for (addr, _) in addresses.entries() {
                 let Some(label) = known.get(addr) else { continue };
@@ -131,7 +131,7 @@ impl ServiceNames {
             Mode::Vip => Main::Vips(context.vips),
             Mode::Dnsrr => Main::Endpoints(
                 service.dns.answer,
-                taking(service, slices, context.place, service.internal()),
+                taking(service, slices, context.place, service.internal(), 0),
             ),
         };
         Self {
@@ -160,13 +160,20 @@ impl ServiceNames {
 }
 
 /// Addresses of the endpoints that take new connections, as the kernel's do. A family that the service does not have is not
-/// answered.
-fn taking(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, reach: Reach) -> PerFamily<Addresses> {
+/// answered. Each weighs `least` at least: what weighs 0 is not answered.
+fn taking(
+    service: &Service,
+    slices: &[Arc<Slice>],
+    place: Place<'_>,
+    reach: Reach,
+    least: u16,
+) -> PerFamily<Addresses> {
     let mut out = PerFamily::default();
     for &family in &service.families {
         let of_family = slices.iter().filter(|s| s.family == family).flat_map(|s| &s.endpoints);
         let chosen = choose(service, of_family.map(|e| (e.address, e)), place, reach);
-        let weighed = chosen.into_iter().map(|(addr, found)| (addr, service.weight(found.endpoint)));
+        let weighed =
+            chosen.into_iter().map(|(addr, found)| (addr, service.weight(found.endpoint).max(least)));
         out.set(family, Some(Addresses::new(weighed)));
     }
     out

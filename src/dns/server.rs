@@ -10,10 +10,12 @@ use std::{
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
     net::{TcpListener, UdpSocket},
     sync::Notify,
+    task::JoinSet,
 };
 use tracing::{info, warn};
 
@@ -22,8 +24,9 @@ use super::{
     forward::{ForwardConfig, Forwarder},
     handler::{Action, Handler, Shared, Transport},
     limit::{Allowed, Rate},
+    places::Places,
     table::Table,
-    tcp::{Connections, serve_tcp},
+    tcp::serve_tcp,
     upstream::Probe,
     zone::Zone,
 };
@@ -35,8 +38,8 @@ const WAIT_FOR_SOURCE: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(5);
 /// Packets that are read before others get a turn.
 const AT_ONCE: usize = 64;
-/// Asked of the kernel, which may give less: bursts wait there.
-const RECEIVE_BUFFER: usize = 4 << 20;
+/// Asked of the kernel, which may give less: bursts wait there, and answers to a neighbour that has to be found first.
+const BUFFER: usize = 4 << 20;
 
 /// How it is served.
 #[derive(Clone, Debug)]
@@ -59,28 +62,36 @@ pub struct Server {
     problems: Arc<Mutex<BTreeMap<SocketAddr, String>>>,
     probe: Arc<Probe>,
     metrics: DnsMetrics,
+    ended: Arc<Notify>,
 }
 
 type Handle = Handler<Forwarder>;
 
 impl Server {
-    /// Starts serving, on a thread of its own. Names are answered as soon as there are any ([`Self::publish`]).
+    /// Starts serving, on a thread of its own, until [`Self::stop`]. Names are answered as soon as there are any
+    /// ([`Self::publish`]). `node` are the node's own addresses, which may ask whatever they are.
     ///
     /// # Errors
     /// The thread can't be made, or an upstream's address can't be used.
-    pub fn start(config: &Config, zone: Arc<Zone>, metrics: DnsMetrics) -> io::Result<Self> {
+    pub fn start(
+        config: &Config,
+        zone: Arc<Zone>,
+        node: BTreeSet<IpAddr>,
+        metrics: DnsMetrics,
+    ) -> io::Result<Self> {
         let files = more_files();
         let probe = Arc::new(Probe::new(&config.forward.all()));
         let elsewhere = if config.forward.is_empty() {
             None
         } else {
-            let most = (files / 4).clamp(64, 16_384);
+            // A lookup is up to six sockets: three sendings to two upstreams.
+            let most = (files / 24).clamp(64, 1024);
             let forwarder = Forwarder::new(&config.forward, most, probe.clone(), metrics.clone());
             Some(Arc::new(forwarder.map_err(io::Error::other)?))
         };
         let shared = Arc::new(Shared {
             table: ArcSwap::from_pointee(Table::new(zone)),
-            node: ArcSwap::from_pointee(BTreeSet::new()),
+            node: ArcSwap::from_pointee(node),
         });
         let server = Self {
             shared: shared.clone(),
@@ -88,6 +99,7 @@ impl Server {
             problems: Arc::default(),
             probe,
             metrics: metrics.clone(),
+            ended: Arc::default(),
         };
         let handler = Arc::new(Handler {
             shared,
@@ -97,13 +109,19 @@ impl Server {
             metrics,
             patient_until: Instant::now() + WAIT_FOR_SOURCE,
         });
-        let connections = Connections::new((files / 8).clamp(32, 4096));
+        let connections = Places::new((files / 8).clamp(32, 4096), 4);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (listen, own) = (config.listen.clone(), server.clone());
         std::thread::Builder::new().name("dns".into()).spawn(move || {
             let counted = Counted(own.metrics.clone());
             let _recorder = ::metrics::set_default_local_recorder(&counted);
-            runtime.block_on(own.run(listen, handler, connections));
+            let ended = own.ended.clone();
+            runtime.block_on(async {
+                tokio::select! {
+                    () = own.run(listen, handler, connections) => {}
+                    () = ended.notified() => {}
+                }
+            });
         })?;
         Ok(server)
     }
@@ -116,6 +134,11 @@ impl Server {
         if synced {
             self.told.notify_one();
         }
+    }
+
+    /// Ends serving: the addresses are free again a moment later.
+    pub fn stop(&self) {
+        self.ended.notify_one();
     }
 
     /// Replaces the node's own addresses.
@@ -142,7 +165,7 @@ impl Server {
         }
     }
 
-    async fn run(self, listen: Vec<SocketAddr>, handler: Arc<Handle>, connections: Arc<Connections>) {
+    async fn run(self, listen: Vec<SocketAddr>, handler: Arc<Handle>, connections: Arc<Places>) {
         let told = self.told.clone();
         tokio::spawn(async move {
             if tokio::time::timeout(WAIT_FOR_SOURCE, told.notified()).await.is_err() {
@@ -160,7 +183,7 @@ impl Server {
     }
 
     /// Serves an address, again and again.
-    async fn keep(&self, address: SocketAddr, handler: Arc<Handle>, connections: Arc<Connections>) {
+    async fn keep(&self, address: SocketAddr, handler: Arc<Handle>, connections: Arc<Places>) {
         let text = address.to_string();
         loop {
             let sockets = bind(address);
@@ -170,12 +193,12 @@ impl Server {
             let ended = match sockets {
                 Ok((udp, tcp)) => {
                     self.tell(address, None);
-                    let answers = tokio::spawn(serve_udp(udp, handler.clone()));
-                    let accepts = tokio::spawn(serve_tcp(tcp, handler.clone(), connections.clone()));
-                    let ended = tokio::select! {
-                        ended = answers => ended,
-                        ended = accepts => ended,
-                    };
+                    let mut both = JoinSet::new();
+                    both.spawn(serve_udp(udp, handler.clone()));
+                    both.spawn(serve_tcp(tcp, handler.clone(), connections.clone()));
+                    let ended = both.join_next().await;
+                    // Neither socket may be left, or the address can't be had again.
+                    both.shutdown().await;
                     format!("DNS on {address} has ended: {ended:?}")
                 }
                 // A node without IPv6.
@@ -205,7 +228,13 @@ fn bind(address: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {
         Ok(socket)
     };
     let udp = socket(Type::DGRAM, Protocol::UDP)?;
-    let _ = udp.set_recv_buffer_size(RECEIVE_BUFFER);
+    // The right to have more than net.core.rmem_max and wmem_max is the agent's, mostly.
+    if setsockopt(&udp, sockopt::RcvBufForce, &BUFFER).is_err() {
+        let _ = udp.set_recv_buffer_size(BUFFER);
+    }
+    if setsockopt(&udp, sockopt::SndBufForce, &BUFFER).is_err() {
+        let _ = udp.set_send_buffer_size(BUFFER);
+    }
     udp.bind(&address.into())?;
     let tcp = socket(Type::STREAM, Protocol::TCP)?;
     // Connections of the process before may still be closing.
@@ -232,14 +261,15 @@ async fn serve_udp(socket: UdpSocket, handler: Arc<Handle>) {
         while let Some((n, from)) = read {
             match handler.handle(&buffer[..n], from, Transport::Udp) {
                 Action::Ignore => {}
-                Action::Reply(reply) => send(&socket, &reply, from).await,
+                Action::Later => handler.metrics.limited("early"),
+                Action::Reply(reply) => send(&socket, &reply, from, &handler.metrics),
                 Action::Forward(asked) => {
                     let (socket, handler) = (socket.clone(), handler.clone());
                     tokio::spawn(async move {
                         let Some(elsewhere) = &handler.elsewhere else { return };
-                        let answer = elsewhere.lookup(&asked.query).await;
+                        let answer = elsewhere.lookup(&asked.query, from.ip()).await;
                         if let Action::Reply(reply) = handler.forwarded(&asked, &answer) {
-                            send(&socket, &reply, from).await;
+                            send(&socket, &reply, from, &handler.metrics);
                         }
                     });
                 }
@@ -252,9 +282,13 @@ async fn serve_udp(socket: UdpSocket, handler: Arc<Handle>) {
     }
 }
 
-async fn send(socket: &UdpSocket, reply: &[u8], to: SocketAddr) {
-    if let Err(e) = socket.send_to(reply, to).await {
-        tracing::debug!("DNS can't answer {to}: {e}");
+/// An answer that can't be sent at once is lost: waiting for it would be waiting for a neighbour that may not be there, whom
+/// anybody can name as the sender.
+fn send(socket: &UdpSocket, reply: &[u8], to: SocketAddr, metrics: &DnsMetrics) {
+    match socket.try_send_to(reply, to) {
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => metrics.limited("send"),
+        Err(e) => tracing::debug!("DNS can't answer {to}: {e}"),
+        Ok(_) => {}
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeSet,
-    net::{SocketAddr, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
     time::{Duration, Instant},
@@ -38,7 +39,7 @@ fn config(listen: SocketAddr) -> Config {
 }
 
 fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
-    let server = Server::start(config, zone(), metrics.clone()).unwrap();
+    let server = Server::start(config, zone(), BTreeSet::new(), metrics.clone()).unwrap();
     server.publish(names.publish(true, &BTreeSet::new()));
     let begun = Instant::now();
     while ask::addresses(config.listen[0], "mesh.internal.", RecordType::A).is_err() {
@@ -60,7 +61,7 @@ fn upstream(address: [u8; 4], asked: &'static AtomicUsize, silent: &'static Atom
                 continue;
             }
             let query: Query = question.queries[0].clone();
-            if !query.name().to_ascii().ends_with("invalid.") {
+            if !query.name().to_ascii().starts_with("meshlb-") {
                 asked.fetch_add(1, Ordering::Relaxed);
             }
             let mut answer = question.into_response();
@@ -109,6 +110,131 @@ fn others_are_asked_and_one_that_dies_is_passed_over() {
     }
 }
 
+/// What is answered, or the code.
+fn outcome(at: SocketAddr, name: &str) -> Result<String, String> {
+    ask::addresses(at, name, RecordType::A).map(|ips| format!("{ips:?}"))
+}
+
+/// An upstream that refuses, at once.
+fn unwilling(code: ResponseCode) -> SocketAddr {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = socket.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
+            let mut answer = question.into_response();
+            answer.metadata.response_code = code;
+            let _ = socket.send_to(&answer.to_vec().unwrap(), from);
+        }
+    });
+    at
+}
+
+#[test]
+fn one_that_will_not_answer_does_not_speak_for_the_others() {
+    static ASKED: AtomicUsize = AtomicUsize::new(0);
+    static SILENT: AtomicBool = AtomicBool::new(false);
+    let good = upstream([192, 0, 2, 1], &ASKED, &SILENT);
+    for (test, code) in [(5, ResponseCode::Refused), (6, ResponseCode::ServFail)] {
+        let at = at(test);
+        let mut config = config(at);
+        config.forward.upstreams = vec![unwilling(code), good];
+        let _server = serve(&config, &mut some(), &DnsMetrics::default());
+        for i in 0..8 {
+            assert_eq!(outcome(at, &format!("w{i}.example.")), Ok("[192.0.2.1]".into()), "{code} {i}");
+        }
+    }
+    let at = at(7);
+    let mut config = config(at);
+    config.forward.upstreams = vec![unwilling(ResponseCode::Refused), unwilling(ResponseCode::ServFail)];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    assert_eq!(outcome(at, "www.example."), Err(ResponseCode::ServFail.to_string()));
+}
+
+#[test]
+fn two_that_forward_to_each_other_are_a_loop() {
+    let (one, other) = (at(8), at(9));
+    let of = |at: SocketAddr, to: SocketAddr, zone: Option<&str>| {
+        let mut config = config(at);
+        match zone {
+            None => config.forward.upstreams = vec![to],
+            Some(zone) => config.forward.zones = vec![format!("{zone}={to}").parse().unwrap()],
+        }
+        serve(&config, &mut some(), &DnsMetrics::default())
+    };
+    let (first, second) = (of(one, other, Some("corp.example")), of(other, one, Some("corp.example")));
+    let begun = Instant::now();
+    let looped = |server: &Server| server.problems().iter().any(|p| p.contains("a loop"));
+    // The one that finds it first refuses the other, whose question then does not come back.
+    while !looped(&first) && !looped(&second) {
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?} {:?}", first.problems(), second.problems());
+        thread::sleep(Duration::from_millis(50));
+    }
+    // Answered at once, and not after each has waited for the other.
+    let begun = Instant::now();
+    assert!(outcome(one, "x.corp.example.").is_err());
+    assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+}
+
+#[test]
+fn what_comes_too_early_waits_over_tcp_too() {
+    let at = at(10);
+    let server = Server::start(&config(at), zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+    let begun = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(at) {
+            Ok(stream) => break stream,
+            Err(e) => assert!(begun.elapsed() < Duration::from_secs(20), "{e}"),
+        }
+    };
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut question = Message::query();
+    question.add_query(Query::query(Name::from_ascii("vote.default.mesh.internal.").unwrap(), RecordType::A));
+    let bytes = question.to_vec().unwrap();
+    stream.write_all(&u16::try_from(bytes.len()).unwrap().to_be_bytes()).unwrap();
+    stream.write_all(&bytes).unwrap();
+    thread::sleep(Duration::from_millis(300));
+    server.publish(some().publish(true, &BTreeSet::new()));
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).unwrap();
+    let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut answer).unwrap();
+    let answer = Message::from_vec(&answer).unwrap();
+    assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::NoError, 1));
+    // And when it ends, its addresses are free again.
+    drop(stream);
+    server.stop();
+    let begun = Instant::now();
+    while UdpSocket::bind(at).is_err() || TcpListener::bind(at).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "it goes on");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn who_may_not_ask_has_no_place() {
+    let at = at(11);
+    let mut config = config(at);
+    config.allow = vec!["127.0.53.11/32".parse().unwrap()];
+    let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+    server.publish(some().publish(true, &BTreeSet::new()));
+    let begun = Instant::now();
+    let mut stream = loop {
+        match TcpStream::connect(at) {
+            Ok(stream) => break stream,
+            Err(e) => assert!(begun.elapsed() < Duration::from_secs(20), "{e}"),
+        }
+    };
+    // It is closed before anything is asked: the source address is 127.0.0.1's.
+    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    assert!(matches!(stream.read(&mut [0; 2]), Ok(0) | Err(_)));
+    assert!(begun.elapsed() < Duration::from_secs(4));
+    // The node itself always may.
+    server.set_node(["127.0.0.1".parse().unwrap()].into());
+    assert_eq!(outcome(at, "vote.default.mesh.internal."), Ok("[10.200.7.7]".into()));
+}
+
 #[test]
 fn an_upstream_that_asks_us_is_a_loop() {
     let at = at(2);
@@ -122,7 +248,7 @@ fn an_upstream_that_asks_us_is_a_loop() {
         thread::sleep(Duration::from_millis(50));
     }
     // What the upstream asks for others is refused; our own names are there for everyone.
-    let socket = UdpSocket::bind((at.ip(), 0)).unwrap();
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     socket.connect(at).unwrap();
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     for (name, code) in
@@ -142,7 +268,7 @@ fn an_upstream_that_asks_us_is_a_loop() {
 fn a_port_that_is_taken_is_told_and_had_later() {
     let at = at(3);
     let taken = UdpSocket::bind(at).unwrap();
-    let server = Server::start(&config(at), zone(), DnsMetrics::default()).unwrap();
+    let server = Server::start(&config(at), zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
     server.publish(some().publish(true, &BTreeSet::new()));
     let begun = Instant::now();
     while server.problems().is_empty() {

@@ -30,6 +30,8 @@ pub struct Pointer {
     pub label: Option<Arc<str>>,
     /// Seconds that the answer may be kept.
     pub ttl: u32,
+    /// Whether the name is answered with the address: else it only tells who asks.
+    pub named: bool,
 }
 
 /// Pointers of one address by service.

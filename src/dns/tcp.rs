@@ -1,11 +1,10 @@
 //! DNS over TCP (RFC 7766).
 
 use std::{
-    collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -17,62 +16,18 @@ use tokio::{
 use super::{
     forward::Forwarder,
     handler::{Action, Handler, Transport},
+    places::Places,
 };
 
 /// A connection without a question is closed after this long (RFC 7766, 6.2.3 leaves it to the server).
 const IDLE: Duration = Duration::from_secs(10);
+/// So long a question waits that comes before the source has been read: clients wait for five seconds (resolv.conf(5)).
+const EARLY: Duration = Duration::from_secs(5);
 /// A client that does not take its answer has this long.
 const SLOW: Duration = Duration::from_secs(5);
 
-/// Connections that are open, and how many may be: each is a file of the agent's.
-#[derive(Debug)]
-pub struct Connections {
-    most: usize,
-    open: Mutex<HashMap<IpAddr, usize>>,
-}
-
-impl Connections {
-    /// At most so many, and of one client at most a quarter of them.
-    pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { most, open: Mutex::default() })
-    }
-
-    fn open(self: &Arc<Self>, client: IpAddr) -> Option<Open> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let all: usize = open.values().sum();
-        let of_client = open.entry(client).or_default();
-        if all >= self.most || *of_client >= self.most.div_ceil(4) {
-            return None;
-        }
-        *of_client += 1;
-        Some(Open { of: self.clone(), client })
-    }
-}
-
-/// One open connection.
-struct Open {
-    of: Arc<Connections>,
-    client: IpAddr,
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        let mut open = self.of.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(n) = open.get_mut(&self.client) {
-            *n -= 1;
-            if *n == 0 {
-                open.remove(&self.client);
-            }
-        }
-    }
-}
-
 /// Answers connections.
-pub(super) async fn serve_tcp(
-    listener: TcpListener,
-    handler: Arc<Handler<Forwarder>>,
-    connections: Arc<Connections>,
-) {
+pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwarder>>, places: Arc<Places>) {
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -83,7 +38,12 @@ pub(super) async fn serve_tcp(
                 continue;
             }
         };
-        let Some(open) = connections.open(from.ip().to_canonical()) else {
+        // Who gets no answers takes no place from those who do.
+        if !handler.is_allowed(from.ip()) {
+            handler.metrics.limited("client");
+            continue;
+        }
+        let Some(place) = places.take(from.ip()) else {
             handler.metrics.limited("connections");
             continue;
         };
@@ -91,7 +51,7 @@ pub(super) async fn serve_tcp(
         tokio::spawn(async move {
             // It ends when the client does, or takes too long.
             let _ = converse(stream, from, &handler).await;
-            drop(open);
+            drop(place);
         });
     }
 }
@@ -104,12 +64,23 @@ async fn converse(mut stream: TcpStream, from: SocketAddr, handler: &Handler<For
         let length = timeout(IDLE, stream.read_u16()).await??;
         packet.resize(usize::from(length), 0);
         timeout(IDLE, stream.read_exact(&mut packet)).await??;
-        let reply = match handler.handle(&packet, from, Transport::Tcp) {
+        let mut action = handler.handle(&packet, from, Transport::Tcp);
+        // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
+        let patience = Instant::now() + EARLY;
+        while matches!(action, Action::Later) && Instant::now() < patience {
+            tokio::time::sleep(EARLY / 50).await;
+            action = handler.handle(&packet, from, Transport::Tcp);
+        }
+        let reply = match action {
             Action::Reply(reply) => reply,
             Action::Ignore => return Ok(()),
+            Action::Later => {
+                handler.metrics.limited("early");
+                return Ok(());
+            }
             Action::Forward(asked) => {
                 let Some(elsewhere) = &handler.elsewhere else { return Ok(()) };
-                let answer = elsewhere.lookup(&asked.query).await;
+                let answer = elsewhere.lookup(&asked.query, from.ip()).await;
                 match handler.forwarded(&asked, &answer) {
                     Action::Reply(reply) => reply,
                     _ => return Ok(()),

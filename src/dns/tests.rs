@@ -147,10 +147,25 @@ fn what_names_answer() {
         ("7.7.200.10.in-addr.arpa.", T::A, "SOA 200.10.in-addr.arpa. 5"),
         ("7.200.10.in-addr.arpa.", T::PTR, "SOA 200.10.in-addr.arpa. 5"),
         ("200.10.in-addr.arpa.", T::NS, "mesh.internal."),
+        // What looks for services by DNS asks for (RFC 6763, 11), and other names that are no address's.
+        ("b._dns-sd._udp.0.7.200.10.in-addr.arpa.", T::PTR, "NXDomain SOA 200.10.in-addr.arpa. 5"),
+        ("x.200.10.in-addr.arpa.", T::PTR, "NXDomain SOA 200.10.in-addr.arpa. 5"),
+        ("1.0-25.7.200.10.in-addr.arpa.", T::PTR, "NXDomain SOA 200.10.in-addr.arpa. 5"),
     ] {
         assert_eq!(told(&ask(&table, name, kind)), want.trim(), "{name} {kind}");
     }
-    for name in ["example.com.", "vote.", "10.in-addr.arpa.", "99.1.244.10.in-addr.arpa.", "."] {
+    for name in [
+        "example.com.",
+        "vote.",
+        "10.in-addr.arpa.",
+        "99.1.244.10.in-addr.arpa.",
+        ".",
+        "b._dns-sd._udp.0.0.168.192.in-addr.arpa.",
+        "x.10.in-addr.arpa.",
+        "x.arpa.",
+        // An endpoint that takes no connections: its name is not answered, so it has none.
+        "33.2.244.10.in-addr.arpa.",
+    ] {
         assert!(ask_as(&table, None, name, T::PTR).is_none(), "{name}");
     }
     let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", T::SRV);

@@ -1,9 +1,13 @@
 //! Looks whether upstreams answer, and whether one of them is ourselves.
 
 use std::{
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
-    sync::atomic::{AtomicBool, Ordering},
-    time::Duration,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use hickory_proto::{
@@ -19,12 +23,22 @@ use crate::metrics::DnsMetrics;
 const EVERY: Duration = Duration::from_secs(10);
 /// An upstream has this long to answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The zone of what is asked. RFC 6761, 6.4: no resolver has names in it, and most don't ask anyone else.
-const ZONE: &str = "meshlb-probe.invalid.";
+/// The zone of what is asked of upstreams for everything: nobody has it. Not below `invalid.`, which many resolvers, ours among
+/// them, answer without asking anyone (RFC 6761, 6.4), so that no loop shows.
+const ZONE: &str = "meshlb-probe.";
+/// Whoever has brought back a question of ours forwards to us what we forward to it, until it has not done so for this long: of
+/// several upstreams behind one address each look meets but one.
+const LOOPS_FOR: Duration = Duration::from_secs(120);
+/// So many of them are remembered.
+const MOST_LOOPS: usize = 64;
 
 /// Looks at all upstreams.
 #[derive(Debug)]
-pub struct Probe(Vec<Watched>);
+pub struct Probe {
+    watched: Vec<Watched>,
+    /// Who has brought our questions back, and when last.
+    loops: Mutex<HashMap<IpAddr, Instant>>,
+}
 
 /// One upstream and what it is asked. A question that comes back to us shows a loop.
 #[derive(Debug)]
@@ -38,56 +52,67 @@ struct Watched {
 }
 
 impl Probe {
-    /// Of these upstreams.
-    pub fn new(upstreams: &[SocketAddr]) -> Self {
+    /// Of these upstreams, each with the zone that it is asked for.
+    pub fn new(upstreams: &[(Name, SocketAddr)]) -> Self {
         let mut random = Random::default();
-        let watched = upstreams.iter().map(|upstream| Watched {
+        let watched = upstreams.iter().map(|(zone, upstream)| Watched {
             upstream: *upstream,
-            // Labels of letters, digits and dashes are a name.
-            name: Name::from_ascii(format!("{:016x}.{ZONE}", random.number())).unwrap_or_default(),
+            name: question(zone, random.number()),
             echoed: AtomicBool::new(false),
             looped: AtomicBool::new(false),
             down: AtomicBool::new(false),
         });
-        Self(watched.collect())
+        Self { watched: watched.collect(), loops: Mutex::default() }
     }
 
-    /// Whether a question is one of these; that it was asked is remembered.
-    pub fn is_echo(&self, name: &Name) -> bool {
-        let echo = self.0.iter().find(|w| w.name == *name);
-        if let Some(watched) = echo {
-            watched.echoed.store(true, Ordering::Relaxed);
+    /// Whether a question is one of these; that it was asked, and by whom, is remembered.
+    pub fn is_echo(&self, name: &Name, client: IpAddr) -> bool {
+        let Some(watched) = self.watched.iter().find(|w| w.name == *name) else { return false };
+        watched.echoed.store(true, Ordering::Relaxed);
+        let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+        loops.retain(|_, at| at.elapsed() < LOOPS_FOR);
+        if loops.len() < MOST_LOOPS || loops.contains_key(&client) {
+            loops.insert(client, Instant::now());
         }
-        echo.is_some()
+        true
     }
 
-    /// Whether a client is an upstream that forwards to us what we forward to it.
+    /// Whether a client forwards to us what we forward to it, or to one behind it.
     pub fn is_loop(&self, client: IpAddr) -> bool {
-        self.0.iter().any(|w| w.upstream.ip() == client && w.looped.load(Ordering::Relaxed))
+        let loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
+        loops.get(&client).is_some_and(|at| at.elapsed() < LOOPS_FOR)
     }
 
     /// What is wrong with upstreams at present.
     pub fn problems(&self) -> Vec<String> {
-        let mut out = Vec::new();
-        for watched in &self.0 {
+        let mut out = BTreeSet::new();
+        for watched in &self.watched {
             let upstream = watched.upstream;
             if watched.down.load(Ordering::Relaxed) {
-                out.push(format!("DNS upstream {upstream} does not answer"));
+                out.insert(format!("DNS upstream {upstream} does not answer"));
             }
             if watched.looped.load(Ordering::Relaxed) {
-                out.push(format!(
+                out.insert(format!(
                     "DNS upstream {upstream} sends our own questions back to us, a loop: what it asks is refused but for \
                      our zone; take it out of --dns-upstream, or have it forward only our zone here"
                 ));
             }
         }
-        out
+        out.into_iter().collect()
     }
 
     /// Looks at all of them again and again.
     pub async fn watch(&self, metrics: &DnsMetrics) {
-        futures::future::join_all(self.0.iter().map(|watched| watched.watch(metrics))).await;
+        futures::future::join_all(self.watched.iter().map(|watched| watched.watch(metrics))).await;
     }
+}
+
+/// A name in a zone that is not there.
+fn question(zone: &Name, random: u64) -> Name {
+    let label = format!("meshlb-{random:016x}");
+    let under = if zone.is_root() { Name::from_ascii(ZONE).unwrap_or_default() } else { zone.clone() };
+    // A zone so long that no label fits before it is asked for itself.
+    under.prepend_label(label).unwrap_or(under)
 }
 
 impl Watched {

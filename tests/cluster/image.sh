@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # image.sh FILE          builds the Dockerfile with what Debian has (buildah); FILE is a docker-archive of docker.io/library/meshlb:test
 # image.sh --pause FILE  the image that holds a pod's namespaces, as registry.test/pause:1
+# image.sh --web FILE    what answers on port 80 with its host's name, in the place of docker.io/library/nginx:latest
 #
 # No registry of images is asked: both base images are made here, one from Debian's packages and one from that and this
 # machine's Rust. So everything in the Dockerfile is run but the build for another architecture.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
-pause=; [ "${1:-}" != --pause ] || { pause=1; shift; }
+what=meshlb; case ${1:-} in --pause | --web) what=${1#--}; shift ;; esac
 file=$1
 [ "$(id -u)" = 0 ] || die "building an image needs root"
 want=()
@@ -28,7 +29,20 @@ base() { # base NAME FROM TAR [CONFIG…]
   b commit -q --rm "$c" "$name" >/dev/null
 }
 push() { rm -f "$file.new"; b push -q "$1" "docker-archive:$file.new:$1" >&2; mv "$file.new" "$file"; }
-if [ -n "$pause" ]; then
+if [ $what = web ]; then
+  cat >"$images/web" <<'P'
+use IO::Socket::INET; $| = 1; $SIG{TERM} = sub { exit 0 }; $SIG{PIPE} = "IGNORE";
+my $s = IO::Socket::INET->new(LocalPort => 80, Listen => 128, ReuseAddr => 1) or die;
+my $b = "$ENV{HOSTNAME}\n"; my $l = length $b;
+while (1) { my $c = $s->accept or next; while (<$c>) { last if /^\r?$/ } print $c "HTTP/1.0 200 OK\r\nContent-Length: $l\r\n\r\n$b"; close $c }
+P
+  # Debian's image has perl.
+  c=$(b from --pull-never docker.io/library/meshlb:test); b add -q "$c" "$images/web" /web >/dev/null
+  b config --entrypoint '["perl", "/web"]' --cmd '' "$c"; b commit -q --rm "$c" docker.io/library/nginx:latest >/dev/null
+  push docker.io/library/nginx:latest
+  exit 0
+fi
+if [ $what = pause ]; then
   echo 'int pause(void); void *signal(int, void (*)(int)); void _exit(int); void stop(int s) { _exit(s * 0); } int main(void) { signal(15, stop); for (;;) pause(); }' \
     | gcc -static -O1 -w -x c - -o "$images/pause"
   c=$(b from scratch); b add -q "$c" "$images/pause" /pause >/dev/null; b config --entrypoint '["/pause"]' "$c"

@@ -72,7 +72,7 @@ if [ ! -e "$share/ready" ] || [ "$(cat "$share/ready")" != "$(vm_pid)" ]; then
   rm -rf "$share"; mkdir -p "$share"
   cp "$here"/node/{guest.sh,client.py,containerd.toml,cni.conflist,kubelet.yaml} "$share/"
   cp -L "$kube/kube" "$share/kube"; cp "$image" "$share/meshlb.tar"
-  "$here/image.sh" --pause "$share/pause.tar"
+  "$here/image.sh" --pause "$share/pause.tar"; "$here/image.sh" --web "$share/web.tar"
   config node-token >"$share/kubelet.kubeconfig"; config proxy-token >"$share/proxy.kubeconfig"
   "$here/../vm/run.sh" -t 900 bash "$share/guest.sh" "$share" "$cache/node"
   vm_pid >"$share/ready"

@@ -4,8 +4,10 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
@@ -359,9 +361,53 @@ def helm_uninstall_leaves_nothing():
     return "cleared by the chart" if clears else "cleared by `meshlb cleanup`"
 
 
+def readme_commands():
+    """The commands of the README's section On Kubernetes, word for word, and its vote.yaml."""
+    section = (ROOT / "README.md").read_text().split("## On Kubernetes\n", 1)[1].split("\n## ", 1)[0]
+    blocks = dict(re.findall(r"```(yaml|sh)\n(.*?)```", section, re.S))
+    uninstall = " ".join(re.search(r"`(helm uninstall[^`]*)`", section)[1].split())
+    return blocks["yaml"], blocks["sh"].splitlines(), uninstall
+
+
+def the_readme_word_for_word():
+    manifest, commands, uninstall = readme_commands()
+    kubectl("delete", "deployment,meshservice", "vote", "--ignore-not-found")
+    # No registry is asked: the image under the name that the chart has by default.
+    vm("ctr -n k8s.io images tag --force docker.io/library/meshlb:test docker.io/library/meshlb:0.1.0")
+    with tempfile.TemporaryDirectory() as folder:
+        place = pathlib.Path(folder)
+        (place / "vote.yaml").write_text(manifest)
+        (place / "charts").symlink_to(ROOT / "charts")
+        for name in ("helm", "kubectl"):
+            (place / name).symlink_to(os.environ[name.upper()])
+        path = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+        def shell(command):
+            done = subprocess.run(["bash", "-c", command], cwd=folder, env=path, capture_output=True, text=True, timeout=900)
+            assert done.returncode == 0, f"{command}: {done.stdout} {done.stderr}"
+            return done.stdout
+
+        for command in commands:
+            if not command.startswith("curl"):
+                said = shell(command)
+            if command.startswith("kubectl get"):
+                assert "vote" in said and vip() in said and "30080" in said, said
+        curl = [c.split("#")[0].split() for c in commands if c.startswith("curl")]
+        assert curl == [["curl", "http://ANY-NODE:30080"]], curl
+        kubectl("rollout", "status", "deployment/vote", f"--timeout={PATIENCE}s")
+        until("all three are asked", lambda: answers(names(), f"{NODE}:30080", n=12))
+        said = vm(f"ip netns exec client curl -s http://{NODE}:30080").stdout.strip()
+        assert said in names(), said
+        shell(uninstall)
+    until("its pods are gone", lambda: not get("pods", "-n", NS, "-l", "app.kubernetes.io/part-of=meshlb")["items"])
+    assert service(), "the MeshService is gone"
+    left = left_on_the_node()
+    assert not left, f"left on the node: {left}"
+
+
 CASES = [node_is_ready, helm_installs, it_has_the_charts_rights_and_no_more, serves_a_deployment, kubectl_exec_shows_and_explains,
          helm_test_passes, a_rollout_of_the_pods_under_load, helm_upgrades_under_load, beside_kube_proxy_in_each_mode,
-         each_capability_is_needed, helm_uninstall_leaves_nothing]
+         each_capability_is_needed, helm_uninstall_leaves_nothing, the_readme_word_for_word]
 
 
 def main():

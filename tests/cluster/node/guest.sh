@@ -25,24 +25,28 @@ for d in /var/lib/containerd /var/lib/kubelet /var/lib/cni /var/lib/meshlb /var/
 mkdir -p /run/kube /run/cni-bin /etc/cni/net.d
 cp "$share/kube" /run/kube/kube; cp "$packages"/usr/lib/cni/* /run/cni-bin/; cp "$share/client.py" /run/
 for p in kubelet kube-proxy; do ln -s kube /run/kube/$p; done
+ln -s "$packages/usr/bin/ctr" /run/kube/
 cp "$share/cni.conflist" /etc/cni/net.d/10-pods.conflist
 
 setsid containerd --config "$share/containerd.toml" >/var/log/containerd.log 2>&1 </dev/null &
 until_true 120 ctr version
-for image in pause meshlb; do ctr -n k8s.io images import "$share/$image.tar"; done
+for image in pause meshlb web; do ctr -n k8s.io images import "$share/$image.tar"; done
 setsid /run/kube/kubelet --config "$share/kubelet.yaml" --kubeconfig "$share/kubelet.kubeconfig" --hostname-override n1 --node-ip 10.0.2.15 \
   --housekeeping-interval 60s --root-dir /var/lib/kubelet --cert-dir /var/lib/kubelet/pki >/var/log/kubelet.log 2>&1 </dev/null &
 cat >/run/proxy.sh <<'P'
 #!/usr/bin/env bash
 # proxy.sh MODE|stop: ends kube-proxy and removes what it has programmed, and starts it in a mode.
 if [ -e /run/proxy.pid ]; then
-  kill "$(cat /run/proxy.pid)"; while kill -0 "$(cat /run/proxy.pid)" 2>/dev/null; do sleep 0.2; done; rm /run/proxy.pid
+  pid=$(cat /run/proxy.pid); kill "$pid" 2>/dev/null
+  # Nobody may be there who takes its status: a dead one has no program.
+  for _ in $(seq 300); do readlink "/proc/$pid/exe" >/dev/null || break; sleep 0.2; done; rm /run/proxy.pid
   /run/kube/kube-proxy --cleanup >>/var/log/proxy.log 2>&1
 fi
 [ "$1" != stop ] || exit 0
-# A full comparison every ten seconds, so that minutes show many of them.
+# A full comparison every ten seconds, so that minutes show many of them. With nftables node ports are the first address's alone
+# by default.
 setsid /run/kube/kube-proxy --kubeconfig KUBECONFIG --hostname-override n1 --cluster-cidr 10.244.0.0/16 --proxy-mode "$1" \
-  --iptables-sync-period 10s --ipvs-sync-period 10s --conntrack-max-per-core 0 >>/var/log/proxy.log 2>&1 </dev/null &
+  --nodeport-addresses 0.0.0.0/0 --iptables-sync-period 10s --ipvs-sync-period 10s --conntrack-max-per-core 0 >>/var/log/proxy.log 2>&1 </dev/null &
 echo $! >/run/proxy.pid
 P
 sed -i "s|KUBECONFIG|$share/proxy.kubeconfig|" /run/proxy.sh; chmod +x /run/proxy.sh

@@ -81,6 +81,23 @@ fn kept(cx: &mut Cx) -> Result<()> {
     }
     c.start_agents()?;
     same(&c, "after the state was lost", &["p12", "p22"])?;
+    // And a damaged one: half of a file, and what is no JSON at all.
+    c.terminate()?;
+    for (node, whole) in c.t.nodes.iter().zip([false, true]) {
+        let file = node.state_dir().join("state.json");
+        let text = std::fs::read_to_string(&file)?;
+        std::fs::write(&file, if whole { "\0\0\0\0" } else { &text[..text.len() / 2] })?;
+    }
+    c.start_agents()?;
+    for (node, agent) in c.t.nodes.iter().zip(&c.agents) {
+        ensure!(
+            agent.log_text().contains("was set aside as"),
+            "{} says nothing:\n{}",
+            node.name,
+            agent.log_text()
+        );
+    }
+    same(&c, "after the state was damaged", &["p12", "p22"])?;
     c.in_sync()
 }
 
