@@ -135,6 +135,12 @@ pub fn wide(report: &Report) -> String {
         for problem in &service.problems {
             let _ = writeln!(out, "  ! {problem}");
         }
+        // One of two records is one name.
+        let mut names: Vec<String> = service.names.iter().map(|n| n.name.clone()).collect();
+        names.dedup();
+        if !names.is_empty() {
+            let _ = writeln!(out, "  names {}", names.join(", "));
+        }
         for port in &service.ports {
             let _ = write!(out, "  port {}", port_text(port));
             let _ = writeln!(out, "{}", port.name.as_ref().map_or(String::new(), |n| format!("  ({n})")));

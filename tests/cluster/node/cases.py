@@ -217,6 +217,8 @@ def kubectl_exec_shows_and_explains():
 def helm_test_passes():
     said = helm("test", "meshlb", "--logs", "--timeout", f"{PATIENCE}s").stdout
     assert "controller at" in said and "agent at" in said, said
+    # Helm leaves it, so that its log can be read; docs/install.md says so.
+    kubectl("delete", "pod", "meshlb-test-ready", "-n", NS)
 
 
 def a_rollout_of_the_pods_under_load():
