@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # image.sh FILE          builds the Dockerfile with what Debian has (buildah); FILE is a docker-archive of docker.io/library/meshlb:test
 # image.sh --pause FILE  the image that holds a pod's namespaces, as registry.test/pause:1
-# image.sh --web FILE    what answers on port 80 with its host's name, in the place of docker.io/library/nginx:latest
+# image.sh --web FILE    what answers on port 80 with its host's name, in the place of docker.io/library/nginx:1.29
 #
 # No registry of images is asked: both base images are made here, one from Debian's packages and one from that and this
 # machine's Rust. So everything in the Dockerfile is run but the build for another architecture.
@@ -38,8 +38,8 @@ while (1) { my $c = $s->accept or next; while (<$c>) { last if /^\r?$/ } print $
 P
   # Debian's image has perl.
   c=$(b from --pull-never docker.io/library/meshlb:test); b add -q "$c" "$images/web" /web >/dev/null
-  b config --entrypoint '["perl", "/web"]' --cmd '' "$c"; b commit -q --rm "$c" docker.io/library/nginx:latest >/dev/null
-  push docker.io/library/nginx:latest
+  b config --entrypoint '["perl", "/web"]' --cmd '' "$c"; b commit -q --rm "$c" docker.io/library/nginx:1.29 >/dev/null
+  push docker.io/library/nginx:1.29
   exit 0
 fi
 if [ $what = pause ]; then
