@@ -177,18 +177,25 @@ fn two_that_forward_to_each_other_are_a_loop() {
     assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
 }
 
+/// A connection, as soon as there is someone.
+fn connect(at: SocketAddr) -> TcpStream {
+    let begun = Instant::now();
+    loop {
+        match TcpStream::connect(at) {
+            Ok(stream) => {
+                stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                return stream;
+            }
+            Err(e) => assert!(begun.elapsed() < Duration::from_secs(20), "{e}"),
+        }
+    }
+}
+
 #[test]
 fn what_comes_too_early_waits_over_tcp_too() {
     let at = at(10);
     let server = Server::start(&config(at), zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
-    let begun = Instant::now();
-    let mut stream = loop {
-        match TcpStream::connect(at) {
-            Ok(stream) => break stream,
-            Err(e) => assert!(begun.elapsed() < Duration::from_secs(20), "{e}"),
-        }
-    };
-    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut stream = connect(at);
     let mut question = Message::query();
     question.add_query(Query::query(Name::from_ascii("vote.default.mesh.internal.").unwrap(), RecordType::A));
     let bytes = question.to_vec().unwrap();
@@ -219,15 +226,9 @@ fn who_may_not_ask_has_no_place() {
     config.allow = vec!["127.0.53.11/32".parse().unwrap()];
     let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
     server.publish(some().publish(true, &BTreeSet::new()));
+    let mut stream = connect(at);
     let begun = Instant::now();
-    let mut stream = loop {
-        match TcpStream::connect(at) {
-            Ok(stream) => break stream,
-            Err(e) => assert!(begun.elapsed() < Duration::from_secs(20), "{e}"),
-        }
-    };
     // It is closed before anything is asked: the source address is 127.0.0.1's.
-    stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     assert!(matches!(stream.read(&mut [0; 2]), Ok(0) | Err(_)));
     assert!(begun.elapsed() < Duration::from_secs(4));
     // The node itself always may.

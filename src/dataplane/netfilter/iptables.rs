@@ -352,21 +352,10 @@ impl Iptables {
         if !self.stores.nft || changes.is_empty() {
             return Ok(());
         }
-        let none = Elements::new();
-        let known = self.known.as_ref().unwrap_or(&none);
-        let text =
-            nftwrite::change_text(&mut self.reader, known, changes.iter().copied(), self.stores.layout())?;
-        if text.is_empty() {
-            return Ok(());
-        }
-        let before = self.reader.generation()?;
-        self.runs += 1;
-        nftwrite::run(&text)?;
-        // Only when nobody else wrote in between is everything still known to be ours.
-        let after = self.reader.generation()?;
-        let alone = self.generation == Some(before) && after == before.wrapping_add(1);
-        self.generation = alone.then_some(after);
-        Ok(())
+        let (reader, known) = (&mut self.reader, self.known.as_ref());
+        let text = nftwrite::change_text(reader, known, changes.iter().copied(), self.stores.layout())?;
+        self.runs += u64::from(!text.is_empty());
+        nftwrite::transaction(reader, &text, &mut self.generation)
     }
 
     /// Keeps what we know of our sets, and how many entries they hold, in step with changes.

@@ -184,19 +184,10 @@ impl Nftables {
     }
 
     fn transaction(&mut self, changes: &[ElementChange]) -> Result<(), Error> {
-        let none = Elements::new();
-        let known = self.known.as_ref().unwrap_or(&none);
-        let text = nftwrite::change_text(&mut self.reader, known, changes, Layout::Whole)?;
-        if text.is_empty() {
-            return Ok(());
-        }
-        let before = self.reader.generation()?;
-        self.runs += 1;
-        nftwrite::run(&text)?;
-        let after = self.reader.generation()?;
-        let alone = self.generation == Some(before) && after == before.wrapping_add(1);
-        self.generation = alone.then_some(after);
-        Ok(())
+        let (reader, known) = (&mut self.reader, self.known.as_ref());
+        let text = nftwrite::change_text(reader, known, changes, Layout::Whole)?;
+        self.runs += u64::from(!text.is_empty());
+        nftwrite::transaction(reader, &text, &mut self.generation)
     }
 
     fn put_accepting_rules(&mut self, program: &Program) -> Result<(), Error> {

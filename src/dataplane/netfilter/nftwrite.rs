@@ -28,6 +28,24 @@ pub(crate) fn run(text: &str) -> Result<(), Error> {
     exec::run("nft", &["-f", "-"], text).map(drop)
 }
 
+/// Runs a change, and keeps the generation at which all that is in nf_tables is known to be ours as it should be.
+pub(crate) fn transaction(
+    reader: &mut NftReader,
+    text: &str,
+    generation: &mut Option<u32>,
+) -> Result<(), Error> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let before = reader.generation()?;
+    run(text)?;
+    // Only when nobody else wrote in between is that so still.
+    let after = reader.generation()?;
+    let alone = *generation == Some(before) && after == before.wrapping_add(1);
+    *generation = alone.then_some(after);
+    Ok(())
+}
+
 /// Replaces our table, whatever is there.
 pub(crate) fn install(program: &Program, elements: &Elements, layout: Layout) -> Result<(), Error> {
     let text = install_text(program, elements, layout);
@@ -51,11 +69,12 @@ type Wanted = BTreeMap<(Kind, Family, NftKey), Option<Option<u32>>>;
 /// the whole transaction. So we look first.
 pub(crate) fn change_text<'a>(
     reader: &mut NftReader,
-    known: &Elements,
+    known: Option<&Elements>,
     changes: impl IntoIterator<Item = &'a ElementChange>,
     layout: Layout,
 ) -> Result<String, Error> {
-    let wanted = wanted(known, changes, layout);
+    let none = Elements::new();
+    let wanted = wanted(known.unwrap_or(&none), changes, layout);
     let current = current(reader, &wanted)?;
     let mut dels: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut adds: BTreeMap<String, Vec<String>> = BTreeMap::new();

@@ -15,7 +15,7 @@ use meshlb::model::ids::{Family as ModelFamily, Mark};
 use meshlb::model::kernel::VirtualServerKey;
 use serde_json::{Value, json};
 
-use super::kube_proxy::start_proxy;
+use super::kube_proxy::{clear_proxy, start_proxy};
 use super::support::{http, metric, wait_until};
 use crate::kube::Kube;
 use crate::runner::{Cx, Matrix, Renderer, Suite};
@@ -165,5 +165,6 @@ fn row(cx: &mut Cx) -> Result<()> {
     })?;
     let (now, most) = memory(proxy.pid())?;
     println!("bench: kube-proxy {services} {now:.1} {most:.1}");
-    Ok(())
+    drop(proxy);
+    clear_proxy(t.node(1))
 }

@@ -100,6 +100,12 @@ pub(super) fn start_proxy(node: &Node, mode: &str, kubeconfig: &Path) -> Result<
     Agent::spawn(&node.ns, &command, &[], node.dir.join("kube-proxy.log"))
 }
 
+/// Removes what kube-proxy has programmed on a node.
+pub(super) fn clear_proxy(node: &Node) -> Result<()> {
+    let program = program().context("no kube-proxy")?.display().to_string();
+    node.ns.run_with(&[&program, "--cleanup"], "", PATIENCE)?.ok().map(drop)
+}
+
 /// kube-proxy on every node.
 struct Proxies {
     mode: &'static str,
@@ -115,11 +121,7 @@ impl Proxies {
     /// Ends them and takes out what they have programmed, as one does who changes the mode.
     fn stop(self, t: &Topology) -> Result<()> {
         drop(self.running);
-        let program = program().context("no kube-proxy")?.display().to_string();
-        for node in &t.nodes {
-            node.ns.run_with(&[&program, "--cleanup"], "", PATIENCE)?.ok()?;
-        }
-        Ok(())
+        t.nodes.iter().try_for_each(clear_proxy)
     }
 
     fn alive(&mut self) -> Result<()> {
