@@ -249,15 +249,13 @@ impl Feed {
         let held = engine.held().clone();
         if let Some(server) = &self.server {
             server.set_node(engine.facts().all_addresses.clone());
-        }
-        if let Some(server) = &self.server
-            && (!keys.is_empty() || held != self.held || !self.published)
-        {
-            self.published = true;
-            server.publish(self.names.publish(true, &held));
-            self.held = held;
-            if let Some(since) = since {
-                self.metrics.dns().changed(since.elapsed());
+            if !keys.is_empty() || held != self.held || !self.published {
+                self.published = true;
+                server.publish(self.names.publish(true, &held));
+                self.held = held;
+                if let Some(since) = since {
+                    self.metrics.dns().changed(since.elapsed());
+                }
             }
         }
         others

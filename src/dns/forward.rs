@@ -110,20 +110,19 @@ struct Resolvers {
 
 impl Resolvers {
     async fn lookup(&self, name: Name, kind: RecordType) -> Result<Lookup, NetError> {
-        match self.any.lookup(name.clone(), kind).await {
-            Err(NetError::Truncated) => self.tcp.lookup(name, kind).await,
-            Err(NetError::Dns(DnsError::ResponseCode(code))) => {
-                for one in &self.each {
-                    match one.lookup(name.clone(), kind).await {
-                        Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
-                        Err(e) if !matches!(e, NetError::Dns(DnsError::NoRecordsFound(_))) => {}
-                        found => return found,
-                    }
-                }
-                Err(NetError::Dns(DnsError::ResponseCode(code)))
+        let unwilling = match self.any.lookup(name.clone(), kind).await {
+            Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
+            Err(e @ NetError::Dns(DnsError::ResponseCode(_))) => e,
+            found => return found,
+        };
+        for one in &self.each {
+            match one.lookup(name.clone(), kind).await {
+                Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
+                Err(e) if !matches!(e, NetError::Dns(DnsError::NoRecordsFound(_))) => {}
+                found => return found,
             }
-            found => found,
         }
+        Err(unwilling)
     }
 }
 

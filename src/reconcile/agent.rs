@@ -31,7 +31,7 @@ pub enum Input {
         /// Nothing in the source was unusable.
         complete: bool,
     },
-    /// The node's own addresses, as the source knows them.
+    /// What the source knows of this node.
     Node(NodeSays),
     /// Addresses, links or routes of the node changed.
     NodeChanged,

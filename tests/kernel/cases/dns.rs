@@ -384,7 +384,6 @@ fn away(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
-/// 300 endpoints: cut over UDP, whole over TCP.
 /// Questions by the thousand in the name of a neighbour that is not there: the answers wait for it, and nobody else does.
 fn forged(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
@@ -436,6 +435,7 @@ fn forged(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
+/// 300 endpoints: cut over UDP, whole over TCP.
 fn large(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
     let t = cx.topology(&one_node())?;
