@@ -38,8 +38,11 @@ use crate::{
 pub struct Timing {
     /// After a file was closed, renamed or removed: others may follow at once.
     pub settle: Duration,
-    /// After anything else, such as a write to a file that is still open.
+    /// After anything else.
     pub quiet: Duration,
+    /// A file that somebody writes to is read when it is closed, or so long after the last write: half of it would take away
+    /// what the other half says.
+    pub unclosed: Duration,
     /// Changes that never pause are read after this time all the same.
     pub at_most: Duration,
     /// All files are compared this often.
@@ -53,6 +56,7 @@ impl Default for Timing {
         Self {
             settle: Duration::from_millis(20),
             quiet: Duration::from_millis(200),
+            unclosed: Duration::from_secs(60),
             at_most: Duration::from_secs(2),
             rescan: Duration::from_secs(10),
             retry: Duration::from_secs(1),
@@ -101,6 +105,7 @@ pub fn watch_with(
         timing,
         store: Store::default(),
         stamps: HashMap::new(),
+        unclosed: HashMap::new(),
         identity: None,
         before,
         synced: false,
@@ -168,6 +173,8 @@ struct Follower {
     timing: Timing,
     store: Store,
     stamps: HashMap<OsString, Stamp>,
+    /// Files that were written to and not closed since, and until when that is waited for.
+    unclosed: HashMap<OsString, Instant>,
     /// Device and inode of the folder when it was last read.
     identity: Option<FolderId>,
     /// The folder that an earlier run has served services from.
@@ -202,11 +209,11 @@ impl Follower {
     }
 
     /// Waits for something to do, and until the folder is quiet.
-    fn wait(&self, hints: &Receiver<notify::Result<notify::Event>>) -> (Todo, Instant) {
+    fn wait(&mut self, hints: &Receiver<notify::Result<notify::Event>>) -> (Todo, Instant) {
         let rescan = Instant::now() + self.pause();
         let mut todo = Todo::default();
         let mut since = None;
-        let mut due = rescan;
+        let mut due = self.unclosed.values().copied().min().map_or(rescan, |until| until.min(rescan));
         loop {
             let left = due.saturating_duration_since(Instant::now());
             match hints.recv_timeout(left) {
@@ -217,7 +224,10 @@ impl Follower {
                     due = (now + patience).min(first + self.timing.at_most);
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    todo.everything |= since.is_none();
+                    let now = Instant::now();
+                    let late = self.unclosed.extract_if(|_, until| *until <= now);
+                    todo.names.extend(late.map(|(name, _)| name));
+                    todo.everything |= since.is_none() && todo.names.is_empty();
                     return (todo, since.unwrap_or_else(Instant::now));
                 }
                 // We hold a sender ourselves.
@@ -240,11 +250,12 @@ impl Follower {
     }
 
     /// What an event means, and how long to wait for more; `None` for reads, our own among them.
-    fn note(&self, hint: notify::Result<notify::Event>, todo: &mut Todo) -> Option<Duration> {
+    fn note(&mut self, hint: notify::Result<notify::Event>, todo: &mut Todo) -> Option<Duration> {
         let event = match hint {
             Ok(event) => event,
             Err(e) => {
                 tracing::debug!("inotify: {e}");
+                self.unclosed.clear();
                 todo.everything = true;
                 return Some(self.timing.quiet);
             }
@@ -256,7 +267,12 @@ impl Follower {
             EventKind::Remove(_) => true,
             _ => false,
         };
-        todo.everything |= event.need_rescan() || event.paths.is_empty();
+        let written = matches!(event.kind, EventKind::Modify(ModifyKind::Data(_)));
+        if event.need_rescan() || event.paths.is_empty() {
+            // Events are lost: what was closed meanwhile, nobody tells.
+            self.unclosed.clear();
+            todo.everything = true;
+        }
         let concerns = |path: &PathBuf| *path == self.dir || path.parent() == Some(&self.dir);
         if !event.paths.is_empty() && !event.paths.iter().any(concerns) {
             return None;
@@ -267,7 +283,14 @@ impl Follower {
                 // Beside the link that leads to our folder.
                 _ if path.parent() != Some(&self.dir) => {}
                 Some(name) if name == FILE_NAME => todo.lock = true,
-                Some(name) if is_manifest(name) => drop(todo.names.insert(name.to_owned())),
+                Some(name) if is_manifest(name) => {
+                    if written {
+                        self.unclosed.insert(name.to_owned(), Instant::now() + self.timing.unclosed);
+                    } else if complete {
+                        self.unclosed.remove(name);
+                    }
+                    todo.names.insert(name.to_owned());
+                }
                 // `..data` of a ConfigMap: every file may have changed.
                 Some(name) if name.as_encoded_bytes().starts_with(b"..") => todo.everything = true,
                 _ => {}
@@ -320,7 +343,8 @@ impl Follower {
     }
 
     /// Looks at what there is to look at and tells what came of it.
-    fn turn(&mut self, todo: Todo, since: Instant) -> Result<(), Gone> {
+    fn turn(&mut self, mut todo: Todo, since: Instant) -> Result<(), Gone> {
+        todo.names.retain(|name| !self.unclosed.contains_key(name));
         let whole = todo.everything || self.trouble.is_some() || !self.synced;
         let lock = whole || todo.lock;
         let start = Instant::now();
@@ -396,7 +420,8 @@ impl Follower {
         }
         let changed = |name: &OsString| {
             let stamp = Stamp::of(&self.dir.join(name));
-            forced.contains(name) || stamp.is_none() || self.stamps.get(name) != stamp.as_ref()
+            let other = stamp.is_none() || self.stamps.get(name) != stamp.as_ref();
+            forced.contains(name) || (other && !self.unclosed.contains_key(name))
         };
         names.iter().filter(|name| changed(name)).cloned().collect()
     }

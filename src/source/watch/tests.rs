@@ -6,6 +6,7 @@ use crate::model::{fixtures::brief, ids::PerFamily, node::MarkMask};
 const TIMING: Timing = Timing {
     settle: Duration::from_millis(20),
     quiet: Duration::from_millis(100),
+    unclosed: Duration::from_secs(600),
     at_most: Duration::from_secs(1),
     // So long that a test which passes was served by inotify, unless it says otherwise.
     rescan: Duration::from_secs(600),
@@ -116,12 +117,17 @@ fn half_a_file_takes_nothing_away() {
     fs::write(&path, service("x", 1) + &service("z", 1)).unwrap();
     let mut watched = Watched::new(dir.path(), TIMING);
     watched.expect(&[&["x:1", "z:1"], &["synced"]]);
-    // Written in steps, with pauses shorter than our patience; each step alone would be a valid file.
+    // Written by a slow program: emptied first, each step alone would be a valid file. Others are read meanwhile, also when
+    // everything is looked through.
     let mut file = fs::File::create(&path).unwrap();
-    for text in [service("x", 2), service("z", 2)] {
-        std::thread::sleep(Duration::from_millis(40));
+    watched.expect_nothing();
+    for (n, text) in [(1, service("x", 2)), (2, service("z", 2))] {
         file.write_all(text.as_bytes()).unwrap();
-        file.flush().unwrap();
+        fs::write(dir.path().join("b.yaml"), service("other", n)).unwrap();
+        fs::create_dir(dir.path().join(format!("..{n}"))).unwrap();
+        watched.expect(&[&[&*format!("other:{n}")]]);
+        std::thread::sleep(TIMING.at_most);
+        watched.expect_nothing();
     }
     drop(file);
     watched.expect(&[&["x:2", "z:2"]]);
@@ -132,6 +138,20 @@ fn half_a_file_takes_nothing_away() {
     fs::write(&path, service("x", 2)).unwrap();
     watched.expect(&[&["-z"], &["problems"]]);
     assert!(watched.problems.is_empty());
+}
+
+#[test]
+fn a_file_that_is_never_closed_is_read_in_the_end() {
+    use std::io::Write;
+    let dir = tempfile::tempdir().unwrap();
+    let mut file = fs::File::create(dir.path().join("a.yaml")).unwrap();
+    let timing = Timing { unclosed: Duration::from_secs(1), ..TIMING };
+    let mut watched = Watched::new(dir.path(), timing);
+    watched.expect(&[&["synced"]]);
+    let written = Instant::now();
+    file.write_all(service("x", 1).as_bytes()).unwrap();
+    watched.expect(&[&["x:1"]]);
+    assert!(written.elapsed() >= timing.unclosed, "{:?}", written.elapsed());
 }
 
 #[test]
