@@ -279,12 +279,23 @@ impl Allocator {
             s.map_or_else(Vec::new, |s| s.ports.iter().map(|p| p.id()).collect())
         };
         let gone: Vec<PortId> = ports(old).into_iter().filter(|id| !ports(new).contains(id)).collect();
-        let wanted = new
-            .into_iter()
-            .flat_map(|s| s.ports.iter().map(|p| (p.id(), wants::published(s, p, &self.config, locked))));
-        for (id, want) in wanted.chain(gone.into_iter().map(|id| (id, None))) {
+        let none = BTreeMap::new();
+        // Nodes that follow folders come to the same values by themselves, whatever was there before.
+        let had = match old {
+            _ if !self.without_marks => &none,
+            Some(_) => self.current.get(key).map_or(&none, |allocation| &allocation.published),
+            None => kept.map_or(&none, |kept| &kept.published),
+        };
+        let config = &self.config;
+        let wanted = new.into_iter().flat_map(|s| {
+            s.ports.iter().map(move |p| {
+                let sticky = kept.and_then(|k| k.published.get(&p.id())).copied();
+                let sticky = sticky.or_else(|| wants::carried(had, s, p)).map(u128::from);
+                (p.id(), wants::published(s, p, config, locked), sticky)
+            })
+        });
+        for (id, want, sticky) in wanted.chain(gone.into_iter().map(|id| (id, None, None))) {
             let Some(pool) = self.ports.get_mut(&id.protocol) else { continue };
-            let sticky = kept.and_then(|k| k.published.get(&id)).map(|n| u128::from(*n));
             pool.claim(&Claimant { service: key.clone(), port: Some(id) }, want, sticky);
         }
     }

@@ -2,8 +2,8 @@ use super::*;
 use crate::model::{
     node::MarkMask,
     service::{
-        FamilyPolicy, Mode, Publish, PublishMode, Scheduler, ServicePort, TargetPort, TrafficDistribution,
-        TrafficPolicy,
+        FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, ServicePort, TargetPort,
+        TrafficDistribution, TrafficPolicy,
     },
 };
 
@@ -418,6 +418,39 @@ fn marks_that_run_out_are_told_and_given_when_one_is_free() {
     let due = allocator.commit();
     assert_eq!(names(allocator.update(&due, &services)), poor);
     assert_eq!(without(&allocator), Vec::<String>::new());
+}
+
+#[test]
+fn a_port_whose_number_is_edited_keeps_its_published_port() {
+    let web = |ports: Vec<ServicePort>| with("web", |s| s.ports = ports);
+    let mut services = all([web(vec![port(80, Some(None)), port(90, Some(Some(31000)))])]);
+    let changed = BTreeSet::from([key("web")]);
+    let mut mesh = Allocator::for_mesh(wide(), Allocations::default());
+    mesh.update(&changed, &services);
+    let before = published(&mesh, "web");
+    let edited = || web(vec![port(81, Some(None)), port(91, Some(Some(31000)))]);
+    change(&mut mesh, &mut services, edited());
+    assert_eq!(published(&mesh, "web"), before);
+    // The controller that comes next knows it from the status, which may be of before the edit.
+    let numbers = |number| PortId { port: number, protocol: Protocol::Tcp };
+    let had = BTreeMap::from([(numbers(80), before[0]), (numbers(90), 31000)]);
+    let kept = Kept { published: had.clone(), ..Kept::default() };
+    let previous = Allocations { services: [(key("web"), kept)].into(), ..Allocations::default() };
+    let mut next = Allocator::for_mesh(wide(), previous);
+    next.update(&changed, &services);
+    assert_eq!(published(&next, "web"), before);
+    // An agent goes by the same status until there is another one.
+    let granted = Granted { vips: PerFamily::default(), published: had };
+    let mut at_node = all([Service { granted: Some(granted), ..edited() }]);
+    let mut agent = fresh(&at_node, &wide());
+    assert_eq!(published(&agent, "web"), before);
+    // Two that come for one that went: nobody knows whose it was. Another number that is named has to be granted first.
+    let two = web(vec![port(82, Some(None)), port(83, Some(None)), port(91, Some(Some(31001)))]);
+    let granted = at_node[&key("web")].granted.clone();
+    change(&mut agent, &mut at_node, Service { granted, ..two.clone() });
+    assert_eq!(published(&agent, "web"), Vec::<u16>::new());
+    change(&mut mesh, &mut services, two);
+    assert_eq!(published(&mesh, "web").len(), 3);
 }
 
 #[test]

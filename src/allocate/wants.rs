@@ -14,7 +14,7 @@ use super::{
     pool::{Bands, Pool, Want},
 };
 use crate::model::{
-    ids::{Family, PerFamily, Protocol, Scope},
+    ids::{Family, PerFamily, PortId, Protocol, Scope},
     node::NodeConfig,
     service::{FamilyPolicy, Mode, PublishMode, Service, ServicePort},
 };
@@ -119,6 +119,31 @@ fn usable(vip: &IpAddr, range: &IpNet, created: u64) -> Option<Want> {
     (first > 2 && !broadcast).then_some(Want::Explicit { first, count: 1, created })
 }
 
+/// What a port takes over from one that is no longer there: a port is known by its number and protocol, so one whose number
+/// was edited is another one, and keeps its published port all the same. That is the one that it names, or, where one port
+/// went and one came, that port's.
+pub fn carried(had: &BTreeMap<PortId, u16>, service: &Service, port: &ServicePort) -> Option<u16> {
+    let publish = port.publish.as_ref()?;
+    let is_there = |id: &PortId| service.ports.iter().any(|p| p.id() == *id);
+    let mut went: Vec<u16> = had
+        .iter()
+        .filter(|(id, _)| id.protocol == port.protocol && !is_there(id))
+        .map(|(_, number)| *number)
+        .collect();
+    if let Some(number) = publish.port {
+        return went.contains(&number).then_some(number);
+    }
+    let alike = || service.ports.iter().filter(|p| p.protocol == port.protocol);
+    let named = |number| alike().any(|p| p.publish.as_ref().is_some_and(|p| p.port == Some(number)));
+    went.retain(|number| !named(*number));
+    let automatic = |p: &&ServicePort| p.publish.as_ref().is_some_and(|p| p.port.is_none());
+    let new = alike().filter(automatic).filter(|p| !had.contains_key(&p.id()));
+    match (went.as_slice(), new.count()) {
+        ([number], 1) => Some(*number),
+        _ => None,
+    }
+}
+
 /// A port's claim on a published port.
 pub fn published(
     service: &Service,
@@ -131,7 +156,14 @@ pub fn published(
         return None;
     }
     let firm = match &service.granted {
-        Some(granted) => Some(*granted.published.get(&port.id())?),
+        // What is granted is known by the port that it was granted for, whose number may just have been edited.
+        Some(granted) => Some(
+            granted
+                .published
+                .get(&port.id())
+                .copied()
+                .or_else(|| carried(&granted.published, service, port))?,
+        ),
         None => publish.port,
     };
     if let Some(first) = firm {

@@ -22,13 +22,13 @@ pub struct Candidate<'a> {
 /// The endpoints of one port, by address and port.
 pub type Candidates<'a> = BTreeMap<RealServerKey, Candidate<'a>>;
 
-/// Where the endpoints of a slice listen for a service port, `None` when the slice has no such port.
+/// Where the endpoints of a slice with these ports listen for a service port, `None` when the slice has no such port.
 /// A range is forwarded to the port that the client asked for, which IPVS writes as port 0.
-fn target_port(port: &ServicePort, slice: &Slice) -> Option<u16> {
+pub fn target_port(port: &ServicePort, of_slice: &[SlicePort]) -> Option<u16> {
     if port.end_port.is_some() {
         return Some(0);
     }
-    let of_protocol = || slice.ports.iter().filter(|p| p.protocol == port.protocol);
+    let of_protocol = || of_slice.iter().filter(|p| p.protocol == port.protocol);
     match &port.target {
         TargetPort::Number(number) => Some(*number),
         TargetPort::Name(name) => {
@@ -74,10 +74,9 @@ pub fn serving<'a>(
     reach: Reach,
 ) -> Candidates<'a> {
     let slices = slices.iter().map(AsRef::as_ref).filter(|s| s.family == family);
-    let found =
-        slices.filter_map(|slice| Some((target_port(port, slice)?, slice))).flat_map(|(port, slice)| {
-            slice.endpoints.iter().map(move |e| (RealServerKey { addr: e.address, port }, e))
-        });
+    let found = slices.filter_map(|slice| Some((target_port(port, &slice.ports)?, slice))).flat_map(
+        |(port, slice)| slice.endpoints.iter().map(move |e| (RealServerKey { addr: e.address, port }, e)),
+    );
     choose(service, found, place, reach)
 }
 

@@ -15,12 +15,16 @@ pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
     let selector = spec["selector"].as_object().filter(|labels| !labels.is_empty())?;
     let mut taken = BTreeSet::new();
     let mut ports = Vec::new();
-    for port in spec["ports"].as_array().into_iter().flatten() {
+    let all = || spec["ports"].as_array().into_iter().flatten();
+    let looked_up: BTreeSet<&str> = all().filter_map(|port| port["targetPort"].as_str()).collect();
+    for port in all() {
         let protocol = port["protocol"].as_str().unwrap_or("TCP");
         let number = &port["port"];
         // A slice's ports are called as the Service's, whatever the pods call them: a named target is looked up by that name.
         let target = if port["targetPort"].is_null() { number } else { &port["targetPort"] };
-        let name = target.as_str().or(port["name"].as_str());
+        // A port with a number for a target is looked up by nothing, and leaves that name to the one that is.
+        let free = |name: &&str| target.is_null() || !looked_up.contains(name);
+        let name = target.as_str().or(port["name"].as_str().filter(free));
         let name = name.map_or_else(|| format!("{}-{number}", protocol.to_lowercase()), str::to_owned);
         if taken.insert((name.clone(), protocol.to_owned())) {
             ports.push((name, protocol.to_owned(), number.clone(), target.clone()));
@@ -58,12 +62,91 @@ pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
     }))
 }
 
+/// What of a Service's spec is kept, to be compared.
+pub fn part_of(spec: &Value) -> Value {
+    let fields = ["selector", "ports", "publishNotReadyAddresses", "ipFamilyPolicy", "ipFamilies"];
+    fields.into_iter().map(|field| (field.to_owned(), spec[field].clone())).collect()
+}
+
+/// How a Service differs from what it is to be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Difference {
+    /// In a way that can be changed.
+    Spec,
+    /// It has another primary family, which the API server lets nobody change.
+    PrimaryFamily,
+}
+
+/// How the spec of a Service differs from what was asked for, without what the API server fills in.
+pub fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
+    let families = |spec: &Value| -> Vec<String> {
+        spec["ipFamilies"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|f| Some(f.as_str()?.to_owned()))
+            .collect()
+    };
+    let (have, want) = (families(found), families(wanted));
+    if want.first().is_some_and(|first| have.first().is_some_and(|have| have != first)) {
+        return Some(Difference::PrimaryFamily);
+    }
+    let policy = &wanted["ipFamilyPolicy"];
+    // With two families allowed, who names one gets the other too, or does not where the cluster has only one.
+    let same_families = have.starts_with(&want) || (*policy == "PreferDualStack" && want.starts_with(&have));
+    let ready = |spec: &Value| spec["publishNotReadyAddresses"].as_bool().unwrap_or(false);
+    let same = found["selector"] == wanted["selector"]
+        && found["ports"] == wanted["ports"]
+        && ready(found) == ready(wanted)
+        && (policy.is_null() || found["ipFamilyPolicy"] == *policy)
+        && same_families;
+    (!same).then_some(Difference::Spec)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn of(spec: Value) -> Option<Value> {
         desired(&ServiceKey::new("shop", "vote"), "u1", &json!({"spec": spec}))
+    }
+
+    #[test]
+    fn what_the_api_server_fills_in_is_no_difference_and_what_was_edited_is() {
+        let wanted = |policy: &str, families: &[&str], not_ready: bool| {
+            of(json!({"selector": {"app": "vote"}, "ipFamilies": families, "ipFamilyPolicy": policy,
+                      "publishNotReadyAddresses": not_ready, "ports": [{"port": 80}]}))
+            .unwrap()["spec"]
+                .clone()
+        };
+        let found = |policy: &str, families: &[&str], not_ready: bool| {
+            // As of an API server: what is false is left out.
+            let mut spec = json!({"selector": {"app": "vote"}, "clusterIP": "None", "sessionAffinity": "None",
+                "ports": [{"name": "tcp-80", "protocol": "TCP", "port": 80, "targetPort": 80}],
+                "ipFamilyPolicy": policy, "ipFamilies": families});
+            if not_ready {
+                spec["publishNotReadyAddresses"] = true.into();
+            }
+            part_of(&spec)
+        };
+        let (single, prefer, require) = ("SingleStack", "PreferDualStack", "RequireDualStack");
+        let (v4, both) = (&["IPv4"][..], &["IPv4", "IPv6"][..]);
+        for (have, want, difference_is) in [
+            (found(single, v4, false), wanted(single, v4, false), None),
+            (found(require, both, false), wanted(require, v4, false), None),
+            (found(prefer, v4, false), wanted(prefer, both, false), None),
+            (found(prefer, both, true), wanted(prefer, both, true), None),
+            (found(single, v4, true), wanted(single, v4, false), Some(Difference::Spec)),
+            (found(single, v4, false), wanted(single, v4, true), Some(Difference::Spec)),
+            (found(single, v4, false), wanted(require, v4, false), Some(Difference::Spec)),
+            (found(require, both, false), wanted(single, v4, false), Some(Difference::Spec)),
+            (found(single, v4, false), wanted(single, &["IPv6"], false), Some(Difference::PrimaryFamily)),
+        ] {
+            assert_eq!(difference(&have, &want), difference_is, "{have} {want}");
+        }
+        let mut other = found(single, v4, false);
+        other["selector"]["app"] = "web".into();
+        assert_eq!(difference(&other, &wanted(single, v4, false)), Some(Difference::Spec));
     }
 
     #[test]
@@ -86,6 +169,20 @@ mod tests {
             json!([{"name": "web", "protocol": "TCP", "port": 80, "targetPort": "web"},
                    {"name": "dns", "protocol": "UDP", "port": 53, "targetPort": 53}])
         );
+        let service = of(json!({
+            "selector": {"app": "vote"},
+            "ports": [{"name": "web", "port": 80, "targetPort": 8080}, {"name": "x", "port": 81, "targetPort": "web"}],
+        }));
+        assert_eq!(
+            service.unwrap()["spec"]["ports"],
+            json!([{"name": "tcp-80", "protocol": "TCP", "port": 80, "targetPort": 8080},
+                   {"name": "web", "protocol": "TCP", "port": 81, "targetPort": "web"}])
+        );
+    }
+
+    #[test]
+    fn it_is_the_mesh_services_own() {
+        let service = of(json!({"selector": {"app": "vote"}, "ports": [{"port": 80}]})).unwrap();
         assert_eq!(service["metadata"]["ownerReferences"][0]["uid"], "u1");
         assert_eq!(service["spec"]["clusterIP"], "None");
     }

@@ -26,6 +26,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     Settings, Told,
+    headless::{self, Difference},
     mesh::{Core, Mesh, Meta},
     nodes::Said as NodeSaid,
     pace::Bucket,
@@ -282,7 +283,8 @@ impl Leader {
     fn take_slice(&mut self, event: watcher::Event<DynamicObject>) {
         let change = self.listings[1].take(event, self.mesh.slice_keys());
         if let Some((key, object)) = change.put {
-            let verdict = judge(Kind::Slice, without_bulk(Kind::Slice, object), None, true).verdict;
+            let verdict =
+                judge(Kind::Slice, without_bulk(Kind::Slice, object), Some(self.mesh.config()), true).verdict;
             let slice = match &verdict {
                 Verdict::Good(Object::Slice(slice)) => Some(&**slice),
                 _ => None,
@@ -550,8 +552,12 @@ impl Leader {
         let ours = |core: &&Core| core.owner.as_deref() == Some(&entry.meta.uid);
         match (&entry.headless, self.mesh.core(key)) {
             (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
-            (Some(wanted), Some(core)) if ours(&core) && core.spec != requests::part_of(&wanted["spec"]) => {
-                Some(Todo::Change(core.uid.clone(), wanted.clone()))
+            (Some(wanted), Some(core)) if ours(&core) => {
+                headless::difference(&core.spec, &wanted["spec"]).map(|difference| match difference {
+                    Difference::Spec => Todo::Change(core.uid.clone(), wanted.clone()),
+                    // Made anew when it is gone.
+                    Difference::PrimaryFamily => Todo::Delete(core.uid.clone()),
+                })
             }
             (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
             _ => None,
@@ -615,7 +621,7 @@ fn core_of(service: &CoreService) -> Core {
         owner: owner.map(|o| o.uid.clone()),
         node_ports: ports.chain(health).collect(),
         spec: if ours {
-            requests::part_of(&serde_json::to_value(spec).unwrap_or_default())
+            headless::part_of(&serde_json::to_value(spec).unwrap_or_default())
         } else {
             Value::Null
         },

@@ -20,8 +20,9 @@ use crate::{
         self, FieldError,
         status::{EndpointCounts, MeshServiceStatus},
     },
+    compile::endpoints::target_port,
     model::{
-        endpoints::Slice,
+        endpoints::{Slice, SlicePort},
         ids::{Family, PortId, Protocol, ServiceKey},
         node::{NodeConfig, nth_address},
         service::{
@@ -83,6 +84,7 @@ struct Counted {
     /// The service that it names.
     service: ServiceKey,
     family: Family,
+    ports: Vec<SlicePort>,
     /// Its endpoints, and whether each is ready.
     endpoints: Vec<(Arc<str>, bool)>,
 }
@@ -129,6 +131,11 @@ impl Mesh {
             changed: BTreeSet::new(),
             dirty: BTreeSet::new(),
         }
+    }
+
+    /// What the cluster's nodes have in common.
+    pub fn config(&self) -> &NodeConfig {
+        &self.config
     }
 
     /// Takes in a MeshService: new, changed, or only with another status.
@@ -237,7 +244,10 @@ impl Mesh {
         self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
         self.by_service.entry(name.clone()).or_default().insert(key.clone());
         let endpoints = slice.endpoints.iter().map(endpoint).collect();
-        self.slices.insert(key.clone(), Counted { service: name, family: slice.family, endpoints });
+        self.slices.insert(
+            key.clone(),
+            Counted { service: name, family: slice.family, ports: slice.ports.clone(), endpoints },
+        );
     }
 
     /// Takes in a core Service, or that it is gone.
@@ -452,12 +462,13 @@ impl Mesh {
             }
             last_good => status::Verdict::Wrong(&entry.errors, last_good.is_some()),
         };
-        let endpoints = self.count(entry);
+        let (endpoints, unmatched) = self.count(entry);
         Some(status::status(
             &Known {
                 generation: entry.meta.generation,
                 verdict,
                 endpoints,
+                unmatched,
                 programmed: self.nodes.programmed(key),
                 now,
             },
@@ -465,19 +476,36 @@ impl Mesh {
         ))
     }
 
-    fn count(&self, entry: &Entry) -> EndpointCounts {
+    /// Endpoints as nodes see them, and ports of the service that none of the ready ones has.
+    fn count(&self, entry: &Entry) -> (EndpointCounts, Vec<PortId>) {
         // An endpoint with an address of each family is in two slices.
         let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
-        let Some(service) = &entry.service else { return EndpointCounts::default() };
+        let Some(service) = &entry.service else { return (EndpointCounts::default(), Vec::new()) };
+        let mut unmatched: Vec<&ServicePort> = service.ports.iter().collect();
+        let mut some_ready = false;
         let keys = self.by_service.get(&slices_of(service));
         let slices = keys.into_iter().flatten().filter_map(|key| self.slices.get(key));
         for slice in slices.filter(|slice| service.families.contains(&slice.family)) {
+            let has = |port: &ServicePort| target_port(port, &slice.ports).is_some();
+            let serves = service.ports.iter().any(has);
+            let mut any = false;
             for (id, is_ready) in &slice.endpoints {
-                *ready.entry(id).or_default() |= is_ready;
+                let is_ready = *is_ready || service.publish_not_ready;
+                any |= is_ready;
+                *ready.entry(id).or_default() |= is_ready && serves;
             }
+            unmatched.retain(|port| !(any && has(port)));
+            some_ready |= any;
+        }
+        if !some_ready {
+            unmatched.clear();
         }
         let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
-        EndpointCounts { ready: count(ready.values().filter(|r| **r).count()), total: count(ready.len()) }
+        let counts = EndpointCounts {
+            ready: count(ready.values().filter(|r| **r).count()),
+            total: count(ready.len()),
+        };
+        (counts, unmatched.iter().map(|port| port.id()).collect())
     }
 
     /// Every number that must not be given to anybody else: what services have, what statuses still say, orphans.

@@ -94,11 +94,6 @@ pub async fn keep_headless(client: &Client, key: &ServiceKey, todo: Todo) -> Res
     }
 }
 
-/// What of a Service's spec is compared.
-pub fn part_of(spec: &Value) -> Value {
-    json!({"selector": spec["selector"], "ports": spec["ports"]})
-}
-
 /// Writes Events, one after another.
 pub async fn publish(
     client: Client,

@@ -11,7 +11,10 @@ use crate::{
         status::{EndpointCounts, MeshServiceStatus, PortStatus, Summary},
         values::{IpText, Protocol as ApiProtocol},
     },
-    model::{ids::Protocol, service::Service},
+    model::{
+        ids::{PortId, Protocol},
+        service::Service,
+    },
 };
 
 /// What is known of a service.
@@ -22,6 +25,8 @@ pub struct Known<'a> {
     pub verdict: Verdict<'a>,
     /// Its endpoints.
     pub endpoints: EndpointCounts,
+    /// Its ports that no ready endpoint has, where there are ready ones.
+    pub unmatched: Vec<PortId>,
     /// What the nodes say about it.
     pub programmed: Programmed,
     /// Now.
@@ -165,6 +170,14 @@ fn served(
         conditions.set("Ready", false, first.reason(), "not all that was asked for is allocated");
     } else if let Some(problem) = headless_problem {
         conditions.set("Ready", false, "HeadlessServiceFailed", problem);
+    } else if !known.unmatched.is_empty() {
+        let ports: Vec<String> =
+            known.unmatched.iter().map(|id| format!("{}/{}", id.port, id.protocol)).collect();
+        let message = format!(
+            "no ready endpoint has a port for {}: see targetPort, and the ports of the EndpointSlices",
+            short(ports.into_iter())
+        );
+        conditions.set("Ready", false, "NoTargetPort", &message);
     } else if endpoints.ready == 0 {
         let message = if endpoints.total == 0 { "there are no endpoints" } else { "no endpoint is ready" };
         conditions.set("Ready", false, "NoEndpoints", message);
@@ -281,6 +294,14 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
             }
             "True" if failed => out.push(News { good: true, reason: after.reason, message: after.message }),
             _ => {}
+        }
+    }
+    // What people wait for, and what they are called for at night.
+    let about = ["NoEndpoints", "NoTargetPort", "HeadlessServiceFailed"];
+    if let (Some(before), Some(after)) = (find(old, "Ready"), find(new, "Ready")) {
+        let (was, is) = (before.status == "True", after.status == "True");
+        if (was && about.contains(&&*after.reason)) || (is && about.contains(&&*before.reason)) {
+            out.push(News { good: is, reason: after.reason, message: after.message });
         }
     }
     if differ(old, new) {

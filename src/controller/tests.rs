@@ -11,8 +11,8 @@ use crate::{
     api::status::MeshServiceStatus,
     meshnode::{Fault, Report, State},
     model::{
-        endpoints::{Endpoint, Slice},
-        fixtures::config,
+        endpoints::{Endpoint, Slice, SlicePort},
+        fixtures::{self, config},
         ids::{Family, Protocol, ServiceKey},
     },
 };
@@ -324,6 +324,52 @@ fn endpoints_are_counted_once() {
     mesh.put_slice(&key("a-6"), None);
     assert_eq!(stored.write(&mut mesh), ["a"]);
     assert!(stored.condition("a", "Ready").starts_with("False NoEndpoints"));
+}
+
+#[test]
+fn endpoints_are_counted_as_nodes_see_them() {
+    let mut stored = Stored::default();
+    let named = |target: &str| {
+        json!({"ports": [
+            {"name": "web", "port": 80, "targetPort": target}, {"name": "more", "port": 81, "targetPort": 8081},
+        ]})
+    };
+    stored.apply("a", 1, named("htpp"));
+    let mut mesh = stored.mesh(&Used::new());
+    let http = SlicePort { name: Some("http".into()), protocol: Protocol::Tcp, port: Some(8080) };
+    let ends = vec![
+        fixtures::endpoint("10.0.0.1", "n1"),
+        Endpoint { ready: false, serving: false, ..fixtures::endpoint("10.0.0.2", "n1") },
+    ];
+    let slice = Slice {
+        key: key("a-4"),
+        service_name: "a".into(),
+        family: Family::V4,
+        ports: vec![http],
+        endpoints: ends,
+    };
+    mesh.put_slice(&key("a-4"), Some(&slice));
+    stored.write(&mut mesh);
+    let ready = stored.condition("a", "Ready");
+    assert!(ready.starts_with("False NoTargetPort") && ready.contains("80/TCP: see"), "{ready}");
+    assert_eq!(stored.status("a").summary.unwrap().endpoints, "1/2");
+    stored.apply("a", 1, named("http"));
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    assert!(stored.condition("a", "Ready").starts_with("True Serving"));
+    // Those that are not ready too, if that is asked for.
+    let mut spec = named("http");
+    spec["publishNotReadyAddresses"] = true.into();
+    stored.apply("a", 1, spec);
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").summary.unwrap().endpoints, "2/2");
+    // An endpoint without any port that is asked for is none.
+    stored.apply("a", 1, json!({"ports": [{"port": 80, "targetPort": "htpp"}]}));
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").summary.unwrap().endpoints, "0/2");
+    assert!(stored.condition("a", "Ready").starts_with("False NoTargetPort"));
 }
 
 #[test]

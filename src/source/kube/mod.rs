@@ -63,6 +63,10 @@ pub fn config(kubeconfig: Option<&Path>) -> Result<Config> {
     runtime()?.block_on(find_config(kubeconfig))
 }
 
+/// A connection that says nothing for so long is given up. Watches with bookmarks, as ours are, hear something each minute
+/// (defaultBookmarkFrequency of the API server's watch cache).
+const SILENCE: Duration = Duration::from_secs(100);
+
 fn runtime() -> io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build()
 }
@@ -84,9 +88,11 @@ async fn find_config(kubeconfig: Option<&Path>) -> Result<Config> {
             ),
         },
     };
-    // A connection that hangs must be noticed; a watch may be quiet for as long as the API server keeps it open.
+    // A connection that hangs must be noticed: an API server that is gone without a word would otherwise be listened to for
+    // the five minutes of a watch, and for ever when it was asked for a list.
     config.connect_timeout = Some(Duration::from_secs(10));
-    config.read_timeout = None;
+    config.read_timeout = Some(SILENCE);
+    config.reset_reader_on_write = true;
     // Whoever asks tries again at a pace of its own; the client's own way may wait for minutes.
     config.default_retry = false;
     Ok(config)
