@@ -784,7 +784,7 @@ SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server
 def main():
     cases = CASES + (SERVER_CASES if os.environ.get("MESHLB_CHART_SERVER") else [])
     filters = sys.argv[1:]
-    passed = failed = 0
+    passed = failed = skipped = 0
     for case in cases:
         if filters and not any(f in case.__name__ for f in filters):
             continue
@@ -792,6 +792,7 @@ def main():
         try:
             case()
         except Skipped as e:
+            skipped += 1
             print(f"SKIPPED chart::{case.__name__}: {e}")
         except Exception as e:  # every case is run, whatever an earlier one did
             failed += 1
@@ -800,8 +801,8 @@ def main():
         else:
             passed += 1
             print(f"ok chart::{case.__name__} ({time.monotonic() - start:.1f} s)")
-    print(f"chart tests: {passed} passed, {failed} failed")
-    return 1 if failed or not passed else 0
+    print(f"chart tests: {passed} passed, {failed} failed, {skipped} skipped")
+    return 1 if failed or skipped or not passed else 0
 
 
 sys.exit(main())

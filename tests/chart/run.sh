@@ -5,7 +5,7 @@
 #
 # --server  also installs, upgrades and removes the chart on a real control plane (tests/cluster), started and ended here
 # HELM=FILE, KUBE_BIN=DIR (with kubectl; with --server the control plane's programs too): instead of building them
-# MESHLB_BIN=FILE: the program that is to understand the configuration [default: target/debug/meshlb, if it is there]
+# MESHLB_BIN=FILE: the program that is to understand the configuration [default: it is built]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 # A control plane of our own: `helm install` makes cluster-wide objects.
@@ -19,7 +19,11 @@ python3 -c 'import yaml' 2>/dev/null || {
   say "chart: installing python3-yaml from Debian: the checks read what is rendered with it"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-yaml >/dev/null
 }
-MESHLB_BIN=${MESHLB_BIN:-target/debug/meshlb}; [ -x "$MESHLB_BIN" ] || MESHLB_BIN=
+if [ -z "${MESHLB_BIN:-}" ]; then
+  built=$(mktemp)
+  cargo build -q --locked --bin meshlb --message-format=json-render-diagnostics >"$built" || { rm -f "$built"; echo "0 passed, 1 failed (it does not build)"; exit 1; }
+  MESHLB_BIN=$(executable bin meshlb); rm -f "$built"
+fi
 PROMTOOL=$(d=$(prometheus_dir) && echo "$d/promtool") || PROMTOOL=
 export HELM MESHLB_BIN PROMTOOL KUBECTL=${KUBE_BIN:-$(kube_dir)}/kubectl
 
