@@ -99,12 +99,20 @@ pub fn clean(options: &Options) -> Result<Vec<String>> {
 /// Removes the services with these marks. Whether there are others, of other programs: where that can't be found out, there may be.
 fn remove_services(ipvs: &mut KernelIpvs, marks: &BTreeSet<Mark>, errors: &mut Vec<String>) -> bool {
     let keep = |mark: Mark| marks.contains(&mark);
-    match ipvs.dump_services(&keep) {
-        Ok(found) => {
-            let changes: Vec<_> = found.into_keys().map(IpvsChange::DelService).collect();
-            errors.extend(ipvs.apply(&changes).into_iter().filter_map(|r| r.err().map(|e| e.to_string())));
+    // Until none is told of: a dump may lack some while others change theirs.
+    for _ in 0..3 {
+        match ipvs.dump_services(&keep) {
+            Ok(found) if found.is_empty() => break,
+            Ok(found) => {
+                let changes: Vec<_> = found.into_keys().map(IpvsChange::DelService).collect();
+                let failed = ipvs.apply(&changes).into_iter().filter_map(Result::err);
+                errors.extend(failed.map(|e| e.to_string()));
+            }
+            Err(e) => {
+                errors.push(e.to_string());
+                break;
+            }
         }
-        Err(e) => errors.push(e.to_string()),
     }
     match ipvs.foreign(&keep) {
         Ok(foreign) => !foreign.is_empty(),

@@ -1,12 +1,15 @@
 //! Carries operations out, in their order, neighbours of one kind together.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use super::{ElementChange, Error, Host, Ipvs, IpvsChange, Netfilter};
 use crate::{
     model::{
         ids::{Mark, PerFamily},
-        kernel::{Element, KernelState},
+        kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
     },
     plan::{Observed, Op},
 };
@@ -55,13 +58,14 @@ impl Dataplane {
         let led_to: BTreeSet<Mark> = netfilter.elements.values().flatten().copied().collect();
         let is_ours = |mark: Mark| ours(mark) || led_to.contains(&mark);
         let foreign = std::cell::RefCell::new(BTreeSet::new());
-        let virtual_servers = self.ipvs.dump(&|mark| {
+        let mut virtual_servers = self.ipvs.dump(&|mark| {
             let keep = is_ours(mark);
             if !keep {
                 foreign.borrow_mut().insert(mark);
             }
             keep
         })?;
+        self.add_missed(desired, &mut virtual_servers)?;
         let mut sysctls = BTreeMap::new();
         for path in desired.sysctls.keys() {
             if let Some(value) = self.host.sysctl(path)? {
@@ -78,6 +82,26 @@ impl Dataplane {
             sysctls,
             timeouts: self.ipvs.timeouts()?,
         })
+    }
+
+    /// Services that are there although the dump did not tell of them. Where a great many are missing, it is the kernel that
+    /// lacks them.
+    fn add_missed(
+        &mut self,
+        desired: &KernelState,
+        found: &mut HashMap<VirtualServerKey, VirtualServer>,
+    ) -> Result<(), Error> {
+        const MOST: usize = 1000;
+        let missing = desired.virtual_servers.keys().filter(|key| !found.contains_key(key));
+        let missing: Vec<_> = missing.take(MOST + 1).copied().collect();
+        for key in missing.iter().filter(|_| missing.len() <= MOST) {
+            if let Some(config) = self.ipvs.service(*key)? {
+                let reals = self.ipvs.reals(*key)?.into_iter().map(|(real, (config, _))| (real, config));
+                let reals = Arc::new(reals.collect());
+                found.insert(*key, VirtualServer { config, protocol: None, reals });
+            }
+        }
+        Ok(())
     }
 
     /// Applies operations in order and goes on after a failure, except with what would send packets to a wrong place then:

@@ -27,6 +27,10 @@ pub struct Inner {
     pub state: KernelState,
     /// Routes of ours for ranges that are not in `state`.
     pub other_routes: Vec<VipRoute>,
+    /// Services that are there and that dumps don't tell of.
+    pub missed: BTreeSet<VirtualServerKey>,
+    /// Sysctls that can be read and not written.
+    pub read_only: BTreeSet<String>,
     /// Its addresses.
     pub facts: NodeFacts,
     /// Active connections by real server.
@@ -90,8 +94,10 @@ impl Ipvs for FakeKernel {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServer>, Error> {
-        let servers = &self.may_fail("read services")?.state.virtual_servers;
-        Ok(servers.iter().filter(|(k, _)| keep(k.mark)).map(|(k, v)| (*k, v.clone())).collect())
+        let inner = self.may_fail("read services")?;
+        let told =
+            inner.state.virtual_servers.iter().filter(|(k, _)| keep(k.mark) && !inner.missed.contains(k));
+        Ok(told.map(|(k, v)| (*k, v.clone())).collect())
     }
 
     fn dump_services(
@@ -101,8 +107,8 @@ impl Ipvs for FakeKernel {
         Ok(self.dump(keep)?.into_iter().map(|(k, v)| (k, v.config)).collect())
     }
 
-    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error> {
-        Ok(self.may_fail("read services")?.state.virtual_servers.contains_key(&key))
+    fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error> {
+        Ok(self.may_fail("read services")?.state.virtual_servers.get(&key).map(|s| s.config.clone()))
     }
 
     fn reals(
@@ -272,6 +278,12 @@ impl Host for FakeKernel {
         Ok(self.may_fail(&format!("read sysctl {path}"))?.state.sysctls.get(path).cloned())
     }
 
+    fn can_have(&mut self, path: &str, value: &str) -> Result<bool, Error> {
+        let found = self.sysctl(path)?;
+        let read_only = self.lock().read_only.contains(path);
+        Ok(found.is_some_and(|found| found == value || !read_only))
+    }
+
     fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error> {
         self.write(path)?.state.sysctls.insert(path.to_owned(), value.to_owned());
         Ok(())
@@ -298,7 +310,9 @@ impl Host for FakeKernel {
     }
 
     fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
-        Ok(self.may_fail("read flows")?.flows.contains(flows))
+        let inner = self.may_fail("read flows")?;
+        let same = |open: &&PublishedFlows| (open.protocol, open.real) == (flows.protocol, flows.real);
+        Ok(inner.flows.iter().filter(same).any(|open| !open.to.is_disjoint(&flows.to)))
     }
 
     fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {

@@ -73,6 +73,10 @@ fn service_config(config: &VirtualServerConfig) -> ServiceConfig {
     out
 }
 
+fn virtual_config(config: &ServiceConfig) -> VirtualServerConfig {
+    VirtualServerConfig { scheduler: config.scheduler.as_str().into(), flags: config.flags.bits() }
+}
+
 fn destination_id(real: RealServerKey) -> DestinationId {
     DestinationId { addr: real.addr, port: real.port }
 }
@@ -143,14 +147,14 @@ impl Ipvs for KernelIpvs {
         let mut out = HashMap::new();
         for service in self.client.services().map_err(error)? {
             let Some(key) = key_of(&service.id).filter(|key| keep(key.mark)) else { continue };
-            let scheduler = service.config.scheduler.as_str().into();
-            out.insert(key, VirtualServerConfig { scheduler, flags: service.config.flags.bits() });
+            out.insert(key, virtual_config(&service.config));
         }
         Ok(out)
     }
 
-    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error> {
-        Ok(self.client.service(&service_id(key)).map_err(error)?.is_some())
+    fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error> {
+        let found = self.client.service(&service_id(key)).map_err(error)?;
+        Ok(found.map(|service| virtual_config(&service.config)))
     }
 
     fn reals(

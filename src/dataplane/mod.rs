@@ -118,8 +118,9 @@ pub trait Ipvs {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error>;
-    /// Whether there is a service with this key, anybody's.
-    fn has_service(&mut self, key: VirtualServerKey) -> Result<bool, Error>;
+    /// The service with this key, anybody's. A dump may lack one that is there: the kernel goes by position in its table, and
+    /// another program may take services out meanwhile.
+    fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error>;
     /// Destinations of one service with weights and counters; empty when the service is missing.
     fn reals(
         &mut self,
@@ -236,6 +237,8 @@ pub trait Host {
     fn overlaps(&mut self, range: &ipnet::IpNet) -> Result<Vec<String>, Error>;
     /// Reads a sysctl by its path below /proc/sys; `None` where the file is missing.
     fn sysctl(&mut self, path: &str) -> Result<Option<String>, Error>;
+    /// Whether a sysctl has a value or could be given it.
+    fn can_have(&mut self, path: &str, value: &str) -> Result<bool, Error>;
     /// Writes one.
     fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error>;
     /// Addresses of the node, those that published ports answer on (design decision 5), and the

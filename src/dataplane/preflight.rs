@@ -293,6 +293,9 @@ mod tests {
         fn sysctl(&mut self, path: &str) -> Result<Option<String>, Error> {
             Ok(self.sysctls.get(path).map(|v| (*v).to_owned()))
         }
+        fn can_have(&mut self, _: &str, _: &str) -> Result<bool, Error> {
+            unreachable!()
+        }
         fn set_sysctl(&mut self, _: &str, _: &str) -> Result<(), Error> {
             unreachable!()
         }

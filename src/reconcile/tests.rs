@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::{Engine, Settings};
+use super::{Engine, Settings, rotation::Rotation};
 use crate::{
     allocate::{Allocations, Lock},
     compile::service::Drains,
@@ -191,6 +191,16 @@ fn a_removed_endpoint_drains_until_its_connections_are_gone() {
     engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
     assert!(!engine.is_dirty(), "a connection is left");
     kernel.lock().active.clear();
+    // IPVS counts a connection that one side has closed among the inactive ones.
+    let vips = engine.merged().state().elements.keys().filter_map(|e| match e {
+        Element::Vip(t) => Some((t.addr, t.port)),
+        _ => None,
+    });
+    let half_closed = PublishedFlows { protocol: Protocol::Tcp, real, to: vips.take(1).collect() };
+    kernel.lock().flows.insert(half_closed);
+    engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
+    assert!(!engine.is_dirty(), "a connection is half closed");
+    kernel.lock().flows.clear();
     let later = now() + SignedDuration::from_secs(2);
     engine.expire_drains(later).unwrap();
     let done = engine.turn(false, later).unwrap();
@@ -331,6 +341,46 @@ fn bridges_are_looked_for_once_and_when_endpoints_come_or_go() {
     engine.feed([Event::ServiceGone(crate::model::ids::ServiceKey::new("default", "vote"))]);
     turn(&mut engine, false);
     assert_eq!(masqueraded(&kernel), Some(0));
+}
+
+#[test]
+fn replies_on_a_bridge_are_brought_back_by_masquerading_where_the_sysctl_cannot_be_set() {
+    let path = "net/bridge/bridge-nf-call-iptables";
+    for (value, read_only, masqueraded) in [("0", false, 0), ("0", true, 1), ("1", true, 0)] {
+        let kernel = FakeKernel::default();
+        {
+            let mut inner = kernel.lock();
+            let subnet = "10.244.1.0/24".parse().unwrap();
+            inner.bridges.push(BridgeSubnet { bridge: "cni0".into(), subnet });
+            inner.state.sysctls.insert(path.into(), value.into());
+            inner.read_only.extend(read_only.then(|| path.to_owned()));
+        }
+        let mut engine = vote(&kernel, Allocations::default());
+        turn(&mut engine, true);
+        let inner = kernel.lock();
+        let program = inner.state.program.as_ref().unwrap();
+        assert_eq!(program.masquerade_bridges.len(), masqueraded, "{value}, read-only: {read_only}");
+        let set = if masqueraded == 0 { "1" } else { "0" };
+        assert_eq!(inner.state.sysctls[path], set, "{value}, read-only: {read_only}");
+    }
+}
+
+#[test]
+fn a_service_that_a_dump_leaves_out_is_not_missing() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let key = server_of(&engine, "vote");
+    kernel.lock().missed.insert(key);
+    let mut rotation = Rotation::new(1, 1, std::time::Duration::ZERO);
+    assert_eq!(engine.look_at_servers(true, &mut rotation).unwrap(), None);
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    assert!(engine.take_drift().is_empty());
+    // Nor is one that is gone there.
+    kernel.lock().state.virtual_servers.remove(&key);
+    assert!(engine.look_at_servers(true, &mut rotation).unwrap().is_some());
+    assert!(!turn(&mut engine, true).is_empty());
+    assert_eq!(engine.take_drift(), [("ipvs_service", 1)].into());
 }
 
 #[test]

@@ -665,7 +665,9 @@ impl Session {
         let out = self.out.join(name);
         let _ = fs::remove_dir_all(&out);
         let _ = fs::create_dir_all(&out);
-        let mut text = format!("  {}\n", format!("{error:#}").replace('\n', "\n  "));
+        let error = format!("{error:#}");
+        let _ = fs::write(out.join("error.txt"), &error);
+        let mut text = section("error", &error, 200);
         if !notes.is_empty() {
             text.push_str(&section("notes", notes, 200));
         }

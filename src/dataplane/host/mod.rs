@@ -140,6 +140,10 @@ impl Host for LinuxHost {
         self.sysctls.read(path)
     }
 
+    fn can_have(&mut self, path: &str, value: &str) -> Result<bool, Error> {
+        self.sysctls.can_have(path, value)
+    }
+
     fn set_sysctl(&mut self, path: &str, value: &str) -> Result<(), Error> {
         if path == sysctl::V6_FORWARDING && value == "1" {
             let links = self.ra_dependent_links()?;

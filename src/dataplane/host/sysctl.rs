@@ -130,6 +130,16 @@ impl Sysctls {
         }
     }
 
+    /// Whether it has the value or could be given it. Nothing is written.
+    pub(crate) fn can_have(&self, path: &str, value: &str) -> Result<bool, Error> {
+        Ok(match self.read(path)? {
+            None => false,
+            Some(current) => {
+                current == value || fs::OpenOptions::new().write(true).open(self.file(path)?).is_ok()
+            }
+        })
+    }
+
     /// Writes unless the value is there already. Returns whether it wrote.
     pub(crate) fn write(&self, path: &str, value: &str) -> Result<bool, Error> {
         match self.read(path)? {

@@ -26,6 +26,12 @@ pub(crate) fn rules(program: &Program, family: Family) -> Vec<Rule> {
         rule("MESHLB-INPUT", "replies to this node", to(&range)),
         rule("MESHLB-INPUT", "replies to this node", to(&f.node.to_string())),
         rule("MESHLB-INPUT", "replies to this node", to(&loopback(family).to_string())),
+        // From this node to an endpoint on its own host network, by `lo`: what IPVS has sent on, and nothing else.
+        rule(
+            "MESHLB-INPUT",
+            "from this node to an endpoint on it",
+            "-i lo -m ipvs --ipvs -j ACCEPT".to_owned(),
+        ),
         rule("MESHLB-FORWARD", "replies from VIPs", to(&range)),
         // Both directions: after the first packet, conntrack itself sends what was published on to the
         // endpoint, so it is forwarded and no longer comes by IPVS.
@@ -35,6 +41,11 @@ pub(crate) fn rules(program: &Program, family: Family) -> Vec<Rule> {
             "-m conntrack --ctstate RELATED,ESTABLISHED -m conntrack --ctstate DNAT -j ACCEPT".to_owned(),
         ),
     ]
+}
+
+/// Whether a rule needs the kernel's xt_ipvs.
+pub(crate) fn asks_ipvs(rule: &Rule) -> bool {
+    rule.text.contains("-m ipvs ")
 }
 
 /// Whether INPUT or FORWARD drops or rejects anything itself.

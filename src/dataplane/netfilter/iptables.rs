@@ -171,7 +171,8 @@ impl Iptables {
 
     fn put_table(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
         self.runs += 1;
-        nftwrite::install(program, elements, self.stores.layout())
+        let layout = self.stores.layout();
+        nftwrite::install(&mut self.reader, program, elements, layout)
     }
 
     /// Writes everything; returns a part that was gone again when it was read back.

@@ -77,6 +77,38 @@ fn install_then_observe_then_nothing_to_write() {
 }
 
 #[test]
+fn a_table_that_is_alike_is_filled_anew_and_any_other_replaced() {
+    with_each(|mut r| {
+        r.install(&dual(), &all()).unwrap();
+        let handle = || sh("nft -a list table inet meshlb | head -1");
+        let (before, first) = (everything(), handle());
+        assert!(first.contains("handle"), "{first}");
+        for broken in [
+            "true",
+            "nft flush chain inet meshlb guard",
+            "nft flush set inet meshlb published-4",
+            "nft flush map inet meshlb loopback-6",
+        ] {
+            sh(broken);
+            r.install(&dual(), &all()).unwrap();
+            assert_eq!((everything(), handle()), (before.clone(), first.clone()), "{broken}");
+        }
+        for other in [
+            "nft add chain inet meshlb more",
+            "nft add set inet meshlb more '{ type ipv4_addr; }'",
+            "nft flush chain inet meshlb lo-in; nft delete chain inet meshlb lo-in
+             nft add chain inet meshlb lo-in '{ type filter hook input priority 7; }'",
+        ] {
+            let was = handle();
+            sh(other);
+            r.install(&dual(), &all()).unwrap();
+            assert_ne!(handle(), was, "{other}");
+            assert_eq!(everything(), before, "{other}");
+        }
+    });
+}
+
+#[test]
 fn an_element_that_is_refused_keeps_no_other_out() {
     with_each(|mut r| {
         // Without sets for IPv6.

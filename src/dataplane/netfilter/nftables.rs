@@ -110,7 +110,7 @@ impl Nftables {
         self.known = None;
         self.generation = None;
         self.runs += 1;
-        nftwrite::install(program, elements, Layout::Whole)?;
+        nftwrite::install(&mut self.reader, program, elements, Layout::Whole)?;
         // Also takes away what the iptables renderer left there, which would do the same work twice.
         self.put_accepting_rules(program)?;
         let generation = self.reader.generation()?;
@@ -194,8 +194,17 @@ impl Nftables {
         for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
             for family in Family::ALL {
                 let saved = variant.saved(family)?;
-                let rules = if accept::blocks(&saved) { accept::rules(program, family) } else { Vec::new() };
-                self.runs += u64::from(variant.put(family, &rules, &saved)?);
+                let mut rules =
+                    if accept::blocks(&saved) { accept::rules(program, family) } else { Vec::new() };
+                let wrote = match variant.put(family, &rules, &saved) {
+                    // A kernel without xt_ipvs: the rest works without. Tables before this one may be written already.
+                    Err(Error::MissingFeature { .. }) if rules.iter().any(accept::asks_ipvs) => {
+                        rules.retain(|rule| !accept::asks_ipvs(rule));
+                        variant.put(family, &rules, &variant.saved(family)?)
+                    }
+                    other => other,
+                };
+                self.runs += u64::from(wrote?);
             }
         }
         Ok(())

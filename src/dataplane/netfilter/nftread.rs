@@ -3,7 +3,10 @@
 //! No process is run for that, and only our own chains are read however many others a node has. Rules are
 //! compared as the kernel holds them, without their counters, so no tool's way of writing them matters.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use nix::errno::Errno;
 
@@ -26,6 +29,7 @@ const NFNL_SUBSYS_NFTABLES: u8 = 10;
 const MSG_GETTABLE: u8 = 1;
 const MSG_GETCHAIN: u8 = 4;
 const MSG_GETRULE: u8 = 7;
+const MSG_GETSET: u8 = 10;
 const MSG_GETSETELEM: u8 = 13;
 const MSG_GETGEN: u8 = 16;
 
@@ -34,6 +38,7 @@ const FIRST: u16 = 1;
 const RULE_CHAIN: u16 = 2;
 const RULE_EXPRESSIONS: u16 = 4;
 const CHAIN_NAME: u16 = 3;
+const SET_NAME: u16 = 2;
 const CHAIN_HOOK: u16 = 4;
 const CHAIN_POLICY: u16 = 5;
 const CHAIN_TYPE: u16 = 7;
@@ -154,6 +159,25 @@ impl NftReader {
             Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => Ok(false),
             Err(e) => Err(e),
         })
+    }
+
+    /// Names of all chains and named sets in our table.
+    pub(crate) fn names(&mut self) -> Result<BTreeSet<String>, Error> {
+        let mut names = BTreeSet::new();
+        for (message, name) in [(MSG_GETCHAIN, CHAIN_NAME), (MSG_GETSET, SET_NAME)] {
+            let get = request(message, NFPROTO_INET, |a| a.text(FIRST, OURS));
+            let found = self.with("names in table inet meshlb", |s| match s.dump(&get) {
+                Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => {
+                    Ok(Vec::new())
+                }
+                other => other,
+            })?;
+            let ours = found.iter().filter(|p| attribute(p, FIRST).is_some_and(|table| text(table) == OURS));
+            names.extend(ours.filter_map(|payload| attribute(payload, name).map(text)));
+        }
+        // Sets without a name of their own, which belong to rules.
+        names.retain(|name| !name.starts_with("__"));
+        Ok(names)
     }
 
     /// One chain's hook, type and policy as a hash; `None` where there is no such chain.

@@ -9,7 +9,7 @@ use std::{
 use super::{
     exec,
     nftread::NftReader,
-    rules_nft::{ASKS_SOCKET, TABLE, install_text},
+    rules_nft::{ASKS_SOCKET, TABLE, install_text, refill_text},
     sets::{Kind, Layout, NftKey, nft_elements, nft_name},
 };
 use crate::{
@@ -46,8 +46,19 @@ pub(crate) fn transaction(
     Ok(())
 }
 
-/// Replaces our table, whatever is there.
-pub(crate) fn install(program: &Program, elements: &Elements, layout: Layout) -> Result<(), Error> {
+/// Makes our table this, whatever is there.
+pub(crate) fn install(
+    reader: &mut NftReader,
+    program: &Program,
+    elements: &Elements,
+    layout: Layout,
+) -> Result<(), Error> {
+    let (refill, names) = refill_text(program, elements, layout);
+    let there = reader.names()?;
+    // What is alike is filled anew where it is. (Refused where it is of another kind, or without what DNS needs: see below.)
+    if !there.is_empty() && there.is_subset(&names) && run(&refill).is_ok() {
+        return Ok(());
+    }
     let text = install_text(program, elements, layout);
     run(&text).or_else(|e| {
         // Kernels before 5.13, or without nft_socket: DNS is then refused while no agent runs, and not dropped.

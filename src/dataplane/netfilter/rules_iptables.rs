@@ -185,7 +185,8 @@ fn mangle_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram
         push("mangle", name, "our field only", clear.clone());
         push("mangle", name, "VIP to mark", look_up.clone());
     }
-    let text = format!("-j SET --map-set {published} dst,dst --map-mark");
+    // One way only: a program of the node may have got a published number as its own port, and is answered there.
+    let text = format!("-m conntrack --ctdir ORIGINAL -j SET --map-set {published} dst,dst --map-mark");
     push("mangle", "MESHLB-OUTPUT", "published port to mark", text);
     let text = format!("{} -j MARK --set-xmark 0x0/{mask:#x}", options.ipvs_match);
     push("mangle", "MESHLB-POSTROUTING", "no mark leaves on an overlay", text);

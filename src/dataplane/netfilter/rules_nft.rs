@@ -3,7 +3,7 @@
 //! Both are `table inet meshlb`, so that the change from one renderer to the other replaces the table in one
 //! transaction. Priorities: conntrack is at −200, IPVS takes packets at input 98–99 and output −98.
 
-use std::fmt::Write as _;
+use std::{collections::BTreeSet, fmt::Write as _};
 
 use super::sets::{Kind, Layout, NftContents, loopback, nft_contents, nft_name};
 use crate::model::{
@@ -53,6 +53,34 @@ pub(crate) fn install_text(program: &Program, elements: &Elements, layout: Layou
     )
 }
 
+/// The text that makes our table this program with these elements where its chains and sets are there already, or some of
+/// them; and the names of all that it is made of. Chains stay hooked: of a packet that is between the old chain and the new one
+/// of a table that is replaced, neither knows the mark.
+pub(crate) fn refill_text(
+    program: &Program,
+    elements: &Elements,
+    layout: Layout,
+) -> (String, BTreeSet<String>) {
+    let (mut empty, mut flushes, mut names) = (String::new(), String::new(), BTreeSet::new());
+    let mut in_chain = false;
+    for line in table_text(program, &NftContents::default(), layout).lines() {
+        let head: Vec<&str> = line.split_whitespace().collect();
+        if let [word @ ("chain" | "set" | "map"), name, "{"] = head[..] {
+            in_chain = word == "chain";
+            names.insert(name.to_owned());
+            // Those were filled by packets, and are right whatever the rules are.
+            if !name.starts_with(STRANGERS) {
+                let _ = writeln!(flushes, "flush {word} {TABLE} {name}");
+            }
+        } else if in_chain && !matches!(head[..], ["type", ..] | ["}"]) {
+            continue;
+        }
+        let _ = writeln!(empty, "{line}");
+    }
+    let full = table_text(program, &nft_contents(elements, layout), layout);
+    (format!("{empty}{flushes}{full}"), names)
+}
+
 /// The text that takes the marking out of the other renderer's table, once our rules mark too. A packet that is between two
 /// chains when the table is replaced looks its mark up in a map that is gone already; so nothing is looked up any more then.
 pub(crate) fn hand_over_text(program: &Program) -> String {
@@ -77,6 +105,7 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
         for kind in layout.kinds() {
             set_text(&mut out, *kind, family, contents);
         }
+        out.push_str(&strangers_text(family));
     }
     let families: Vec<_> =
         program.families.iter().map(|(family, f)| Names::new(family, f, program)).collect();
@@ -120,6 +149,22 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
     chain("unmark", "filter hook postrouting priority 110", unmark(&families, program, whole));
     out.push_str("}\n");
     out
+}
+
+/// Connections by loopback whose client happens to have a published number as its own port: what is sent back to it there is
+/// no packet to the published port. (protocol, port of the server, port of the client); filled and emptied by packets alone.
+/// Kept for as long as conntrack keeps a silent TCP connection (nf_conntrack_tcp_timeout_established).
+fn strangers_text(family: Family) -> String {
+    format!(
+        "  set {} {{\n    type inet_proto . inet_service . inet_service\n    flags dynamic,timeout\n    timeout 5d\n    size 65535\n  }}\n",
+        strangers(family)
+    )
+}
+
+const STRANGERS: &str = "lo-strangers-";
+
+fn strangers(family: Family) -> String {
+    format!("{STRANGERS}{}", family.digit())
 }
 
 fn set_text(out: &mut String, kind: Kind, family: Family, contents: &NftContents) {
@@ -194,18 +239,27 @@ impl Names {
     /// telling a hit from a miss: `mark_out` sets it again after everybody else's rules.
     fn loopback_out(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
-        let map = self.set(Kind::Loopback);
+        let (map, strangers) = (self.set(Kind::Loopback), strangers(self.family));
         vec![format!(
-            "{ip} saddr {lo} {ip} daddr {lo} meta mark set meta l4proto . th dport map {map} {ip} saddr set {node}"
+            "{ip} saddr {lo} {ip} daddr {lo} meta l4proto . th sport . th dport != @{strangers} \
+             meta mark set meta l4proto . th dport map {map} {ip} saddr set {node}"
         )]
     }
 
     fn loopback_in(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
-        let map = self.set(Kind::Loopback);
-        vec![format!(
-            "{ip} saddr {lo} {ip} daddr {node} meta mark set meta l4proto . th sport map {map} meta mark set 0 {ip} daddr set {lo}"
-        )]
+        let (map, published) = (self.set(Kind::Loopback), self.set(Kind::Published));
+        let strangers = strangers(self.family);
+        vec![
+            // First: answers of ours look the same once they are turned back.
+            format!(
+                "{ip} saddr {lo} {ip} daddr {lo} {ip} saddr . meta l4proto . th sport {published} \
+                 update @{strangers} {{ meta l4proto . th dport . th sport }}"
+            ),
+            format!(
+                "{ip} saddr {lo} {ip} daddr {node} meta mark set meta l4proto . th sport map {map} meta mark set 0 {ip} daddr set {lo}"
+            ),
+        ]
     }
 
     /// Before everybody else's DNAT. A DNAT to the address that it has already is final for conntrack, which
@@ -245,14 +299,16 @@ impl Names {
         let Self { ip, lo, node, mask, .. } = self;
         let mut rules = self.mark_vip(whole);
         let target = self.target();
+        // One way only: a program of the node may have got a published number as its own port, and is answered there.
+        let way = "ct direction original";
         rules.push(if whole {
-            format!("meta mark set {target} map {}", self.set(Kind::PublishedMarks))
+            format!("{way} meta mark set {target} map {}", self.set(Kind::PublishedMarks))
         } else {
-            format!("{target} {} meta mark set meta mark & {mask:#x}", self.set(Kind::Published))
+            format!("{way} {target} {} meta mark set meta mark & {mask:#x}", self.set(Kind::Published))
         });
         let map = self.set(Kind::Loopback);
         rules.push(format!(
-            "{ip} saddr {node} {ip} daddr {lo} meta mark set meta l4proto . th dport map {map}"
+            "{ip} saddr {node} {ip} daddr {lo} {way} meta mark set meta l4proto . th dport map {map}"
         ));
         rules
     }

@@ -18,7 +18,7 @@ use crate::{
 pub(super) struct Bridges {
     /// Families that need `bridge-nf-call-*`.
     pub(super) sysctls: BTreeSet<&'static str>,
-    /// Where the sysctl can't be had.
+    /// Where the sysctl can't be had: the file is missing, or can't be written.
     pub(super) masquerade: Vec<BridgeSubnet>,
 }
 
@@ -60,8 +60,7 @@ impl Engine {
                     IpNet::V4(_) => "net/bridge/bridge-nf-call-iptables",
                     IpNet::V6(_) => "net/bridge/bridge-nf-call-ip6tables",
                 };
-                let settable = self.dataplane.host.sysctl(path)?.is_some();
-                if settable {
+                if self.dataplane.host.can_have(path, "1")? {
                     bridges.sysctls.insert(path);
                 } else {
                     bridges.masquerade.push(bridge);

@@ -43,9 +43,11 @@ impl Engine {
                 };
                 over = active.get(&real).copied().unwrap_or(0) == 0;
             }
+            // IPVS calls a connection inactive when the first of its two sides is closed (tcp_state_active_table), and knows
+            // nothing of those by published ports: conntrack knows both kinds.
             if over
                 && until > now
-                && let Some(flows) = self.published_flows(vs, real)
+                && let Some(flows) = self.flows(vs, real, true)
             {
                 over = !self.dataplane.host.has_flows(&flows)?;
             }
@@ -74,12 +76,18 @@ impl Engine {
         vs: VirtualServerKey,
         real: RealServerKey,
     ) -> Option<PublishedFlows> {
+        self.flows(vs, real, false)
+    }
+
+    /// The same, by VIPs too if asked.
+    fn flows(&self, vs: VirtualServerKey, real: RealServerKey, vips: bool) -> Option<PublishedFlows> {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
         for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
             let (addr, protocol, port) = match element {
                 Element::Published(t) => (t.addr, t.protocol, t.port),
+                Element::Vip(t) if vips => (t.addr, t.protocol, t.port),
                 Element::Loopback(Family::V4, protocol, port) => {
                     (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
                 }

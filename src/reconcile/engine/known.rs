@@ -130,13 +130,17 @@ impl Engine {
         }
         if services {
             let (ours, settings) = (&self.ours, &self.settings);
-            let found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
-            if let Some((key, _)) =
-                self.known.virtual_servers.iter().find(|(key, s)| found.get(key) != Some(&s.config))
-            {
-                return Ok(Some(format!("IPVS service {key} is missing or different")));
+            let mut found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
+            for (key, server) in &self.known.virtual_servers {
+                let config = match found.remove(key) {
+                    Some(config) => Some(config),
+                    None => self.dataplane.ipvs.service(*key)?,
+                };
+                if config.as_ref() != Some(&server.config) {
+                    return Ok(Some(format!("IPVS service {key} is missing or different")));
+                }
             }
-            if found.len() != self.known.virtual_servers.len() {
+            if !found.is_empty() {
                 return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
             }
         }

@@ -58,7 +58,7 @@ impl Compiling<'_> {
                 let Some(kernel) = kernel.as_deref_mut() else { return Ok(false) };
                 for mark in &new {
                     for family in Family::ALL {
-                        if kernel.ipvs.has_service(VirtualServerKey { family, mark: *mark })? {
+                        if kernel.ipvs.service(VirtualServerKey { family, mark: *mark })?.is_some() {
                             taken.insert(*mark);
                         }
                     }

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::check;
 use crate::client::Probe;
@@ -25,6 +25,7 @@ pub fn register(suite: &mut Suite) {
         suite.add("vip::unallocated_is_refused", &one, unallocated);
         suite.add("routing_mesh::published_port_on_every_node", &protos, published);
         suite.add("routing_mesh::from_inside", &two, published_inside);
+        suite.add("routing_mesh::published_number_of_a_client", &two, number_of_a_client);
         suite.add("vip::hairpin", &two, hairpin);
         suite.add("vip::from_outside_to_bridges", &two, from_outside_to_bridges);
     }
@@ -139,7 +140,22 @@ fn published_inside(cx: &mut Cx) -> Result<()> {
     }
     let local = SocketAddr::new(family.localhost(), 30080);
     check::even(&t.node(1).connect(proto, local, 6)?, &t.pod_names())?;
-    // A client whose own port happens to be the published one.
-    let odd = Probe::new(proto, t.node(2).at(family, 30080)).bound_port(30080);
-    check::answered(&t.ext.probe(&odd)?)
+    Ok(())
+}
+
+/// A client whose own port happens to be a published number: it is answered there, by whoever it asks.
+fn number_of_a_client(cx: &mut Cx) -> Result<()> {
+    let (t, proto, family) = (set_up(cx)?, cx.proto()?, cx.family());
+    let (n1, n2) = (t.node(1), t.node(2));
+    let from = |host: &Host, dst| host.probe(&Probe::new(proto, dst).bound_port(30080));
+    check::answered(&from(&t.ext, n2.at(family, 30080))?)?;
+    // A node that asks itself: what it answers has a published number as its destination.
+    let local = SocketAddr::new(family.localhost(), 22);
+    for dst in [local, n1.at(family, 22)] {
+        check::only(&from(n1, dst)?, "HOST-n1").with_context(|| dst.to_string())?;
+    }
+    check::only(&from(n1, n2.at(family, 22))?, "HOST-n2")?;
+    // The published port is as it was, also there.
+    let local = SocketAddr::new(family.localhost(), 30080);
+    check::even(&n1.connect(proto, local, 6)?, &t.pod_names())
 }

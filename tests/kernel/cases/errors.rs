@@ -1,6 +1,7 @@
 //! What is missing or in the way is told in one line that says what to do, and whatever can work goes on working.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::process::Child;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::guard::{refused, sh, to_nothing};
+use super::neighbours::on_loopback;
 use super::support::{
     ADMIN, container, http, one_line, one_node, ready, said, served, start, vip, wait_until, web,
     web_on_one_node, wrapped,
@@ -223,6 +225,21 @@ fn without_nft(cx: &Cx, t: &Topology, m: &mut Manifests, programs: &[String]) ->
     ensure!(!table.contains("meshlb"), "it had nft after all: {table}");
     served(t, &["p11", "p12"]).context("without nft")?;
     refused(&to_nothing(t)?).context("without nft")?;
+    // 127.0.0.1 is left to whoever listens there.
+    for family in Family::ALL {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let local = SocketAddr::new(family.localhost(), 30080);
+            check::refused(&n1.connect(proto, local, 1)?).context("by loopback, without nft")?;
+        }
+    }
+    n1.serve_as("LOOPBACK", &on_loopback(30080))?;
+    for family in Family::ALL {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let local = SocketAddr::new(family.localhost(), 30080);
+            check::only(&n1.connect(proto, local, 1)?, "LOOPBACK").context("by loopback, without nft")?;
+        }
+    }
+    n1.stop_serving("LOOPBACK");
     // What it has programmed it finds again, and takes out by itself.
     let plan = bare.run(n1, &["plan"])?;
     ensure!(plan.status == 0, "not in sync: {plan}");

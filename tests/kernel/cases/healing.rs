@@ -77,6 +77,7 @@ fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
         ),
         ("one destination's weight 0", "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/^-a/-e/; s/ -w .*/ -w 0/' | xargs ipvsadm".to_owned()),
         ("routes deleted", "ip route del local 10.200.0.0/16 dev lo; ip -6 route del local fd00:200::/112 dev lo".to_owned()),
+        ("lo down and up", "ip link set lo down; ip link set lo up".to_owned()),
         ("a sysctl changed", "echo 0 > /proc/sys/net/ipv4/vs/conntrack".to_owned()),
         ("nft table deleted", "nft delete table inet meshlb".to_owned()),
     ];

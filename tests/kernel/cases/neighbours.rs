@@ -7,19 +7,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works};
+use super::healing::drifts;
 use super::support;
 use crate::check;
 use crate::client::{Flows, Load, Probe};
 use crate::program::{Meshlb, Program as _};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::{Listen, everywhere};
-use crate::topology::Topology;
+use crate::topology::{Host, Topology};
 
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(120);
     for renderer in Renderer::ALL {
         let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add_slow("neighbours::are_not_touched", &one, limit, foreign_state);
+        suite.add_slow("neighbours::are_not_touched", &one, limit * 2, foreign_state);
         suite.add_slow("neighbours::policy_drop", &one, limit, policy_drop);
         suite.add_slow("neighbours::host_socket_was_first", &one, limit, socket_first);
         suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
@@ -79,7 +80,7 @@ echo 0 > /proc/sys/net/ipv4/conf/all/rp_filter
 
 /// Chains, sets, tables, IPVS services, routes, rules and sysctls of others survive everything that we do.
 fn foreign_state(cx: &mut Cx) -> Result<()> {
-    cx.meshlb()?;
+    let meshlb = cx.meshlb()?.clone();
     let t = cx.topology(&Topology::builder())?;
     let n1 = t.node(1);
     sh(cx, n1, FOREIGN)?;
@@ -113,6 +114,28 @@ fn foreign_state(cx: &mut Cx) -> Result<()> {
     cx.apply_on(n1, &m)?;
     unchanged("after a removal")?;
     works(&t, &BOTH).context("after edits")?;
+    // An agent: what it puts back, that it starts without a memory, and that it takes over from the other renderer.
+    let other = if cx.renderer() == Renderer::Nftables { Renderer::IptablesNft } else { Renderer::Nftables };
+    let other = Meshlb { renderer: other, ..meshlb.clone() };
+    for (what, program) in
+        [("as it was", &meshlb), ("without its state", &meshlb), ("the other renderer", &other)]
+    {
+        if what == "without its state" {
+            std::fs::remove_dir_all(n1.state_dir())?;
+        }
+        let agent = support::start(cx, program, &t, &m)?;
+        unchanged(what)?;
+        let counted = drifts(n1)?;
+        sh(cx, n1, "nft delete table inet meshlb; ip route del local 10.200.0.0/16 dev lo")?;
+        support::wait_until("it is healed", Duration::from_secs(20), || {
+            Ok(drifts(n1)? > counted && works(&t, &[Proto::Tcp]).is_ok())
+        })?;
+        unchanged(&format!("healed, {what}"))?;
+        let code = agent.terminate(Duration::from_secs(5))?;
+        ensure!(code == 0, "{what}: the agent ended with {code}");
+    }
+    cx.apply_on(n1, &m)?;
+    unchanged("by the first renderer again")?;
     cx.cleanup(&t)?;
     let end = n1.snapshot()?;
     // A foreign IPVS service may have come to depend on these: they keep our value while there is one.
@@ -245,6 +268,13 @@ fn policy_drop(cx: &mut Cx) -> Result<()> {
       ip6tables -D INPUT -p ipv6-icmp -j ACCEPT; iptables -D INPUT -i lo -s 127.0.0.0/8 -j ACCEPT";
     let mut m = cx.manifests()?;
     m.standard(&t, "vote", &VIPS)?;
+    // An endpoint on the node's own network: to reach it from the node, a packet has to come in by lo.
+    let own = m.service("own").vips(&["10.200.0.6", "fd00:200::6"])?;
+    for proto in BOTH {
+        own.port(proto, 80, 9090, Some(30081));
+    }
+    m.endpoints("own", &[n1]);
+    n1.serve_as("NET-n1", &everywhere(&[9090], false))?;
     for order in ["the firewall first", "the firewall later"] {
         if order == "the firewall first" {
             sh(cx, n1, close)?;
@@ -265,12 +295,23 @@ fn policy_drop(cx: &mut Cx) -> Result<()> {
             let tally = from.probe(&probe)?;
             check::among(&tally, &t.pod_names()).with_context(|| order.to_owned())?;
         }
+        for (family, proto) in Family::ALL.into_iter().flat_map(|f| BOTH.map(|p| (f, p))) {
+            let by_vip: SocketAddr = family.pick("10.200.0.6:80", "[fd00:200::6]:80").parse()?;
+            let (by_node, by_lo) = (n1.at(family, 30081), SocketAddr::new(family.localhost(), 30081));
+            let from: [(&Host, SocketAddr); 5] =
+                [(n1, by_vip), (n1, by_node), (n1, by_lo), (t.pod("p11"), by_vip), (&t.ext, by_node)];
+            for (from, dst) in from {
+                let tally = from.connect(proto, dst, 2)?;
+                check::only(&tally, "NET-n1").with_context(|| order.to_owned())?;
+            }
+        }
         // Refused by us or dropped by them: no socket of the node either way.
         for (from, probe) in to_nothing(&t)? {
             let tally = from.probe(&probe.within(Duration::from_millis(300)))?;
             ensure!(tally.answered() == 0, "{order}: {tally}");
         }
     }
+    n1.stop_serving("NET-n1");
     cx.cleanup(&t)?;
     sh(cx, n1, open)?;
     Ok(())
@@ -427,7 +468,7 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
 }
 
 /// TCP and UDP on this host's loopback addresses and nowhere else.
-fn on_loopback(port: u16) -> Vec<Listen> {
+pub(super) fn on_loopback(port: u16) -> Vec<Listen> {
     let at = |proto| move |family: Family| Listen { proto, addr: SocketAddr::new(family.localhost(), port) };
     BOTH.into_iter().flat_map(|proto| Family::ALL.map(at(proto))).collect()
 }

@@ -1,8 +1,10 @@
 //! Endpoints that are not ready, go away and come back.
 
+use std::io::{Read as _, Write as _};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use serde_json::json;
 
 use super::{Cluster, PROTOS, VIPS, serve_from, two_nodes, vip, wait_until, web};
@@ -15,6 +17,7 @@ use crate::topology::Host;
 pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::not_ready_gets_nothing", &Matrix::pair(), not_ready);
     suite.add("lifecycle::drain_to_the_deadline", &Matrix::pair().families(), drain_to_the_deadline);
+    suite.add("lifecycle::half_closed_drains", &Matrix::pair(), half_closed);
     suite.add("lifecycle::drain_ends_early", &Matrix::pair(), drain_ends_early);
     suite.add("lifecycle::drain_over_a_restart", &Matrix::pair(), drain_over_restart);
     suite.add("lifecycle::sctp_drains", &Matrix::pair(), sctp_drains);
@@ -125,6 +128,62 @@ fn drain_to_the_deadline(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
+/// A client that has said all and still reads: IPVS counts its connection among the inactive ones, and it goes on all the same.
+fn half_closed(cx: &mut Cx) -> Result<()> {
+    const PORT: u16 = 9090;
+    let answers_after = Duration::from_secs(8);
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        let service = m.service("web").vips(&VIPS)?;
+        service.port(Proto::Tcp, 80, PORT, Some(30080)).set("drain", json!({"timeoutSeconds": 20}));
+        serve_from(t, m, "web", &["p21"]);
+        Ok(())
+    })?;
+    let begun = Instant::now();
+    let mut clients = Vec::new();
+    for family in Family::ALL {
+        let here = SocketAddr::new(c.t.pod("p21").ip(family), PORT);
+        let listener = c.t.pod("p21").ns.enter(|| Ok(TcpListener::bind(here)?))?;
+        let sides = [(c.t.pod("p11"), vip(family, 80)?), (&c.t.ext, c.t.node(1).at(family, 30080))];
+        let count = sides.len();
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().take(count).flatten() {
+                std::thread::spawn(move || -> std::io::Result<()> {
+                    stream.read_to_end(&mut Vec::new())?;
+                    std::thread::sleep(answers_after);
+                    stream.write_all(b"late")
+                });
+            }
+        });
+        for (from, to) in sides {
+            let mut stream =
+                from.ns.enter(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(4))?))?;
+            stream.set_read_timeout(Some(answers_after * 2))?;
+            stream.shutdown(Shutdown::Write)?;
+            clients.push((
+                to,
+                std::thread::spawn(move || {
+                    let mut said = String::new();
+                    stream.read_to_string(&mut said).map(|_| said)
+                }),
+            ));
+        }
+    }
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11"]);
+        Ok(())
+    })?;
+    ensure!(begun.elapsed() < answers_after, "too slow a machine: removed after {:?}", begun.elapsed());
+    for (to, client) in clients {
+        let said = client.join().map_err(|_| anyhow!("a client panicked"))?;
+        ensure!(said.as_ref().is_ok_and(|s| s == "late"), "by {to}: {said:?}");
+    }
+    wait_until("the drained endpoint is out of IPVS", Duration::from_secs(12), || {
+        Ok(!c.has_real(1, c.t.pod("p21").ip(Family::V4))? && !c.has_real(1, c.t.pod("p21").ip(Family::V6))?)
+    })?;
+    cx.note(format!("out of IPVS after {:?}", begun.elapsed()));
+    c.in_sync()
+}
+
 /// An association over SCTP goes on to the deadline, as a TCP connection does, and new ones go elsewhere.
 fn sctp_drains(cx: &mut Cx) -> Result<()> {
     if !Proto::Sctp.available() {
@@ -225,12 +284,17 @@ fn drain_over_restart(cx: &mut Cx) -> Result<()> {
 /// Clients that send from one port all the time leave a removed endpoint within two seconds, and only those do.
 fn udp_moves(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
+    let n1: &Host = c.t.node(1);
     let mut kinds = Vec::new();
     for family in Family::ALL {
-        for (host, published) in [(c.t.pod("p11"), false), (&c.t.ext, true)] {
-            let what = format!("{family} {}", if published { "published" } else { "vip" });
+        for (host, published) in [(c.t.pod("p11"), false), (&c.t.ext, true), (n1, false), (n1, true)] {
+            let what = format!("{family} {} {}", host.name, if published { "published" } else { "vip" });
             kinds.push((what, slow(&c, host, Proto::Udp, family, published, 4)?, Instant::now()));
         }
+        let local = Probe::new(Proto::Udp, SocketAddr::new(family.localhost(), 30080));
+        let local = local.within(Duration::from_millis(700));
+        let flows = Flows::start(&n1.ns, &local, 4, Duration::from_millis(50))?;
+        kinds.push((format!("{family} loopback"), flows, Instant::now()));
     }
     std::thread::sleep(Duration::from_millis(300));
     let wrote = Instant::now();

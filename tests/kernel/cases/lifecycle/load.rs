@@ -1,9 +1,10 @@
 //! Changes under load: no connection may fail.
 
+use std::fs;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
-use serde_json::json;
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
 
 use super::{Cluster, serve_from, two_nodes, vip, web, writes};
 use crate::check;
@@ -15,6 +16,7 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("lifecycle::edits_under_load", &Matrix::renderers(), slow, edits);
     suite.add_slow("lifecycle::schedulers", &Matrix::once(), slow, schedulers);
     suite.add_slow("lifecycle::restarts_under_load", &Matrix::pair(), slow, restarts);
+    suite.add_slow("lifecycle::upgrade_under_load", &Matrix::pair(), slow, upgrade);
 }
 
 /// Connections by VIP and by the published port, over TCP and UDP and both families, all the time.
@@ -148,6 +150,34 @@ fn schedulers(cx: &mut Cx) -> Result<()> {
     }
     for flow in flows.stop()? {
         ensure!(flow.errors.is_empty() && flow.servers.len() == 1, "an open connection: {flow:?}");
+    }
+    c.in_sync()
+}
+
+/// An agent with other rules than the one before it: they are replaced, and nobody notices.
+fn upgrade(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
+    let before = c.t.snapshots()?;
+    let loads = Loads::start(&c)?;
+    std::thread::sleep(Duration::from_secs(1));
+    c.terminate()?;
+    for node in &c.t.nodes {
+        let file = node.state_dir().join("state.json");
+        let mut state: Value = serde_json::from_slice(&fs::read(&file)?)?;
+        // What the last one has written is not what this one would write.
+        let was = state.pointer_mut("/netfilter/program").context("no fingerprint in the state")?;
+        *was = json!(1);
+        fs::write(&file, state.to_string())?;
+    }
+    c.start_agents()?;
+    for node in &c.t.nodes {
+        let n = writes(node);
+        ensure!(n > 0.5, "the agent of {} has not replaced the rules", node.name);
+        cx.note(format!("{}: {n} writes", node.name));
+    }
+    loads.stop(cx, false)?;
+    for (before, after) in before.iter().zip(c.t.snapshots()?) {
+        check::same(before, &after, "changed by an upgrade to the same rules")?;
     }
     c.in_sync()
 }
