@@ -4,9 +4,11 @@
 cluster=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 go_version=1.26.0
 
-kube_version() { awk '$1 == "k8s.io/kubernetes" {print $2}' "$cluster/kube/go.mod"; }
+# The newest control plane that is supported; MESHLB_KUBE=1.30 for the oldest.
+kube_module="$cluster/kube${MESHLB_KUBE:+-$MESHLB_KUBE}"
+kube_version() { awk '$1 == "k8s.io/kubernetes" {print $2; exit}' "$kube_module/go.mod"; }
 # One folder for each version of what is built.
-kube_dir() { echo "$cache/kube/$(kube_version)-$(cat "$cluster"/kube/{go.mod,main.go} | sha256sum | cut -c1-12)"; }
+kube_dir() { echo "$cache/kube/$(kube_version)-$(cat "$kube_module"/{go.mod,main.go} | sha256sum | cut -c1-12)"; }
 etcd_bin() { [ -x "$cache/etcd/usr/bin/etcd" ] && echo "$cache/etcd/usr/bin/etcd"; }
 # A Go that is new enough.
 go_bin() {
@@ -19,7 +21,7 @@ go_bin() {
 }
 
 # What is kept of the running control plane, and its keeper's pid if it is there.
-dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}
+dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}${MESHLB_KUBE:+-$MESHLB_KUBE}
 running() { local pid; pid=$(cat "$dir/pid" 2>/dev/null) && grep -qs "cluster/up.sh" "/proc/$pid/cmdline" && echo "$pid"; }
 
 # apiserver_args BIN ARG…: starts the running API server anew with more arguments.

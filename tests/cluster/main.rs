@@ -6,6 +6,7 @@
 mod cases;
 mod island;
 mod kubectl;
+mod relay;
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the tests against a real control plane need, and why. Says what it installs; nothing the second time.
 #   etcd                       Debian's, unpacked into the cache, not installed
-#   kube (tests/cluster/kube)  kube-apiserver, kube-controller-manager, kube-scheduler, kubectl in one program, built from the Go modules
+#   kube (tests/cluster/kube, or kube-1.30 with MESHLB_KUBE=1.30)  kube-apiserver, kube-controller-manager, kube-scheduler, kubectl in one program, built from the Go modules
 # KUBE_BIN=DIR with programs of those names (and etcd) takes the place of both.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
@@ -24,7 +24,7 @@ if [ ! -x "$kube/kube" ]; then
   }
   say "setup: building Kubernetes $(kube_version) into $kube: a real control plane for the tests (some ten minutes, once)"
   mkdir -p "$kube"
-  (cd "$here/kube" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly "$go" build -trimpath \
+  (cd "$kube_module" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly "$go" build -trimpath \
     -ldflags "-s -w -X k8s.io/component-base/version.gitVersion=$(kube_version)" -o "$kube/kube.new" .)
   mv "$kube/kube.new" "$kube/kube"
 fi

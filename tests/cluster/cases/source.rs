@@ -16,11 +16,13 @@ use meshlb::{
     source::{SourceMessage, kube},
 };
 
-use crate::{Case, kubectl::Cluster};
+use crate::{Case, kubectl::Cluster, relay::Relay};
 
-pub const CASES: [Case; 5] = [
+pub const CASES: [Case; 7] = [
     ("source::tells_what_is_there_and_what_changes", changes),
     ("source::api_server_that_goes_and_comes_back", goes_and_comes_back),
+    ("source::api_server_that_falls_silent", falls_silent),
+    ("source::etcd_that_goes_and_comes_back", etcd_goes),
     ("source::without_the_crd", without_crd),
     ("source::without_rights", without_rights),
     ("source::what_the_node_says", node_says),
@@ -112,6 +114,8 @@ fn text(event: &Event) -> String {
     }
 }
 
+/// How long the API server is away: longer than any wait between two tries.
+const OUTAGE: Duration = Duration::from_secs(150);
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A namespace of the case's own.
@@ -173,7 +177,7 @@ fn goes_and_comes_back(cluster: &Cluster) -> Result<()> {
     told.events.clear();
     cluster.hold("kube-apiserver", true)?;
     let noticed = told.until("told that it can't be reached", PATIENCE, |t| t.says("can't be reached"));
-    told.listen(Duration::from_secs(5));
+    told.listen(OUTAGE);
     cluster.hold("kube-apiserver", false)?;
     noticed?;
     ensure!(told.events.is_empty(), "told while it was away: {:?}", told.events);
@@ -185,6 +189,52 @@ fn goes_and_comes_back(cluster: &Cluster) -> Result<()> {
     ensure!(told.events.iter().all(|e| !e.starts_with('-')), "something was taken away: {:?}", told.events);
     told.until("no longer a problem", Duration::from_secs(60), |t| t.problems.is_empty())?;
     cluster.kubectl(&["delete", "namespace", "outage", "--wait=false"], "")?.good()?;
+    Ok(())
+}
+
+/// A connection that is not closed and says nothing any more is given up, and another one tells what was missed.
+fn falls_silent(cluster: &Cluster) -> Result<()> {
+    web_is_known(cluster, "silence")?;
+    let relay = Relay::start(cluster.port()?)?;
+    let admin = std::fs::read_to_string(cluster.kubeconfig())?;
+    let file = tempfile::NamedTempFile::new()?;
+    let through = admin.replace(&format!(":{}", cluster.port()?), &format!(":{}", relay.port()));
+    ensure!(through != admin, "no port in the kubeconfig");
+    std::fs::write(file.path(), through)?;
+    let mut told = Told::begin(file.path(), None)?;
+    told.until("synced", PATIENCE, |t| t.synced)?;
+    // It goes on being quiet for longer than that: an API server says something each minute.
+    told.listen(Duration::from_secs(130));
+    ensure!(told.problems.is_empty(), "a quiet watch is taken for a broken one: {:?}", told.problems);
+    told.events.clear();
+    relay.fall_silent();
+    cluster.apply(&web("silence", 81))?;
+    let missed = told.until("what changed meanwhile", Duration::from_secs(125), |t| {
+        t.events.contains(&"silence/web:81 no VIP".to_owned())
+    })?;
+    println!("        the change was told after {missed:.1?}");
+    ensure!(told.events.iter().all(|e| !e.starts_with('-')), "something was taken away: {:?}", told.events);
+    cluster.kubectl(&["delete", "namespace", "silence", "--wait=false"], "")?.good()?;
+    Ok(())
+}
+
+/// Without its store the API server answers errors, and lists nothing. Nothing is taken away for that.
+fn etcd_goes(cluster: &Cluster) -> Result<()> {
+    let mut told = web_is_known(cluster, "store")?;
+    told.events.clear();
+    cluster.hold("etcd", true)?;
+    told.listen(Duration::from_secs(20));
+    let refused = cluster.apply(&web("store", 81)).is_err();
+    cluster.hold("etcd", false)?;
+    ensure!(refused, "a change was taken without a store");
+    ensure!(told.events.is_empty(), "told while it was away: {:?}", told.events);
+    cluster.wait_ready()?;
+    cluster.apply(&web("store", 82))?;
+    told.until("a change afterwards", Duration::from_secs(60), |t| {
+        t.events.contains(&"store/web:82 no VIP".to_owned())
+    })?;
+    ensure!(told.events.iter().all(|e| !e.starts_with('-')), "something was taken away: {:?}", told.events);
+    cluster.kubectl(&["delete", "namespace", "store", "--wait=false"], "")?.good()?;
     Ok(())
 }
 
