@@ -6,12 +6,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::{
     engine::{Drift, Engine, Turn},
     rotation::Rotation,
+    steady::Steady,
 };
 use crate::{
     allocate::Lock,
@@ -106,6 +106,7 @@ pub struct Agent<O> {
     logged: HashMap<String, Instant>,
     /// How many destinations were left alone when that was told last.
     kept_told: usize,
+    clock: Steady,
 }
 
 impl<O: Observer> Agent<O> {
@@ -129,6 +130,7 @@ impl<O: Observer> Agent<O> {
             services_rest: now,
             logged: HashMap::new(),
             kept_told: 0,
+            clock: Steady::new(),
         }
     }
 
@@ -242,7 +244,7 @@ impl<O: Observer> Agent<O> {
         let since = self.oldest.take();
         let full = self.engine.needs_full();
         let start = Instant::now();
-        let ops = match self.engine.prepare(full, Timestamp::now()) {
+        let ops = match self.engine.prepare(full, self.clock.now()) {
             Ok(ops) => ops,
             Err(e) => {
                 self.oldest = since;
@@ -331,7 +333,7 @@ impl<O: Observer> Agent<O> {
 
     fn probe(&mut self) {
         self.probes = self.probes.wrapping_add(1);
-        let now = Timestamp::now();
+        let now = self.clock.now();
         if !self.engine.drains().is_empty()
             && let Err(e) = self.engine.expire_drains(now)
         {

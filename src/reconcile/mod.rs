@@ -6,6 +6,7 @@ mod agent_tests;
 pub mod engine;
 pub mod listeners;
 pub mod rotation;
+mod steady;
 #[cfg(test)]
 pub(crate) mod tests;
 

@@ -57,6 +57,7 @@ row_restart() {
   for renderer in $RENDERERS; do
     node_up
     apply_quietly "$renderer"
+    tail -1 "$WORK/apply.out"
     file=$OUT/restart-$renderer other=$OUT/restart-tools-$renderer
     : >"$file"; : >"$other"; : >"$OUT/restart-writes-$renderer"
     for ((i = 1; i <= REPEAT; i++)); do

@@ -77,6 +77,16 @@ fn install_then_observe_then_nothing_to_write() {
 }
 
 #[test]
+fn a_rehearsal_leaves_nothing() {
+    in_netns(|| {
+        for layout in [sets::Layout::Whole, sets::Layout::Small { hairpin: true }] {
+            nftwrite::run(&rules_nft::rehearsal_text(&dual(), layout)).unwrap();
+            assert_eq!(sh("nft list ruleset"), "");
+        }
+    });
+}
+
+#[test]
 fn a_table_that_is_alike_is_filled_anew_and_any_other_replaced() {
     with_each(|mut r| {
         r.install(&dual(), &all()).unwrap();

@@ -9,7 +9,7 @@ use std::{
 use super::{
     exec,
     nftread::NftReader,
-    rules_nft::{ASKS_SOCKET, TABLE, install_text, refill_text},
+    rules_nft::{ASKS_SOCKET, TABLE, emptied_text, full_text, install_text, rehearsal_text},
     sets::{Kind, Layout, NftKey, nft_elements, nft_name},
 };
 use crate::{
@@ -46,6 +46,10 @@ pub(crate) fn transaction(
     Ok(())
 }
 
+/// From this many elements on it is worth a process of its own that the kernel has its modules before they come: for each that
+/// it loads in the middle of a transaction it begins that anew (`nfnl_err_reset` and the replay in `nfnetlink_rcv_batch`).
+const MANY: usize = 1000;
+
 /// Makes our table this, whatever is there.
 pub(crate) fn install(
     reader: &mut NftReader,
@@ -53,11 +57,18 @@ pub(crate) fn install(
     elements: &Elements,
     layout: Layout,
 ) -> Result<(), Error> {
-    let (refill, names) = refill_text(program, elements, layout);
+    let (emptied, names) = emptied_text(program, layout);
     let there = reader.names()?;
     // What is alike is filled anew where it is. (Refused where it is of another kind, or without what DNS needs: see below.)
-    if !there.is_empty() && there.is_subset(&names) && run(&refill).is_ok() {
+    if !there.is_empty()
+        && there.is_subset(&names)
+        && run(&(emptied + &full_text(program, elements, layout))).is_ok()
+    {
         return Ok(());
+    }
+    if there.is_empty() && elements.len() > MANY {
+        // Whatever is wrong with it is told by what comes next.
+        let _ = run(&rehearsal_text(program, layout));
     }
     let text = install_text(program, elements, layout);
     run(&text).or_else(|e| {

@@ -47,20 +47,27 @@ pub(crate) fn chain_names(program: Option<&Program>, layout: Layout) -> Vec<Stri
 /// The text that replaces our table, whatever is there, by this program with these elements.
 pub(crate) fn install_text(program: &Program, elements: &Elements, layout: Layout) -> String {
     // `add` first, because deleting a table that is not there fails.
-    format!(
-        "add table {TABLE}\ndelete table {TABLE}\n{}",
-        table_text(program, &nft_contents(elements, layout), layout)
-    )
+    format!("add table {TABLE}\ndelete table {TABLE}\n{}", full_text(program, elements, layout))
 }
 
-/// The text that makes our table this program with these elements where its chains and sets are there already, or some of
-/// them; and the names of all that it is made of. Chains stay hooked: of a packet that is between the old chain and the new one
-/// of a table that is replaced, neither knows the mark.
-pub(crate) fn refill_text(
-    program: &Program,
-    elements: &Elements,
-    layout: Layout,
-) -> (String, BTreeSet<String>) {
+/// The text that makes a table with the same rules, and takes it away in the same transaction: nothing ever sees it, and the
+/// kernel has loaded all that they need.
+pub(crate) fn rehearsal_text(program: &Program, layout: Layout) -> String {
+    let table = format!("{TABLE}-rehearsal");
+    let text = table_text(program, &NftContents::default(), layout);
+    text.replacen(&format!("table {TABLE} "), &format!("table {table} "), 1)
+        + &format!("delete table {table}\n")
+}
+
+/// The table with its elements.
+pub(crate) fn full_text(program: &Program, elements: &Elements, layout: Layout) -> String {
+    table_text(program, &nft_contents(elements, layout), layout)
+}
+
+/// The text that goes before [`full_text`] where chains and sets are there already, or some of them, and stay; and the names of
+/// all that the table is made of. Chains stay hooked so: of a packet that is between the old chain and the new one of a table
+/// that is replaced, neither knows the mark.
+pub(crate) fn emptied_text(program: &Program, layout: Layout) -> (String, BTreeSet<String>) {
     let (mut empty, mut flushes, mut names) = (String::new(), String::new(), BTreeSet::new());
     let mut in_chain = false;
     for line in table_text(program, &NftContents::default(), layout).lines() {
@@ -77,8 +84,7 @@ pub(crate) fn refill_text(
         }
         let _ = writeln!(empty, "{line}");
     }
-    let full = table_text(program, &nft_contents(elements, layout), layout);
-    (format!("{empty}{flushes}{full}"), names)
+    (empty + &flushes, names)
 }
 
 /// The text that takes the marking out of the other renderer's table, once our rules mark too. A packet that is between two
