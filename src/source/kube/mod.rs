@@ -63,7 +63,7 @@ pub fn config(kubeconfig: Option<&Path>) -> Result<Config> {
     runtime()?.block_on(find_config(kubeconfig))
 }
 
-/// A connection that says nothing for so long is given up. Watches with bookmarks, as ours are, hear something each minute
+/// A connection that says nothing for so long is given up. Watches with bookmarks, as ours are, mostly hear something each minute
 /// (defaultBookmarkFrequency of the API server's watch cache).
 const SILENCE: Duration = Duration::from_secs(100);
 
@@ -363,6 +363,9 @@ fn internal_ips(node: &Node) -> PerFamily<IpAddr> {
 
 /// Why a watch of `what` does not go on, for people. None where it goes on all the same.
 pub fn why(url: &str, what: &str, error: &watcher::Error) -> Option<String> {
+    if fell_silent(error) {
+        return None;
+    }
     let status = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
@@ -372,6 +375,16 @@ pub fn why(url: &str, what: &str, error: &watcher::Error) -> Option<String> {
     };
     // 410: what it wanted to resume at is gone, and it lists again at once.
     (status.code != 410).then(|| refused(url, what, status))
+}
+
+/// Whether a watch was given up for its silence, which need not mean anything: of a kind of which nothing has happened since it
+/// was started, an API server tells no bookmarks either. Where it is gone, the next try says so.
+fn fell_silent(error: &watcher::Error) -> bool {
+    let watcher::Error::WatchFailed(error) = error else { return false };
+    let first: &dyn std::error::Error = error;
+    std::iter::successors(Some(first), |error| error.source()).any(|error| {
+        error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::TimedOut)
+    })
 }
 
 fn refused(url: &str, what: &str, status: &kube::core::Status) -> String {
