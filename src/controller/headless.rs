@@ -77,23 +77,19 @@ pub enum Difference {
     PrimaryFamily,
 }
 
+fn families(spec: &Value) -> &[Value] {
+    spec["ipFamilies"].as_array().map_or(&[], Vec::as_slice)
+}
+
 /// How the spec of a Service differs from what was asked for, without what the API server fills in.
 pub fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
-    let families = |spec: &Value| -> Vec<String> {
-        spec["ipFamilies"]
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(|f| Some(f.as_str()?.to_owned()))
-            .collect()
-    };
     let (have, want) = (families(found), families(wanted));
     if want.first().is_some_and(|first| have.first().is_some_and(|have| have != first)) {
         return Some(Difference::PrimaryFamily);
     }
     let policy = &wanted["ipFamilyPolicy"];
     // With two families allowed, who names one gets the other too, or does not where the cluster has only one.
-    let same_families = have.starts_with(&want) || (*policy == "PreferDualStack" && want.starts_with(&have));
+    let same_families = have.starts_with(want) || (*policy == "PreferDualStack" && want.starts_with(have));
     let ready = |spec: &Value| spec["publishNotReadyAddresses"].as_bool().unwrap_or(false);
     let same = found["selector"] == wanted["selector"]
         && found["ports"] == wanted["ports"]

@@ -94,11 +94,14 @@ impl Dataplane {
         const MOST: usize = 1000;
         let missing = desired.virtual_servers.keys().filter(|key| !found.contains_key(key));
         let missing: Vec<_> = missing.take(MOST + 1).copied().collect();
-        for key in missing.iter().filter(|_| missing.len() <= MOST) {
-            if let Some(config) = self.ipvs.service(*key)? {
-                let reals = self.ipvs.reals(*key)?.into_iter().map(|(real, (config, _))| (real, config));
+        if missing.len() > MOST {
+            return Ok(());
+        }
+        for key in missing {
+            if let Some(config) = self.ipvs.service(key)? {
+                let reals = self.ipvs.reals(key)?.into_iter().map(|(real, (config, _))| (real, config));
                 let reals = Arc::new(reals.collect());
-                found.insert(*key, VirtualServer { config, protocol: None, reals });
+                found.insert(key, VirtualServer { config, protocol: None, reals });
             }
         }
         Ok(())

@@ -15,11 +15,7 @@ pub struct Steady {
 impl Steady {
     /// From what the wall clock says now.
     pub fn new() -> Self {
-        Self::at(Timestamp::now(), Instant::now())
-    }
-
-    fn at(wall: Timestamp, since: Instant) -> Self {
-        Self { wall, since }
+        Self { wall: Timestamp::now(), since: Instant::now() }
     }
 
     /// What it says.
@@ -33,12 +29,6 @@ impl Steady {
     }
 }
 
-impl Default for Steady {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -48,7 +38,7 @@ mod tests {
     #[test]
     fn it_goes_by_what_has_passed() {
         let (wall, start) = (Timestamp::from_second(1_800_000_000).unwrap(), Instant::now());
-        let clock = Steady::at(wall, start);
+        let clock = Steady { wall, since: start };
         assert_eq!(clock.when(start), wall);
         assert_eq!(clock.when(start + Duration::from_millis(1500)).as_millisecond(), 1_800_000_001_500);
     }

@@ -100,6 +100,11 @@ fn is(error: NlError, errno: Errno) -> bool {
     error == NlError::Kernel(errno as i32)
 }
 
+/// Whether it is not there, or the kernel has nothing in which it could be: the module is not loaded, or has no such family.
+fn is_absent(error: NlError) -> bool {
+    [Errno::ENOENT, Errno::EINVAL, Errno::EOPNOTSUPP].into_iter().any(|errno| is(error, errno))
+}
+
 fn explain(what: &str, error: NlError) -> Error {
     let object = format!("nf_tables {what}");
     match error {
@@ -156,7 +161,7 @@ impl NftReader {
         self.with("table inet meshlb", |s| match s.get(&get) {
             Ok(_) => Ok(true),
             // Without the module there is no table.
-            Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => Ok(false),
+            Err(e) if is_absent(e) => Ok(false),
             Err(e) => Err(e),
         })
     }
@@ -167,9 +172,7 @@ impl NftReader {
         for (message, name) in [(MSG_GETCHAIN, CHAIN_NAME), (MSG_GETSET, SET_NAME)] {
             let get = request(message, NFPROTO_INET, |a| a.text(FIRST, OURS));
             let found = self.with("names in table inet meshlb", |s| match s.dump(&get) {
-                Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => {
-                    Ok(Vec::new())
-                }
+                Err(e) if is_absent(e) => Ok(Vec::new()),
                 other => other,
             })?;
             let ours = found.iter().filter(|p| attribute(p, FIRST).is_some_and(|table| text(table) == OURS));
@@ -188,7 +191,7 @@ impl NftReader {
         });
         self.with(&format!("chain {name}"), |s| match s.get(&get) {
             Ok(payload) => Ok(Some(chain_hash(&payload))),
-            Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => Ok(None),
+            Err(e) if is_absent(e) => Ok(None),
             Err(e) => Err(e),
         })
     }
@@ -201,9 +204,7 @@ impl NftReader {
             }
         });
         self.with(&format!("rules of table {table}"), |s| match s.dump(&get) {
-            Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => {
-                Ok(Vec::new())
-            }
+            Err(e) if is_absent(e) => Ok(Vec::new()),
             other => other,
         })
     }
@@ -266,9 +267,7 @@ impl NftReader {
                 a.text(CHAIN_NAME, name);
             });
             let payload = self.with("chain", |s| match s.get(&get) {
-                Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => {
-                    Ok(Vec::new())
-                }
+                Err(e) if is_absent(e) => Ok(Vec::new()),
                 other => other,
             })?;
             let drops = base_chain(&payload).is_some_and(|(_, drops)| drops);
@@ -293,9 +292,7 @@ impl NftReader {
                 a.text(ELEMENTS_SET, &name);
             });
             let dump = self.with(&format!("set {name}"), |s| match s.dump(&get) {
-                Err(e) if is(e, Errno::ENOENT) || is(e, Errno::EINVAL) || is(e, Errno::EOPNOTSUPP) => {
-                    Ok(None)
-                }
+                Err(e) if is_absent(e) => Ok(None),
                 other => other.map(Some),
             })?;
             let Some(dump) = dump else { continue };

@@ -203,7 +203,7 @@ fn falls_silent(cluster: &Cluster) -> Result<()> {
     std::fs::write(file.path(), through)?;
     let mut told = Told::begin(file.path(), None)?;
     told.until("synced", PATIENCE, |t| t.synced)?;
-    // It goes on being quiet for longer than that: an API server says something each minute.
+    // Quiet for longer than a connection may be: a kind of which nothing happens has nothing to tell, and that is no problem.
     told.listen(Duration::from_secs(130));
     ensure!(told.problems.is_empty(), "a quiet watch is taken for a broken one: {:?}", told.problems);
     told.events.clear();
