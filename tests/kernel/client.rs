@@ -166,7 +166,7 @@ impl Probe {
                 ask(&socket, self.payload, self.tries)?
             }
         };
-        Ok(Flow { socket, proto: self.proto, hello })
+        Ok(Flow { socket, proto: self.proto, hello, unanswered: 0 })
     }
 }
 
@@ -174,13 +174,17 @@ struct Flow {
     socket: Socket,
     proto: Proto,
     hello: Answer,
+    /// Over UDP: what was sent less what came back.
+    unanswered: usize,
 }
 
 impl Flow {
     /// Sends so many bytes and has them back.
     fn exchange(&mut self, size: usize) -> Result<(), String> {
         if self.proto == Proto::Udp {
+            self.unanswered += 1;
             self.hello = ask(&self.socket, size, 1)?;
+            self.unanswered -= 1;
             return Ok(());
         }
         let sent: Vec<u8> = (0..size).map(|i| b'a' + u8::try_from(i % 26).unwrap_or(0)).collect();
@@ -192,6 +196,13 @@ impl Flow {
             read
         })?;
         if got == sent { Ok(()) } else { Err("corrupted".to_owned()) }
+    }
+
+    /// Waits for datagrams that are late, for each as long as for an answer, and returns how many never came.
+    fn lost(&self) -> usize {
+        let mut buffer = [0; 2048];
+        let late = (0..self.unanswered).take_while(|_| (&mut &self.socket).read(&mut buffer).is_ok());
+        self.unanswered - late.count()
     }
 }
 
@@ -435,6 +446,15 @@ pub struct FlowReport {
     pub exchanges: usize,
     /// Errors, with the time since the start. Over TCP and SCTP the first one ends the flow.
     pub errors: Vec<(Duration, String)>,
+    /// Over UDP, once it has ended: what was never answered. An error `timeout` may have been a machine that stood still.
+    pub lost: usize,
+}
+
+impl FlowReport {
+    /// Over UDP: one server answered all of it.
+    pub fn undisturbed(&self) -> bool {
+        self.servers.len() == 1 && self.lost == 0 && self.errors.iter().all(|(_, e)| e == "timeout")
+    }
 }
 
 impl Flows {
@@ -482,6 +502,8 @@ impl Flows {
                         }
                     }
                 }
+                let lost = flow.lost();
+                update(&|r| r.lost = lost);
                 Ok(())
             }));
         }

@@ -418,7 +418,8 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     );
     let session = Session { work, out, pool: Pool::default(), with_meshlb, nocapture };
     let (mut passed, mut skipped, mut failed, mut times) = (0, 0, Vec::new(), Vec::new());
-    let mut second_try = Vec::new();
+    // With what was wrong at the first try.
+    let mut second_try: Vec<(&str, String)> = Vec::new();
     let mut claims = Claims::new();
     let start = Instant::now();
     for case in cases {
@@ -432,7 +433,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         let mut outcome = session.run_case(case);
         if let (Outcome::Failed(why), true) = (&outcome, cases.len() >= WHOLE_RUN) {
             println!("again  {:5.1} s  {}\n{why}\n", began.elapsed().as_secs_f32(), case.name);
-            second_try.push(case.name.as_str());
+            second_try.push((case.name.as_str(), gist(why)));
             began = Instant::now();
             outcome = session.run_case(case);
         }
@@ -448,7 +449,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
                 println!("skip             {}: {why}", case.name);
             }
             Outcome::Failed(why) => {
-                failed.push(case.name.as_str());
+                failed.push((case.name.as_str(), gist(&why)));
                 println!("FAILED {took:5.1} s  {}\n{why}\n", case.name);
             }
         }
@@ -456,7 +457,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     }
     if let Err(e) = lock(&session.pool).retire() {
         println!("FAILED          the end: {e:#}");
-        failed.push("the end");
+        failed.push(("the end", String::new()));
     }
     *lock(&session.pool) = Kept::default();
     ns::remove_leftovers();
@@ -468,13 +469,12 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         println!("  {took:5.1} s  {name}");
     }
     if !second_try.is_empty() {
-        println!("tried twice, since they failed at first (details above): {}", second_try.join(", "));
+        println!("tried twice, since they failed at first (details above):");
+        second_try.iter().for_each(|(name, why)| println!("  {name}\n{why}"));
     }
     if !failed.is_empty() {
         println!("failed (details above and in {}):", session.out.display());
-        for name in &failed {
-            println!("  {name}");
-        }
+        failed.iter().for_each(|(name, why)| println!("  {name}\n{why}"));
     }
     println!(
         "kernel tests: {passed} passed, {} failed, {skipped} skipped in {:.0} s, {} tried twice",
@@ -723,6 +723,17 @@ impl Session {
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
     text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_else(|| "?".to_owned())
+}
+
+/// The error's first lines out of what [`Session::describe`] wrote.
+fn gist(described: &str) -> String {
+    let error = described.lines().skip_while(|l| l.starts_with("  ---"));
+    let lines = error.take_while(|l| !l.starts_with("  ---")).take(4);
+    lines
+        .map(|l| format!("  {}\n", l.chars().take(300).collect::<String>()))
+        .collect::<String>()
+        .trim_end()
+        .to_owned()
 }
 
 fn section(title: &str, body: &str, limit: usize) -> String {
