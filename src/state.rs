@@ -40,6 +40,9 @@ pub struct State {
     pub ranges: PerFamily<IpNet>,
     /// Bits of the packet mark that are ours.
     pub mark_mask: u32,
+    /// Which start of the machine it is about (`/proc/sys/kernel/random/boot_id`); empty where that is not known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub boot_id: String,
     /// Renderer in use: `iptables-nft`, `iptables-legacy` or `nftables`.
     pub renderer: String,
     /// Where services come from.
@@ -158,6 +161,13 @@ pub struct StateDir {
     /// Hashes of what the files hold, as far as we know. (The text of thousands of services takes megabytes.)
     state_hash: Option<u64>,
     drains_hash: Option<u64>,
+}
+
+impl State {
+    /// Whether the kernel can have what this tells of, as far as is known: it is not, when the machine was started anew.
+    pub fn is_of_boot(&self, boot_id: &str) -> bool {
+        self.boot_id.is_empty() || boot_id.is_empty() || self.boot_id == boot_id
+    }
 }
 
 impl StateDir {

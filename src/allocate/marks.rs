@@ -149,7 +149,10 @@ impl Marks {
             .filter(|(_, mark)| self.foreign.contains(mark))
             .map(|(owner, _)| owner.clone())
             .collect();
-        for owner in &evicted {
+        // Of those that have not turned up yet, too.
+        let remembered = self.previous.iter().filter(|(_, mark)| self.foreign.contains(mark));
+        let remembered: Vec<MarkOwner> = remembered.map(|(owner, _)| owner.clone()).collect();
+        for owner in evicted.iter().chain(&remembered) {
             self.release(owner);
         }
         let starving = self.starving.iter().map(|owner| owner.service.clone());

@@ -117,8 +117,8 @@ fn serve(
     }
     let dns = Feed::start(options, &session.engine, metrics)?;
     let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, dns, node.cloned());
-    Agent::new(session.engine, watcher, pace).run(inputs);
-    Ok(ExitCode::SUCCESS)
+    let asked = Agent::new(session.engine, watcher, pace).run(inputs);
+    Ok(if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Serves metrics and health, now or as soon as the address can be had: that nobody can look is no reason not to work.
@@ -205,6 +205,8 @@ pub fn forward(
                 return;
             }
         }
+        // Nobody else holds the sender: the thread that reads has panicked.
+        let _ = inputs.send(Input::SourceLost);
     })?;
     Ok(())
 }

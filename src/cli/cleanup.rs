@@ -16,7 +16,11 @@ use crate::{
         ipvs::KernelIpvs,
     },
     instance::Instance,
-    model::{ids::Mark, node::MarkMask},
+    model::{
+        ids::{Family, Mark},
+        kernel::VirtualServerKey,
+        node::MarkMask,
+    },
 };
 
 /// Removes routes, entries, rules and IPVS services, in the order in which nothing reaches a wrong
@@ -65,7 +69,10 @@ pub fn clean(options: &Options) -> Result<Vec<String>> {
     // Which IPVS services are ours: marks that the state file knows, and marks that our sets lead to.
     let facts = host.facts(&settings.addresses).unwrap_or_default();
     let base = crate::compile::base::compile_base(&settings.node, &facts, Default::default(), vec![], None);
-    let mut marks: BTreeSet<Mark> = state.allocations.known_marks();
+    let mut marks = BTreeSet::new();
+    if state.is_of_boot(&session::boot_id(options)) {
+        marks = state.allocations.known_marks();
+    }
     if let Some(netfilter) = &mut netfilter {
         match netfilter.observe(&base.program) {
             Ok(found) => {
@@ -74,8 +81,18 @@ pub fn clean(options: &Options) -> Result<Vec<String>> {
             Err(e) => errors.push(e.to_string()),
         }
     }
-    marks.insert(settings.node.mask.sentinel());
-    marks.extend(MarkMask::new(state.mark_mask).ok().map(MarkMask::sentinel));
+    // Our sentinel has no destination; one that has is another program's service with that mark.
+    let sentinels = [Some(settings.node.mask), MarkMask::new(state.mark_mask).ok()];
+    for mark in sentinels.into_iter().flatten().map(MarkMask::sentinel) {
+        let is_anothers = |ipvs: &mut KernelIpvs, family| {
+            ipvs.reals(VirtualServerKey { family, mark }).is_ok_and(|reals| !reals.is_empty())
+        };
+        let anothers =
+            ipvs.as_mut().is_some_and(|ipvs| Family::ALL.into_iter().any(|f| is_anothers(ipvs, f)));
+        if !anothers {
+            marks.insert(mark);
+        }
+    }
 
     let ranges = if state.ranges.is_empty() { settings.node.ranges } else { state.ranges };
     for (family, range) in ranges.iter() {

@@ -17,7 +17,7 @@ use crate::{
     dns::names::Names,
     model::{
         ids::{Family, Mark, Scope},
-        kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey},
+        kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey, sysctl_fits},
     },
     plan::{
         Observed,
@@ -229,7 +229,7 @@ fn node_problems(engine: &Engine, observed: &Observed) -> Vec<String> {
     for (path, value) in &want.sysctls {
         let name = path.replace('/', ".");
         match observed.sysctls.get(path) {
-            Some(have) if have == value => {}
+            Some(have) if sysctl_fits(path, value, have) => {}
             Some(have) => out.push(format!("sysctl: {name} is {have}, should be {value}")),
             None => out.push(format!("sysctl: {name} can't be read")),
         }

@@ -26,7 +26,7 @@ use crate::{
     dns::{names::Names, zone::Zone},
     model::{
         kernel::{RealServerKey, VirtualServerKey},
-        node::NodeConfig,
+        node::{MarkMask, NodeConfig},
         service::TrafficDistribution,
     },
     plan::{Observed, Op},
@@ -235,6 +235,12 @@ fn look_first(options: &Options, engine: &Engine) {
     }
 }
 
+/// Which start of the machine this is; empty where the kernel does not say.
+pub fn boot_id(options: &Options) -> String {
+    let file = options.proc_sys.join("kernel/random/boot_id");
+    std::fs::read_to_string(file).map(|id| id.trim().to_owned()).unwrap_or_default()
+}
+
 /// Tells what stands in the way of the renderer.
 fn advise(engine: &Engine) {
     for warning in engine.dataplane.netfilter.warnings() {
@@ -269,6 +275,12 @@ impl Session {
             lock,
             drains.iter().map(running).collect(),
         );
+        let boot_id = boot_id(options);
+        if !state.is_of_boot(&boot_id) {
+            engine.forget_marks();
+        } else if let Ok(mask) = MarkMask::new(state.mark_mask) {
+            engine.set_earlier_mask(mask);
+        }
         if purpose != Purpose::Look {
             if let Some(reason) = preflight::refused(&LinuxHost::new(options.proc_sys.clone()).link_names()?)
             {
@@ -320,6 +332,7 @@ impl Session {
                 dir: state_dir,
                 on_disk: !state.node.is_empty(),
                 stale: stale
+                    || state.boot_id != boot_id
                     || state.kubeconfig != options.kubeconfig
                     || state.flags != options.remembered
                     || state.dns_listen != dns_listen,
@@ -329,6 +342,7 @@ impl Session {
                     kubeconfig: options.kubeconfig.clone(),
                     flags: options.remembered.clone(),
                     dns_listen,
+                    boot_id,
                     ..state
                 },
                 source,

@@ -143,7 +143,7 @@ pub fn compile_service(
 ) -> CompiledService {
     let mut out = Draft::default();
     let mut ports = Vec::with_capacity(service.ports.len());
-    let families = served_families(service, assigned, inputs.config);
+    let families = served_families(service, &assigned.vips, inputs.config);
     for port in &service.ports {
         let mut compiled =
             CompiledPort { spec: port.clone(), published: None, not_published: None, marks: BTreeMap::new() };
@@ -196,9 +196,9 @@ fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
 
 /// Families that the service is served in: those of its VIPs, or for DNSRR those that it asks for and
 /// the node has a range for.
-fn served_families(service: &Service, assigned: &Assigned, config: &NodeConfig) -> Vec<Family> {
+pub fn served_families(service: &Service, vips: &PerFamily<IpAddr>, config: &NodeConfig) -> Vec<Family> {
     match service.mode {
-        Mode::Vip => assigned.vips.iter().map(|(f, _)| f).collect(),
+        Mode::Vip => vips.iter().map(|(f, _)| f).collect(),
         Mode::Dnsrr => service.families.iter().copied().filter(|f| config.ranges.get(*f).is_some()).collect(),
     }
 }

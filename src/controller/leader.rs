@@ -620,6 +620,7 @@ fn core_of(service: &CoreService) -> Core {
         uid: service.metadata.uid.clone().unwrap_or_default(),
         owner: owner.map(|o| o.uid.clone()),
         node_ports: ports.chain(health).collect(),
+        external_name: spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")),
         spec: if ours {
             headless::part_of(&serde_json::to_value(spec).unwrap_or_default())
         } else {

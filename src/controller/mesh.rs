@@ -17,7 +17,7 @@ use super::{
 use crate::{
     allocate::{Allocations, Allocator, Kept, offset},
     api::{
-        self, FieldError,
+        self, FieldError, SERVICE_NAME_LABEL,
         status::{EndpointCounts, MeshServiceStatus},
     },
     compile::endpoints::target_port,
@@ -74,6 +74,8 @@ pub struct Core {
     pub owner: Option<String>,
     /// Ports that it has on every node.
     pub node_ports: Vec<(Protocol, u16)>,
+    /// It is of type `ExternalName`, another name for a host, and never has endpoints.
+    pub external_name: bool,
     /// What of it a headless Service of ours has to have.
     pub spec: Value,
 }
@@ -256,6 +258,10 @@ impl Mesh {
         let ports = |core: Option<&Core>| core.map(|c| c.node_ports.clone()).unwrap_or_default();
         self.cores_changed |= ports(old) != ports(new);
         let ours = old.map(|c| (&c.owner, &c.spec)) != new.map(|c| (&c.owner, &c.spec));
+        if old.map(|c| c.external_name) != new.map(|c| c.external_name) {
+            // Those that have none are told why.
+            self.dirty.extend(self.users.get(key).into_iter().flatten().cloned());
+        }
         match core {
             Some(core) => drop(self.cores.insert(key.clone(), core)),
             None => drop(self.cores.remove(key)),
@@ -463,17 +469,40 @@ impl Mesh {
             last_good => status::Verdict::Wrong(&entry.errors, last_good.is_some()),
         };
         let (endpoints, unmatched) = self.count(entry);
+        let why_none = if endpoints.total == 0 { self.why_no_endpoints(entry) } else { None };
         Some(status::status(
             &Known {
                 generation: entry.meta.generation,
                 verdict,
                 endpoints,
+                why_none,
                 unmatched,
                 programmed: self.nodes.programmed(key),
                 now,
             },
             &entry.status,
         ))
+    }
+
+    /// Why a service can't have endpoints, where the core Service that it names says so.
+    fn why_no_endpoints(&self, entry: &Entry) -> Option<String> {
+        let service = entry.service.as_ref()?;
+        let named = slices_of(service);
+        match self.cores.get(&named) {
+            Some(core) if core.external_name => Some(format!(
+                "the Service {named} is of type ExternalName and never has endpoints: clients resolve its name instead"
+            )),
+            // With a selector the controller makes it, and says so if it can't.
+            None if entry.headless.is_none()
+                && self.by_service.get(&named).is_none_or(BTreeSet::is_empty) =>
+            {
+                Some(format!(
+                    "there is no Service {named}, and no EndpointSlice with the label {SERVICE_NAME_LABEL}: {}",
+                    named.name
+                ))
+            }
+            _ => None,
+        }
     }
 
     /// Endpoints as nodes see them, and ports of the service that none of the ready ones has.

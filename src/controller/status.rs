@@ -25,6 +25,8 @@ pub struct Known<'a> {
     pub verdict: Verdict<'a>,
     /// Its endpoints.
     pub endpoints: EndpointCounts,
+    /// Why there is no endpoint, where that is plain.
+    pub why_none: Option<String>,
     /// Its ports that no ready endpoint has, where there are ready ones.
     pub unmatched: Vec<PortId>,
     /// What the nodes say about it.
@@ -179,7 +181,8 @@ fn served(
         );
         conditions.set("Ready", false, "NoTargetPort", &message);
     } else if endpoints.ready == 0 {
-        let message = if endpoints.total == 0 { "there are no endpoints" } else { "no endpoint is ready" };
+        let none = known.why_none.as_deref().unwrap_or("there are no endpoints");
+        let message = if endpoints.total == 0 { none } else { "no endpoint is ready" };
         conditions.set("Ready", false, "NoEndpoints", message);
     } else if programmed.status == "True" {
         conditions.set(

@@ -115,7 +115,7 @@ fn what_was_given_is_kept_by_the_next_leader() {
     let mut mesh = stored.mesh(&Used::new());
     assert_eq!(stored.write(&mut mesh), ["a", "b", "c"]);
     assert_eq!(stored.condition("a", "Accepted"), "True Accepted: the spec is valid");
-    assert_eq!(stored.condition("a", "Ready"), "False NoEndpoints: there are no endpoints");
+    assert!(stored.condition("a", "Ready").starts_with("False NoEndpoints: there is no Service default/a"));
     let vips: std::collections::BTreeSet<String> = ["a", "b", "c"].map(|n| stored.vip(n)).into();
     assert_eq!(vips.len(), 3, "{vips:?}");
     let used = mesh.used();
@@ -188,6 +188,41 @@ fn node_ports_of_core_services_are_refused_by_name() {
     mesh.put_core(&ServiceKey::new("default", "other"), None);
     stored.write(&mut mesh);
     assert_eq!(stored.status("a").ports[0].published_port, Some(30080));
+}
+
+#[test]
+fn why_there_can_be_no_endpoints_is_said() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, json!({"serviceName": "web", "ports": [{"port": 80}]}));
+    stored.apply("b", 1, json!({"selector": {"app": "b"}, "ports": [{"port": 80}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let ready = stored.condition("a", "Ready");
+    assert!(ready.starts_with("False NoEndpoints: there is no Service default/web"), "{ready}");
+    assert_eq!(stored.condition("b", "Ready"), "False NoEndpoints: there are no endpoints");
+    let core = |external_name| Some(Core { uid: "x".into(), external_name, ..Core::default() });
+    mesh.put_core(&key("web"), core(true));
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    let ready = stored.condition("a", "Ready");
+    assert!(ready.contains("default/web is of type ExternalName"), "{ready}");
+    mesh.put_core(&key("web"), core(false));
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    assert_eq!(stored.condition("a", "Ready"), "False NoEndpoints: there are no endpoints");
+    // Slices can be somebody's who has no Service.
+    let slice = |endpoints| Slice {
+        key: key("w"),
+        service_name: "web".into(),
+        family: Family::V4,
+        ports: vec![],
+        endpoints,
+    };
+    mesh.put_core(&key("web"), None);
+    mesh.put_slice(&key("w"), Some(&slice(vec![])));
+    stored.write(&mut mesh);
+    assert_eq!(stored.condition("a", "Ready"), "False NoEndpoints: there are no endpoints");
+    mesh.put_slice(&key("w"), Some(&slice(vec![fixtures::endpoint("10.0.0.1", "n1")])));
+    stored.write(&mut mesh);
+    assert!(stored.condition("a", "Ready").starts_with("True Serving"));
 }
 
 #[test]

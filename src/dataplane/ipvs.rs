@@ -7,7 +7,7 @@ use std::{
 };
 
 use ipvs_netlink::{
-    AddressFamily, Client, Command, DestinationConfig, DestinationId, Forwarding, ServiceConfig,
+    AddressFamily, Client, Command, DestinationConfig, DestinationId, Forwarding, Options, ServiceConfig,
     ServiceFlags, ServiceId,
 };
 
@@ -24,13 +24,21 @@ pub struct KernelIpvs {
     client: Client,
 }
 
+/// With this in the environment each change goes to the kernel in a message of its own, as tests want that stop after each.
+const SINGLY: &str = "MESHLB_IPVS_SINGLY";
+
 impl KernelIpvs {
     /// Opens it; the kernel loads ip_vs where it can.
     ///
     /// # Errors
     /// [`Error::MissingFeature`] without ip_vs, [`Error::Permission`] without CAP_NET_ADMIN.
     pub fn open() -> Result<Self, Error> {
-        Ok(Self { client: Client::open().map_err(error)? })
+        let mut options = Options::default();
+        if std::env::var_os(SINGLY).is_some() {
+            // What the kernel makes of this, twice as much, has room for one answer.
+            options.receive_buffer = 2000;
+        }
+        Ok(Self { client: Client::open_with(options).map_err(error)? })
     }
 }
 

@@ -242,6 +242,12 @@ impl Default for Timeouts {
     }
 }
 
+/// Whether a sysctl (path below /proc/sys) that should have the value `want` may stay at `have`: some are stricter with a
+/// greater number and do for us as well (`arp_ignore`, Documentation/networking/ip-sysctl.rst).
+pub fn sysctl_fits(path: &str, want: &str, have: &str) -> bool {
+    have == want || (path == "net/ipv4/conf/all/arp_ignore" && want == "1" && have == "2")
+}
+
 /// Everything of ours in one kernel, or everything that should be.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct KernelState {

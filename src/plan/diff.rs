@@ -10,7 +10,7 @@ use crate::{
         ids::{Family, Mark, PerFamily, Protocol},
         kernel::{
             Element, Elements, KernelState, RealServerKey, Target, Timeouts, UdpFlows, VipRoute,
-            VirtualServer, VirtualServerKey,
+            VirtualServer, VirtualServerKey, sysctl_fits,
         },
     },
 };
@@ -55,7 +55,7 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
     let mut ops = Ordered::default();
     for (path, value) in &desired.sysctls {
         let was = observed.sysctls.get(path);
-        if was != Some(value) {
+        if was.is_none_or(|was| !sysctl_fits(path, value, was)) {
             let op = Op::Sysctl { path: path.clone(), value: value.clone(), was: was.cloned() };
             ops.push(Phase::Sysctls, op);
         }

@@ -37,6 +37,8 @@ pub enum Input {
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
     Stop,
+    /// Nothing will be heard of the source any more, which should not be.
+    SourceLost,
     /// All that was programmed is to be removed, by the caller.
     HoldOff,
 }
@@ -105,6 +107,7 @@ pub struct Agent<O> {
     services_rest: Instant,
     logged: HashMap<String, Instant>,
     /// How many destinations were left alone when that was told last.
+    source_lost: bool,
     kept_told: usize,
     clock: Steady,
 }
@@ -129,13 +132,15 @@ impl<O: Observer> Agent<O> {
             rotation: Rotation::new(REALS_PER_PROBE.0, REALS_PER_PROBE.1, REALS_TIME),
             services_rest: now,
             logged: HashMap::new(),
+            source_lost: false,
             kept_told: 0,
             clock: Steady::new(),
         }
     }
 
-    /// Runs until [`Input::Stop`] or [`Input::HoldOff`], or until every sender is gone.
-    pub fn run(mut self, inputs: &Receiver<Input>) {
+    /// Runs until it is told to end, or until every sender is gone. `false` when that is because the source was lost: the
+    /// process should be started anew.
+    pub fn run(mut self, inputs: &Receiver<Input>) -> bool {
         loop {
             match inputs.recv_timeout(self.patience()) {
                 Ok(input) => {
@@ -145,11 +150,11 @@ impl<O: Observer> Agent<O> {
                         stop |= self.take(more);
                     }
                     if stop {
-                        return;
+                        return !self.source_lost;
                     }
                 }
                 Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => return true,
             }
             self.step();
             self.observer.heartbeat(&self.engine, self.synced, self.in_sync);
@@ -188,6 +193,13 @@ impl<O: Observer> Agent<O> {
             Input::NodeChanged => self.node_dirty = true,
             Input::Stop => {
                 info!("stopping; the kernel keeps what it has");
+                return true;
+            }
+            Input::SourceLost => {
+                error!(
+                    "what reads the source has ended: so does the agent, to be started anew; the kernel keeps what it has"
+                );
+                self.source_lost = true;
                 return true;
             }
             Input::HoldOff => return true,

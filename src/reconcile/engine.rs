@@ -36,8 +36,8 @@ use crate::{
     },
     model::{
         ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
-        kernel::{Element, KernelState, PublishedFlows, Timeouts},
-        node::{NodeConfig, NodeFacts, NodeSays},
+        kernel::{Element, KernelState, PublishedFlows, Timeouts, VirtualServer, VirtualServerKey},
+        node::{MarkMask, NodeConfig, NodeFacts, NodeSays},
         snapshot::{Event, Snapshot},
     },
     plan::{Observed, Op, plan, plan_all},
@@ -251,6 +251,17 @@ impl Engine {
         }
     }
 
+    /// Marks of an earlier run that the kernel can't have from it, since the machine was started anew: whoever has an IPVS
+    /// service with one of them is somebody else.
+    pub fn forget_marks(&mut self) {
+        self.ours.clear();
+    }
+
+    /// The mark mask of an earlier run: what it has left with another mask is ours too, and goes.
+    pub fn set_earlier_mask(&mut self, mask: MarkMask) {
+        self.ours.insert(mask.sentinel());
+    }
+
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
     pub fn set_earlier_ranges(&mut self, ranges: PerFamily<IpNet>) {
         self.earlier_ranges = ranges;
@@ -378,6 +389,7 @@ impl Engine {
         // have yet to begin are found by `adopt`.
         let independent = first && self.drains.is_empty() && self.remembers_all();
         let mut observed = if independent { self.observe_while_compiling(now)? } else { self.observe()? };
+        self.refuse_foreign_sentinel(&observed)?;
         self.find_drift(&observed);
         self.adopt(&observed);
         self.trusted = true;
@@ -410,6 +422,23 @@ impl Engine {
         let (ours, settings) = (&self.ours, &self.settings);
         let ranges = settings.node.ranges;
         self.dataplane.observe(self.merged.state(), &ranges, &|mark| Self::is_ours(ours, settings, mark))
+    }
+
+    /// Our sentinel never has a destination. One that has some when we first look is another program's.
+    fn refuse_foreign_sentinel(&self, observed: &Observed) -> Result<(), Error> {
+        let sentinel = self.settings.node.mask.sentinel();
+        let with_reals = |(key, server): &(&VirtualServerKey, &VirtualServer)| {
+            key.mark == sentinel && !server.reals.is_empty()
+        };
+        match observed.virtual_servers.iter().find(with_reals) {
+            Some((key, _)) if !self.looked => Err(Error::Failed {
+                object: format!("IPVS service {key}"),
+                reason:
+                    "another program has it, and we need this mark: choose another --mark-mask, or remove it"
+                        .into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     /// Takes what the kernel has into account: marks that lead where we want to lead keep doing so

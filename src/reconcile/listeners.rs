@@ -7,17 +7,21 @@ use std::{
 
 use crate::{
     dataplane::Listener,
-    model::{ids::Protocol, node::NodeFacts, service::Publish},
+    model::{
+        ids::{Family, Protocol},
+        node::NodeFacts,
+        service::Publish,
+    },
 };
 
 /// The addresses of this node that a published port answers on: its own and 127.0.0.1 and ::1, or those of them that
-/// the port names.
-pub fn answering(publish: Option<&Publish>, facts: &NodeFacts) -> BTreeSet<IpAddr> {
+/// the port names; of the families that its service has.
+pub fn answering(publish: Option<&Publish>, families: &[Family], facts: &NodeFacts) -> BTreeSet<IpAddr> {
     let (v4, v6) = (facts.primary.v4.is_some(), facts.primary.v6.is_some());
     let loopback = [v4.then_some(Ipv4Addr::LOCALHOST.into()), v6.then_some(Ipv6Addr::LOCALHOST.into())];
     let all = facts.published_addresses.iter().copied().chain(loopback.into_iter().flatten());
     let wanted = |addr: &IpAddr| publish.is_none_or(|p| p.addresses.is_empty() || p.addresses.contains(addr));
-    all.filter(wanted).collect()
+    all.filter(|addr| families.contains(&Family::of(addr))).filter(wanted).collect()
 }
 
 /// Those of `ports` that a socket holds, on an address that `on` says, and that are not the service's own host-network

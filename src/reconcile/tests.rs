@@ -13,7 +13,7 @@ use crate::{
         fixtures::{config, endpoint, facts, port, published, service, slice},
         ids::{Family, Mark, PerFamily, Protocol},
         kernel::{
-            BridgeSubnet, Element, PublishedFlows, RealServerKey, VipRoute, VirtualServer,
+            BridgeSubnet, Element, PublishedFlows, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
             VirtualServerConfig, VirtualServerKey,
         },
         node::NodeSays,
@@ -210,6 +210,29 @@ fn a_removed_endpoint_drains_until_its_connections_are_gone() {
 }
 
 #[test]
+fn a_half_closed_connection_to_the_last_endpoint_drains_too() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    let real = RealServerKey { addr: "10.244.1.12".parse().unwrap(), port: 8080 };
+    let vip = engine.merged().services().values().next().unwrap().vips.v4.unwrap();
+    let half_closed = PublishedFlows { protocol: Protocol::Tcp, real, to: [(vip, 80)].into() };
+    kernel.lock().flows.insert(half_closed);
+    // Nothing leads to the address any more, and conntrack is asked about it all the same.
+    engine.feed([endpoints("vote", &[])]);
+    turn(&mut engine, false);
+    engine.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
+    assert!(engine.drains().keys().any(|(_, drained)| *drained == real));
+    turn(&mut engine, false);
+    assert!(engine.drains().keys().any(|(_, drained)| *drained == real), "a connection is half closed");
+    kernel.lock().flows.clear();
+    let later = now() + SignedDuration::from_secs(2);
+    engine.expire_drains(later).unwrap();
+    engine.turn(false, later).unwrap();
+    assert!(engine.drains().is_empty());
+}
+
+#[test]
 fn connections_by_a_published_port_drain_too_and_are_cut_at_the_deadline() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());
@@ -295,6 +318,52 @@ fn a_new_service_after_a_restart_does_not_get_the_mark_of_another_program() {
     turn(&mut second, true);
     assert_ne!(server_of(&second, "more").mark, foreign.mark);
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], foreign_server());
+}
+
+#[test]
+fn a_mark_of_an_earlier_start_of_the_machine_is_its_new_owners() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let taken = VirtualServerKey { family: Family::V4, mark: server_of(&first, "vote").mark };
+    let anew = FakeKernel::default();
+    anew.lock().state.virtual_servers.insert(taken, foreign_server());
+    let mut second = vote(&anew, first.allocator().allocations());
+    second.forget_marks();
+    turn(&mut second, true);
+    assert_ne!(server_of(&second, "vote").mark, taken.mark);
+    assert_eq!(anew.lock().state.virtual_servers[&taken], foreign_server());
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+}
+
+#[test]
+fn the_mark_of_the_sentinel_is_not_taken_from_another_program() {
+    let kernel = FakeKernel::default();
+    let sentinel = VirtualServerKey { family: Family::V4, mark: config().mask.sentinel() };
+    let real = RealServerKey { addr: "10.99.0.1".parse().unwrap(), port: 81 };
+    let reals = Arc::new([(real, RealServerConfig { weight: 1 })].into_iter().collect());
+    let theirs = VirtualServer { reals, ..foreign_server() };
+    kernel.lock().state.virtual_servers.insert(sentinel, theirs.clone());
+    let mut engine = vote(&kernel, Allocations::default());
+    let refused = engine.turn(true, now()).unwrap_err().to_string();
+    assert!(refused.contains("FWM 16383") && refused.contains("--mark-mask"), "{refused}");
+    assert_eq!(kernel.lock().state.virtual_servers[&sentinel], theirs);
+    assert_eq!(kernel.lock().writes, 0);
+    // It is seen when it has gone.
+    kernel.lock().state.virtual_servers.clear();
+    turn(&mut engine, true);
+}
+
+#[test]
+fn the_sentinel_of_another_mask_goes() {
+    let kernel = FakeKernel::default();
+    let earlier = crate::model::node::MarkMask::new(0xffc000).unwrap();
+    let old = VirtualServerKey { family: Family::V4, mark: earlier.sentinel() };
+    kernel.lock().state.virtual_servers.insert(old, foreign_server());
+    let mut engine = vote(&kernel, Allocations::default());
+    engine.set_earlier_mask(earlier);
+    turn(&mut engine, true);
+    assert!(!kernel.lock().state.virtual_servers.contains_key(&old));
 }
 
 #[test]

@@ -365,6 +365,8 @@ pub struct Load {
 pub struct LoadReport {
     /// Connections that were answered, by server.
     pub servers: BTreeMap<String, usize>,
+    /// When the first and the last of them were, since the start.
+    pub times: BTreeMap<String, (Duration, Duration)>,
     /// Every error, with the time since the start.
     pub errors: Vec<(Duration, String)>,
     /// The slowest.
@@ -375,6 +377,20 @@ impl LoadReport {
     /// The number of answers.
     pub fn answered(&self) -> usize {
         self.servers.values().sum()
+    }
+
+    /// Takes an answer in.
+    fn add(&mut self, server: String, first: Duration, last: Duration, n: usize) {
+        let times = self.times.entry(server.clone()).or_insert((first, last));
+        *times = (times.0.min(first), times.1.max(last));
+        *self.servers.entry(server).or_default() += n;
+    }
+
+    /// From the first to the last answer of servers whose names begin so.
+    pub fn span_of(&self, prefix: &str) -> Duration {
+        let times = self.times.iter().filter(|(server, _)| server.starts_with(prefix)).map(|(_, t)| t);
+        let (first, last) = times.fold((Duration::MAX, Duration::ZERO), |a, t| (a.0.min(t.0), a.1.max(t.1)));
+        last.saturating_sub(first)
     }
 }
 
@@ -392,7 +408,7 @@ impl Load {
                         while !stop.load(Ordering::Relaxed) {
                             let began = Instant::now();
                             match probe.once() {
-                                Ok(answer) => *report.servers.entry(answer.server).or_default() += 1,
+                                Ok(answer) => report.add(answer.server, start.elapsed(), start.elapsed(), 1),
                                 Err(e) => report.errors.push((start.elapsed(), e)),
                             }
                             report.slowest = report.slowest.max(began.elapsed());
@@ -413,8 +429,9 @@ impl Load {
         for thread in self.threads.drain(..) {
             let Ok(report) = thread.join() else { bail!("a thread of the load panicked") };
             let report = report?;
-            for (server, n) in report.servers {
-                *sum.servers.entry(server).or_default() += n;
+            for (server, n) in &report.servers {
+                let (first, last) = report.times.get(server).copied().unwrap_or_default();
+                sum.add(server.clone(), first, last, *n);
             }
             sum.errors.extend(report.errors);
             sum.slowest = sum.slowest.max(report.slowest);

@@ -9,11 +9,15 @@ while [ ! -e ../root.tar ]; do sleep 0.1; done
 mkdir -p /tmp/root && mount -t tmpfs -o size=60% tmpfs /tmp/root && tar -C /tmp/root -xf ../root.tar
 mount --make-shared /run
 for d in proc sys dev run; do mount --rbind /$d /tmp/root/$d; done
-# The machine's own files, for programs that are too much for a copy in memory: chroot /host firewalld.
-mkdir -p /tmp/root/host && mount --bind / /tmp/root/host
+# The machine's own files, for programs that are too much for a copy in memory: chroot /host firewalld. By a share of its own,
+# whose files the kernel keeps once it has read them: Python asks for thousands. What is written stays in memory.
+mkdir -p /tmp/hostfs /tmp/written/files /tmp/written/work /tmp/root/host
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,cache=loose,msize=512000 hostfs /tmp/hostfs
+mount -t overlay -o lowerdir=/tmp/hostfs,upperdir=/tmp/written/files,workdir=/tmp/written/work overlay /tmp/root/host
 for d in proc sys dev run; do mount --rbind /$d /tmp/root/host/$d; done
 mount -t tmpfs tmpfs /tmp/root/host/tmp
-modules=/lib/modules/$(uname -r); mkdir -p "/tmp/root$modules"; mount --bind "$(readlink -f "$modules")" "/tmp/root$modules"
+modules=/lib/modules/$(uname -r)
+for r in /tmp/root /tmp/root/host; do mkdir -p "$r$modules"; mount --bind "$(readlink -f "$modules")" "$r$modules"; done
 cat >/tmp/in-tools <<'X'
 #!/bin/bash
 # in-tools COMMAND…: with the programs in memory as the root. A root by pivot_root, not chroot: entering a mount namespace

@@ -61,8 +61,8 @@ pub const REQUIRED: &[Required] = &[
         when: When::Always,
         reason: "without it a client that reuses a source port stays with its old endpoint, also when that \
                  drains",
-        // 1 is the kernel's default.
-        restore: None,
+        // 1 is the kernel's default: somebody else has set what was there.
+        restore: Some("1"),
     },
     Required {
         path: "net/ipv4/conf/all/arp_ignore",

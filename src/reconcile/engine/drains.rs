@@ -12,7 +12,7 @@ use crate::{
     compile::service::Drains,
     dataplane::Error,
     model::{
-        ids::{Family, Protocol},
+        ids::{Family, Protocol, Scope},
         kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
     },
 };
@@ -87,7 +87,6 @@ impl Engine {
         for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
             let (addr, protocol, port) = match element {
                 Element::Published(t) => (t.addr, t.protocol, t.port),
-                Element::Vip(t) if vips => (t.addr, t.protocol, t.port),
                 Element::Loopback(Family::V4, protocol, port) => {
                     (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
                 }
@@ -99,6 +98,20 @@ impl Engine {
             if *mark == Some(vs.mark) {
                 flows.protocol = protocol;
                 flows.to.insert((addr, port));
+            }
+        }
+        // Without an endpoint that takes new connections no element leads from there any more.
+        for port in service.ports.iter().filter(|_| vips) {
+            let leads = |scope| port.marks.get(&scope) == Some(&vs.mark);
+            let ingress = self.settings.node.ingress(family);
+            let by_vip =
+                service.vips.get(family).filter(|_| leads(Scope::Vip)).map(|ip| (*ip, port.spec.port));
+            let published =
+                ingress.zip(port.published).filter(|_| port.marks.values().any(|mark| *mark == vs.mark));
+            for (addr, first) in by_vip.into_iter().chain(published) {
+                flows.protocol = port.spec.protocol;
+                let last = first.saturating_add(port.spec.span().saturating_sub(1));
+                flows.to.extend((first..=last).map(|number| (addr, number)));
             }
         }
         (!flows.to.is_empty()).then_some(flows)

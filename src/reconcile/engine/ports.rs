@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::{Engine, Served, compiling::Compiling};
 use crate::{
+    compile::service::served_families,
     dataplane::{Error, Listener, executor::Dataplane},
     model::{
         ids::{Protocol, ServiceKey},
@@ -86,8 +87,13 @@ impl Compiling<'_> {
             owners.get(&(protocol, port)).is_some_and(|key| self.has_own_endpoint(key, protocol, port))
         };
         let on = |protocol, port| {
-            let publish = owners.get(&(protocol, port)).and_then(|key| self.publish_of(key, protocol, port));
-            answering(publish, self.facts)
+            let Some(key) = owners.get(&(protocol, port)) else { return BTreeSet::new() };
+            let (service, allocation) = (self.snapshot.services().get(key), self.allocator.get(key));
+            let families = service
+                .zip(allocation)
+                .map(|(service, a)| served_families(service, &a.vips, &self.settings.node))
+                .unwrap_or_default();
+            answering(self.publish_of(key, protocol, port), &families, self.facts)
         };
         held(asked, listeners, on, own)
     }

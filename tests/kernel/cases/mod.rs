@@ -17,6 +17,7 @@ mod kube_proxy;
 mod lifecycle;
 mod many;
 mod neighbours;
+mod ownership;
 mod reload;
 mod renderer;
 mod restart;
@@ -42,6 +43,7 @@ pub fn register(suite: &mut Suite) {
     source_ports::register(suite);
     guard::register(suite);
     neighbours::register(suite);
+    ownership::register(suite);
     renderer::register(suite);
     restart::register(suite);
     telling::register(suite);

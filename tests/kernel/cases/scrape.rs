@@ -10,14 +10,16 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::guard::sh;
+use super::healing::{full_turns, turned};
 use super::support::{ADMIN, http, metric, one_node, ready, served, vip, wait_until, web, web_on_one_node};
 use crate::check;
+use crate::client::{Flows, Probe};
 use crate::ns;
-use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::Node;
 
 pub fn register(suite: &mut Suite) {
-    suite.add_slow("scrape::prometheus", &Matrix::once(), Duration::from_secs(120), prometheus);
+    suite.add_slow("scrape::prometheus", &Matrix::pair(), Duration::from_secs(120), prometheus);
     suite.add("scrape::readiness", &Matrix::pair(), readiness);
 }
 
@@ -86,19 +88,54 @@ fn becomes(node: &Node, expression: &str, want: f64) -> Result<()> {
     .map(drop)
 }
 
-/// Connections by destination, as `ipvsadm` counts them in services of one family.
-fn ipvsadm(node: &Node) -> Result<BTreeMap<String, f64>> {
-    let text = node.run(&["ipvsadm", "-Ln", "--stats", "--exact"])?.ok()?.stdout;
-    let mut out = BTreeMap::new();
+/// What is counted of a destination, in the order in which `ipvsadm --stats` shows it.
+const COUNTED: [&str; 5] =
+    ["connections", "incoming_packets", "outgoing_packets", "incoming_bytes", "outgoing_bytes"];
+
+/// The numbers behind each destination that `ipvsadm` shows, summed over services.
+fn ipvsadm(node: &Node, how: &[&str]) -> Result<BTreeMap<String, Vec<f64>>> {
+    let command: Vec<&str> = ["ipvsadm", "-Ln"].iter().chain(how).copied().collect();
+    let text = node.run(&command)?.ok()?.stdout;
+    let mut out: BTreeMap<String, Vec<f64>> = BTreeMap::new();
     for line in text.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        if let ["->", address, connections, ..] = words[..]
-            && let Ok(n) = connections.parse::<f64>()
+        if let ["->", address, rest @ ..] = &words[..]
+            && address.ends_with(|c: char| c.is_ascii_digit())
         {
-            *out.entry(address.to_owned()).or_default() += n;
+            let numbers: Vec<f64> = rest.iter().filter_map(|n| n.parse().ok()).collect();
+            let sums = out.entry((*address).to_owned()).or_insert_with(|| vec![0.0; numbers.len()]);
+            sums.iter_mut().zip(numbers).for_each(|(sum, n)| *sum += n);
         }
     }
     Ok(out)
+}
+
+/// What others take away, by the kind of drift that it is counted as.
+fn taken(renderer: Renderer) -> Vec<(&'static str, &'static str)> {
+    let mut out = vec![
+        (
+            "ipvs_service",
+            "ipvsadm -D -f $(ipvsadm -Sn | sed -n 's/^-A -f \\([0-9]*\\) .*/\\1/p' | sort -n | head -1)",
+        ),
+        (
+            "ipvs_destination",
+            "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/ -w .*//; s/^-a/-d/; s/ -m$//' | xargs ipvsadm",
+        ),
+        ("route", "ip route del local 10.200.0.0/16 dev lo table local"),
+        ("sysctl", "echo 0 > /proc/sys/net/ipv4/vs/conntrack"),
+    ];
+    out.extend(if renderer == Renderer::Nftables {
+        [("set_element", "nft flush map inet meshlb vips-4"), ("rules", "nft flush chain inet meshlb in")]
+    } else {
+        [
+            ("set_element", "ipset flush meshlb-vips-4"),
+            (
+                "rules",
+                "iptables -t nat -D PREROUTING -j MESHLB-PREROUTING || iptables -t nat -F MESHLB-PREROUTING",
+            ),
+        ]
+    });
+    out
 }
 
 fn prometheus(cx: &mut Cx) -> Result<()> {
@@ -133,15 +170,43 @@ fn prometheus(cx: &mut Cx) -> Result<()> {
     becomes(n1, &sum("protocol=\"TCP\",family=\"IPv4\""), 12.0)?;
     becomes(n1, &sum("protocol=\"UDP\",family=\"IPv4\""), 4.0)?;
     becomes(n1, &sum("protocol=\"TCP\",family=\"IPv6\""), 3.0)?;
-    let told = query(n1, "sum by (endpoint) (meshlb_endpoint_connections_total)", "endpoint")?;
-    let counted = ipvsadm(n1)?;
-    let total: f64 = counted.values().sum();
-    ensure!(told == counted && (total - 19.0).abs() < 0.1, "Prometheus has {told:?}, ipvsadm {counted:?}");
-    // Bytes went both ways.
-    for series in ["incoming", "outgoing"] {
-        let n = one(n1, &format!("sum(meshlb_service_{series}_bytes_total)"))?;
-        ensure!(n.is_some_and(|n| n > 500.0), "{series} bytes: {n:?}");
+    // All that is counted, of each destination, as ipvsadm shows it; a last packet may be on its way.
+    let column = |table: BTreeMap<String, Vec<f64>>, i: usize| -> BTreeMap<String, f64> {
+        table
+            .into_iter()
+            .map(|(address, numbers)| (address, numbers.get(i).copied().unwrap_or(-1.0)))
+            .collect()
+    };
+    let agree = |series: &str, how: &[&str], i: usize| -> Result<BTreeMap<String, f64>> {
+        let expression = format!("sum by (endpoint) (meshlb_endpoint_{series})");
+        let (mut told, mut counted) = (BTreeMap::new(), BTreeMap::new());
+        wait_until(&expression, Duration::from_secs(15), || {
+            counted = column(ipvsadm(n1, how)?, i);
+            told = query(n1, &expression, "endpoint")?;
+            Ok(told == counted)
+        })
+        .with_context(|| format!("Prometheus has {told:?}, ipvsadm {counted:?}"))?;
+        Ok(told)
+    };
+    for (i, of) in COUNTED.iter().enumerate() {
+        let told = agree(&format!("{of}_total"), &["--stats", "--exact"], i)?;
+        let least = if *of == "connections" { 19.0 } else { 38.0 };
+        ensure!(told.values().sum::<f64>() >= least, "{of}: {told:?}");
     }
+    // The table shows weight, active and inactive connections; one is open.
+    let probe = Probe::new(Proto::Tcp, vip(Family::V4, 80)?);
+    let open = Flows::start(&pod.ns, &probe, 1, Duration::from_millis(200))?;
+    let active = agree("active_connections", &[], 1)?;
+    ensure!((active.values().sum::<f64>() - 1.0).abs() < 0.1, "{active:?}");
+    open.stop()?;
+    // Four IPVS services have each of them: two families, two protocols, and those of the published port.
+    let weights = agree("weight", &[], 0)?;
+    ensure!(weights.len() == 4 && weights.values().all(|n| *n >= 2.0), "{weights:?}");
+    let inactive = agree("inactive_connections", &[], 2)?;
+    ensure!(inactive.values().sum::<f64>() >= 1.0, "{inactive:?}");
+    becomes(n1, "sum(meshlb_reconciles_total{outcome!=\"success\"}) or vector(0)", 0.0)?;
+    let turns = one(n1, "sum(meshlb_reconciles_total{outcome=\"success\"})")?;
+    ensure!(turns.is_some_and(|n| n >= 1.0), "turns: {turns:?}");
     // A change of endpoints is timed.
     let count = "meshlb_source_to_kernel_seconds_count";
     let before = metric(n1, count)?;
@@ -152,24 +217,14 @@ fn prometheus(cx: &mut Cx) -> Result<()> {
     ensure!(spent > 0.0 && spent < 60.0, "{spent} s");
     becomes(n1, "sum(meshlb_service_endpoints{protocol=\"TCP\",family=\"IPv4\",state=\"ready\"})", 1.0)?;
     // What others take away is put back and counted, by kind.
-    let take = [
-        (
-            "ipvs_service",
-            "ipvsadm -D -f $(ipvsadm -Sn | sed -n 's/^-A -f \\([0-9]*\\) .*/\\1/p' | sort -n | head -1)",
-        ),
-        ("set_element", "ipset flush meshlb-vips-4"),
-        (
-            "rules",
-            "iptables -t nat -D PREROUTING -j MESHLB-PREROUTING || iptables -t nat -F MESHLB-PREROUTING",
-        ),
-        ("route", "ip route del local 10.200.0.0/16 dev lo table local"),
-    ];
-    for (kind, script) in take {
+    let take = taken(cx.renderer());
+    for (kind, script) in &take {
         let series = format!("meshlb_drift_total{{kind=\"{kind}\"");
-        let before = metric(n1, &series).unwrap_or(0.0);
-        sh(cx, n1, script).with_context(|| kind.to_owned())?;
+        let (before, turns) = (metric(n1, &series).unwrap_or(0.0), full_turns(n1));
+        sh(cx, n1, script).with_context(|| (*kind).to_owned())?;
         wait_until(kind, Duration::from_secs(15), || Ok(metric(n1, &series).is_ok_and(|n| n > before)))
             .with_context(|| agent.log_text())?;
+        turned(n1, turns);
     }
     wait_until("drift at Prometheus", Duration::from_secs(15), || {
         let kinds = query(n1, "meshlb_drift_total > 0", "kind")?;

@@ -193,6 +193,9 @@ fn ends(
             .with_context(|| format!("after {} changes:\n{}", changes.len(), changes.join("\n")))?;
     }
     cx.note(format!("{} changes:\n{}", changes.len(), changes.join("\n")));
+    if command.first() == Some(&"apply") {
+        singly(&changes)?;
+    }
     ensure!(changes.len() > 3, "only {} changes: {changes:#?}", changes.len());
     finish().context("not killed at all")?;
     for kill_after in [1, changes.len() / 2, changes.len() - 1] {
@@ -251,6 +254,7 @@ fn walk(cx: &mut Cx, from: &[Service], to: &[Service], forget: bool) -> Result<(
     }
     n1.stop_serving(LATE);
     cx.note(format!("{} changes in {:?}:\n{}", changes.len(), begun.elapsed(), changes.join("\n")));
+    singly(&changes)?;
     // One transaction of nft is one change, whatever is in it.
     ensure!(changes.len() >= 2, "only {} changes: {changes:#?}", changes.len());
     among(&t, &new, &either, true).context("not killed at all")?;
@@ -348,8 +352,11 @@ impl Stepped {
         let log = cx.dir.join("step.log");
         let _ = fs::remove_file(&log);
         // No --seccomp-bpf: with it strace 6.1 sends no signals.
+        // The order within IPVS matters where packets are led to it; a cleanup has taken away what leads them before.
+        let singly = if command.first() == Some(&"apply") { "export MESHLB_IPVS_SINGLY=1" } else { ":" };
         let script = format!(
-            "exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
+            "{singly}
+             exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
              -e inject=sendto,sendmsg,sendmmsg:signal=SIGSTOP MESHLB \"$@\"",
             log.display()
         );
@@ -417,6 +424,13 @@ impl Stepped {
         // A child of it that has been killed is gone when it has let go of its lock.
         sleep(Duration::from_millis(20));
     }
+}
+
+/// Each change of IPVS was sent alone.
+fn singly(changes: &[String]) -> Result<()> {
+    let several = changes.iter().find(|line| line.matches("IPVS").count() > 1);
+    ensure!(several.is_none(), "several changes at once: {several:?}");
+    Ok(())
 }
 
 /// The kinds of the messages that were sent at once.

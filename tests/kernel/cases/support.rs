@@ -124,11 +124,11 @@ pub fn start(cx: &Cx, meshlb: &Meshlb, t: &Topology, m: &Manifests) -> Result<Ag
     Ok(agent)
 }
 
-/// `meshlb`, started by a shell script that ends in `exec … "$@"`; `MESHLB` in it is the program.
+/// `meshlb`, started by a shell script that ends in `MESHLB "$@"`, which is the program.
 pub fn wrapped(cx: &Cx, name: &str, script: &str) -> Result<Meshlb> {
     let mut meshlb = cx.meshlb()?.clone();
     let file = cx.dir.join(name);
-    let script = script.replace("MESHLB", &meshlb.binary.to_string_lossy());
+    let script = script.replace("MESHLB \"$@\"", &format!("{} \"$@\"", meshlb.binary.display()));
     fs::write(&file, format!("#!/bin/sh\n{script}\n"))?;
     fs::set_permissions(&file, fs::Permissions::from_mode(0o755))?;
     meshlb.binary = file;

@@ -17,7 +17,8 @@ use crate::topology::Host;
 pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::not_ready_gets_nothing", &Matrix::pair(), not_ready);
     suite.add("lifecycle::drain_to_the_deadline", &Matrix::pair().families(), drain_to_the_deadline);
-    suite.add("lifecycle::half_closed_drains", &Matrix::pair(), half_closed);
+    suite.add("lifecycle::half_closed_drains", &Matrix::pair(), |cx| half_closed(cx, &["p11"]));
+    suite.add("lifecycle::half_closed_drains_the_last", &Matrix::pair(), |cx| half_closed(cx, &[]));
     suite.add("lifecycle::drain_ends_early", &Matrix::pair(), drain_ends_early);
     suite.add("lifecycle::drain_over_a_restart", &Matrix::pair(), drain_over_restart);
     suite.add("lifecycle::sctp_drains", &Matrix::pair(), sctp_drains);
@@ -131,8 +132,9 @@ fn drain_to_the_deadline(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// A client that has said all and still reads: IPVS counts its connection among the inactive ones, and it goes on all the same.
-fn half_closed(cx: &mut Cx) -> Result<()> {
+/// A client that has said all and still reads: IPVS counts its connection among the inactive ones, and it goes on all the
+/// same, whether other endpoints are left (`p11`) or none.
+fn half_closed(cx: &mut Cx, left: &[&str]) -> Result<()> {
     const PORT: u16 = 9090;
     let answers_after = Duration::from_secs(8);
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
@@ -173,7 +175,7 @@ fn half_closed(cx: &mut Cx) -> Result<()> {
         }
     }
     c.change(|t, m| {
-        serve_from(t, m, "web", &["p11"]);
+        serve_from(t, m, "web", left);
         Ok(())
     })?;
     ensure!(begun.elapsed() < answers_after, "too slow a machine: removed after {:?}", begun.elapsed());

@@ -1,0 +1,126 @@
+//! Whose things are: marks and settings that others have, had, or will have again.
+
+use anyhow::{Result, ensure};
+use serde_json::Value;
+
+use super::guard::sh;
+use super::support::{served, web_on_one_node};
+use crate::runner::{Cx, Matrix, Suite};
+use crate::topology::Node;
+
+pub fn register(suite: &mut Suite) {
+    suite.add("ownership::marks_of_an_earlier_start", &Matrix::pair(), earlier_start);
+    suite.add("ownership::sentinel_of_another", &Matrix::pair(), foreign_sentinel);
+    suite.add("ownership::another_mask", &Matrix::pair(), another_mask);
+    suite.add("ownership::settings_go_back", &Matrix::pair(), settings);
+}
+
+/// The IPVS services of another program, which all lead to this.
+const THEIRS: &str = "10.99.0.1:81";
+
+fn theirs(node: &Node) -> Result<Vec<String>> {
+    let all = node.ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+    Ok(all.lines().filter(|l| l.contains(THEIRS) || l.contains("-s lblc")).map(str::to_owned).collect())
+}
+
+fn sysctl(node: &Node, path: &str) -> Result<String> {
+    Ok(node.run(&["cat", &format!("/proc/sys/net/ipv4/{path}")])?.ok()?.stdout.trim().to_owned())
+}
+
+/// After the machine was started anew, IPVS is empty. What another program has put there with marks that we remember is its own.
+fn earlier_start(cx: &mut Cx) -> Result<()> {
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    cx.apply_on(n1, &m)?;
+    let file = n1.state_dir().join("state.json");
+    let mut state: Value = serde_json::from_str(&std::fs::read_to_string(&file)?)?;
+    ensure!(state["bootId"].as_str().is_some_and(|id| id.len() == 36), "{state:#}");
+    cx.cleanup(&t)?;
+    state["bootId"] = "00000000-0000-4000-8000-000000000000".into();
+    std::fs::create_dir_all(n1.state_dir())?;
+    std::fs::write(&file, state.to_string())?;
+    sh(
+        cx,
+        n1,
+        &format!(
+            "for mark in $(seq 256 260); do ipvsadm -A -f $mark -s lblc; ipvsadm -a -f $mark -r {THEIRS} -m; done"
+        ),
+    )?;
+    let before = theirs(n1)?;
+    ensure!(before.len() == 10, "{before:#?}");
+    cx.apply_on(n1, &m)?;
+    served(&t, &["p11", "p12"])?;
+    ensure!(theirs(n1)? == before, "before: {before:#?}\nafter: {:#?}", theirs(n1)?);
+    sh(cx, n1, "for mark in $(seq 256 260); do ipvsadm -D -f $mark; done").map(drop)
+}
+
+/// A service with the mark of our sentinel is refused in one line, neither emptied by `apply` nor deleted by `cleanup`.
+fn foreign_sentinel(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    // With a foreign service there, cleanup leaves sysctls as they are.
+    cx.taint();
+    cx.will_clean(n1);
+    sh(cx, n1, &format!("ipvsadm -A -f 16383 -s lblc; ipvsadm -a -f 16383 -r {THEIRS} -m"))?;
+    let before = theirs(n1)?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let refused = meshlb.run(n1, &["apply", &dir])?;
+    ensure!(
+        refused.status != 0 && ["FWM 16383", "--mark-mask"].iter().all(|text| refused.stderr.contains(text)),
+        "{refused}"
+    );
+    ensure!(theirs(n1)? == before, "apply: {:#?}", theirs(n1)?);
+    let other = meshlb.clone().flag("--mark-mask=0xffc000");
+    other.run(n1, &["apply", &dir])?.ok()?;
+    served(&t, &["p11", "p12"])?;
+    for meshlb in [&other, &meshlb] {
+        meshlb.run(n1, &["cleanup"])?.ok()?;
+        ensure!(theirs(n1)? == before, "cleanup: {:#?}", theirs(n1)?);
+    }
+    let all = n1.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+    ensure!(all.lines().count() == before.len(), "of ours there is still:\n{all}");
+    sh(cx, n1, "ipvsadm -D -f 16383").map(drop)
+}
+
+/// With another mask everything moves to other marks, and nothing of the old ones stays behind.
+fn another_mask(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    cx.apply_on(n1, &m)?;
+    let other = meshlb.flag("--mark-mask=0xffc000");
+    other.run(n1, &["apply", &m.dir.to_string_lossy()])?.ok()?;
+    let marks: Vec<u32> = n1
+        .run(&["ipvsadm", "-Sn"])?
+        .ok()?
+        .stdout
+        .lines()
+        .filter_map(|l| l.strip_prefix("-A -f ")?.split_whitespace().next()?.parse().ok())
+        .collect();
+    ensure!(!marks.is_empty() && marks.iter().all(|mark| mark & 0x3fff == 0), "{marks:?}");
+    served(&t, &["p11", "p12"])
+}
+
+/// What the node had before: put back where we had to change it, left where it does for us.
+fn settings(cx: &mut Cx) -> Result<()> {
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    let reads = |reuse: &str, arp: &str| -> Result<()> {
+        let now = (sysctl(n1, "vs/conn_reuse_mode")?, sysctl(n1, "conf/all/arp_ignore")?);
+        ensure!(now == (reuse.to_owned(), arp.to_owned()), "{now:?}, not {reuse} and {arp}");
+        Ok(())
+    };
+    let set = "cd /proc/sys/net/ipv4; echo 0 > vs/conn_reuse_mode; echo 2 > conf/all/arp_ignore";
+    sh(cx, n1, set)?;
+    cx.apply_on(n1, &m)?;
+    served(&t, &["p11", "p12"])?;
+    reads("1", "2")?;
+    cx.cleanup(&t)?;
+    reads("0", "2")?;
+    sh(cx, n1, "cd /proc/sys/net/ipv4; echo 1 > vs/conn_reuse_mode; echo 0 > conf/all/arp_ignore").map(drop)
+}
