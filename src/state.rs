@@ -323,6 +323,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_state_is_of_another_start_of_the_machine_only_where_both_are_known() {
+        let of = |boot_id: &str| State { boot_id: boot_id.into(), ..State::default() };
+        assert!(of("a").is_of_boot("a") && !of("a").is_of_boot("b"));
+        // One that an earlier version wrote, and a kernel that does not say.
+        assert!(of("").is_of_boot("b") && of("a").is_of_boot(""));
+    }
+
+    #[test]
     fn comes_back_as_it_was_and_is_only_written_when_changed() {
         let dir = tempfile::tempdir().unwrap();
         let mut files = StateDir::open(dir.path().join("sub")).unwrap();

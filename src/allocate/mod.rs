@@ -477,8 +477,15 @@ impl Allocator {
         for key in self.remembered() {
             services.insert(key.clone(), self.previous.services[key].clone());
         }
+        // What is somebody else's is not to be taken for ours by a later run.
+        let foreign = self.marks.foreign();
+        for kept in services.values_mut().filter(|_| !foreign.is_empty()) {
+            kept.marks.retain(|_, mark| !foreign.contains(mark));
+            kept.ingress_marks.retain(|_, mark| !foreign.contains(mark));
+        }
         services.retain(|_, kept| *kept != Kept::default());
-        Allocations { services, retired_marks: self.marks.retired().clone() }
+        let retired_marks = self.marks.retired().difference(foreign).copied().collect();
+        Allocations { services, retired_marks }
     }
 }
 

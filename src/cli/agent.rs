@@ -161,6 +161,17 @@ fn watch(
     Ok(messages)
 }
 
+/// Tells that nothing more is heard of the source, however the thread ends that forwards it: by itself, or since the one that
+/// reads it has ended.
+struct Lost(Sender<Input>);
+
+impl Drop for Lost {
+    fn drop(&mut self) {
+        // Where nobody receives, the agent ends anyway.
+        let _ = self.0.send(Input::SourceLost);
+    }
+}
+
 /// Forwards what the source says, and logs what is wrong with it.
 ///
 /// # Errors
@@ -172,6 +183,7 @@ pub fn forward(
     inputs: Sender<Input>,
 ) -> Result<()> {
     thread::Builder::new().name("source".into()).spawn(move || {
+        let _lost = Lost(inputs.clone());
         let mut complete = true;
         let mut synced = false;
         let mut known: Vec<Problem> = Vec::new();
@@ -205,8 +217,6 @@ pub fn forward(
                 return;
             }
         }
-        // Nobody else holds the sender: the thread that reads has panicked.
-        let _ = inputs.send(Input::SourceLost);
     })?;
     Ok(())
 }

@@ -70,7 +70,7 @@ pub fn clean(options: &Options) -> Result<Vec<String>> {
     let facts = host.facts(&settings.addresses).unwrap_or_default();
     let base = crate::compile::base::compile_base(&settings.node, &facts, Default::default(), vec![], None);
     let mut marks = BTreeSet::new();
-    if state.is_of_boot(&session::boot_id(options)) {
+    if state.is_of_boot(&session::boot_id()) {
         marks = state.allocations.known_marks();
     }
     if let Some(netfilter) = &mut netfilter {

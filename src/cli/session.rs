@@ -235,10 +235,11 @@ fn look_first(options: &Options, engine: &Engine) {
     }
 }
 
-/// Which start of the machine this is; empty where the kernel does not say.
-pub fn boot_id(options: &Options) -> String {
-    let file = options.proc_sys.join("kernel/random/boot_id");
-    std::fs::read_to_string(file).map(|id| id.trim().to_owned()).unwrap_or_default()
+/// Which start of the machine this is; empty where the kernel does not say. It is the kernel's own, so not below `--proc-sys`,
+/// where a container has no more than the host's network settings.
+pub fn boot_id() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    id.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// Tells what stands in the way of the renderer.
@@ -275,7 +276,7 @@ impl Session {
             lock,
             drains.iter().map(running).collect(),
         );
-        let boot_id = boot_id(options);
+        let boot_id = boot_id();
         if !state.is_of_boot(&boot_id) {
             engine.forget_marks();
         } else if let Ok(mask) = MarkMask::new(state.mark_mask) {

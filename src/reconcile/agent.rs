@@ -106,8 +106,8 @@ pub struct Agent<O> {
     /// No service dump before.
     services_rest: Instant,
     logged: HashMap<String, Instant>,
-    /// How many destinations were left alone when that was told last.
     source_lost: bool,
+    /// How many destinations were left alone when that was told last.
     kept_told: usize,
     clock: Steady,
 }

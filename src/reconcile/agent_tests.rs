@@ -60,7 +60,8 @@ impl Observer for Ear {
 struct Running {
     ear: Ear,
     inputs: mpsc::Sender<Input>,
-    thread: thread::JoinHandle<()>,
+    /// Ends with whether it was asked to.
+    thread: thread::JoinHandle<bool>,
 }
 
 fn run(kernel: &FakeKernel, make: fn(&FakeKernel, Allocations) -> Engine) -> Running {
@@ -70,7 +71,7 @@ fn run(kernel: &FakeKernel, make: fn(&FakeKernel, Allocations) -> Engine) -> Run
     let thread = thread::spawn(move || {
         let engine = make(&kernel, Allocations::default());
         let pace = Pace { resync: Duration::from_secs(3600), probe: Duration::from_millis(20) };
-        Agent::new(engine, told, pace).run(&receiver);
+        Agent::new(engine, told, pace).run(&receiver)
     });
     Running { ear, inputs, thread }
 }
@@ -86,8 +87,17 @@ impl Running {
 
     fn stop(self) {
         self.inputs.send(Input::Stop).unwrap();
-        self.thread.join().unwrap();
+        assert!(self.thread.join().unwrap());
     }
+}
+
+#[test]
+fn who_hears_nothing_of_the_source_any_more_ends_to_be_started_anew() {
+    let agent = run(&FakeKernel::default(), vote);
+    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.until("in sync", |told| told.in_sync);
+    agent.inputs.send(Input::SourceLost).unwrap();
+    assert!(!agent.thread.join().unwrap());
 }
 
 #[test]

@@ -252,14 +252,17 @@ impl Engine {
     }
 
     /// Marks of an earlier run that the kernel can't have from it, since the machine was started anew: whoever has an IPVS
-    /// service with one of them is somebody else.
+    /// service with one of them is somebody else. Nor does anything drain.
     pub fn forget_marks(&mut self) {
         self.ours.clear();
+        self.drains.clear();
     }
 
     /// The mark mask of an earlier run: what it has left with another mask is ours too, and goes.
     pub fn set_earlier_mask(&mut self, mask: MarkMask) {
-        self.ours.insert(mask.sentinel());
+        if mask != self.settings.node.mask {
+            self.ours.insert(mask.sentinel());
+        }
     }
 
     /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
@@ -431,11 +434,13 @@ impl Engine {
             key.mark == sentinel && !server.reals.is_empty()
         };
         match observed.virtual_servers.iter().find(with_reals) {
-            Some((key, _)) if !self.looked => Err(Error::Failed {
+            Some((key, _)) if !self.looked && !self.ours.contains(&sentinel) => Err(Error::Failed {
                 object: format!("IPVS service {key}"),
-                reason:
-                    "another program has it, and we need this mark: choose another --mark-mask, or remove it"
-                        .into(),
+                reason: format!(
+                    "another program has it, and we need this mark: choose another --mark-mask, or remove it \
+                     (`ipvsadm -D -f {}`)",
+                    sentinel.0
+                ),
             }),
             _ => Ok(()),
         }

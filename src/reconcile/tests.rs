@@ -334,6 +334,12 @@ fn a_mark_of_an_earlier_start_of_the_machine_is_its_new_owners() {
     assert_ne!(server_of(&second, "vote").mark, taken.mark);
     assert_eq!(anew.lock().state.virtual_servers[&taken], foreign_server());
     assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    // Nor is it written down as ours, not even while the turn that gives it up has not gone well.
+    let mut third = vote(&anew, first.allocator().allocations());
+    third.forget_marks();
+    anew.lock().state.elements.clear();
+    let _ = third.prepare(true, now()).unwrap();
+    assert!(!third.allocator().allocations().known_marks().contains(&taken.mark));
 }
 
 #[test]

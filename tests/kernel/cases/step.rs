@@ -430,6 +430,7 @@ impl Stepped {
 fn singly(changes: &[String]) -> Result<()> {
     let several = changes.iter().find(|line| line.matches("IPVS").count() > 1);
     ensure!(several.is_none(), "several changes at once: {several:?}");
+    ensure!(changes.iter().any(|line| line.contains("IPVS")), "none of IPVS: {changes:#?}");
     Ok(())
 }
 

@@ -310,9 +310,12 @@ fn udp_moves(cx: &mut Cx) -> Result<()> {
         serve_from(t, m, "web", &["p12", "p22"]);
         Ok(())
     })?;
-    let turned = wait_until("n1's agent has acted", Duration::from_secs(10), || {
-        Ok(c.turns().first() > before.first())
-    })?;
+    let turned =
+        wait_until(
+            "n1's agent has acted",
+            Duration::from_secs(5),
+            || Ok(c.turns().first() > before.first()),
+        )?;
     // A client that was waiting for an answer sends again when its patience is over.
     let allowed = Duration::from_secs(2).max(turned + UDP_PATIENCE);
     std::thread::sleep(allowed.saturating_sub(wrote.elapsed()));
