@@ -190,7 +190,8 @@ pub fn compile_service(
     }
 }
 
-fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
+/// The numbers of a port, or of a range of them.
+pub fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
     first..=first.saturating_add(span.saturating_sub(1))
 }
 

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 
 use super::Engine;
 use crate::{
-    compile::service::Drains,
+    compile::service::{Drains, ports_from},
     dataplane::Error,
     model::{
         ids::{Family, Protocol, Scope},
@@ -110,8 +110,7 @@ impl Engine {
                 ingress.zip(port.published).filter(|_| port.marks.values().any(|mark| *mark == vs.mark));
             for (addr, first) in by_vip.into_iter().chain(published) {
                 flows.protocol = port.spec.protocol;
-                let last = first.saturating_add(port.spec.span().saturating_sub(1));
-                flows.to.extend((first..=last).map(|number| (addr, number)));
+                flows.to.extend(ports_from(first, port.spec.span()).map(|number| (addr, number)));
             }
         }
         (!flows.to.is_empty()).then_some(flows)

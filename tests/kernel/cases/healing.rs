@@ -28,12 +28,11 @@ const REST: u32 = 10;
 /// How long healing may take here and now: emulation takes a tenth of a second for a program that takes ten milliseconds
 /// elsewhere, and more when the other processor's VM is busy. What it takes now and then is the slowest of three.
 pub(super) fn within(node: &Node, renderer: Renderer) -> Result<Duration> {
-    let (seen, look) = seen_within(node, renderer)?;
-    Ok(seen + if renderer == Renderer::Nftables { look } else { look / 2 * RUNS })
+    Ok(seen_and_healed_within(node, renderer)?.1)
 }
 
-/// The same for seeing that something is wrong, and what it takes to read the rules of both families once.
-fn seen_within(node: &Node, renderer: Renderer) -> Result<(Duration, Duration)> {
+/// How long seeing that something is wrong may take, and healing it.
+fn seen_and_healed_within(node: &Node, renderer: Renderer) -> Result<(Duration, Duration)> {
     let mut look = Duration::ZERO;
     for _ in 0..3 {
         let start = Instant::now();
@@ -44,7 +43,8 @@ fn seen_within(node: &Node, renderer: Renderer) -> Result<(Duration, Duration)> 
         Renderer::IptablesLegacy => (look * REST).saturating_sub(LOOKS_EVERY),
         Renderer::IptablesNft | Renderer::Nftables => Duration::ZERO,
     };
-    Ok((WITHIN + rest, look))
+    let heal = if renderer == Renderer::Nftables { look } else { look / 2 * RUNS };
+    Ok((WITHIN + rest, WITHIN + rest + heal))
 }
 
 /// The turns of all things that a node's agent has ended well.
@@ -184,7 +184,7 @@ fn heals(cx: &mut Cx) -> Result<()> {
         let (seen, all) = (seen.as_secs_f32(), took.as_secs_f32());
         cx.note(format!("{what}: seen after {seen:.1} s, healed after {all:.1} s, drift {counted} -> {now}"));
         if took > WITHIN {
-            let (to_see, allowed) = (seen_within(n1, cx.renderer())?.0, within(n1, cx.renderer())?);
+            let (to_see, allowed) = seen_and_healed_within(n1, cx.renderer())?;
             cx.note(format!("{what}: allowed here and now: {allowed:?}"));
             if took > allowed || Duration::from_secs_f32(seen) > to_see {
                 late.push(format!(
