@@ -19,6 +19,7 @@ mod check;
 mod client;
 mod demo;
 mod kube;
+mod machine;
 mod manifests;
 mod matrix;
 mod ns;

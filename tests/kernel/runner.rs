@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use crate::check;
 use crate::client::{Probe, Tally};
+use crate::machine::patience;
 use crate::manifests::Manifests;
 pub use crate::matrix::{Family, Matrix, Params, Proto, Renderer};
 use crate::ns::{self, Netns};
@@ -614,9 +615,10 @@ impl Session {
         if let Err(e) = spawned {
             return Outcome::Failed(format!("no thread: {e}"));
         }
-        let (result, cx) = match wait.recv_timeout(case.limit) {
+        let limit = patience(case.limit);
+        let (result, cx) = match wait.recv_timeout(limit) {
             Ok((result, cx)) => (result, Some(cx)),
-            Err(_) => (Err(anyhow!("no end after {:?}", case.limit)), None),
+            Err(_) => (Err(anyhow!("no end after {limit:?}")), None),
         };
         let result = result.and_then(|()| match &cx {
             Some(cx) => self.demand_clean(cx),

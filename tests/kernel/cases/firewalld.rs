@@ -176,7 +176,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
         if cx.renderer() == Renderer::Nftables { &["--reload", "--complete-reload"] } else { &["--reload"] };
     for how in ways {
         firewalld.sh(&format!("firewall-cmd {how}"))?.ok()?;
-        let took = works_soon(cx, &t).context(*how)?;
+        let took = works_soon(&t).context(*how)?;
         cx.note(format!("{how}: everything works {:.1} s later", took.as_secs_f32()));
         refused(&to_nothing(&t)?).context(*how)?;
         let plan = meshlb.run(n1, &["plan"])?;
@@ -184,15 +184,15 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     }
     drop(firewalld);
     // Its end takes rules of others along, too.
-    works_soon(cx, &t).context("firewalld has ended")?;
+    works_soon(&t).context("firewalld has ended")?;
     ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
     let tally = t.ext.connect(Proto::Tcp, n1.at(cx.family(), 30080), 6)?;
     check::even(&tally, &t.pod_names())
 }
 
 /// Until everything works again: within the time that healing may take.
-fn works_soon(cx: &Cx, t: &Topology) -> Result<Duration> {
-    let allowed = within(t.node(1), cx.renderer())?;
+fn works_soon(t: &Topology) -> Result<Duration> {
+    let allowed = within();
     let start = Instant::now();
     loop {
         let result = works(t, &BOTH);

@@ -9,42 +9,18 @@ use anyhow::{Context, Result, bail, ensure};
 use super::guard::{BOTH, VIPS, sh, works};
 use super::support::{ADMIN, http, metric};
 use crate::check;
+use crate::machine::patience;
 use crate::manifests::Manifests;
 use crate::program::Agent;
 use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Node, Topology};
 
-/// How long healing may take, on a machine where a program is started in no time.
+/// How long healing may take.
 const WITHIN: Duration = Duration::from_secs(5);
-/// So many runs of iptables does healing consist of at most: the look that sees it, the one before the change, a run for each
-/// of three tables and two families, and the look at what has become of it.
-const RUNS: u32 = 12;
 
-/// A look at both families' tables of iptables-legacy comes at most so often, and then takes at most a tenth of a core
-/// (`legacy_pace` in the agent).
-const LOOKS_EVERY: Duration = Duration::from_secs(2);
-const REST: u32 = 10;
-
-/// How long healing may take here and now: emulation takes a tenth of a second for a program that takes ten milliseconds
-/// elsewhere, and more when the other processor's VM is busy. What it takes now and then is the slowest of three.
-pub(super) fn within(node: &Node, renderer: Renderer) -> Result<Duration> {
-    Ok(seen_and_healed_within(node, renderer)?.1)
-}
-
-/// How long seeing that something is wrong may take, and healing it.
-fn seen_and_healed_within(node: &Node, renderer: Renderer) -> Result<(Duration, Duration)> {
-    let mut look = Duration::ZERO;
-    for _ in 0..3 {
-        let start = Instant::now();
-        node.run(&["sh", "-ec", "iptables-save; ip6tables-save"])?.ok()?;
-        look = look.max(start.elapsed());
-    }
-    let rest = match renderer {
-        Renderer::IptablesLegacy => (look * REST).saturating_sub(LOOKS_EVERY),
-        Renderer::IptablesNft | Renderer::Nftables => Duration::ZERO,
-    };
-    let heal = if renderer == Renderer::Nftables { look } else { look / 2 * RUNS };
-    Ok((WITHIN + rest, WITHIN + rest + heal))
+/// How long it may take here, where a machine may be emulated.
+pub(super) fn within() -> Duration {
+    patience(WITHIN)
 }
 
 /// The turns of all things that a node's agent has ended well.
@@ -56,7 +32,7 @@ pub(super) fn full_turns(node: &Node) -> f64 {
 /// only take the processors from it.
 pub(super) fn turned(node: &Node, before: f64) {
     let start = Instant::now();
-    while full_turns(node) <= before && start.elapsed() < WITHIN * 3 {
+    while full_turns(node) <= before && start.elapsed() < within() {
         sleep(Duration::from_millis(30));
     }
 }
@@ -155,14 +131,14 @@ fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
 fn heals(cx: &mut Cx) -> Result<()> {
     let (t, _m, mut agent) = set_up(cx)?;
     let n1 = t.node(1);
-    let mut late = Vec::new();
+    let (mut late, mut times) = (Vec::new(), Vec::new());
     let before = n1.snapshot()?;
     for (what, script) in scripts(cx.renderer()) {
         let (counted, turns) = (drifts(n1)?, full_turns(n1));
         sh(cx, n1, &script).context(what)?;
         let start = Instant::now();
         // The agent counts before it puts anything back.
-        while drifts(n1)? <= counted && start.elapsed() < WITHIN * 3 {
+        while drifts(n1)? <= counted && start.elapsed() < within() {
             sleep(Duration::from_millis(30));
         }
         let seen = start.elapsed();
@@ -183,15 +159,10 @@ fn heals(cx: &mut Cx) -> Result<()> {
         let now = drifts(n1)?;
         let (seen, all) = (seen.as_secs_f32(), took.as_secs_f32());
         cx.note(format!("{what}: seen after {seen:.1} s, healed after {all:.1} s, drift {counted} -> {now}"));
-        if took > WITHIN {
-            let (to_see, allowed) = seen_and_healed_within(n1, cx.renderer())?;
-            cx.note(format!("{what}: allowed here and now: {allowed:?}"));
-            if took > allowed || Duration::from_secs_f32(seen) > to_see {
-                late.push(format!(
-                    "{what}: seen after {seen:.1} s of {to_see:?}, healed after {took:?} of {allowed:?}"
-                ));
-            }
+        if took > within() {
+            late.push(format!("{what}: seen after {seen:.1} s, healed after {all:.1} s"));
         }
+        times.push(took);
         if now <= counted {
             late.push(format!("{what}: not counted as drift"));
         }
@@ -202,6 +173,10 @@ fn heals(cx: &mut Cx) -> Result<()> {
     ensure!(code == 0, "the agent ended with {code}");
     check::same(&before, &n1.snapshot()?, "the agent's end changed something")?;
     ensure!(late.is_empty(), "{}", late.join("\n"));
+    // The processors of an emulated machine are now and then elsewhere; not half of the time.
+    times.sort_unstable();
+    let half = times.get(times.len() / 2);
+    ensure!(half.is_some_and(|half| *half <= WITHIN), "half of it took longer than {half:?} to heal");
     Ok(())
 }
 

@@ -130,10 +130,6 @@ fn reloads(cx: &mut Cx) -> Result<()> {
         let (loads, counted, turns) = (loads(&t)?, drifts(n1)?, full_turns(n1));
         let started = Instant::now();
         sleep(Duration::from_millis(500));
-        // With all that load beside it, as it is for the agent.
-        // With nftables it is the old tables, too, that are to let our packets in.
-        let old = cx.renderer() == Renderer::Nftables && what.starts_with("iptables");
-        let allowed = within(n1, if old { Renderer::IptablesLegacy } else { cx.renderer() })?;
         let begun = Instant::now();
         sh(cx, n1, &way.script).context(what)?;
         let loaded = begun.elapsed();
@@ -168,7 +164,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
             "{what}: loaded in {loaded:?}, all of ours was back after {whole:?}; new connections failed from {first:?} to {last:?}"
         ));
         cx.note(format!("{what}: sockets of the host were reached for {window:?}"));
-        let allowed = loaded + allowed;
+        let allowed = loaded + within();
         if last.max(whole).max(window) > allowed {
             late.push(format!(
                 "{what}: {whole:?}, a connection failed after {last:?}, sockets of the host for {window:?}, of {allowed:?}"

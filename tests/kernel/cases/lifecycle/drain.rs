@@ -333,7 +333,10 @@ fn udp_moves(cx: &mut Cx) -> Result<()> {
             }
             let last = early.servers.last().map(String::as_str).unwrap_or_default();
             ensure!(["p12", "p22"].contains(&last), "{what}: still not moved after {allowed:?}: {early:?}");
-            ensure!(flow.errors.iter().all(|(at, _)| *at < limit), "{what}: errors after that: {flow:?}");
+            // A timeout may be an answer that came late. What was asked before can be lost for good, later it can't.
+            let (until, later): (Vec<_>, Vec<_>) = flow.errors.iter().partition(|(at, _)| *at < limit);
+            let waited = later.iter().all(|(_, e)| e == "timeout");
+            ensure!(waited && flow.lost <= until.len(), "{what}: errors after {limit:?}: {flow:?}");
         }
         for server in ["p11", "p12", "p21", "p22"] {
             ensure!(of(&flows, server).count() == 1, "{what}: not spread: {flows:?}");
