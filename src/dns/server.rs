@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{SyncSender, sync_channel},
+    },
     time::{Duration, Instant},
 };
 
@@ -13,6 +16,7 @@ use ipnet::IpNet;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{
+    io::Interest,
     net::{TcpListener, UdpSocket},
     sync::Notify,
     task::JoinSet,
@@ -67,6 +71,13 @@ pub struct Server {
 
 type Handle = Handler<Forwarder>;
 
+/// What all addresses share.
+struct Serving {
+    handler: Arc<Handle>,
+    connections: Arc<Places>,
+    more: Option<SyncSender<Arc<Asking>>>,
+}
+
 impl Server {
     /// Starts serving, on a thread of its own, until [`Self::stop`]. Names are answered as soon as there are any
     /// ([`Self::publish`]). `node` are the node's own addresses, which may ask whatever they are.
@@ -109,7 +120,11 @@ impl Server {
             metrics,
             patient_until: Instant::now() + WAIT_FOR_SOURCE,
         });
-        let connections = Places::new((files / 8).clamp(32, 4096), 4);
+        let serving = Serving {
+            handler,
+            connections: Places::new((files / 8).clamp(32, 4096), 4),
+            more: second_reader(),
+        };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (listen, own) = (config.listen.clone(), server.clone());
         std::thread::Builder::new().name("dns".into()).spawn(move || {
@@ -118,7 +133,7 @@ impl Server {
             let ended = own.ended.clone();
             runtime.block_on(async {
                 tokio::select! {
-                    () = own.run(listen, handler, connections) => {}
+                    () = own.run(listen, serving) => {}
                     () = ended.notified() => {}
                 }
             });
@@ -165,7 +180,7 @@ impl Server {
         }
     }
 
-    async fn run(self, listen: Vec<SocketAddr>, handler: Arc<Handle>, connections: Arc<Places>) {
+    async fn run(self, listen: Vec<SocketAddr>, serving: Serving) {
         let told = self.told.clone();
         tokio::spawn(async move {
             if tokio::time::timeout(WAIT_FOR_SOURCE, told.notified()).await.is_err() {
@@ -175,15 +190,12 @@ impl Server {
         let probe = self.probe.clone();
         let metrics = self.metrics.clone();
         tokio::spawn(async move { probe.watch(&metrics).await });
-        let serving = listen.into_iter().map(|address| {
-            let (server, handler, connections) = (self.clone(), handler.clone(), connections.clone());
-            async move { server.keep(address, handler, connections).await }
-        });
-        futures::future::join_all(serving).await;
+        let all = listen.into_iter().map(|address| self.keep(address, &serving));
+        futures::future::join_all(all).await;
     }
 
     /// Serves an address, again and again.
-    async fn keep(&self, address: SocketAddr, handler: Arc<Handle>, connections: Arc<Places>) {
+    async fn keep(&self, address: SocketAddr, serving: &Serving) {
         let text = address.to_string();
         loop {
             let sockets = bind(address);
@@ -194,8 +206,11 @@ impl Server {
                 Ok((udp, tcp)) => {
                     self.tell(address, None);
                     let mut both = JoinSet::new();
-                    both.spawn(serve_udp(udp, handler.clone()));
-                    both.spawn(serve_tcp(tcp, handler.clone(), connections.clone()));
+                    let handler = serving.handler.clone();
+                    let asking =
+                        Asking { udp, handler: handler.clone(), runtime: tokio::runtime::Handle::current() };
+                    both.spawn(serve_udp(Arc::new(asking), serving.more.clone()));
+                    both.spawn(serve_tcp(tcp, handler, serving.connections.clone()));
                     let ended = both.join_next().await;
                     // Neither socket may be left, or the address can't be had again.
                     both.shutdown().await;
@@ -215,7 +230,7 @@ impl Server {
 }
 
 /// Sockets of both kinds. The address need not be there yet: the route that makes it ours may come later, and may go.
-fn bind(address: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {
+fn bind(address: SocketAddr) -> io::Result<(Udp, TcpListener)> {
     let socket = |kind, protocol| -> io::Result<Socket> {
         let socket = Socket::new(Domain::for_address(address), kind, Some(protocol))?;
         if address.is_ipv6() {
@@ -241,55 +256,104 @@ fn bind(address: SocketAddr) -> io::Result<(UdpSocket, TcpListener)> {
     tcp.set_reuse_address(true)?;
     tcp.bind(&address.into())?;
     tcp.listen(1024)?;
-    Ok((UdpSocket::from_std(udp.into())?, TcpListener::from_std(tcp.into())?))
+    let udp = Udp { plain: udp.try_clone()?.into(), waiting: UdpSocket::from_std(udp.into())? };
+    Ok((udp, TcpListener::from_std(tcp.into())?))
 }
 
-async fn serve_udp(socket: UdpSocket, handler: Arc<Handle>) {
-    let socket = Arc::new(socket);
-    // The largest datagram: a query that was cut would be another one.
-    let mut buffer = vec![0; usize::from(u16::MAX)];
-    loop {
-        let mut read = match socket.recv_from(&mut buffer).await {
-            Ok(read) => Some(read),
-            Err(e) => {
-                tracing::debug!("DNS can't receive: {e}");
-                tokio::time::sleep(Duration::from_millis(10)).await;
-                None
+/// A socket as the runtime waits for it and, a copy of it, as it is read and written without waiting.
+struct Udp {
+    waiting: UdpSocket,
+    plain: std::net::UdpSocket,
+}
+
+/// Where questions come from, and who answers them.
+struct Asking {
+    udp: Udp,
+    handler: Arc<Handle>,
+    /// The runtime that looks names up elsewhere.
+    runtime: tokio::runtime::Handle,
+}
+
+impl Asking {
+    /// Reads what is there, at most so many packets, and answers it. Whether there may be more.
+    fn round(self: &Arc<Self>, buffer: &mut [u8], most: usize) -> bool {
+        for _ in 0..most {
+            match self.udp.plain.recv_from(buffer) {
+                Ok((n, from)) => self.answer(buffer.get(..n).unwrap_or_default(), from),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
+                // What an earlier answer has met, such as that nobody listens there.
+                Err(e) => tracing::debug!("DNS can't receive: {e}"),
             }
-        };
-        let mut n_read = 0;
-        while let Some((n, from)) = read {
-            match handler.handle(&buffer[..n], from, Transport::Udp) {
-                Action::Ignore => {}
-                Action::Later => handler.metrics.limited("early"),
-                Action::Reply(reply) => send(&socket, &reply, from, &handler.metrics),
-                Action::Forward(asked) => {
-                    let (socket, handler) = (socket.clone(), handler.clone());
-                    tokio::spawn(async move {
-                        let Some(elsewhere) = &handler.elsewhere else { return };
-                        let answer = elsewhere.lookup(&asked.query, from.ip()).await;
-                        if let Action::Reply(reply) = handler.forwarded(&asked, &answer) {
-                            send(&socket, &reply, from, &handler.metrics);
-                        }
-                    });
-                }
-            }
-            n_read += 1;
-            // What is read is answered: the last one of a round must not read another.
-            read = if n_read < AT_ONCE { socket.try_recv_from(&mut buffer).ok() } else { None };
         }
-        tokio::task::yield_now().await;
+        true
+    }
+
+    fn answer(self: &Arc<Self>, bytes: &[u8], from: SocketAddr) {
+        match self.handler.handle(bytes, from, Transport::Udp) {
+            Action::Ignore => {}
+            Action::Later => self.handler.metrics.limited("early"),
+            Action::Reply(reply) => self.send(&reply, from),
+            Action::Forward(asked) => {
+                let own = Arc::clone(self);
+                self.runtime.spawn(async move {
+                    let Some(elsewhere) = &own.handler.elsewhere else { return };
+                    let answer = elsewhere.lookup(&asked.query, from.ip()).await;
+                    if let Action::Reply(reply) = own.handler.forwarded(&asked, &answer) {
+                        own.send(&reply, from);
+                    }
+                });
+            }
+        }
+    }
+
+    /// An answer that can't be sent at once is lost: waiting for it would be waiting for a neighbour that may not be there, whom
+    /// anybody can name as the sender.
+    fn send(&self, reply: &[u8], to: SocketAddr) {
+        match self.udp.plain.send_to(reply, to) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.handler.metrics.limited("send"),
+            Err(e) => tracing::debug!("DNS can't answer {to}: {e}"),
+            Ok(_) => {}
+        }
     }
 }
 
-/// An answer that can't be sent at once is lost: waiting for it would be waiting for a neighbour that may not be there, whom
-/// anybody can name as the sender.
-fn send(socket: &UdpSocket, reply: &[u8], to: SocketAddr, metrics: &DnsMetrics) {
-    match socket.try_send_to(reply, to) {
-        Err(e) if e.kind() == io::ErrorKind::WouldBlock => metrics.limited("send"),
-        Err(e) => tracing::debug!("DNS can't answer {to}: {e}"),
-        Ok(_) => {}
+/// The largest datagram: a query that was cut would be another one.
+fn buffer() -> Vec<u8> {
+    vec![0; usize::from(u16::MAX)]
+}
+
+/// Reads until the runtime drops it. While there is more than it answers in a round, a second thread reads too.
+async fn serve_udp(asking: Arc<Asking>, more: Option<SyncSender<Arc<Asking>>>) {
+    let mut buffer = buffer();
+    loop {
+        if let Err(e) = asking.udp.waiting.readable().await {
+            tracing::debug!("DNS can't receive: {e}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // The runtime learns from WouldBlock that there is nothing left.
+        let left = asking.udp.waiting.try_io(Interest::READABLE, || {
+            if asking.round(&mut buffer, AT_ONCE) { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
+        });
+        if left.is_ok() {
+            if let Some(more) = &more {
+                let _ = more.try_send(asking.clone());
+            }
+            tokio::task::yield_now().await;
+        }
     }
+}
+
+/// A thread that reads where there is more than one can answer; none where there is one processor only. It ends with its sender.
+fn second_reader() -> Option<SyncSender<Arc<Asking>>> {
+    std::thread::available_parallelism().ok().filter(|n| n.get() > 1)?;
+    let (sender, receiver) = sync_channel::<Arc<Asking>>(1);
+    let read = move || {
+        let mut buffer = buffer();
+        while let Ok(asking) = receiver.recv() {
+            while asking.round(&mut buffer, AT_ONCE) {}
+        }
+    };
+    std::thread::Builder::new().name("dns-more".into()).spawn(read).ok().map(|_| sender)
 }
 
 /// Lets this process have as many files as it may: each forwarded lookup and each connection is one. Gives how many.
