@@ -42,7 +42,7 @@ pub struct Cli {
 }
 
 /// Commands whose flags are by default what the agent, or the last `apply`, ran with here.
-const AS_THE_AGENT: [&str; 4] = ["show", "explain", "plan", "cleanup"];
+const AS_THE_AGENT: [&str; 5] = ["show", "explain", "plan", "cleanup", "lock"];
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -261,13 +261,17 @@ fn log_filter(level: &str) -> anyhow::Result<tracing_subscriber::EnvFilter> {
         level.is_some_and(|level| LEVELS.iter().any(|known| known.eq_ignore_ascii_case(level)))
     };
     let directives: Vec<&str> = level.split(',').map(str::trim).collect();
+    let asked = |target: &str| directives.iter().any(|text| text.starts_with(target));
+    let mut all = directives.join(",");
     // The resolver's own complaints are about others' servers; what matters of them is told by metrics and `/readyz`.
-    let quiet = if directives.iter().any(|text| text.starts_with("hickory")) {
-        ""
-    } else {
-        ",hickory_resolver=off,hickory_net=off,hickory_proto=off"
-    };
-    let filter = tracing_subscriber::EnvFilter::try_new(directives.join(",") + quiet);
+    if !asked("hickory") {
+        all += ",hickory_resolver=off,hickory_net=off,hickory_proto=off";
+    }
+    // What it complains of comes to us as an error too, which we tell once.
+    if !asked("kube") {
+        all += ",kube_client=off,kube_runtime=off";
+    }
+    let filter = tracing_subscriber::EnvFilter::try_new(all);
     match (directives.iter().all(|text| directive(text)), filter) {
         (true, Ok(filter)) => Ok(filter),
         _ => anyhow::bail!(

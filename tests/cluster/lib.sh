@@ -59,3 +59,14 @@ need_helm() {
   CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=$cache/helm/$helm_version nice -n 10 "$(go_bin)" install \
     -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
 }
+
+# Sets PROMETHEUS to one that knows Kubernetes, built if need be: Debian's is built without.
+need_prometheus() {
+  local version=v0.316.0 # of the Go module: Prometheus 3.16.0
+  PROMETHEUS=${PROMETHEUS:-$cache/prometheus-kubernetes/$version/prometheus}
+  [ ! -x "$PROMETHEUS" ] || return 0
+  say "building Prometheus $version (from the Go module proxy, minutes) into $cache/prometheus-kubernetes: it finds agents as the chart's PodMonitor says"
+  mkdir -p "${PROMETHEUS%/*}"
+  CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=${PROMETHEUS%/*} nice -n 10 "$(go_bin)" install \
+    -trimpath -ldflags "-s -w" -tags remove_all_sd,enable_kubernetes_sd "github.com/prometheus/prometheus/cmd/prometheus@$version"
+}

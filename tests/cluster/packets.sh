@@ -19,6 +19,15 @@ kubectl apply --server-side -f crds/ >/dev/null
 kubectl create namespace meshlb-system --dry-run=client -o yaml | kubectl apply -f - >/dev/null
 kubectl wait --for=condition=Established --timeout=30s crd/meshservices.meshlb.dev >/dev/null
 kubectl delete lease --all -n meshlb-system >/dev/null
+# The accounts, rights and policy that the chart makes; programs run in the bed's nodes instead of pods.
+awk 'BEGIN { RS = "---\n" } /(^|\n)kind: (ServiceAccount|(Cluster)?Role|(Cluster)?RoleBinding|ValidatingAdmissionPolicy(Binding)?)\n/ { print "---"; print }' deploy/meshlb.yaml | kubectl apply -f - >/dev/null
+# No kubelet says that it is alive: Kubernetes would take the nodes' pods out of service after some seconds.
+if ! grep -q node-lifecycle "$dir/kube-controller-manager.args"; then
+  echo '--controllers=*,-node-lifecycle-controller' >>"$dir/kube-controller-manager.args"
+  touch "$dir/hold/kube-controller-manager"; sleep 1; rm "$dir/hold/kube-controller-manager"
+fi
+need_helm; need_prometheus
+"$HELM" template meshlb charts/meshlb -n meshlb-system --kube-version "$(kube_version)" --set podMonitor.enabled=true --show-only templates/podmonitor.yaml >"$dir/podmonitors.yaml"
 port=$(cat "$dir/port")
 # The certificate in the file, since the VM sees another root.
 ca=$(base64 -w0 <"$dir/pki/ca.crt")
@@ -28,7 +37,7 @@ proxy=$(readlink -f "${KUBE_BIN:-$(kube_dir)}/kube-proxy"); ln -f "$proxy" "$dir
 config() { sed -e "s|https://127.0.0.1:$port|https://$1|" -e "s|certificate-authority: [^ }]*|certificate-authority-data: $ca|" "$dir/kubeconfig"; }
 if [ "$(id -u)" = 0 ] && { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }; then
   config "127.0.0.1:$port" >"$given"
-  MESHLB_KUBECONFIG_FOR_TESTS=$given tests/kernel/run.sh --host "$@"
+  MESHLB_KUBECONFIG_FOR_TESTS=$given MESHLB_PODMONITORS=$dir/podmonitors.yaml MESHLB_PROMETHEUS=$PROMETHEUS tests/kernel/run.sh --host "$@"
 else
   config 10.0.2.100:6443 >"$given"
   to_apiserver "$dir/to-apiserver" "$port"
@@ -44,5 +53,5 @@ for _ in $(seq 50); do link=$(ls -d /sys/bus/virtio/drivers/virtio_net/virtio*/n
 # Not eth0: that is what links in namespaces are called while they are made.
 ip link set "${link##*/}" down; ip link set "${link##*/}" name host0; ip addr add 10.0.2.15/24 dev host0; ip link set host0 up
 V
-  MESHLB_KUBECONFIG_FOR_TESTS=/host$given tests/kernel/run.sh --vm "$@"
+  MESHLB_KUBECONFIG_FOR_TESTS=/host$given MESHLB_PODMONITORS=/host$dir/podmonitors.yaml MESHLB_PROMETHEUS=/host$PROMETHEUS tests/kernel/run.sh --vm "$@"
 fi

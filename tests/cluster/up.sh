@@ -80,7 +80,7 @@ printf '%s\n' --data-dir "$dir/etcd" --listen-client-urls "http://127.0.0.1:$etc
 printf '%s\n' --etcd-servers "http://127.0.0.1:$etcd" --secure-port "$api" --bind-address 127.0.0.1 --endpoint-reconciler-type none \
   --tls-cert-file "$dir/pki/apiserver.crt" --tls-private-key-file "$dir/pki/apiserver.key" \
   --service-account-key-file "$dir/pki/sa.key" --service-account-signing-key-file "$dir/pki/sa.key" \
-  --service-account-issuer https://kubernetes.default.svc --service-cluster-ip-range 10.96.0.0/16 --token-auth-file "$dir/tokens.csv" \
+  --service-account-issuer https://kubernetes.default.svc --service-cluster-ip-range 10.96.0.0/16,fd00:96::/112 --token-auth-file "$dir/tokens.csv" \
   --authorization-mode Node,RBAC --enable-admission-plugins NodeRestriction --allow-privileged --cert-dir "$dir/pki" \
   --audit-policy-file "$dir/audit.yaml" --audit-log-path "$dir/audit.log" >"$dir/kube-apiserver.args"
 # What our accounts ask for is written down: it is counted, and a right that is never used is to go.

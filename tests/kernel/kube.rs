@@ -11,19 +11,24 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use kube::api::{ApiResource, DeleteParams, Patch, PatchParams};
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::ServiceAccount;
+use kube::api::{ApiResource, DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::core::DynamicObject;
 use kube::{Api, Client};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::ns::Netns;
 use crate::program;
+use crate::topology::{Node, VIP_CIDRS};
 
 /// Names the kubeconfig.
 pub const KUBECONFIG: &str = "MESHLB_KUBECONFIG_FOR_TESTS";
 /// Where an agent finds the API server: in its node's namespace.
 const RELAY: &str = "127.0.0.1:6443";
+/// Where the chart is installed.
+pub const NAMESPACE: &str = "meshlb-system";
 
 /// The API server.
 pub struct Kube {
@@ -52,7 +57,7 @@ impl Kube {
         let resource = ApiResource {
             group: group.to_owned(),
             version: version.to_owned(),
-            plural: format!("{}s", kind.to_lowercase()),
+            plural: plural(&kind),
             api_version: api_version.clone(),
             kind,
         };
@@ -85,11 +90,109 @@ impl Kube {
         Ok(serde_json::to_value(self.runtime.block_on(self.api(object).get(name))?)?)
     }
 
-    /// A kubeconfig for programs in a node's namespace.
+    /// Changes some of an object's spec (a merge patch).
+    pub fn patch(&self, object: &Value, spec: &Value) -> Result<()> {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let patch = Patch::Merge(json!({"spec": spec}));
+        self.runtime.block_on(self.api(object).patch(name, &PatchParams::default(), &patch))?;
+        Ok(())
+    }
+
+    /// Writes an object's status, as kubelet does (a merge patch).
+    pub fn patch_status(&self, object: &Value, status: &Value) -> Result<()> {
+        let name = object["metadata"]["name"].as_str().unwrap_or_default();
+        let patch = Patch::Merge(json!({"status": status}));
+        self.runtime.block_on(self.api(object).patch_status(name, &PatchParams::default(), &patch))?;
+        Ok(())
+    }
+
+    /// All objects of a kind: in `sample`'s namespace if it has one, or everywhere.
+    pub fn list(&self, sample: &Value) -> Result<Vec<Value>> {
+        let list = self.runtime.block_on(self.api(sample).list(&ListParams::default()))?;
+        // Items of a list do not say what they are.
+        list.items
+            .into_iter()
+            .map(|item| {
+                let mut item = serde_json::to_value(item)?;
+                item["apiVersion"] = sample["apiVersion"].clone();
+                item["kind"] = sample["kind"].clone();
+                Ok(item)
+            })
+            .collect()
+    }
+
+    /// A node of the cluster, and the pod there that its agent's token belongs to, as the chart's DaemonSet makes it.
+    pub fn register(&self, node: &Node) -> Result<()> {
+        let addresses = [node.v4.to_string(), node.v6.to_string()];
+        let internal = addresses.each_ref().map(|a| json!({"type": "InternalIP", "address": a}));
+        let mut object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name}});
+        self.apply(&object)?;
+        object["metadata"]["labels"] = json!({"topology.kubernetes.io/zone": format!("zone-{}", node.index)});
+        self.apply(&object)?;
+        self.patch_status(&object, &json!({"addresses": internal}))?;
+        let pod = agent_pod(node);
+        self.delete(&pod)?;
+        self.apply(&pod)?;
+        self.run_pod(&pod, &addresses)
+    }
+
+    /// Says that a pod runs and is ready, at these addresses.
+    pub fn run_pod(&self, pod: &Value, addresses: &[String]) -> Result<()> {
+        self.pod_is(pod, addresses, true)
+    }
+
+    /// Says that a pod runs at these addresses, and whether it is ready.
+    pub fn pod_is(&self, pod: &Value, addresses: &[String], ready: bool) -> Result<()> {
+        let ready = if ready { "True" } else { "False" };
+        let condition = |type_: &str| json!({"type": type_, "status": ready});
+        let ips: Vec<Value> = addresses.iter().map(|ip| json!({"ip": ip})).collect();
+        self.patch_status(
+            pod,
+            &json!({
+                "phase": "Running", "podIP": addresses.first(), "podIPs": ips,
+                "conditions": [condition("ContainersReady"), condition("Ready")],
+            }),
+        )
+    }
+
+    /// A token for an account of the chart's, bound to a pod if one is given.
+    fn token(&self, account: &str, pod: Option<&str>) -> Result<String> {
+        let accounts: Api<ServiceAccount> = Api::namespaced(self.client.clone(), NAMESPACE);
+        let mut spec = json!({"audiences": [], "expirationSeconds": 7200});
+        if let Some(pod) = pod {
+            spec["boundObjectRef"] = json!({"kind": "Pod", "apiVersion": "v1", "name": pod});
+        }
+        let request: TokenRequest = serde_json::from_value(json!({"spec": spec}))?;
+        let made = self.runtime.block_on(accounts.create_token_request(
+            account,
+            &PostParams::default(),
+            &request,
+        ))?;
+        Ok(made.status.context("no token")?.token)
+    }
+
+    /// The administrator's kubeconfig, with another token.
+    fn kubeconfig_with(&self, token: &str) -> Result<String> {
+        let text = fs::read_to_string(&self.kubeconfig)?;
+        let Some((_, own)) = text.lines().find_map(|l| l.split_once("token: ")) else {
+            bail!("no token in {}", self.kubeconfig.display());
+        };
+        Ok(text.replace(own.trim_end_matches(['}', ']', ' ']), token))
+    }
+
+    /// A kubeconfig for a neighbour in a node's namespace, who may do everything.
     pub fn kubeconfig_of_nodes(&self, dir: &std::path::Path) -> Result<PathBuf> {
         let text = fs::read_to_string(&self.kubeconfig)?;
         let file = dir.join("kubeconfig");
         fs::write(&file, text.replace(&self.address, RELAY))?;
+        Ok(file)
+    }
+
+    /// A kubeconfig for a node's agent, with the rights that the chart gives it there.
+    pub fn kubeconfig_of_agent(&self, dir: &std::path::Path, node: &Node) -> Result<PathBuf> {
+        let token = self.token("meshlb-agent", agent_pod(node)["metadata"]["name"].as_str())?;
+        let file = dir.join(format!("kubeconfig-{}", node.name));
+        fs::write(&file, self.kubeconfig_with(&token)?.replace(&self.address, RELAY))?;
         Ok(file)
     }
 
@@ -98,19 +201,41 @@ impl Kube {
         Relay::start(ns, self.address.clone())
     }
 
-    /// A controller, beside the nodes.
+    /// A controller, beside the nodes, with the rights that the chart gives it.
     pub fn controller(&self, dir: &std::path::Path) -> Result<Controller> {
         let log = dir.join("controller.log");
+        let kubeconfig = dir.join("kubeconfig-controller");
+        fs::write(&kubeconfig, self.kubeconfig_with(&self.token("meshlb-controller", None)?)?)?;
         let child = Command::new(program::binary())
-            .args(["controller", "--namespace", "meshlb-system", "--metrics-listen", "off"])
+            .args(["controller", "--namespace", NAMESPACE, "--metrics-listen", "off"])
+            .args(["--vip-cidr", &VIP_CIDRS.join(",")])
             .arg("--kubeconfig")
-            .arg(&self.kubeconfig)
+            .arg(&kubeconfig)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(fs::File::create(&log)?)
             .spawn()?;
         Ok(Controller { child, log })
     }
+}
+
+/// The name by which the API server knows objects of a kind.
+fn plural(kind: &str) -> String {
+    let kind = kind.to_lowercase();
+    if kind.ends_with('y') { format!("{}ies", kind.trim_end_matches('y')) } else { format!("{kind}s") }
+}
+
+/// The pod of a node's agent, with the labels and the port that the chart gives it.
+pub fn agent_pod(node: &Node) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": format!("meshlb-agent-{}", node.name), "namespace": NAMESPACE, "labels": {
+            "app.kubernetes.io/name": "meshlb", "app.kubernetes.io/instance": "meshlb",
+            "app.kubernetes.io/component": "agent"}},
+        "spec": {"nodeName": node.name, "serviceAccountName": "meshlb-agent", "hostNetwork": true,
+            "terminationGracePeriodSeconds": 0,
+            "containers": [{"name": "agent", "image": "meshlb", "ports": [{"name": "metrics", "containerPort": 9477, "hostPort": 9477}]}]},
+    })
 }
 
 /// A running controller; dropping it ends it as Kubernetes would.

@@ -8,7 +8,7 @@ mod feed;
 pub mod listing;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
     path::Path,
@@ -258,7 +258,9 @@ impl Follower {
                 "there is no Node {name}: give --node the name that `kubectl get nodes` shows, or --node-ip"
             )
         });
-        let messages = no_node.into_iter().chain(self.broken.values().map(|(message, _)| message.clone()));
+        // Who can't be reached can't be for any of the watches: that is one problem.
+        let broken: BTreeSet<&String> = self.broken.values().map(|(message, _)| message).collect();
+        let messages = no_node.into_iter().chain(broken.into_iter().cloned());
         // A warning: what is known stays known.
         let general = |message| Problem {
             file: None,
@@ -371,7 +373,7 @@ pub fn why(url: &str, what: &str, error: &watcher::Error) -> Option<String> {
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
         | watcher::Error::WatchFailed(kube::Error::Api(status))
         | watcher::Error::WatchError(status) => status,
-        _ => return Some(unreachable(url, what, error)),
+        _ => return Some(unreachable(url, error)),
     };
     // 410: what it wanted to resume at is gone, and it lists again at once.
     (status.code != 410).then(|| refused(url, what, status))
@@ -401,8 +403,8 @@ fn refused(url: &str, what: &str, status: &kube::core::Status) -> String {
     }
 }
 
-fn unreachable(url: &str, what: &str, error: &dyn std::error::Error) -> String {
-    format!("{what}: the API server {url} can't be reached: {}", chain(error))
+fn unreachable(url: &str, error: &dyn std::error::Error) -> String {
+    format!("the API server {url} can't be reached: {}", chain(error))
 }
 
 /// The last cause is the one that says something.
@@ -454,6 +456,6 @@ async fn list_all(access: Config, config: NodeConfig) -> Result<Loaded> {
 fn failed(url: &str, watch: Watch, error: &kube::Error) -> anyhow::Error {
     anyhow::Error::msg(match error {
         kube::Error::Api(status) => refused(url, watch.resource(), status),
-        other => unreachable(url, watch.resource(), other),
+        other => unreachable(url, other),
     })
 }

@@ -8,11 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::kube::{Granted, endpoints, granted, service, slice, works};
+use super::kube::bed::{Bed, Granted, endpoints, granted, service, works};
 use super::support::{metric, wait_until};
 use crate::check;
 use crate::client::{Load, Probe};
-use crate::kube::{KUBECONFIG, Kube, Relay};
+use crate::kube::KUBECONFIG;
 use crate::program::Agent;
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Host, Node, Topology};
@@ -37,8 +37,12 @@ fn program() -> Option<PathBuf> {
 
 /// kube-proxy takes most of a minute to its first rules on an emulated machine.
 const PATIENCE: Duration = Duration::from_secs(180);
-/// Both compare the whole state every ten seconds, so this is a dozen times.
-const TOGETHER: Duration = Duration::from_secs(120);
+/// How long both run side by side, in each order: `MESHLB_TOGETHER_SECONDS`, or two minutes. Both compare the whole state every
+/// ten seconds.
+fn time_together() -> Duration {
+    let given = std::env::var("MESHLB_TOGETHER_SECONDS").ok().and_then(|text| text.parse().ok());
+    Duration::from_secs(given.unwrap_or(120))
+}
 
 const CLUSTER_IP: &str = "10.96.77.80:80";
 const NODE_PORT: u16 = 30900;
@@ -71,13 +75,6 @@ fn core_slice(name: &str, pods: &[&Host]) -> Value {
 
 fn node_of(pod: &Host) -> String {
     format!("n{}", &pod.name[1..2])
-}
-
-fn node_object(node: &Node) -> Value {
-    json!({
-        "apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name},
-        "status": {"addresses": [{"type": "InternalIP", "address": node.ip(Family::V4).to_string()}]},
-    })
 }
 
 /// kube-proxy on a node.
@@ -152,10 +149,11 @@ fn theirs_work(t: &Topology) -> Result<()> {
 fn both_work(t: &Topology, given: &Granted, ours: &[&str]) -> Result<()> {
     works(t, given, ours).context("a MeshService")?;
     theirs_work(t).context("a core Service")?;
-    let mut node_port = given.vips[0];
-    node_port.set_port(NODE_PORT);
-    for from in [t.pod("p12"), t.node(1)] {
-        check::refused(&from.connect(Proto::Tcp, node_port, 2)?).context("their node port at our VIP")?;
+    for vip in &given.vips {
+        let node_port = SocketAddr::new(vip.ip(), NODE_PORT);
+        for from in [t.pod("p12"), t.node(1)] {
+            check::refused(&from.connect(Proto::Tcp, node_port, 2)?).context("their node port at our VIP")?;
+        }
     }
     Ok(())
 }
@@ -170,7 +168,8 @@ fn together(t: &Topology, given: &Granted, ours: &[&str], proxies: &mut Proxies)
         Load::start(&t.pod("p32").ns, &slow(CLUSTER_IP.parse()?), 1),
         Load::start(&t.ext.ns, &slow(t.node(1).at(Family::V4, NODE_PORT)), 1),
     ];
-    std::thread::sleep(TOGETHER);
+    let together = time_together();
+    std::thread::sleep(together);
     let mut connections = 0;
     for (what, load) in
         ["our VIP", "our published port", "their ClusterIP", "their NodePort"].iter().zip(loads)
@@ -178,7 +177,7 @@ fn together(t: &Topology, given: &Granted, ours: &[&str], proxies: &mut Proxies)
         let report = load.stop()?;
         ensure!(
             report.errors.is_empty() && report.answered() > 100,
-            "{what}, {TOGETHER:?} together: {report:?}"
+            "{what}, {together:?} together: {report:?}"
         );
         connections += report.answered();
     }
@@ -186,64 +185,50 @@ fn together(t: &Topology, given: &Granted, ours: &[&str], proxies: &mut Proxies)
     proxies.alive()?;
     let drifted = drift()? - before;
     ensure!(drifted == 0.0, "{drifted} changes of what is ours, by kube-proxy in {} mode", proxies.mode);
-    Ok(format!("{connections} connections, 0 errors, nothing of ours changed"))
+    Ok(format!("{together:?} together: {connections} connections, 0 errors, nothing of ours changed"))
 }
 
 fn beside(cx: &mut Cx, mode: &'static str) -> Result<()> {
-    let kube = Kube::find()?;
-    let t = cx.fresh_topology(&Topology::builder())?;
     // kube-proxy leaves sysctls behind.
     cx.taint();
-    kube.delete(&service())?;
-    let objects: Vec<Value> = t
-        .nodes
-        .iter()
-        .map(node_object)
-        .chain([core_service("web", NODE_PORT, "Cluster"), core_service("near", LOCAL_NODE_PORT, "Local")])
-        .chain([core_slice("web", &THEIRS.map(|name| t.pod(name))), core_slice("near", &[t.pod("p21")])])
-        .collect();
+    let mut bed = Bed::without_agents(cx)?;
+    bed.add_flag("--resync=10");
+    let t = bed.t.clone();
+    let objects = [
+        core_service("web", NODE_PORT, "Cluster"),
+        core_service("near", LOCAL_NODE_PORT, "Local"),
+        core_slice("web", &THEIRS.map(|name| t.pod(name))),
+        core_slice("near", &[t.pod("p21")]),
+    ];
     for object in &objects {
-        kube.apply(object)?;
+        bed.kube.apply(object)?;
     }
-    let done = told(cx, &kube, &t, mode);
-    for object in objects.iter().rev().chain([&service()]) {
-        kube.delete(object)?;
-    }
-    for family in Family::ALL {
-        kube.delete(&slice(family, &[]))?;
+    let done = told(cx, &mut bed, mode);
+    for object in objects.iter().rev() {
+        bed.kube.delete(object)?;
     }
     if done.is_err() {
         for node in &t.nodes {
             let log = std::fs::read_to_string(node.dir.join("kube-proxy.log")).unwrap_or_default();
-            cx.note(format!(
-                "kube-proxy on {}: {}",
-                node.name,
-                log.lines().rev().take(5).collect::<Vec<_>>().join("\n")
-            ));
+            let end: Vec<&str> = log.lines().rev().take(5).collect();
+            cx.note(format!("kube-proxy on {}: {}", node.name, end.join("\n")));
         }
     }
-    done
+    done.and_then(|()| bed.end())
 }
 
-fn told(cx: &mut Cx, kube: &Kube, t: &Topology, mode: &'static str) -> Result<()> {
-    let ours = ["p11", "p21", "p31"];
-    let kubeconfig = kube.kubeconfig_of_nodes(&cx.dir)?;
-    let _relays: Vec<Relay> = t.nodes.iter().map(|node| kube.relay(&node.ns)).collect::<Result<_>>()?;
-    let _controller = kube.controller(&cx.dir)?;
+fn told(cx: &mut Cx, bed: &mut Bed, mode: &'static str) -> Result<()> {
+    let (t, ours) = (bed.t.clone(), ["p11", "p21", "p31"]);
+    let t = &*t;
+    let kubeconfig = bed.kube.kubeconfig_of_nodes(&cx.dir)?;
     // They are there first.
     let mut proxies = Proxies::start(t, mode, &kubeconfig)?;
     let took = settled("their Services work without us", || theirs_work(t))?;
     cx.note(format!("kube-proxy works after {took:?}"));
-    let meshlb =
-        cx.meshlb()?.clone().flag(&format!("--kubeconfig={}", kubeconfig.display())).flag("--resync=10");
-    kube.apply(&service())?;
-    endpoints(kube, t, &ours)?;
-    let given = granted(kube)?;
-    let mut agents: Vec<Agent> = Vec::new();
-    for node in &t.nodes {
-        cx.will_clean(node);
-        agents.push(meshlb.start(node, &["agent", "--source", "kube"], "agent.log")?);
-    }
+    bed.kube.apply(&service())?;
+    endpoints(&bed.kube, t, &ours)?;
+    let given = granted(&bed.kube, &service())?;
+    (1..=3).try_for_each(|k| bed.start_agent(k))?;
     settled("both work, kube-proxy first", || both_work(t, &given, &ours))?;
     cx.note(together(t, &given, &ours, &mut proxies).context("kube-proxy first")?);
     // They go, with all that is theirs. IPVS goes as a whole when they do, and comes back.
@@ -254,12 +239,10 @@ fn told(cx: &mut Cx, kube: &Kube, t: &Topology, mode: &'static str) -> Result<()
     let mut proxies = Proxies::start(t, mode, &kubeconfig)?;
     settled("both work, kube-proxy second", || both_work(t, &given, &ours))?;
     cx.note(together(t, &given, &ours, &mut proxies).context("kube-proxy second")?);
-    for agent in &mut agents {
-        ensure!(agent.alive(), "an agent has ended:\n{}", agent.log_text());
-    }
+    bed.alive()?;
     // We go, and nothing of theirs with us.
     let before: Vec<_> = t.nodes.iter().map(|node| theirs(node, mode)).collect::<Result<_>>()?;
-    drop(agents);
+    (1..=3).try_for_each(|k| bed.take_agent(k).map(drop))?;
     cx.cleanup(t)?;
     theirs_work(t).context("core Services after our cleanup")?;
     for (node, before) in t.nodes.iter().zip(before) {

@@ -26,14 +26,19 @@ pub fn register(suite: &mut Suite) {
 const SERVER: &str = "127.0.0.1:9090";
 
 /// Prometheus, until it is dropped.
-struct Prometheus(Child);
+pub(super) struct Prometheus(Child);
 
 impl Prometheus {
     fn start(node: &Node, dir: &Path) -> Result<Prometheus> {
-        let config = dir.join("prometheus.yml");
         let text = format!(
             "global: {{scrape_interval: 1s, scrape_timeout: 1s}}\nscrape_configs:\n- job_name: meshlb\n  static_configs: [{{targets: ['{ADMIN}']}}]\n"
         );
+        Prometheus::with("prometheus", node, dir, &text)
+    }
+
+    /// Started on a node with this configuration; its log is in `dir`.
+    pub(super) fn with(program: &str, node: &Node, dir: &Path, text: &str) -> Result<Prometheus> {
+        let config = dir.join("prometheus.yml");
         fs::write(&config, text)?;
         let flags = [
             format!("--config.file={}", config.display()),
@@ -43,8 +48,7 @@ impl Prometheus {
             format!("--web.console.templates={}", dir.display()),
             format!("--web.console.libraries={}", dir.display()),
         ];
-        let command: Vec<&str> =
-            std::iter::once("prometheus").chain(flags.iter().map(String::as_str)).collect();
+        let command: Vec<&str> = std::iter::once(program).chain(flags.iter().map(String::as_str)).collect();
         Ok(Prometheus(node.ns.spawn(&command, &[], &dir.join("prometheus.log"))?))
     }
 }
@@ -57,7 +61,7 @@ impl Drop for Prometheus {
 }
 
 /// An instant query: its values, by the label `by`.
-fn query(node: &Node, expression: &str, by: &str) -> Result<BTreeMap<String, f64>> {
+pub(super) fn query(node: &Node, expression: &str, by: &str) -> Result<BTreeMap<String, f64>> {
     let encoded: String = expression.bytes().map(|b| format!("%{b:02X}")).collect();
     let (status, body) = http(node, SERVER, &format!("/api/v1/query?query={encoded}"))?;
     ensure!(status == 200, "{expression}: {status} {body}");
@@ -79,9 +83,15 @@ fn one(node: &Node, expression: &str) -> Result<Option<f64>> {
 
 /// Waits until a query has this value.
 fn becomes(node: &Node, expression: &str, want: f64) -> Result<()> {
+    becomes_within(node, expression, want, Duration::from_secs(15))
+}
+
+/// The same, for as long.
+pub(super) fn becomes_within(node: &Node, expression: &str, want: f64, within: Duration) -> Result<()> {
     let mut last = None;
-    wait_until(expression, Duration::from_secs(15), || {
-        last = one(node, expression)?;
+    wait_until(expression, within, || {
+        // It may only be starting.
+        last = one(node, expression).unwrap_or_default();
         Ok(last.is_some_and(|v| (v - want).abs() < 0.001))
     })
     .with_context(|| format!("{expression} is {last:?}, not {want}"))
