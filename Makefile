@@ -33,7 +33,7 @@ test-unit: setup ## the tests that need no kernel
 test-kernel: ## the kernel tests whose name contains FILTER: make test-kernel FILTER=vip::hairpin
 	@tests/kernel/run.sh $(FILTER)
 
-test-cluster: ## CRD, source and controller on a real control plane, built from Go modules the first time (ten minutes); not part of `test` yet
+test-cluster: ## CRD, source and controller on a real control plane, built from Go modules the first time (ten minutes); part of test-full
 	@tests/cluster/run.sh $(FILTER)
 	@tests/cluster/packets.sh
 

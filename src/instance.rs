@@ -70,7 +70,12 @@ impl Instance {
         };
         let answering = listener.try_clone()?;
         thread::Builder::new().name("instance".into()).spawn(move || {
-            for mut peer in answering.incoming().flatten() {
+            for peer in answering.incoming() {
+                // No files left, say: nothing that the next try would not meet too.
+                let Ok(mut peer) = peer else {
+                    thread::sleep(Duration::from_secs(1));
+                    continue;
+                };
                 let _ = peer.set_write_timeout(Some(Duration::from_secs(1)));
                 let _ = peer.write_all(about.as_bytes());
             }

@@ -243,7 +243,7 @@ fn look<T: DeserializeOwned + Default>(path: &Path) -> io::Result<(T, Option<u64
     let bytes = match fs::read(path) {
         Ok(bytes) => bytes,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((T::default(), None)),
-        Err(e) => return Err(e),
+        Err(e) => return Err(io::Error::new(e.kind(), format!("{}: {e}", path.display()))),
     };
     #[derive(Deserialize)]
     struct Version {

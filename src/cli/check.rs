@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use super::print;
 use crate::{
@@ -59,10 +59,13 @@ pub fn check(paths: &[PathBuf], stdin: &mut dyn Read, out: &mut dyn Write) -> Re
     let mut lines: Vec<(Severity, String)> = Vec::new();
     for path in paths {
         if path.as_os_str() == "-" {
-            let mut text = String::new();
+            let mut bytes = Vec::new();
             let name = Path::new("standard input");
-            stdin.read_to_string(&mut text).context("standard input")?;
-            one(files::parse_text(name, &text, None), &mut counts, &mut lines);
+            match stdin.read_to_end(&mut bytes).map(|_| String::from_utf8(bytes)) {
+                Ok(Ok(text)) => one(files::parse_text(name, &text, None), &mut counts, &mut lines),
+                Ok(Err(_)) => lines.push((Severity::Error, "standard input: is not UTF-8".into())),
+                Err(e) => lines.push((Severity::Error, format!("standard input: can't be read: {e}"))),
+            }
         } else if path.is_dir() {
             folder(path, &mut counts, &mut lines);
         } else {

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, path::Path, process::ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use super::{
     options::Options,
@@ -15,12 +15,13 @@ use crate::{
         host::{LinuxHost, REQUIRED},
         ipvs::KernelIpvs,
     },
-    instance::Instance,
+    instance::{self, Instance},
     model::{
         ids::{Family, Mark},
         kernel::VirtualServerKey,
         node::MarkMask,
     },
+    state::State,
 };
 
 /// Removes routes, entries, rules and IPVS services, in the order in which nothing reaches a wrong
@@ -31,11 +32,17 @@ use crate::{
 /// What kept it from trying at all.
 pub fn run(options: &Options) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
-    if let Some(other) = crate::instance::other() {
-        bail!("stop the agent first, or it puts everything back: {other}");
+    let _instance =
+        Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id())).map_err(|e| match e {
+            instance::Error::Taken(other) => {
+                anyhow::anyhow!("stop the agent first, or it puts everything back: {other}")
+            }
+            other => other.into(),
+        })?;
+    let Cleaned { errors, kept } = clean(options)?;
+    if let Some(kept) = &kept {
+        print::err(format_args!("note: {kept}"));
     }
-    let _instance = Instance::take(format!("`meshlb cleanup`, pid {}", std::process::id()))?;
-    let errors = clean(options)?;
     if errors.is_empty() {
         print::out("nothing of meshlb is left in this network namespace\n")?;
         return Ok(ExitCode::SUCCESS);
@@ -46,11 +53,20 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-/// The same for who holds the network namespace already; returns what could not be removed.
+/// What became of it.
+#[derive(Debug)]
+pub struct Cleaned {
+    /// What could not be removed.
+    pub errors: Vec<String>,
+    /// What stays as it is for the sake of others.
+    pub kept: Option<String>,
+}
+
+/// The same for who holds the network namespace already.
 ///
 /// # Errors
 /// What kept it from trying at all.
-pub fn clean(options: &Options) -> Result<Vec<String>> {
+pub fn clean(options: &Options) -> Result<Cleaned> {
     session::need_rights()?;
     let settings = options.settings()?;
     let Left { mut dir, state, .. } = session::open_state(options, Purpose::Apply)?;
@@ -105,12 +121,26 @@ pub fn clean(options: &Options) -> Result<Vec<String>> {
     }
     // Without the module nobody has a service.
     let foreign = ipvs.as_mut().is_some_and(|ipvs| remove_services(ipvs, &marks, &mut errors));
-    restore(&mut host, ipvs.as_mut(), &state, foreign, &mut errors);
+    let unrestored = restore(&mut host, ipvs.as_mut(), &state, foreign, &mut errors);
     if errors.is_empty() {
-        dir.clear()?;
         super::record::Record::new(&options.run_dir).clear()?;
+        dir.clear()?;
+        if !unrestored.is_empty() {
+            // What was there before us is known nowhere else.
+            let boot_id = state.boot_id.clone();
+            let (sysctls, ipvs_timeouts) = (state.sysctls.clone(), state.ipvs_timeouts);
+            dir.save(&State { boot_id, sysctls, ipvs_timeouts, ..State::default() })?;
+        }
     }
-    Ok(errors)
+    let kept = (!unrestored.is_empty()).then(|| {
+        format!(
+            "{} stay as we set them, since another program has IPVS services here that may need them; what they were is in \
+             {}: `meshlb cleanup` puts them back when those services are gone",
+            unrestored.join(", "),
+            options.state_dir.display()
+        )
+    });
+    Ok(Cleaned { errors, kept })
 }
 
 /// Removes the services with these marks. Whether there are others, of other programs: where that can't be found out, there may be.
@@ -143,31 +173,38 @@ fn remove_services(ipvs: &mut KernelIpvs, marks: &BTreeSet<Mark>, errors: &mut V
 }
 
 /// Sysctls go back only where they still have our value and no foreign IPVS service may depend on them
-/// (design decision 9); the same for timeouts.
+/// (design decision 9); the same for timeouts. Names those that would have gone back but for that.
 fn restore(
     host: &mut LinuxHost,
     ipvs: Option<&mut KernelIpvs>,
-    state: &crate::state::State,
+    state: &State,
     foreign: bool,
     errors: &mut Vec<String>,
-) {
+) -> Vec<String> {
+    let mut unrestored = Vec::new();
     for required in REQUIRED {
         let (Some(original), Some(_)) = (state.sysctls.get(required.path), required.restore) else {
             continue;
         };
         let ours = matches!(host.sysctl(required.path), Ok(Some(v)) if v == required.value);
-        if ours
-            && !foreign
-            && original != required.value
-            && let Err(e) = host.set_sysctl(required.path, original)
-        {
+        if !ours || original == required.value {
+            continue;
+        }
+        if foreign {
+            unrestored.push(required.path.replace('/', "."));
+        } else if let Err(e) = host.set_sysctl(required.path, original) {
             errors.push(e.to_string());
         }
     }
-    if let (Some((ours, before)), Some(ipvs), false) = (state.ipvs_timeouts, ipvs, foreign)
+    if let (Some((ours, before)), Some(ipvs)) = (state.ipvs_timeouts, ipvs)
+        && before != ours
         && ipvs.timeouts().is_ok_and(|now| now == ours)
-        && let Err(e) = ipvs.set_timeouts(before)
     {
-        errors.push(e.to_string());
+        if foreign {
+            unrestored.push("the IPVS timeouts".into());
+        } else if let Err(e) = ipvs.set_timeouts(before) {
+            errors.push(e.to_string());
+        }
     }
+    unrestored
 }

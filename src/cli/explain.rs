@@ -29,6 +29,8 @@ pub fn run(options: &Options, name: &str, output: Output) -> Result<ExitCode> {
     let config = options.dns.config(session.engine.settings().node.ranges)?;
     // Whichever family it is asked by, it answers the same.
     let server = config.and_then(|config| config.listen.first().copied());
+    // Where no agent runs nobody would answer.
+    let server = server.filter(|_| crate::instance::other().is_some());
     if let Some(server) = server {
         for service in &mut report.services {
             names::ask(&mut service.names, server);
@@ -74,7 +76,13 @@ pub fn explain(report: &Report, service: &ServiceReport, server: Option<SocketAd
                 writeln!(out, "\npublished {}: not on this node: {why}", port.published_port.unwrap_or(0));
         }
         if port.virtual_servers.is_empty() {
-            let _ = writeln!(out, "\nport {}/{}: nothing in the kernel", port.port, port.protocol);
+            // Without a mark it was given nothing, which the problems above tell.
+            let why = if service.problems.is_empty() {
+                "no endpoint takes connections: they are refused at once"
+            } else {
+                "nothing in the kernel"
+            };
+            let _ = writeln!(out, "\nport {}/{}: {why}", port.port, port.protocol);
         }
     }
     out

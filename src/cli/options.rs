@@ -376,11 +376,19 @@ impl Options {
 /// The file can't be read, is no mapping, or names a flag that does not exist.
 pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> Result<clap::Command> {
     let text = std::fs::read_to_string(file).with_context(|| format!("--config {}", file.display()))?;
-    let values: BTreeMap<String, serde_json::Value> =
-        serde_saphyr::from_str(&text).with_context(|| format!("--config {}", file.display()))?;
+    // `off` is a value of flags, no boolean as it was in YAML 1.1.
+    let mut yaml = serde_saphyr::Options::default();
+    yaml.strict_booleans = true;
+    let values: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str_with_options(&text, yaml)
+        .with_context(|| format!("--config {}", file.display()))?;
     for (name, value) in values {
         let text = match value {
             serde_json::Value::Null => bail!("--config {}: {name} has no value", file.display()),
+            // Nothing is what a list is that was not given, but for this one.
+            serde_json::Value::Array(items) if items.is_empty() && name == "publish-reserved" => {
+                "none".to_owned()
+            }
+            serde_json::Value::Array(items) if items.is_empty() => continue,
             serde_json::Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(","),
             other => scalar(&other),
         };
@@ -455,6 +463,19 @@ mod tests {
             Ok(cli) => cli.options.settings().err().map_or_else(String::new, |e| e.to_string()),
             Err(e) => e.to_string().lines().next().unwrap_or_default().to_owned(),
         }
+    }
+
+    #[test]
+    fn off_in_a_file_is_the_flags_value() {
+        use clap::{CommandFactory as _, FromArgMatches as _};
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("agent.yaml");
+        std::fs::write(&file, "metrics-listen: off\ndns-listen: off\nnode: no\nnode-ip: []\n").unwrap();
+        let command = super::with_config_file(Cli::command(), &file).unwrap();
+        let cli = Cli::from_arg_matches(&command.get_matches_from(["meshlb", "show"])).unwrap();
+        assert_eq!(cli.options.metrics_listen.0, None);
+        assert_eq!(cli.options.dns.dns_listen, ["off"]);
+        assert_eq!(cli.options.settings().unwrap().node.name.as_ref(), "no");
     }
 
     #[test]

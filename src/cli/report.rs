@@ -316,6 +316,9 @@ fn server_report(
     let state = match observed.virtual_servers.get(&key) {
         None => "missing".to_owned(),
         Some(have) if have.config == want.config => "ok".to_owned(),
+        Some(have) if have.config.scheduler == want.config.scheduler => {
+            format!("flags {:#x}, should be {:#x}", have.config.flags, want.config.flags)
+        }
         Some(have) => format!("scheduler {}, should be {}", have.config.scheduler, want.config.scheduler),
     };
     let leading = service

@@ -1,7 +1,7 @@
 //! What every command that looks at or changes a kernel needs: an engine over the real dataplane, fed
 //! from a source, with the state that earlier runs left.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
@@ -13,7 +13,7 @@ use super::{
     record::Record,
 };
 use crate::{
-    allocate::Lock,
+    allocate::{Lock, lock::LockError},
     compile::CompiledService,
     dataplane::{
         Netfilter,
@@ -31,7 +31,7 @@ use crate::{
     },
     plan::{Observed, Op},
     reconcile::Engine,
-    source::{self, Loaded, Origin, Problem, problem::Severity},
+    source::{self, Loaded, Origin, Problem, problem::Severity, watch::emptied},
     state::{Drain, PublishedPorts, State, StateDir},
 };
 
@@ -268,7 +268,19 @@ impl Session {
             )
         };
         let dataplane = dataplane(options, &state)?;
-        let lock = source.dir().map(Lock::read).transpose()?.flatten().unwrap_or_default();
+        let lock = source.dir().map_or_else(|| Ok(Lock::default()), |dir| lock_of(dir, purpose))?;
+        if let Some(dir) =
+            source.dir().filter(|_| purpose == Purpose::Apply && state.source.as_ref() == Some(&source))
+            && state
+                .folder
+                .is_some_and(|before| !state.allocations.services.is_empty() && emptied(dir, before))
+        {
+            bail!(
+                "{}: was replaced by an empty folder (unmounted?); what was in it stays in force. If it is meant to be \
+                 empty, put an empty file none.yaml into it",
+                dir.display()
+            );
+        }
         let mut engine = Engine::new(
             settings,
             dataplane,
@@ -399,6 +411,21 @@ impl Session {
             }
         }
         self.problems.iter().any(|p| p.severity >= Severity::Refused)
+    }
+}
+
+/// What the lock file of a folder says. What it is about is in the state, too: a damaged one is no reason not to look, nor for an
+/// agent not to start.
+fn lock_of(dir: &Path, purpose: Purpose) -> Result<Lock> {
+    match Lock::read(dir) {
+        Ok(lock) => Ok(lock.unwrap_or_default()),
+        // What is wrong with the folder itself is told by who reads it.
+        Err(LockError::Io(_)) if !dir.is_dir() => Ok(Lock::default()),
+        Err(e) if purpose == Purpose::Apply => bail!("{}: {e}", dir.display()),
+        Err(e) => {
+            warn!("{}: {e}; what is known of earlier allocations stays in force", dir.display());
+            Ok(Lock::default())
+        }
     }
 }
 

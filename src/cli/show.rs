@@ -84,6 +84,16 @@ pub fn read(session: &mut Session, name: Option<&str>) -> Result<Report> {
                  the last good version"
             ),
             Some(problem) => bail!("no service {name} is in force: {problem}"),
+            // The problem is a file's, which does not say what is in it.
+            None if held => bail!(
+                "{name} is in nothing that can be read{}; what the kernel has for it stays as it is, and a running agent goes on \
+                 with the last good version",
+                session
+                    .problems
+                    .iter()
+                    .find(|p| p.object.is_none())
+                    .map_or(String::new(), |p| format!(": {p}"))
+            ),
             None => bail!("no service {name} in {}", session.keeper.source),
         }
     }

@@ -20,7 +20,11 @@ use kube::{
 };
 use tracing::{info, warn};
 
-use super::{cleanup, options::Options, print};
+use super::{
+    cleanup::{self, Cleaned},
+    options::Options,
+    print,
+};
 use crate::{
     admin::Health,
     api::{
@@ -263,8 +267,13 @@ pub fn hold_off(
         if !clean && Instant::now() >= next {
             next = Instant::now() + CLEAN_AGAIN;
             let done = match cleanup::clean(options) {
-                Ok(errors) if errors.is_empty() => Ok(()),
-                Ok(errors) => Err(errors.join("; ")),
+                Ok(Cleaned { errors, kept }) if errors.is_empty() => {
+                    if let Some(kept) = kept {
+                        warn!("{kept}");
+                    }
+                    Ok(())
+                }
+                Ok(Cleaned { errors, .. }) => Err(errors.join("; ")),
                 Err(e) => Err(format!("{e:#}")),
             };
             match &done {

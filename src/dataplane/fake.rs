@@ -305,7 +305,7 @@ impl Host for FakeKernel {
     }
 
     fn forget_udp(&mut self, flows: &UdpFlows) -> Result<usize, Error> {
-        self.write("conntrack")?.forgotten.extend(flows.keys().copied());
+        self.write("conntrack entries")?.forgotten.extend(flows.keys().copied());
         Ok(0)
     }
 
@@ -316,7 +316,7 @@ impl Host for FakeKernel {
     }
 
     fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {
-        Ok(usize::from(self.write("conntrack")?.flows.remove(flows)))
+        Ok(usize::from(self.write("conntrack entries")?.flows.remove(flows)))
     }
 
     fn writes(&self) -> u64 {

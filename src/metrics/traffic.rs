@@ -1,8 +1,8 @@
 //! Traffic of services and endpoints, from the kernel's counters.
 //!
-//! The kernel counts per destination, from 0 each time a destination is added. Endpoint series therefore
-//! restart when an endpoint comes back; Prometheus' `rate` and `increase` take that for the reset that it
-//! is. A *service's* series can't simply be the sum of its endpoints': the sum falls when an endpoint
+//! The kernel counts per destination, from 0 when one is added that was away for more than two minutes, and goes on where it
+//! was otherwise. Endpoint series may therefore restart when an endpoint comes back; Prometheus' `rate` and `increase` take
+//! that for the reset that it is. A *service's* series can't simply be the sum of its endpoints': the sum falls when an endpoint
 //! leaves, and that would look like a reset with all the rest counted again. They add up what each
 //! endpoint gained since the last scrape, and so never fall while the program runs. What an endpoint
 //! gained between the last scrape and its end is not seen.
@@ -11,6 +11,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     fmt,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use prometheus_client::{
@@ -106,16 +107,20 @@ fn totals(c: &Counters) -> Totals {
 #[derive(Default)]
 struct History {
     sum: Totals,
-    last: HashMap<RealServerKey, Totals>,
+    last: HashMap<RealServerKey, (Totals, Instant)>,
 }
+
+/// A destination that is taken out and added again within two minutes goes on counting where it was
+/// (`IP_VS_DEST_TRASH_PERIOD` in the kernel's `ip_vs_ctl.c`, and a margin).
+const REMEMBERED: Duration = Duration::from_secs(150);
 
 impl History {
     /// Adds what the endpoints gained. A value below the last one has started again from 0.
-    fn advance(&mut self, endpoints: &BTreeMap<RealServerKey, &EndpointTraffic>) {
-        self.last.retain(|key, _| endpoints.contains_key(key));
+    fn advance(&mut self, endpoints: &BTreeMap<RealServerKey, &EndpointTraffic>, at: Instant) {
+        self.last.retain(|_, (_, seen)| at.saturating_duration_since(*seen) < REMEMBERED);
         for (key, endpoint) in endpoints {
             let now = totals(&endpoint.counters);
-            let last = self.last.insert(*key, now).unwrap_or_default();
+            let last = self.last.insert(*key, (now, at)).map_or_else(Totals::default, |(last, _)| last);
             for i in 0..now.len() {
                 let gained = now[i].checked_sub(last[i]).unwrap_or(now[i]);
                 self.sum[i] = self.sum[i].wrapping_add(gained);
@@ -165,11 +170,12 @@ impl Collector for Traffic {
             endpoints.extend(service.endpoints.iter().map(|e| (e.address, e)));
         }
         state.histories.retain(|labels, _| services.contains_key(labels));
+        let now = Instant::now();
         let rows: Vec<Row<'_>> = services
             .into_iter()
             .map(|(labels, endpoints)| {
                 let history = state.histories.entry(labels.clone()).or_default();
-                history.advance(&endpoints);
+                history.advance(&endpoints, now);
                 Row { labels, sum: history.sum, endpoints }
             })
             .collect();
@@ -306,8 +312,27 @@ pub(super) mod tests {
     }
 
     fn advance(history: &mut History, endpoints: &[EndpointTraffic]) -> u64 {
-        history.advance(&endpoints.iter().map(|e| (e.address, e)).collect());
+        advance_at(history, endpoints, Instant::now())
+    }
+
+    fn advance_at(history: &mut History, endpoints: &[EndpointTraffic], at: Instant) -> u64 {
+        history.advance(&endpoints.iter().map(|e| (e.address, e)).collect(), at);
         history.sum[0]
+    }
+
+    #[test]
+    fn an_endpoint_that_comes_back_soon_is_not_counted_twice() {
+        let (mut history, address, start) = (History::default(), "10.244.1.11:8080", Instant::now());
+        let mut count = |endpoints: &[EndpointTraffic], seconds| {
+            advance_at(&mut history, endpoints, start + Duration::from_secs(seconds))
+        };
+        assert_eq!(count(&[endpoint(address, 1, 1000)], 0), 1000);
+        assert_eq!(count(&[], 30), 1000);
+        // The kernel has kept its counters.
+        assert_eq!(count(&[endpoint(address, 1, 1001)], 60), 1001);
+        // After that time it has not.
+        assert_eq!(count(&[], 300), 1001);
+        assert_eq!(count(&[endpoint(address, 1, 1500)], 301), 2501);
     }
 
     #[test]

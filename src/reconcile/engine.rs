@@ -102,6 +102,10 @@ pub struct Engine {
     looked: bool,
     /// Connections whose drain is over and that conntrack would go on with.
     overdue: BTreeSet<PublishedFlows>,
+    /// What could not be taken out of conntrack; no comparison finds it again.
+    flows_left: Vec<Op>,
+    /// How often that was tried.
+    flows_tried: u8,
     blocked: BTreeMap<(Protocol, u16), ServiceKey>,
     /// Published ports that are served here, by service: a socket that comes later does not get them.
     served: Served,
@@ -156,6 +160,8 @@ impl Engine {
             complete: true,
             looked: false,
             overdue: BTreeSet::new(),
+            flows_left: Vec::new(),
+            flows_tried: 0,
             blocked: BTreeMap::new(),
             served: Served::new(),
             late: BTreeMap::new(),
@@ -372,6 +378,7 @@ impl Engine {
         }
         let mut ops = plan(self.merged.state(), &self.known, &touched);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
+        ops.extend(self.flows_left.iter().cloned());
         Ok(Some(ops))
     }
 
@@ -409,6 +416,7 @@ impl Engine {
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
         ops.extend(self.earlier_routes()?);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
+        ops.extend(self.flows_left.iter().cloned());
         self.note_originals(&ops);
         Ok((ops, observed))
     }
@@ -491,6 +499,7 @@ impl Engine {
         for op in ops {
             self.remember(op);
         }
+        self.keep_flows(&failures);
         self.trusted = failures.is_empty();
         self.known_good = self.trusted;
         if ops.len() > SHARE_AFTER {

@@ -87,6 +87,11 @@ pub fn watch(
     watch_with(dir, config, sender, Timing::default(), before)
 }
 
+/// Whether there is nothing in a folder that is another one than it was: its file system is not mounted, mostly.
+pub fn emptied(dir: &Path, before: FolderId) -> bool {
+    identity(dir).is_ok_and(|now| now != before) && list(dir).is_ok_and(|names| names.is_empty())
+}
+
 /// [`watch`] with another patience.
 ///
 /// # Errors

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Rows 4, 6 and 7: what the agent costs while it runs; one life of an agent gives all three.
+# What the agent costs while it runs: change, memory and idle; one life of an agent gives all three.
 
 # Two agents, one with ten services and one with many: sets SMALL and LARGE to their processes.
 two_agents() {

@@ -10,11 +10,12 @@ use jiff::Timestamp;
 use super::Engine;
 use crate::{
     compile::service::{Drains, ports_from},
-    dataplane::Error,
+    dataplane::{Error, executor::Failure},
     model::{
         ids::{Family, Protocol, Scope},
         kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
     },
+    plan::Op,
 };
 
 impl Engine {
@@ -68,6 +69,18 @@ impl Engine {
         let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
         let flows: Vec<_> = flows.collect();
         self.overdue.extend(flows);
+    }
+
+    /// What of conntrack could not be done is tried again with the next changes, some times: a kernel without the means for it
+    /// must not keep the node from ever being as it should.
+    pub(super) fn keep_flows(&mut self, failures: &[Failure]) {
+        const TRIES: u8 = 5;
+        let of_conntrack = |failure: &&Failure| matches!(failure.op, Op::ForgetUdp(_) | Op::CutFlows(_));
+        self.flows_left = failures.iter().filter(of_conntrack).map(|failure| failure.op.clone()).collect();
+        self.flows_tried = if self.flows_left.is_empty() { 0 } else { self.flows_tried + 1 };
+        if self.flows_tried >= TRIES {
+            self.flows_left.clear();
+        }
     }
 
     /// Connections to a real server by the published ports that lead to it.

@@ -14,11 +14,14 @@ use crate::{
 /// How the marks of other programs' services are known.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Others {
-    /// The kernel has been read in this turn.
+    /// The kernel has been read in this turn, all but surely.
     Seen,
     /// Not for sure: it is asked about each mark that is new.
     Ask,
 }
+
+/// So many new marks are asked about one by one.
+const FEW: usize = 64;
 
 impl Engine {
     /// Whether every service has what it had in an earlier run: marks, and published ports that were served.
@@ -54,7 +57,12 @@ impl Compiling<'_> {
                 .copied()
                 .collect();
             let mut taken = BTreeSet::new();
-            if others == Others::Ask && !new.is_empty() {
+            // A dump may lack a service while others change theirs: where asking is cheap, it is asked all the same.
+            let ask = match others {
+                Others::Ask => !new.is_empty(),
+                Others::Seen => kernel.is_some() && (1..=FEW).contains(&new.len()),
+            };
+            if ask {
                 let Some(kernel) = kernel.as_deref_mut() else { return Ok(false) };
                 for mark in &new {
                     for family in Family::ALL {

@@ -13,6 +13,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("ownership::sentinel_of_another", &Matrix::pair(), foreign_sentinel);
     suite.add("ownership::another_mask", &Matrix::pair(), another_mask);
     suite.add("ownership::settings_go_back", &Matrix::pair(), settings);
+    suite.add("ownership::settings_wait_for_others", &Matrix::pair(), settings_wait);
 }
 
 /// The IPVS services of another program, which all lead to this.
@@ -135,4 +136,27 @@ fn settings(cx: &mut Cx) -> Result<()> {
     cx.cleanup(&t)?;
     reads("0", "2")?;
     sh(cx, n1, "cd /proc/sys/net/ipv4; echo 1 > vs/conn_reuse_mode; echo 0 > conf/all/arp_ignore").map(drop)
+}
+
+/// While another program has an IPVS service, settings stay as we set them; a later cleanup still knows what they were.
+fn settings_wait(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    ensure!(sysctl(n1, "vs/conntrack")? == "0", "an earlier case has left it set");
+    cx.apply_on(n1, &m)?;
+    sh(cx, n1, "ipvsadm -A -t 10.99.0.1:81 -s lc")?;
+    let said = meshlb.run(n1, &["cleanup"])?.ok()?;
+    ensure!(
+        ["net.ipv4.vs.conntrack", "another program", "cleanup"].iter().all(|text| said.stderr.contains(text)),
+        "{said}"
+    );
+    ensure!(sysctl(n1, "vs/conntrack")? == "1", "it was put back beside a foreign service");
+    sh(cx, n1, "ipvsadm -D -t 10.99.0.1:81")?;
+    let said = meshlb.run(n1, &["cleanup"])?.ok()?;
+    ensure!(said.stderr.is_empty(), "{said}");
+    ensure!(sysctl(n1, "vs/conntrack")? == "0", "it was not put back by the second cleanup");
+    ensure!(!n1.state_dir().join("state.json").exists(), "a state file is left");
+    Ok(())
 }

@@ -236,6 +236,9 @@ fn unread(cx: &mut Cx) -> Result<()> {
     agent.kill();
     // An empty folder, as while its file system is not mounted yet.
     fs::create_dir(&m.dir)?;
+    let out = meshlb.run(n1, &["apply", &dir])?;
+    super::support::one_line(&out, &[&dir, "was replaced by an empty folder"])?;
+    check::same(&before, &n1.snapshot()?, "apply with an empty folder")?;
     let mut agent = meshlb.agent(n1, &m.dir)?;
     agent.wait_for_log("was replaced by an empty folder", Duration::from_secs(10))?;
     sleep(Duration::from_secs(2));
@@ -257,6 +260,13 @@ fn unread(cx: &mut Cx) -> Result<()> {
     );
     check::same(&before, &n1.snapshot()?, "with a file that can't be read")?;
     served(&t, &["p11", "p12"])?;
+    for command in ["show", "explain"] {
+        let out = meshlb.run(n1, &[command, "web"])?;
+        ensure!(
+            out.status == 1 && out.stderr.contains("web is in nothing that can be read"),
+            "{command}: {out}"
+        );
+    }
     // All of it is back, the service last and in one step: nothing to do.
     for file in fs::read_dir(&away)? {
         let file = file?;
@@ -342,6 +352,13 @@ fn lock_file(cx: &mut Cx) -> Result<()> {
     fs::write(&lock, "version: 1\nservices: [\n")?;
     agent.wait_for_log("meshlb.lock is damaged", Duration::from_secs(5))?;
     ensure!(answered("10.200.7.34:80")?, "a damaged lock file has taken the address away");
+    // Nor does it keep an agent from starting, or anybody from looking.
+    agent.kill();
+    let mut agent = start(cx, &meshlb, &t, &m)?;
+    ensure!(agent.log_text().contains("meshlb.lock is damaged"), "{}", agent.log_text());
+    ensure!(answered("10.200.7.34:80")?, "with a damaged lock file it has another address after a restart");
+    let shown = meshlb.run(t.node(1), &["show", "web"])?;
+    ensure!(shown.status == 0 && shown.stdout.contains("10.200.7.34"), "{shown}");
     // Without it the address stays.
     fs::remove_file(&lock)?;
     agent.wait_for_log("no longer: ", Duration::from_secs(5))?;
