@@ -20,6 +20,7 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let _instance = Instance::take(format!("`meshlb apply`, pid {}", std::process::id()))?;
     let mut session = Session::open(options, Some(Origin::folder(dir)?), Purpose::Apply)?;
+    session.keeper.refuse_emptied()?;
     let wrong = session.report_problems();
     let start = Instant::now();
     let ops = session.engine.prepare(true, Timestamp::now())?;

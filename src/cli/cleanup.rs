@@ -1,6 +1,11 @@
 //! `meshlb cleanup`: removes everything that meshlb ever programmed in this network namespace.
 
-use std::{collections::BTreeSet, path::Path, process::ExitCode};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::Path,
+    process::ExitCode,
+};
 
 use anyhow::Result;
 
@@ -18,7 +23,7 @@ use crate::{
     instance::{self, Instance},
     model::{
         ids::{Family, Mark},
-        kernel::VirtualServerKey,
+        kernel::{Timeouts, VirtualServerKey},
         node::MarkMask,
     },
     state::State,
@@ -122,24 +127,25 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
     // Without the module nobody has a service.
     let foreign = ipvs.as_mut().is_some_and(|ipvs| remove_services(ipvs, &marks, &mut errors));
     let unrestored = restore(&mut host, ipvs.as_mut(), &state, foreign, &mut errors);
+    let mut kept = None;
     if errors.is_empty() {
         super::record::Record::new(&options.run_dir).clear()?;
-        dir.clear()?;
-        if !unrestored.is_empty() {
+        if unrestored.is_empty() {
+            dir.clear()?;
+        } else {
             // What was there before us is known nowhere else.
             let boot_id = state.boot_id.clone();
-            let (sysctls, ipvs_timeouts) = (state.sysctls.clone(), state.ipvs_timeouts);
+            let Unrestored { sysctls, ipvs_timeouts } = &unrestored;
+            let (sysctls, ipvs_timeouts) = (sysctls.clone(), *ipvs_timeouts);
             dir.save(&State { boot_id, sysctls, ipvs_timeouts, ..State::default() })?;
+            dir.save_drains(&[])?;
+            kept = Some(format!(
+                "{unrestored} stay as we set them, since another program has IPVS services here that may need them; what they \
+                 were is in {}: `meshlb cleanup` puts them back when those services are gone",
+                options.state_dir.display()
+            ));
         }
     }
-    let kept = (!unrestored.is_empty()).then(|| {
-        format!(
-            "{} stay as we set them, since another program has IPVS services here that may need them; what they were is in \
-             {}: `meshlb cleanup` puts them back when those services are gone",
-            unrestored.join(", "),
-            options.state_dir.display()
-        )
-    });
     Ok(Cleaned { errors, kept })
 }
 
@@ -172,6 +178,27 @@ fn remove_services(ipvs: &mut KernelIpvs, marks: &BTreeSet<Mark>, errors: &mut V
     }
 }
 
+/// What would have gone back but for others, with what it was.
+#[derive(Default)]
+struct Unrestored {
+    sysctls: BTreeMap<String, String>,
+    ipvs_timeouts: Option<(Timeouts, Timeouts)>,
+}
+
+impl Unrestored {
+    fn is_empty(&self) -> bool {
+        self.sysctls.is_empty() && self.ipvs_timeouts.is_none()
+    }
+}
+
+impl fmt::Display for Unrestored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut names: Vec<String> = self.sysctls.keys().map(|path| path.replace('/', ".")).collect();
+        names.extend(self.ipvs_timeouts.map(|_| "the IPVS timeouts".to_owned()));
+        f.write_str(&names.join(", "))
+    }
+}
+
 /// Sysctls go back only where they still have our value and no foreign IPVS service may depend on them
 /// (design decision 9); the same for timeouts. Names those that would have gone back but for that.
 fn restore(
@@ -180,8 +207,8 @@ fn restore(
     state: &State,
     foreign: bool,
     errors: &mut Vec<String>,
-) -> Vec<String> {
-    let mut unrestored = Vec::new();
+) -> Unrestored {
+    let mut unrestored = Unrestored::default();
     for required in REQUIRED {
         let (Some(original), Some(_)) = (state.sysctls.get(required.path), required.restore) else {
             continue;
@@ -191,7 +218,7 @@ fn restore(
             continue;
         }
         if foreign {
-            unrestored.push(required.path.replace('/', "."));
+            unrestored.sysctls.insert(required.path.into(), original.clone());
         } else if let Err(e) = host.set_sysctl(required.path, original) {
             errors.push(e.to_string());
         }
@@ -201,7 +228,7 @@ fn restore(
         && ipvs.timeouts().is_ok_and(|now| now == ours)
     {
         if foreign {
-            unrestored.push("the IPVS timeouts".into());
+            unrestored.ipvs_timeouts = state.ipvs_timeouts;
         } else if let Err(e) = ipvs.set_timeouts(before) {
             errors.push(e.to_string());
         }

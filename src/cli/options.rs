@@ -388,7 +388,11 @@ pub fn with_config_file(mut command: clap::Command, file: &std::path::Path) -> R
             serde_json::Value::Array(items) if items.is_empty() && name == "publish-reserved" => {
                 "none".to_owned()
             }
-            serde_json::Value::Array(items) if items.is_empty() => continue,
+            serde_json::Value::Array(items)
+                if items.is_empty() && command.get_arguments().any(|a| a.get_long() == Some(&name)) =>
+            {
+                continue;
+            }
             serde_json::Value::Array(items) => items.iter().map(scalar).collect::<Vec<_>>().join(","),
             other => scalar(&other),
         };

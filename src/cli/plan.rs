@@ -104,6 +104,7 @@ fn owner(engine: &Engine, op: &Op) -> Option<String> {
 pub fn run(options: &Options, dir: Option<&Path>, output: Output) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
     let mut session = Session::open(options, dir.map(Origin::folder).transpose()?, Purpose::Look)?;
+    session.keeper.refuse_emptied()?;
     let wrong = session.report_problems();
     let (ops, observed) = session.prepare()?;
     let plan = Plan::new(&session.engine, &ops, &observed);

@@ -72,6 +72,21 @@ impl Keeper {
         self.state.folder.filter(|_| same && !self.state.allocations.services.is_empty())
     }
 
+    /// Who reads the source once does not take an empty folder for one that was emptied: its file system is not mounted, mostly.
+    ///
+    /// # Errors
+    /// That it is.
+    pub fn refuse_emptied(&self) -> Result<()> {
+        match (self.source.dir(), self.folder()) {
+            (Some(dir), Some(before)) if emptied(dir, before) => bail!(
+                "{}: was replaced by an empty folder (unmounted?); what was in it stays in force. If it is meant to be \
+                 empty, put an empty file none.yaml into it",
+                dir.display()
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// Whether an earlier state is on disk. Where a newer one can't be written, it is better to go on with that than to
     /// leave the kernel with endpoints that are dead: what a restart then does not find is which automatic values
     /// depended on history, and drains.
@@ -268,19 +283,9 @@ impl Session {
             )
         };
         let dataplane = dataplane(options, &state)?;
-        let lock = source.dir().map_or_else(|| Ok(Lock::default()), |dir| lock_of(dir, purpose))?;
-        if let Some(dir) =
-            source.dir().filter(|_| purpose == Purpose::Apply && state.source.as_ref() == Some(&source))
-            && state
-                .folder
-                .is_some_and(|before| !state.allocations.services.is_empty() && emptied(dir, before))
-        {
-            bail!(
-                "{}: was replaced by an empty folder (unmounted?); what was in it stays in force. If it is meant to be \
-                 empty, put an empty file none.yaml into it",
-                dir.display()
-            );
-        }
+        let known = state.source.as_ref() == Some(&source) && !state.allocations.services.is_empty();
+        let strict = purpose == Purpose::Apply || (purpose == Purpose::Agent && !known);
+        let lock = source.dir().map_or_else(|| Ok(Lock::default()), |dir| lock_of(dir, strict))?;
         let mut engine = Engine::new(
             settings,
             dataplane,
@@ -414,14 +419,14 @@ impl Session {
     }
 }
 
-/// What the lock file of a folder says. What it is about is in the state, too: a damaged one is no reason not to look, nor for an
-/// agent not to start.
-fn lock_of(dir: &Path, purpose: Purpose) -> Result<Lock> {
+/// What the lock file of a folder says. Where what it is about is in the state, too (not `strict`), a damaged one is no reason not to
+/// look, nor for an agent not to start.
+fn lock_of(dir: &Path, strict: bool) -> Result<Lock> {
     match Lock::read(dir) {
         Ok(lock) => Ok(lock.unwrap_or_default()),
         // What is wrong with the folder itself is told by who reads it.
         Err(LockError::Io(_)) if !dir.is_dir() => Ok(Lock::default()),
-        Err(e) if purpose == Purpose::Apply => bail!("{}: {e}", dir.display()),
+        Err(e) if strict => bail!("{}: {e}", dir.display()),
         Err(e) => {
             warn!("{}: {e}; what is known of earlier allocations stays in force", dir.display());
             Ok(Lock::default())

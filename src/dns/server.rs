@@ -42,6 +42,8 @@ const WAIT_FOR_SOURCE: Duration = Duration::from_secs(20);
 const RETRY: Duration = Duration::from_secs(5);
 /// Packets that are read before others get a turn.
 const AT_ONCE: usize = 64;
+/// So often does the second thread read before it has to be called again.
+const ROUNDS: usize = 16;
 /// Asked of the kernel, which may give less: bursts wait there, and answers to a neighbour that has to be found first.
 const BUFFER: usize = 4 << 20;
 
@@ -275,17 +277,16 @@ struct Asking {
 }
 
 impl Asking {
-    /// Reads what is there, at most so many packets, and answers it. Whether there may be more.
-    fn round(self: &Arc<Self>, buffer: &mut [u8], most: usize) -> bool {
+    /// Reads so many packets and answers them.
+    ///
+    /// # Errors
+    /// `WouldBlock` when there is none left; anything else that kept it from reading.
+    fn round(self: &Arc<Self>, buffer: &mut [u8], most: usize) -> io::Result<()> {
         for _ in 0..most {
-            match self.udp.plain.recv_from(buffer) {
-                Ok((n, from)) => self.answer(buffer.get(..n).unwrap_or_default(), from),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return false,
-                // What an earlier answer has met, such as that nobody listens there.
-                Err(e) => tracing::debug!("DNS can't receive: {e}"),
-            }
+            let (n, from) = self.udp.plain.recv_from(buffer)?;
+            self.answer(buffer.get(..n).unwrap_or_default(), from);
         }
-        true
+        Ok(())
     }
 
     fn answer(self: &Arc<Self>, bytes: &[u8], from: SocketAddr) {
@@ -326,19 +327,23 @@ fn buffer() -> Vec<u8> {
 async fn serve_udp(asking: Arc<Asking>, more: Option<SyncSender<Arc<Asking>>>) {
     let mut buffer = buffer();
     loop {
-        if let Err(e) = asking.udp.waiting.readable().await {
-            tracing::debug!("DNS can't receive: {e}");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-        // The runtime learns from WouldBlock that there is nothing left.
-        let left = asking.udp.waiting.try_io(Interest::READABLE, || {
-            if asking.round(&mut buffer, AT_ONCE) { Ok(()) } else { Err(io::ErrorKind::WouldBlock.into()) }
-        });
-        if left.is_ok() {
-            if let Some(more) = &more {
-                let _ = more.try_send(asking.clone());
+        let read = match asking.udp.waiting.readable().await {
+            // The runtime learns from WouldBlock that there is nothing left.
+            Ok(()) => asking.udp.waiting.try_io(Interest::READABLE, || asking.round(&mut buffer, AT_ONCE)),
+            Err(e) => Err(e),
+        };
+        match read {
+            Ok(()) => {
+                if let Some(more) = &more {
+                    let _ = more.try_send(asking.clone());
+                }
+                tokio::task::yield_now().await;
             }
-            tokio::task::yield_now().await;
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => {
+                tracing::debug!("DNS can't receive: {e}");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
         }
     }
 }
@@ -350,7 +355,8 @@ fn second_reader() -> Option<SyncSender<Arc<Asking>>> {
     let read = move || {
         let mut buffer = buffer();
         while let Ok(asking) = receiver.recv() {
-            while asking.round(&mut buffer, AT_ONCE) {}
+            // Not for ever: what it holds is the address, and who wants it back has to get it.
+            let _ = (0..ROUNDS).try_for_each(|_| asking.round(&mut buffer, AT_ONCE));
         }
     };
     std::thread::Builder::new().name("dns-more".into()).spawn(read).ok().map(|_| sender)

@@ -1,7 +1,7 @@
 //! Traffic of services and endpoints, from the kernel's counters.
 //!
-//! The kernel counts per destination, from 0 when one is added that was away for more than two minutes, and goes on where it
-//! was otherwise. Endpoint series may therefore restart when an endpoint comes back; Prometheus' `rate` and `increase` take
+//! The kernel counts per destination, from 0 when one is added that was away for some minutes and has no connections left, and
+//! goes on where it was otherwise. Endpoint series may therefore restart when an endpoint comes back; Prometheus' `rate` and `increase` take
 //! that for the reset that it is. A *service's* series can't simply be the sum of its endpoints': the sum falls when an endpoint
 //! leaves, and that would look like a reset with all the rest counted again. They add up what each
 //! endpoint gained since the last scrape, and so never fall while the program runs. What an endpoint
@@ -110,14 +110,15 @@ struct History {
     last: HashMap<RealServerKey, (Totals, Instant)>,
 }
 
-/// A destination that is taken out and added again within two minutes goes on counting where it was
-/// (`IP_VS_DEST_TRASH_PERIOD` in the kernel's `ip_vs_ctl.c`, and a margin).
-const REMEMBERED: Duration = Duration::from_secs(150);
+/// A destination that is taken out and added again soon goes on counting where it was: the kernel keeps it for two to three minutes
+/// after its last connection (`ip_vs_dest_trash_expire` in `ip_vs_ctl.c`), which may be long.
+const REMEMBERED: Duration = Duration::from_secs(30 * 60);
 
 impl History {
     /// Adds what the endpoints gained. A value below the last one has started again from 0.
     fn advance(&mut self, endpoints: &BTreeMap<RealServerKey, &EndpointTraffic>, at: Instant) {
-        self.last.retain(|_, (_, seen)| at.saturating_duration_since(*seen) < REMEMBERED);
+        let recent = |seen: &Instant| at.saturating_duration_since(*seen) < REMEMBERED;
+        self.last.retain(|key, (_, seen)| endpoints.contains_key(key) || recent(seen));
         for (key, endpoint) in endpoints {
             let now = totals(&endpoint.counters);
             let last = self.last.insert(*key, (now, at)).map_or_else(Totals::default, |(last, _)| last);
@@ -327,12 +328,14 @@ pub(super) mod tests {
             advance_at(&mut history, endpoints, start + Duration::from_secs(seconds))
         };
         assert_eq!(count(&[endpoint(address, 1, 1000)], 0), 1000);
-        assert_eq!(count(&[], 30), 1000);
+        // Nobody has looked for long.
+        assert_eq!(count(&[endpoint(address, 1, 1000)], 7200), 1000);
+        assert_eq!(count(&[], 7230), 1000);
         // The kernel has kept its counters.
-        assert_eq!(count(&[endpoint(address, 1, 1001)], 60), 1001);
+        assert_eq!(count(&[endpoint(address, 1, 1001)], 7260), 1001);
         // After that time it has not.
-        assert_eq!(count(&[], 300), 1001);
-        assert_eq!(count(&[endpoint(address, 1, 1500)], 301), 2501);
+        assert_eq!(count(&[], 10_000), 1001);
+        assert_eq!(count(&[endpoint(address, 1, 1500)], 10_001), 2501);
     }
 
     #[test]

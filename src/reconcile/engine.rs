@@ -378,7 +378,7 @@ impl Engine {
         }
         let mut ops = plan(self.merged.state(), &self.known, &touched);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
-        ops.extend(self.flows_left.iter().cloned());
+        ops.extend(self.flows_to_retry());
         Ok(Some(ops))
     }
 
@@ -416,7 +416,7 @@ impl Engine {
         let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
         ops.extend(self.earlier_routes()?);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
-        ops.extend(self.flows_left.iter().cloned());
+        ops.extend(self.flows_to_retry());
         self.note_originals(&ops);
         Ok((ops, observed))
     }

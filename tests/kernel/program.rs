@@ -141,12 +141,15 @@ pub struct Agent {
     child: Child,
     /// Its output.
     pub log: PathBuf,
+    /// How much of that is of those before it.
+    before: usize,
 }
 
 impl Agent {
     /// Starts it by a command of the caller's.
     pub fn spawn(ns: &Netns, command: &[&str], env: &[(&str, &str)], log: PathBuf) -> Result<Agent> {
-        Ok(Agent { child: ns.spawn(command, env, &log)?, log })
+        let before = fs::metadata(&log).map_or(0, |m| usize::try_from(m.len()).unwrap_or(0));
+        Ok(Agent { child: ns.spawn(command, env, &log)?, log, before })
     }
 
     /// Its process.
@@ -178,7 +181,8 @@ impl Agent {
 
     /// What it has logged.
     pub fn log_text(&self) -> String {
-        fs::read_to_string(&self.log).unwrap_or_default()
+        let all = fs::read(&self.log).unwrap_or_default();
+        String::from_utf8_lossy(all.get(self.before..).unwrap_or_default()).into_owned()
     }
 
     /// Waits until its log has this text.

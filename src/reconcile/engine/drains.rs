@@ -13,7 +13,7 @@ use crate::{
     dataplane::{Error, executor::Failure},
     model::{
         ids::{Family, Protocol, Scope},
-        kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
+        kernel::{Element, PublishedFlows, RealServerKey, UdpFlows, VirtualServerKey},
     },
     plan::Op,
 };
@@ -77,10 +77,31 @@ impl Engine {
         const TRIES: u8 = 5;
         let of_conntrack = |failure: &&Failure| matches!(failure.op, Op::ForgetUdp(_) | Op::CutFlows(_));
         self.flows_left = failures.iter().filter(of_conntrack).map(|failure| failure.op.clone()).collect();
-        self.flows_tried = if self.flows_left.is_empty() { 0 } else { self.flows_tried + 1 };
+        self.flows_tried = if self.flows_left.is_empty() { 0 } else { self.flows_tried.saturating_add(1) };
         if self.flows_tried >= TRIES {
             self.flows_left.clear();
         }
+    }
+
+    /// What is left of that. Who takes connections again keeps those that it has.
+    pub(super) fn flows_to_retry(&self) -> Vec<Op> {
+        let servers = &self.merged.state().virtual_servers;
+        let takes = |real: &RealServerKey| {
+            servers.values().any(|server| server.reals.get(real).is_some_and(|config| config.weight > 0))
+        };
+        let still = |op: &Op| match op {
+            Op::CutFlows(flows) if takes(&flows.real) || self.overdue.contains(flows) => None,
+            Op::ForgetUdp(flows) => {
+                let flows: UdpFlows = flows
+                    .iter()
+                    .filter(|(real, _)| !takes(real))
+                    .map(|(real, to)| (*real, to.clone()))
+                    .collect();
+                (!flows.is_empty()).then_some(Op::ForgetUdp(flows))
+            }
+            op => Some(op.clone()),
+        };
+        self.flows_left.iter().filter_map(still).collect()
     }
 
     /// Connections to a real server by the published ports that lead to it.

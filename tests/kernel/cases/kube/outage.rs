@@ -73,7 +73,7 @@ pub fn outage(cx: &mut Cx) -> Result<()> {
         cx.note(format!("{what}: {} answered, slowest {:?}", report.answered(), report.slowest));
         let lost = report.errors.iter().filter(|(_, e)| what.starts_with("UDP") && e == "timeout").count();
         ensure!(
-            report.errors.len() == lost && lost <= 2 && report.answered() > 1000,
+            report.errors.len() == lost && lost <= 2 && report.answered() > 200,
             "{what}: {} answered, {:?}",
             report.answered(),
             report.errors
