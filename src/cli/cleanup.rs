@@ -134,13 +134,12 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
             dir.clear()?;
         } else {
             // What was there before us is known nowhere else.
-            let boot_id = state.boot_id.clone();
-            let Unrestored { sysctls, ipvs_timeouts } = &unrestored;
-            let (sysctls, ipvs_timeouts) = (sysctls.clone(), *ipvs_timeouts);
-            dir.save(&State { boot_id, sysctls, ipvs_timeouts, ..State::default() })?;
+            let what = unrestored.to_string();
+            let Unrestored { sysctls, ipvs_timeouts } = unrestored;
+            dir.save(&State { boot_id: state.boot_id, sysctls, ipvs_timeouts, ..State::default() })?;
             dir.save_drains(&[])?;
             kept = Some(format!(
-                "{unrestored} stay as we set them, since another program has IPVS services here that may need them; what they \
+                "{what} stay as we set them, since another program has IPVS services here that may need them; what they \
                  were is in {}: `meshlb cleanup` puts them back when those services are gone",
                 options.state_dir.display()
             ));

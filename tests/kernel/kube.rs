@@ -125,20 +125,15 @@ impl Kube {
     pub fn register(&self, node: &Node) -> Result<()> {
         let addresses = [node.v4.to_string(), node.v6.to_string()];
         let internal = addresses.each_ref().map(|a| json!({"type": "InternalIP", "address": a}));
-        let mut object = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node.name}});
-        self.apply(&object)?;
-        object["metadata"]["labels"] = json!({"topology.kubernetes.io/zone": format!("zone-{}", node.index)});
+        let labels = json!({"topology.kubernetes.io/zone": format!("zone-{}", node.index)});
+        let metadata = json!({"name": node.name, "labels": labels});
+        let object = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata});
         self.apply(&object)?;
         self.patch_status(&object, &json!({"addresses": internal}))?;
         let pod = agent_pod(node);
         self.delete(&pod)?;
         self.apply(&pod)?;
-        self.run_pod(&pod, &addresses)
-    }
-
-    /// Says that a pod runs and is ready, at these addresses.
-    pub fn run_pod(&self, pod: &Value, addresses: &[String]) -> Result<()> {
-        self.pod_is(pod, addresses, true)
+        self.pod_is(&pod, &addresses, true)
     }
 
     /// Says that a pod runs at these addresses, and whether it is ready.

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::kube::bed::{Bed, Granted, endpoints, granted, service, works};
-use super::support::{metric, wait_until};
+use super::support::{metric, wait_until_ok};
 use crate::check;
 use crate::client::{Load, Probe};
 use crate::kube::KUBECONFIG;
@@ -257,17 +257,9 @@ fn told(cx: &mut Cx, bed: &mut Bed, mode: &'static str) -> Result<()> {
     proxies.stop(t)
 }
 
-/// Tries until it holds; tells what was in the way last.
+/// Tries until it holds.
 fn settled(what: &str, f: impl Fn() -> Result<()>) -> Result<Duration> {
-    let mut last = None;
-    let done = wait_until(what, PATIENCE, || {
-        last = f().err();
-        Ok(last.is_none())
-    });
-    match (done, last) {
-        (Err(e), Some(last)) => bail!("{e}: {last:#}"),
-        (done, _) => done,
-    }
+    wait_until_ok(what, PATIENCE, f)
 }
 
 /// What kube-proxy has programmed, without counters.

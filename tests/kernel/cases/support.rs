@@ -101,6 +101,19 @@ pub fn wait_until(what: &str, within: Duration, mut f: impl FnMut() -> Result<bo
     Ok(start.elapsed())
 }
 
+/// Tries until it goes well; an error tells what was in the way last.
+pub fn wait_until_ok(what: &str, within: Duration, mut f: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut last = None;
+    let done = wait_until(what, within, || {
+        last = f().err();
+        Ok(last.is_none())
+    });
+    match (done, last) {
+        (Err(e), Some(last)) => bail!("{e}: {last:#}"),
+        (done, _) => done,
+    }
+}
+
 /// Waits until the agent says that it is ready.
 pub fn ready(node: &Node, agent: &mut Agent) -> Result<()> {
     let mut last = String::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use crate::cases::support::wait_until;
+use crate::cases::support::{ready, wait_until, wait_until_ok};
 use crate::check;
 use crate::client::Tally;
 use crate::kube::{Controller, Kube, NAMESPACE, Relay};
@@ -158,7 +158,7 @@ pub fn pods(kube: &Kube, t: &Topology, namespace: &str, app: &str, names: &[&str
         let object = pod(namespace, host, app);
         if names.contains(&host.name.as_str()) {
             kube.apply(&object)?;
-            kube.run_pod(&object, &[host.v4.to_string(), host.v6.to_string()])?;
+            kube.pod_is(&object, &[host.v4.to_string(), host.v6.to_string()], true)?;
         } else {
             kube.delete(&object)?;
         }
@@ -247,6 +247,13 @@ impl Bed {
         self.agents.get_mut(k - 1).and_then(Option::as_mut).context("no such agent")
     }
 
+    /// Waits until the agent of a node says that it is ready.
+    pub fn until_ready(&mut self, k: usize) -> Result<()> {
+        let node = self.t.nodes.get(k - 1).context("no such node")?;
+        let agent = self.agents.get_mut(k - 1).and_then(Option::as_mut).context("no such agent")?;
+        ready(node, agent)
+    }
+
     /// Takes the agent of a node out.
     pub fn take_agent(&mut self, k: usize) -> Result<Agent> {
         self.agents.get_mut(k - 1).and_then(Option::take).context("no such agent")
@@ -278,15 +285,7 @@ impl Bed {
     }
 
     fn until(&self, names: &[&str], works: impl Fn() -> Result<()>) -> Result<Duration> {
-        let mut last = None;
-        let done = wait_until(&format!("{names:?} answer from everywhere"), PATIENCE, || {
-            last = works().err();
-            Ok(last.is_none())
-        });
-        match (done, last) {
-            (Err(e), Some(last)) => Err(e.context(format!("{last:#}"))),
-            (done, _) => done,
-        }
+        wait_until_ok(&format!("{names:?} answer from everywhere"), PATIENCE, works)
     }
 
     /// Waits until a connection is refused.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::bed::{Bed, Granted, PATIENCE, endpoints, granted, named, pod, pods, says, service};
-use crate::cases::support::wait_until;
+use crate::cases::support::wait_until_ok;
 use crate::check;
 use crate::client::{Load, Probe};
 use crate::runner::{Cx, Family, Proto};
@@ -45,12 +45,7 @@ impl Edits<'_> {
 
     /// Waits until this holds.
     fn until(&self, what: &str, f: impl Fn() -> Result<()>) -> Result<()> {
-        let mut last = None;
-        let done = wait_until(what, PATIENCE, || {
-            last = f().err();
-            Ok(last.is_none())
-        });
-        done.with_context(|| last.map_or_else(String::new, |e| format!("{e:#}"))).map(drop)
+        wait_until_ok(what, PATIENCE, f).map(drop)
     }
 
     /// Who answers a pod of the first node over TCP, `n` connections.

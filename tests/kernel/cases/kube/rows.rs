@@ -135,7 +135,7 @@ fn kept_and_counted(cx: &Cx, bed: &mut Bed) -> Result<()> {
     }
     bed.controller = Some(bed.kube.controller(&cx.dir)?);
     for k in 1..=3 {
-        bed.agent(k)?.wait_for_log("in sync", PATIENCE).or_else(|_| ready_soon(bed, k))?;
+        bed.until_ready(k)?;
     }
     // The controller writes nothing that has not changed: what it would give anew shows by a change.
     bed.kube.patch(&service(), &json!({"drain": {"timeoutSeconds": 7}}))?;
@@ -168,15 +168,6 @@ fn kept_and_counted(cx: &Cx, bed: &mut Bed) -> Result<()> {
         ensure!(text.contains(series), "no {series}: {:?}", series_of(&text));
     }
     Ok(())
-}
-
-fn ready_soon(bed: &mut Bed, k: usize) -> Result<()> {
-    let t = bed.t.clone();
-    let node = t.nodes.get(k - 1).context("no such node")?;
-    wait_until("the agent is ready", PATIENCE, || {
-        Ok(http(node, "127.0.0.1:9477", "/readyz").is_ok_and(|(s, _)| s == 200))
-    })
-    .map(drop)
 }
 
 fn series_of(text: &str) -> Vec<&str> {
