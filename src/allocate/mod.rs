@@ -347,7 +347,7 @@ impl Allocator {
             match pool.outcome(&who) {
                 Some(Outcome::Held { first, moved_by }) => {
                     found.vips.set(family, address(*first));
-                    if let Some((from, by)) = moved_by
+                    if let Some((from, by)) = moved_by.as_deref()
                         && let (Some(from), Some(to)) = (address(*from), address(*first))
                     {
                         found.conflicts.push(Conflict::VipMoved { from, to, by: by.service.clone() });
@@ -375,7 +375,7 @@ impl Allocator {
             None => {}
             Some(Outcome::Held { first, moved_by }) => {
                 found.published.insert(port, number(first));
-                if let Some((from, by)) = moved_by {
+                if let Some((from, by)) = moved_by.map(|moved| *moved) {
                     let (from, to) = (number(from), number(first));
                     found.conflicts.push(Conflict::PortMoved { port, from, to, by: by.service });
                 }

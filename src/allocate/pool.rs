@@ -39,12 +39,12 @@ pub struct Firm {
     /// First number.
     pub first: u128,
     /// How many; at least 1.
-    pub count: u128,
+    pub count: u32,
 }
 
 impl Firm {
     fn numbers(self) -> std::ops::Range<u128> {
-        self.first..self.first.saturating_add(self.count)
+        self.first..self.first.saturating_add(self.count.into())
     }
 }
 
@@ -56,7 +56,7 @@ pub enum Want {
         /// First number.
         first: u128,
         /// How many.
-        count: u128,
+        count: u32,
         /// When the object that asks was created.
         created: u64,
     },
@@ -82,7 +82,7 @@ pub enum Outcome {
         /// The first number.
         first: u128,
         /// It had another one, which this claimant took away.
-        moved_by: Option<(u128, Claimant)>,
+        moved_by: Option<Box<(u128, Claimant)>>,
     },
     /// An earlier firm claim has one of its numbers.
     Taken {
@@ -105,7 +105,7 @@ struct Entry {
     outcome: Option<Outcome>,
     /// Number to take again if it is free.
     sticky: Option<u128>,
-    moved_by: Option<(u128, Claimant)>,
+    moved_by: Option<Box<(u128, Claimant)>>,
 }
 
 /// The numbers of a pool that are given out automatically: `low..split` is used when `split..end` is full.
@@ -369,7 +369,7 @@ impl Pool {
 
     fn note_moved(&mut self, who: &Claimant, from: u128, by: Claimant) {
         if let Some(entry) = self.entries.get_mut(who) {
-            entry.moved_by = Some((from, by));
+            entry.moved_by = Some(Box::new((from, by)));
         }
     }
 

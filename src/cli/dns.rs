@@ -1,6 +1,11 @@
 //! The DNS server's flags, and what it is fed with.
 
-use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::Arc,
+    time::Instant,
+};
 
 use anyhow::{Result, bail};
 use clap::Args;
@@ -9,7 +14,7 @@ use tracing::{error, info, warn};
 
 use super::options::Options;
 use crate::{
-    compile::endpoints::Place,
+    compile::{CompiledService, endpoints::Place},
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
@@ -193,6 +198,8 @@ pub struct Feed {
     metrics: Metrics,
     held: BTreeSet<ServiceKey>,
     published: bool,
+    /// What [`Self::begin`] has taken over already, until the turn that it was for is over.
+    begun: BTreeMap<ServiceKey, Arc<CompiledService>>,
     problems: Vec<String>,
 }
 
@@ -230,6 +237,7 @@ impl Feed {
             metrics: metrics.clone(),
             held: BTreeSet::new(),
             published: false,
+            begun: BTreeMap::new(),
             problems: Vec::new(),
         })
     }
@@ -242,7 +250,13 @@ impl Feed {
         since: Option<Instant>,
     ) -> BTreeSet<ServiceKey> {
         let mut others = BTreeSet::new();
-        for key in keys {
+        let begun = std::mem::take(&mut self.begun);
+        let services = engine.merged().services();
+        let is_new = |key: &&ServiceKey| match (begun.get(*key), services.get(*key)) {
+            (Some(before), Some(now)) => !Arc::ptr_eq(before, now),
+            _ => true,
+        };
+        for key in keys.iter().filter(is_new) {
             let new = names_of(engine, key, &self.names);
             others.extend(self.names.set(key, new));
         }
@@ -265,8 +279,9 @@ impl Feed {
     /// soon as it knows them, and not only when it has looked at the kernel's state of each.
     pub fn begin(&mut self, engine: &Engine) {
         if self.server.is_some() && !self.published && !engine.merged().services().is_empty() {
-            let all = engine.merged().services().keys().cloned().collect();
-            self.update(engine, &all, None);
+            let services = engine.merged().services();
+            self.update(engine, &services.keys().cloned().collect(), None);
+            self.begun.clone_from(services);
         }
     }
 

@@ -60,9 +60,9 @@ impl Merged {
                 }
                 touched.virtual_servers.insert(*vs);
             }
-            for vs in old.virtual_servers.keys() {
-                if self.owners.get(&vs.mark) == Some(key) {
-                    self.owners.remove(&vs.mark);
+            for mark in old.marks() {
+                if self.owners.get(&mark) == Some(key) {
+                    self.owners.remove(&mark);
                 }
             }
             for (element, mark) in &old.elements {
@@ -79,9 +79,9 @@ impl Merged {
         let Some(new) = new else { return };
         for (vs, server) in &new.virtual_servers {
             self.state.virtual_servers.insert(*vs, server.clone());
-            self.owners.insert(vs.mark, key.clone());
             touched.virtual_servers.insert(*vs);
         }
+        self.owners.extend(new.marks().map(|mark| (mark, key.clone())));
         for (element, mark) in &new.elements {
             self.state.elements.insert(*element, *mark);
             touched.elements.insert(*element);

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    ops::RangeInclusive,
     sync::Arc,
     time::Duration,
 };
@@ -19,7 +20,7 @@ use crate::model::{
     },
     node::{NodeConfig, NodeFacts},
     service::{Mode, PublishMode, Reach, Service, ServicePort},
-    small::SmallMap,
+    small::{SmallMap, from_sorted},
 };
 
 /// What the allocator gave a service.
@@ -116,6 +117,11 @@ pub struct CompiledService {
 }
 
 impl CompiledService {
+    /// Its marks, whether IPVS has a service for them or not.
+    pub fn marks(&self) -> impl Iterator<Item = Mark> {
+        self.ports.iter().flat_map(|port| port.marks.values()).copied()
+    }
+
     /// The drains that this result contains.
     pub fn drains(&self) -> impl Iterator<Item = ((VirtualServerKey, RealServerKey), Timestamp)> {
         self.reals.iter().filter_map(|(key, info)| match info.state {
@@ -182,16 +188,16 @@ pub fn compile_service(
         mode: service.mode,
         vips: assigned.vips,
         ports,
-        virtual_servers: out.virtual_servers.into_iter().collect(),
-        reals: out.reals.into_iter().collect(),
-        elements: out.elements.into_iter().collect(),
+        virtual_servers: from_sorted(out.virtual_servers.into_iter()),
+        reals: from_sorted(out.reals.into_iter()),
+        elements: from_sorted(out.elements.into_iter()),
         shared: out.shared.into_iter().collect(),
         endpoints: count_endpoints(slices),
     }
 }
 
 /// The numbers of a port, or of a range of them.
-pub fn ports_from(first: u16, span: u16) -> impl Iterator<Item = u16> {
+pub fn ports_from(first: u16, span: u16) -> RangeInclusive<u16> {
     first..=first.saturating_add(span.saturating_sub(1))
 }
 
@@ -257,16 +263,18 @@ fn publish(
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
             Family::V6 => Ipv6Addr::LOCALHOST.into(),
         };
+        // The entry stays without an endpoint, too: no socket of the host is to answer in its place.
+        let leads_to = if takes_connections(out, key) { mark } else { Mark::NOWHERE };
         for &n in &numbers {
             let target = |addr| Target { addr, protocol: port.protocol, port: n };
             lead_to(out, target(ingress), mark);
             for addr in &inputs.facts.published_addresses {
                 if Family::of(addr) == family && wanted(addr) {
-                    out.elements.insert(Element::Published(target(*addr)), Some(mark));
+                    out.elements.insert(Element::Published(target(*addr)), Some(leads_to));
                 }
             }
             if inputs.facts.primary.get(family).is_some() && wanted(&loopback) {
-                out.elements.insert(Element::Loopback(family, port.protocol, n), Some(mark));
+                out.elements.insert(Element::Loopback(family, port.protocol, n), Some(leads_to));
             }
         }
     }
@@ -276,10 +284,13 @@ fn publish(
 /// which a TCP socket that is just sending its SYN drops (`tcp_v6_err`: the socket is locked), so that the
 /// client tries for a second; the guard refuses with a reset, at once.
 fn lead_to(out: &mut Draft, target: Target, mark: Mark) {
-    let key = VirtualServerKey { family: Family::of(&target.addr), mark };
-    if out.virtual_servers.get(&key).is_some_and(|s| s.reals.values().any(|real| real.weight > 0)) {
+    if takes_connections(out, VirtualServerKey { family: Family::of(&target.addr), mark }) {
         out.elements.insert(Element::Vip(target), Some(mark));
     }
+}
+
+fn takes_connections(out: &Draft, key: VirtualServerKey) -> bool {
+    out.virtual_servers.get(&key).is_some_and(|s| s.reals.values().any(|real| real.weight > 0))
 }
 
 /// Adds the IPVS service of (family, mark) with its destinations, unless the other scope has added it.
@@ -314,7 +325,7 @@ fn add_virtual_server(
     drain_removed(out, service, port, key, &mut reals, inputs);
     let config =
         VirtualServerConfig { scheduler: service.scheduler.name.clone(), flags: service.scheduler.flags };
-    let reals = Arc::new(reals.into_iter().collect());
+    let reals = Arc::new(from_sorted(reals.into_iter()));
     out.virtual_servers.insert(key, VirtualServer { config, protocol: Some(port.protocol), reals });
 }
 

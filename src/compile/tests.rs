@@ -15,7 +15,10 @@ use crate::model::{
     endpoints::{Endpoint, Slice},
     fixtures::{config, endpoint, facts, port, published, service, slice},
     ids::{Family, Mark, PerFamily, PortId, Protocol, Scope},
-    kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerKey},
+    kernel::{
+        Element, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
+        VirtualServerKey,
+    },
     service::{Mode, PublishMode, Service, TargetPort, TrafficPolicy},
 };
 
@@ -132,10 +135,11 @@ fn local_for_published_ports_alone_splits_the_scopes_and_fails_closed() {
     assert_eq!(reals(&out, v4(MARK)).len(), 3);
     assert_eq!(reals(&out, v4(OTHER)), [("10.244.1.11:8080".into(), 1)].into());
 
-    // Without an endpoint here the IPVS service stays, empty: that is refused, not passed on.
+    // Without an endpoint here the entries stay: that is refused by the guard, not passed on.
     let out = Case::new(service, vec![endpoint("10.244.2.11", "n2")]).compile();
-    assert_eq!(reals(&out, v4(OTHER)), [].into());
-    assert_eq!(out.elements[&Element::Published(target("192.168.50.1", 30080))], Some(OTHER));
+    assert!(!out.virtual_servers.contains_key(&v4(OTHER)));
+    assert_eq!(out.elements[&Element::Published(target("192.168.50.1", 30080))], Some(Mark::NOWHERE));
+    assert_eq!(out.elements[&Element::Loopback(Family::V4, Protocol::Tcp, 30080)], Some(Mark::NOWHERE));
 }
 
 #[test]
@@ -167,7 +171,9 @@ fn an_endpoint_that_is_not_ready_gets_nothing_and_a_terminating_one_only_when_it
 
 fn with_present(case: &mut Case, addr: &str) -> RealServerKey {
     let real = RealServerKey { addr: addr.parse().unwrap(), port: 8080 };
-    let server = case.compile().virtual_servers[&v4(MARK)].clone();
+    let config = VirtualServerConfig { scheduler: "rr".into(), flags: 0 };
+    let none = VirtualServer { config, protocol: Some(Protocol::Tcp), reals: Arc::default() };
+    let server = case.compile().virtual_servers.get(&v4(MARK)).cloned().unwrap_or(none);
     let server = case.present.entry(v4(MARK)).or_insert(server);
     Arc::make_mut(&mut server.reals).insert(real, RealServerConfig { weight: 1 });
     real
@@ -237,11 +243,19 @@ fn nothing_leads_to_ipvs_while_nobody_takes_connections() {
     assert_eq!(vips(&out), 0);
     assert_eq!(out.virtual_servers[&v4(MARK)].reals.len(), 1);
     // Published ports are still ours, so that no socket of the host answers on them.
+    let published = |out: &CompiledService| {
+        out.elements
+            .iter()
+            .filter(|(e, _)| !matches!(e, Element::Vip(_)))
+            .map(|(_, mark)| *mark)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(published(&out), [Some(Mark::NOWHERE); 2]);
     case.present.clear();
     let out = case.compile();
     assert_eq!(vips(&out), 0);
-    assert!(out.elements.keys().any(|e| matches!(e, Element::Published(_))));
-    assert!(out.virtual_servers[&v4(MARK)].reals.is_empty());
+    assert_eq!(published(&out), [Some(Mark::NOWHERE); 2]);
+    assert!(out.virtual_servers.is_empty());
     // And a service that is not published leaves nothing.
     let mut case = Case::new(vote(port(80, 8080)), Vec::new());
     case.slices.clear();

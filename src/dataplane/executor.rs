@@ -224,7 +224,9 @@ impl Stuck {
 
     fn failed(&mut self, op: &Op, leads_to: &dyn Fn(&Element) -> Option<Mark>) {
         match op {
-            Op::Element(ElementChange::Del(element)) => self.entered.extend(leads_to(element)),
+            Op::Element(ElementChange::Del(element) | ElementChange::Put(element, Some(Mark::NOWHERE))) => {
+                self.entered.extend(leads_to(element));
+            }
             Op::Ipvs(IpvsChange::DelService(key) | IpvsChange::DelReal(key, _)) => {
                 self.untrimmed.insert(key.mark);
             }

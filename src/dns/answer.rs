@@ -110,8 +110,8 @@ impl Table {
             }
             [label] => {
                 let label = std::str::from_utf8(label).ok()?.to_ascii_lowercase();
-                let addrs = service.endpoints.get(label.as_str())?;
-                let of = |family| addrs.iter().copied().filter(|ip| Family::of(ip) == family).collect();
+                service.labelled(&label).next()?;
+                let of = |family| service.labelled(&label).filter(|ip| Family::of(ip) == family).collect();
                 Some(self.addresses(name, kind, service.ttl, &of))
             }
             [port, protocol] => {
@@ -149,7 +149,7 @@ impl Table {
                 None => (own.clone(), service.addresses()),
                 Some(label) => {
                     let Ok(host) = own.prepend_label(&**label) else { continue };
-                    (host, service.endpoints.get(label).cloned().unwrap_or_default())
+                    (host, service.labelled(label).collect())
                 }
             };
             for ip in addrs {
@@ -191,9 +191,8 @@ impl Table {
         if !self.synced {
             return soa.map(|_| Answer::code(ResponseCode::ServFail));
         }
-        let pointers = if whole { self.addresses.get(&addr) } else { None };
-        let pointers = pointers.filter(|pointers| pointers.values().any(|pointer| pointer.named));
-        let Some(pointers) = pointers else {
+        let pointers: Vec<_> = if whole { self.pointers(addr) } else { Vec::new() };
+        if pointers.is_empty() {
             let soa = soa?;
             return Some(match kind {
                 RecordType::SOA if soa.name == *name => Answer { answers: vec![soa], ..Answer::default() },
@@ -206,16 +205,15 @@ impl Table {
                     Answer { code, authorities: vec![soa], ..Answer::default() }
                 }
             });
-        };
+        }
         match (kind, soa) {
             (RecordType::PTR, _) => {
-                let named = pointers.iter().filter(|(_, pointer)| pointer.named).take(MOST_POINTERS);
-                let records = named.filter_map(|(key, pointer)| {
-                    let mut target = service_name(&self.zone, &key.name, &key.namespace)?;
-                    if let Some(label) = &pointer.label {
-                        target = target.prepend_label(&**label).ok()?;
+                let records = pointers.into_iter().filter_map(|(service, label)| {
+                    let mut target = self.name_of(service)?;
+                    if let Some(label) = label {
+                        target = target.prepend_label(label).ok()?;
                     }
-                    Some(Record::from_rdata(name.clone(), pointer.ttl, RData::PTR(PTR(target))))
+                    Some(Record::from_rdata(name.clone(), service.ttl, RData::PTR(PTR(target))))
                 });
                 Some(Answer { answers: records.collect(), ..Answer::default() })
             }
@@ -224,6 +222,12 @@ impl Table {
             // Someone else's zone has more to say.
             (_, None) => None,
         }
+    }
+
+    /// Services that have a name for an address, with the label below their own where it is an endpoint's.
+    fn pointers(&self, addr: IpAddr) -> Vec<(&ServiceNames, Option<&str>)> {
+        let named = self.having(addr).filter_map(|service| Some((service, service.name_of_address(addr)?)));
+        named.take(MOST_POINTERS).collect()
     }
 
     /// Names in a reverse zone that are no address's, as `_dns-sd._udp.0.0.200.10.in-addr.arpa` (RFC 6763, 11): there is none.

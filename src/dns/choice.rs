@@ -12,16 +12,16 @@ const LONGEST: u64 = 4096;
 #[derive(Default, Debug)]
 pub struct Addresses {
     /// Those that take new connections, ordered.
-    entries: Vec<(IpAddr, u16)>,
+    entries: Box<[(IpAddr, u16)]>,
     /// Places in `entries` for answers of one address, in turn; empty where all weights are the same.
-    rotation: Vec<u32>,
+    rotation: Box<[u32]>,
 }
 
 impl Addresses {
     /// Of these, in their order. Weight 0 takes no new connections and is left out.
     pub fn new(entries: impl IntoIterator<Item = (IpAddr, u16)>) -> Self {
-        let entries: Vec<_> = entries.into_iter().filter(|(_, weight)| *weight > 0).collect();
-        let rotation = rotation(&entries);
+        let entries: Box<[_]> = entries.into_iter().filter(|(_, weight)| *weight > 0).collect();
+        let rotation = rotation(&entries).into_boxed_slice();
         Self { entries, rotation }
     }
 
@@ -58,7 +58,7 @@ impl Addresses {
             return None;
         }
         let n = turn.fetch_add(1, Ordering::Relaxed) as usize;
-        let place = match self.rotation.as_slice() {
+        let place = match &*self.rotation {
             [] => n % self.entries.len(),
             rotation => rotation[n % rotation.len()] as usize,
         };
@@ -163,7 +163,7 @@ mod tests {
         assert!(addresses(&[65535, 65534, 1]).rotation.len() <= LONGEST as usize + 3);
         assert_eq!(addresses(&[1; 5000]).rotation.len(), 0);
         // Spread, not in one go.
-        assert_eq!(addresses(&[2, 4]).rotation, [1, 0, 1]);
+        assert_eq!(*addresses(&[2, 4]).rotation, [1, 0, 1]);
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! Keeps the [`Table`] as the services are, change by change.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    net::IpAddr,
+    collections::{BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
 use super::{
-    records::{Main, ServiceNames},
-    table::{Entry, Pointer, Pointers, Table, name_key},
+    records::ServiceNames,
+    table::{Entry, Table, name_key},
     zone::Zone,
 };
 use crate::model::ids::ServiceKey;
@@ -99,42 +98,24 @@ impl Names {
         }
     }
 
+    /// Puts into the table who has which addresses.
     fn set_addresses(&mut self, key: &ServiceKey, old: Option<&ServiceNames>, new: Option<&ServiceNames>) {
-        let pointers = |names: Option<&ServiceNames>| -> BTreeMap<IpAddr, Pointer> {
-            let Some(names) = names else { return BTreeMap::new() };
-            let ttl = names.ttl;
-            let endpoints = names.known.iter().map(|(ip, label)| {
-                let named = names.endpoints.get(label).is_some_and(|of| of.contains(ip));
-                (*ip, Pointer { label: Some(label.clone()), ttl, named })
+        let has = |names: Option<&ServiceNames>, ip| names.is_some_and(|names| names.has(ip));
+        let of = |names: Option<&ServiceNames>| names.map(ServiceNames::all_addresses).unwrap_or_default();
+        for ip in of(old).into_iter().filter(|ip| !has(new, *ip)) {
+            self.table.addresses.change(ip, |owners| {
+                let mut owners = owners.unwrap_or_default();
+                owners.remove(key);
+                (!owners.is_empty()).then_some(owners)
             });
-            let vips: Vec<_> = match &names.main {
-                Main::Vips(vips) => vips.iter().map(|(_, ip)| *ip).collect(),
-                Main::Endpoints(..) => Vec::new(),
-            };
-            let vips = vips.into_iter().map(|ip| (ip, Pointer { label: None, ttl, named: true }));
-            endpoints.chain(vips).collect()
-        };
-        let (old, mut new) = (pointers(old), pointers(new));
-        for (ip, pointer) in old {
-            let now = new.remove(&ip);
-            if now.as_ref() != Some(&pointer) {
-                self.point(key, ip, now);
-            }
         }
-        for (ip, pointer) in new {
-            self.point(key, ip, Some(pointer));
+        for ip in of(new).into_iter().filter(|ip| !has(old, *ip)) {
+            self.table.addresses.change(ip, |owners| {
+                let mut owners = owners.unwrap_or_default();
+                owners.insert(key.clone());
+                Some(owners)
+            });
         }
-    }
-
-    fn point(&mut self, key: &ServiceKey, ip: IpAddr, pointer: Option<Pointer>) {
-        self.table.addresses.change(ip, |pointers| {
-            let mut pointers: Pointers = pointers.unwrap_or_default();
-            match pointer {
-                Some(pointer) => drop(pointers.insert(key.clone(), pointer)),
-                None => drop(pointers.remove(key)),
-            }
-            (!pointers.is_empty()).then_some(pointers)
-        });
     }
 
     /// The zone.

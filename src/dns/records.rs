@@ -1,7 +1,6 @@
 //! What the names of one service answer, worked out when the service changes and not per query.
 
 use std::{
-    collections::BTreeMap,
     net::IpAddr,
     sync::{Arc, atomic::AtomicU32},
 };
@@ -31,14 +30,25 @@ pub struct ServiceNames {
     pub main: Main,
     /// All endpoints that serve, on any node and of any weight, in both modes: `tasks.`.
     pub tasks: PerFamily<Addresses>,
-    /// Endpoints by their label below the service's name.
-    pub endpoints: BTreeMap<Arc<str>, Vec<IpAddr>>,
-    /// Addresses of all endpoints, also of those that do not serve, with their labels: who asks is known by them.
-    pub known: Vec<(IpAddr, Arc<str>)>,
+    /// All endpoints by their addresses, also those that do not serve: who asks is known by them.
+    known: Box<[Known]>,
+    /// Places in `known` of those that serve, by their labels.
+    by_label: Box<[u32]>,
     /// Ports that have names.
     pub ports: Vec<PortNames>,
     /// Whose turn it is. Outlives changes of the service.
     pub turns: Arc<Turns>,
+}
+
+/// An endpoint.
+#[derive(Debug)]
+pub struct Known {
+    /// Its address.
+    pub address: IpAddr,
+    /// Its label below the service's name.
+    pub label: Arc<str>,
+    /// Whether the label is answered with the address.
+    pub serves: bool,
 }
 
 /// What a service's own name answers.
@@ -115,18 +125,21 @@ impl ServiceNames {
         context: Context<'_>,
         before: Option<&ServiceNames>,
     ) -> Self {
-        let mut known = BTreeMap::new();
-        let mut endpoints: BTreeMap<Arc<str>, Vec<IpAddr>> = BTreeMap::new();
-        for endpoint in slices.iter().flat_map(|slice| &slice.endpoints) {
-            known.entry(endpoint.address).or_insert_with(|| label(endpoint));
-        }
+        let endpoints = slices.iter().flat_map(|slice| &slice.endpoints);
+        let mut known: Vec<_> =
+            endpoints.map(|e| Known { address: e.address, label: label(e), serves: false }).collect();
+        known.sort_by_key(|known| known.address);
+        known.dedup_by_key(|known| known.address);
+        let mut known = known.into_boxed_slice();
         let tasks = taking(service, slices, context.place, Reach::ALL, 1);
-        for (_, addresses) in tasks.iter() {
-            for (addr, _) in addresses.entries() {
-                let Some(label) = known.get(addr) else { continue };
-                endpoints.entry(label.clone()).or_default().push(*addr);
+        for (address, _) in tasks.iter().flat_map(|(_, addresses)| addresses.entries()) {
+            if let Ok(place) = known.binary_search_by_key(address, |known| known.address) {
+                known[place].serves = true;
             }
         }
+        let mut by_label: Box<[u32]> =
+            (0..).zip(&known).filter(|(_, k)| k.serves).map(|(place, _)| place).collect();
+        by_label.sort_by_key(|place| &known[*place as usize].label);
         let main = match service.mode {
             Mode::Vip => Main::Vips(context.vips),
             Mode::Dnsrr => Main::Endpoints(
@@ -141,11 +154,51 @@ impl ServiceNames {
             aliases: service.dns.aliases.clone(),
             main,
             tasks,
-            endpoints,
             ports: ports(service, slices, context.place, &known),
-            known: known.into_iter().collect(),
+            known,
+            by_label,
             turns: before.map(|names| names.turns.clone()).unwrap_or_default(),
         }
+    }
+
+    /// The endpoint with this address.
+    pub fn endpoint(&self, address: IpAddr) -> Option<&Known> {
+        endpoint(&self.known, address)
+    }
+
+    /// The addresses that a label below the service's name is answered with; none where there is no such name.
+    pub fn labelled(&self, label: &str) -> impl Iterator<Item = IpAddr> {
+        let known = |place: &u32| &self.known[*place as usize];
+        let first = self.by_label.partition_point(|place| *known(place).label < *label);
+        let rest = self.by_label[first..].iter().map(known);
+        rest.take_while(move |known| *known.label == *label).map(|known| known.address)
+    }
+
+    /// The label below the service's name that is answered with an address, none for its own name; `None` where no name is.
+    pub fn name_of_address(&self, address: IpAddr) -> Option<Option<&str>> {
+        if self.has_vip(address) {
+            return Some(None);
+        }
+        self.endpoint(address).filter(|known| known.serves).map(|known| Some(&*known.label))
+    }
+
+    /// Whether an address is one of its virtual IPs.
+    fn has_vip(&self, address: IpAddr) -> bool {
+        matches!(&self.main, Main::Vips(vips) if vips.iter().any(|(_, vip)| *vip == address))
+    }
+
+    /// Whether an address is a virtual IP or an endpoint's.
+    pub fn has(&self, address: IpAddr) -> bool {
+        self.has_vip(address) || self.endpoint(address).is_some()
+    }
+
+    /// Its virtual IPs, and the addresses of its endpoints.
+    pub fn all_addresses(&self) -> Vec<IpAddr> {
+        let vips = match &self.main {
+            Main::Vips(vips) => *vips,
+            Main::Endpoints(..) => PerFamily::default(),
+        };
+        vips.iter().map(|(_, vip)| *vip).chain(self.known.iter().map(|known| known.address)).collect()
     }
 
     /// Weight-free addresses of the service's own name, for messages.
@@ -179,12 +232,17 @@ fn taking(
     out
 }
 
+fn endpoint(known: &[Known], address: IpAddr) -> Option<&Known> {
+    known.binary_search_by_key(&address, |known| known.address).ok().map(|place| &known[place])
+}
+
 /// Its hostname, else the name of its pod, else its address with dashes: what is a label.
 fn label(endpoint: &Endpoint) -> Arc<str> {
-    let names = [endpoint.hostname.as_deref(), endpoint.target.as_deref()];
+    let names = [&endpoint.hostname, &endpoint.target];
     let usable = names.into_iter().flatten().find(|name| is_label(name));
     match usable {
-        Some(name) => name.to_ascii_lowercase().into(),
+        Some(name) if name.bytes().any(|b| b.is_ascii_uppercase()) => name.to_ascii_lowercase().into(),
+        Some(name) => name.clone(),
         None => match endpoint.address {
             IpAddr::V4(a) => a.to_string().replace('.', "-").into(),
             // Written out, so that no label begins or ends with a dash.
@@ -201,12 +259,7 @@ fn is_label(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
-fn ports(
-    service: &Service,
-    slices: &[Arc<Slice>],
-    place: Place<'_>,
-    known: &BTreeMap<IpAddr, Arc<str>>,
-) -> Vec<PortNames> {
+fn ports(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, known: &[Known]) -> Vec<PortNames> {
     let named = service.ports.iter().filter_map(|port| Some((port, port.name.clone()?)));
     let names = named.map(|(port, name)| {
         let targets = match service.mode {
@@ -219,7 +272,8 @@ fn ports(
                         let weight = service.weight(candidate.endpoint);
                         // A range keeps the port that was asked for.
                         let port = if real.port == 0 { port.port } else { real.port };
-                        let target = PortTarget { label: known.get(&real.addr).cloned(), port, weight };
+                        let label = endpoint(known, real.addr).map(|known| known.label.clone());
+                        let target = PortTarget { label, port, weight };
                         // Both families of one endpoint are one target.
                         if weight > 0 && target.label.is_some() && !targets.contains(&target) {
                             targets.push(target);

@@ -2,14 +2,14 @@
 //! so that one change among thousands of services costs what one service costs.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::HashMap,
     hash::{BuildHasher, Hash},
     net::IpAddr,
     sync::Arc,
 };
 
 use super::{records::ServiceNames, zone::Zone};
-use crate::model::ids::ServiceKey;
+use crate::model::{ids::ServiceKey, small::SmallSet};
 
 /// Parts of each index. A change copies one of them.
 pub(super) const PARTS: usize = 256;
@@ -22,20 +22,6 @@ pub struct Entry {
     /// Whether the name is an alias.
     pub alias: bool,
 }
-
-/// Who has an address.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Pointer {
-    /// Label of the endpoint; none for a virtual IP.
-    pub label: Option<Arc<str>>,
-    /// Seconds that the answer may be kept.
-    pub ttl: u32,
-    /// Whether the name is answered with the address: else it only tells who asks.
-    pub named: bool,
-}
-
-/// Pointers of one address by service.
-pub type Pointers = BTreeMap<ServiceKey, Pointer>;
 
 /// A map in parts that copies share.
 #[derive(Clone, Debug)]
@@ -96,7 +82,8 @@ pub struct Table {
     /// The zone they are in.
     pub(super) zone: Arc<Zone>,
     pub(super) names: Parts<Vec<u8>, Entry>,
-    pub(super) addresses: Parts<IpAddr, Pointers>,
+    /// Services that have an address, as a virtual IP or an endpoint's.
+    pub(super) addresses: Parts<IpAddr, SmallSet<ServiceKey>>,
     /// Namespaces with how many names each has.
     pub(super) namespaces: Parts<Vec<u8>, u32>,
     /// Services that nobody can say anything about: what the source says of them can't be read.
@@ -143,8 +130,17 @@ impl Table {
 
     /// The namespace of the pod with this address, where its endpoints tell.
     pub fn namespace_of(&self, client: IpAddr) -> Option<&Arc<str>> {
-        let mut keys = self.addresses.get(&client)?.iter().filter(|(_, p)| p.label.is_some()).map(|(k, _)| k);
-        let first = &keys.next()?.namespace;
-        keys.all(|key| key.namespace == *first).then_some(first)
+        let mut of = self.having(client).filter(|names| names.endpoint(client).is_some());
+        let first = &of.next()?.key.namespace;
+        of.all(|names| names.key.namespace == *first).then_some(first)
+    }
+
+    /// What the services that have an address answer.
+    pub(super) fn having(&self, address: IpAddr) -> impl Iterator<Item = &ServiceNames> {
+        self.addresses.get(&address).into_iter().flatten().filter_map(|key| {
+            // Its own name is a service's before it is another's alias.
+            let entry = self.names.get(name_key(key.name.as_bytes(), key.namespace.as_bytes()).as_slice())?;
+            Some(&*entry.service)
+        })
     }
 }

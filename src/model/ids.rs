@@ -226,6 +226,11 @@ pub enum Scope {
 #[serde(transparent)]
 pub struct Mark(pub u32);
 
+impl Mark {
+    /// The mark of an entry that leads nowhere: no IPVS service has it, and what is sent there is refused.
+    pub const NOWHERE: Self = Self(0);
+}
+
 impl fmt::Display for Mark {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#x}", self.0)

@@ -43,7 +43,7 @@ impl Snapshot {
                 }
                 self.unlink_service(&key);
                 let group = ServiceKey::new(key.namespace.clone(), service.service_name.clone());
-                self.users_of.entry(group).or_default().insert(key.clone(), ());
+                self.users_of.entry(group).or_default().insert(key.clone());
                 self.services.insert(key.clone(), service);
                 dirty.insert(key);
             }
@@ -61,9 +61,9 @@ impl Snapshot {
                 self.unlink_slice(&key, dirty);
                 let group = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
                 if let Some(users) = self.users_of.get(&group) {
-                    dirty.extend(users.keys().cloned());
+                    dirty.extend(users.iter().cloned());
                 }
-                self.slices_of.entry(group).or_default().insert(key.clone(), ());
+                self.slices_of.entry(group).or_default().insert(key.clone());
                 self.slices.insert(key, slice);
             }
             Event::SliceGone(key) => {
@@ -94,7 +94,7 @@ impl Snapshot {
             }
         }
         if let Some(users) = self.users_of.get(&group) {
-            dirty.extend(users.keys().cloned());
+            dirty.extend(users.iter().cloned());
         }
     }
 
@@ -117,7 +117,7 @@ impl Snapshot {
         self.slices_of
             .get(&group)
             .into_iter()
-            .flat_map(SmallSet::keys)
+            .flatten()
             .filter_map(|key| self.slices.get(key).cloned())
             .map(all_ready)
             .collect()

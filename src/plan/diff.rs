@@ -235,7 +235,11 @@ fn diff_elements(
     for element in keys {
         match (desired.elements.get(element), observed.get(element)) {
             (Some(want), have) if have != Some(want) => {
-                let phase = if element.is_mark() { Phase::MarksIn } else { Phase::EndpointsIn };
+                let phase = match (element.is_mark(), *want) {
+                    (false, _) => Phase::EndpointsIn,
+                    (true, Some(Mark::NOWHERE)) if have.is_some() => Phase::MarksOut,
+                    (true, _) => Phase::MarksIn,
+                };
                 ops.push(phase, Op::Element(ElementChange::Put(*element, *want)));
             }
             (None, Some(_)) => {
@@ -270,12 +274,20 @@ fn free_reused_marks(
     }
     for element in keys {
         let Some(Some(mark)) = observed.get(element) else { continue };
-        if growing.contains(mark) && desired.elements.get(element) != Some(&Some(*mark)) {
-            ops.push(Phase::MarksFreed, Op::Element(ElementChange::Del(*element)));
-            // The later removal of the same entry would find nothing.
+        let want = desired.elements.get(element);
+        if growing.contains(mark) && want != Some(&Some(*mark)) {
+            // What is published goes on being so, or a socket of the host would answer for a moment.
+            let freed = match (element, want) {
+                (Element::Published(_) | Element::Loopback(..), Some(_)) => {
+                    ElementChange::Put(*element, Some(Mark::NOWHERE))
+                }
+                _ => ElementChange::Del(*element),
+            };
+            // The same once more would find nothing to do.
             if let Some(out) = ops.0.get_mut(&Phase::MarksOut) {
-                out.retain(|op| *op != Op::Element(ElementChange::Del(*element)));
+                out.retain(|op| *op != Op::Element(freed.clone()));
             }
+            ops.push(Phase::MarksFreed, Op::Element(freed));
         }
     }
 }

@@ -87,7 +87,7 @@ prop_compose! {
 
 prop_compose! {
     /// Of every kind, with a mark where the kind leads somewhere.
-    fn entry()(family in family(), protocol in protocol(), n in 0u8..5, kind in 0..6, mark in 0u32..4) -> (Element, Option<Mark>) {
+    fn entry()(family in family(), protocol in protocol(), n in 0u8..5, kind in 0..6, mark in 0u32..5) -> (Element, Option<Mark>) {
         let element = match kind {
             0 => Element::Vip(target(family, protocol, n)),
             1 => Element::Published(target(family, protocol, n)),
@@ -96,7 +96,10 @@ prop_compose! {
             4 => Element::Local(real(family, n).addr),
             _ => Element::Own(target(family, protocol, n)),
         };
-        (element, element.is_mark().then_some(Mark(256 + mark)))
+        // What is published stays so without an endpoint.
+        let nowhere = mark == 4 && !matches!(element, Element::Vip(_));
+        let mark = if nowhere { Mark::NOWHERE } else { Mark(256 + mark % 4) };
+        (element, element.is_mark().then_some(mark))
     }
 }
 
@@ -243,6 +246,11 @@ fn check(desired: &KernelState, old: &KernelState, ops: &[Op]) {
             allowed.extend(old_reals);
             let (got, now_unguarded) = reachable(&now, packet);
             assert!(got.is_subset(&allowed), "after {op}: {packet:?} reaches {got:?}, not in {allowed:?}");
+            let ours = |state: &KernelState| View::of(state).trace(packet) != Fate::NotOurs;
+            assert!(
+                !ours(old) || !ours(desired) || ours(&now),
+                "after {op}: {packet:?} is nobody's for a moment"
+            );
             assert!(unguarded || !now_unguarded, "after {op}: {packet:?} reaches a socket of the host");
         }
     }

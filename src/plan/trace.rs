@@ -189,6 +189,9 @@ impl<'a> View<'a> {
 
     /// `foreign`: a remote endpoint would not answer this client by way of this node.
     fn by_mark(&self, packet: Packet, family: Family, mark: Mark, foreign: bool) -> Fate {
+        if mark == Mark::NOWHERE {
+            return Fate::Refused(Refusal::NoEntry);
+        }
         let key = VirtualServerKey { family, mark };
         let Some(server) = self.servers.get(&key) else { return Fate::Refused(Refusal::NoServer(mark)) };
         let taking = server.reals.iter().filter(|(_, config)| config.weight > 0);

@@ -17,6 +17,7 @@ use std::{
 
 use ipnet::IpNet;
 use jiff::Timestamp;
+use tracing::debug;
 
 use bridges::Bridges;
 pub use drift::Drift;
@@ -391,6 +392,7 @@ impl Engine {
     }
 
     fn look_and_compare(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        let begun = Instant::now();
         let first = self.merged.services().is_empty();
         if first {
             self.foresee_bridges()?;
@@ -399,9 +401,11 @@ impl Engine {
         // have yet to begin are found by `adopt`.
         let independent = first && self.drains.is_empty() && self.remembers_all();
         let mut observed = if independent { self.observe_while_compiling(now)? } else { self.observe()? };
+        let read = begun.elapsed();
         self.refuse_foreign_sentinel(&observed)?;
         self.find_drift(&observed);
         self.adopt(&observed);
+        let adopted = begun.elapsed();
         self.trusted = true;
         self.settle(now, Others::Seen)?;
         self.refresh_bridges()?;
@@ -418,6 +422,13 @@ impl Engine {
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         ops.extend(self.flows_to_retry());
         self.note_originals(&ops);
+        debug!(
+            read_ms = read.as_millis() as u64,
+            adopted_ms = adopted.as_millis() as u64,
+            all_ms = begun.elapsed().as_millis() as u64,
+            independent,
+            "the kernel was read and compared"
+        );
         Ok((ops, observed))
     }
 

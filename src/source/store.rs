@@ -11,7 +11,7 @@ use super::{
     problem::{Problem, Severity},
 };
 use crate::model::{
-    small::{SmallMap, SmallSet},
+    small::{SmallMap, SmallSet, from_sorted},
     snapshot::Event,
 };
 
@@ -62,7 +62,7 @@ impl Store {
         }
         for id in entries.keys() {
             let owners = self.owners.entry(id.clone()).or_default();
-            if owners.insert(name.clone(), ()).is_none() {
+            if owners.insert(name.clone()) {
                 self.touched.insert(id.clone());
                 if owners.len() > 1 {
                     self.contested.insert(id.clone());
@@ -74,6 +74,8 @@ impl Store {
         } else {
             self.problems.insert(name.clone(), parsed.problems);
         }
+        // Kept for as long as the file is.
+        let entries = from_sorted(entries.into_iter().collect::<Vec<_>>().into_iter());
         self.files.insert(name, entries);
     }
 
@@ -102,7 +104,7 @@ impl Store {
     pub fn take_events(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
         for id in std::mem::take(&mut self.touched) {
-            let owner = self.owners.get(&id).and_then(SmallSet::first).map(|(name, ())| name);
+            let owner = self.owners.get(&id).and_then(SmallSet::first);
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             match verdict.map(|(_, verdict)| verdict) {
                 Some(Verdict::Wrong) => {}
@@ -130,8 +132,8 @@ impl Store {
         let mut problems: Vec<Problem> = self.problems.values().flatten().cloned().collect();
         for id in &self.contested {
             let Some(owners) = self.owners.get(id) else { continue };
-            let Some((winner, ())) = owners.first() else { continue };
-            for loser in owners.keys().skip(1) {
+            let Some(winner) = owners.first() else { continue };
+            for loser in owners.iter().skip(1) {
                 let line = self.files.get(loser).and_then(|f| f.get(id)).map(|(line, _)| *line);
                 problems.push(Problem {
                     file: Some(dir.join(loser)),

@@ -133,9 +133,17 @@ fn filter_rules(push: Push, family: Family, f: &FamilyProgram, options: Options)
         for protocol in ["udp", "tcp"] {
             input("DNS", format!("-d {} -p {protocol} --dport 53 -j ACCEPT", f.dns()));
         }
-        input("no service here", format!("-d {range} -p tcp -j REJECT --reject-with tcp-reset"));
-        input("no service here", format!("-d {range} -p sctp -j REJECT --reject-with {protocol}"));
-        input("no service here", format!("-d {range} -j REJECT"));
+        // From elsewhere what is published comes by the ingress address; only new ones: a client may have got the number as
+        // its own port.
+        let published = format!(
+            "-m conntrack --ctstate NEW -m set --match-set {} dst,dst -m set ! --match-set {own} dst,dst",
+            set_name(Kind::Published, family)
+        );
+        for of in [format!("-d {range}"), published] {
+            input("no service here", format!("{of} -p tcp -j REJECT --reject-with tcp-reset"));
+            input("no service here", format!("{of} -p sctp -j REJECT --reject-with {protocol}"));
+            input("no service here", format!("{of} -j REJECT"));
+        }
     }
     push("filter", "MESHLB-FORWARD", "replies of endpoints", from);
     // After the first packet, conntrack itself sends what was published on to the endpoint, so it is
@@ -148,6 +156,7 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     let ipvs = options.ipvs_match;
     let published = set_name(Kind::Published, family);
     let local = set_name(Kind::Local, family);
+    let ours = format!("-m set --match-set {} dst", set_name(Kind::Endpoints, family));
     let hairpin = set_name(Kind::Hairpin, family);
     let text = format!("-d {} -j ACCEPT", f.range);
     for chain in ["MESHLB-PREROUTING", "MESHLB-OUTPUT"] {
@@ -163,14 +172,17 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
         post("an endpoint to itself", format!("-m set --match-set {hairpin} src,dst -j MASQUERADE"));
     }
     for b in program.masquerade_bridges.iter().filter(|b| Family::of(&b.subnet.addr()) == family) {
-        let text = format!("-s {} -o {} {ipvs} -j MASQUERADE", b.subnet.trunc(), b.bridge);
+        let text = format!("-s {} -o {} {ipvs} {ours} -j MASQUERADE", b.subnet.trunc(), b.bridge);
         post("replies stay on the bridge", text);
     }
-    let remote = format!("-m set ! --match-set {local} dst -j MASQUERADE");
+    // The mark is gone by now. IPVS serves others, too, whose clients' addresses are not ours to hide: it is known by
+    // the endpoint and by what the client asked for.
+    let remote = format!("{ours} -m set ! --match-set {local} dst -j MASQUERADE");
     post("published, endpoint elsewhere", format!("{ipvs} -m conntrack --ctstate DNAT {remote}"));
     post("from this node, endpoint elsewhere", format!("{ipvs} -m addrtype --src-type LOCAL {remote}"));
     for link in &program.uplinks {
-        post("from outside, endpoint elsewhere", format!("-i {link} {ipvs} {remote}"));
+        let vip = format!("-m conntrack --ctorigdst {}", f.range);
+        post("from outside, endpoint elsewhere", format!("-i {link} {ipvs} {vip} {remote}"));
     }
 }
 

@@ -4,9 +4,11 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
     thread,
+    time::Instant,
 };
 
 use jiff::Timestamp;
+use tracing::debug;
 
 use super::{Engine, Served, Settings, marks::Others};
 use crate::{
@@ -115,7 +117,7 @@ impl Compiling<'_> {
         let Some(new) = new else { return };
         // Drains from the state file have no compiled service yet: those of this service's marks that
         // the new result does not have are over.
-        let marks: BTreeSet<Mark> = new.virtual_servers.keys().map(|k| k.mark).collect();
+        let marks: BTreeSet<Mark> = new.marks().collect();
         self.drains.retain(|(vs, _), _| !marks.contains(&vs.mark));
         self.drains.extend(new.drains());
     }
@@ -155,14 +157,23 @@ impl Engine {
         let settings = compiling.settings;
         let (observed, done) = thread::scope(|scope| {
             let begun = thread::Builder::new().name("compile".into()).spawn_scoped(scope, move || {
+                let start = Instant::now();
                 let done = compiling.allocate(&mut dirty, Others::Ask, None)?;
+                let allocated = start.elapsed();
                 if done {
                     compiling.run(dirty, now);
                 }
+                debug!(
+                    allocated_ms = allocated.as_millis() as u64,
+                    compiled_ms = start.elapsed().as_millis() as u64,
+                    "compiled meanwhile"
+                );
                 Ok(done)
             });
+            let start = Instant::now();
             let observed = dataplane
                 .observe(&wanted, &settings.node.ranges, &|mark| Self::is_ours(&ours, settings, mark));
+            debug!(read_ms = start.elapsed().as_millis() as u64, "the kernel was read");
             let done = match begun.map(thread::ScopedJoinHandle::join) {
                 Ok(Ok(done)) => done,
                 Ok(Err(panic)) => std::panic::resume_unwind(panic),

@@ -118,7 +118,14 @@ impl Engine {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
-        for (element, mark) in service.elements.iter().filter(|(e, _)| e.family() == family) {
+        // Without an endpoint that takes new connections no element leads there any more: the port tells which are its.
+        let published: Vec<_> = service
+            .ports
+            .iter()
+            .filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark))
+            .filter_map(|port| Some((port.spec.protocol, ports_from(port.published?, port.spec.span()))))
+            .collect();
+        for element in service.elements.keys().filter(|e| e.family() == family) {
             let (addr, protocol, port) = match element {
                 Element::Published(t) => (t.addr, t.protocol, t.port),
                 Element::Loopback(Family::V4, protocol, port) => {
@@ -129,12 +136,11 @@ impl Engine {
                 }
                 _ => continue,
             };
-            if *mark == Some(vs.mark) {
+            if published.iter().any(|(of, ports)| *of == protocol && ports.contains(&port)) {
                 flows.protocol = protocol;
                 flows.to.insert((addr, port));
             }
         }
-        // Without an endpoint that takes new connections no element leads from there any more.
         for port in service.ports.iter().filter(|_| vips) {
             let leads = |scope| port.marks.get(&scope) == Some(&vs.mark);
             let ingress = self.settings.node.ingress(family);

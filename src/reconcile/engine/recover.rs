@@ -42,7 +42,8 @@ pub(super) fn recover_allocations(
     // Everything else that our sets lead to is not given out until it is gone from the kernel.
     let used = out.known_marks();
     let led_to = observed.elements.values().flatten();
-    out.retired_marks = led_to.filter(|mark| !used.contains(mark)).copied().collect();
+    let led_to = led_to.filter(|mark| **mark != Mark::NOWHERE && !used.contains(mark));
+    out.retired_marks = led_to.copied().collect();
     out
 }
 

@@ -18,11 +18,13 @@ pub(super) use super::support::{VIPS, vip};
 
 /// On `n1`, and later than us, on the published number.
 const LATE: &str = "HOST-late";
+/// On `n1`, an endpoint.
+const OWN: &str = "NET-n1";
 
 pub fn register(suite: &mut Suite) {
     for renderer in Renderer::ALL {
         let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add_slow("guard::after_deletions", &one, Duration::from_secs(150), deletions);
+        suite.add_slow("guard::after_deletions", &one, Duration::from_secs(200), deletions);
         suite.add_slow("guard::foreign_marks", &one, Duration::from_secs(90), foreign_marks);
     }
 }
@@ -116,10 +118,50 @@ fn set_up(cx: &Cx) -> Result<(Arc<Topology>, Manifests)> {
     let t = cx.topology(&Topology::builder())?;
     let mut m = cx.manifests()?;
     m.standard(&t, "vote", &VIPS)?;
+    let own = m.service("own").vips(&["10.200.0.6", "fd00:200::6"])?;
+    for proto in BOTH {
+        own.port(proto, 80, 9090, Some(30081));
+    }
+    m.endpoints("own", &[t.node(1)]);
+    t.node(1).serve_as(OWN, &everywhere(&[9090], false))?;
     cx.apply(&t, &mut m)?;
-    t.node(1).serve_as(LATE, &everywhere(&[30080], Proto::Sctp.available()))?;
+    t.node(1).serve_as(LATE, &everywhere(&[30080, 30081], Proto::Sctp.available()))?;
     works(&t, &BOTH).context("before anything was deleted")?;
+    let answered = by_nobody_else(&t).context("before anything was deleted")?;
+    ensure!(answered == further(&t)?.len(), "only {answered} answered before anything was deleted");
     Ok((t, m))
+}
+
+/// To a service whose endpoint is a socket of the node itself; and by SCTP to the one that has pods.
+fn further(t: &Topology) -> Result<Vec<(&Host, Probe)>> {
+    let mut out = Vec::new();
+    for family in Family::ALL {
+        let by_vip: SocketAddr = family.pick("10.200.0.6:80", "[fd00:200::6]:80").parse()?;
+        let (by_node, by_lo) = (t.node(1).at(family, 30081), SocketAddr::new(family.localhost(), 30081));
+        let from: [(&Host, SocketAddr); 5] = [
+            (t.pod("p11"), by_vip),
+            (t.node(1), by_vip),
+            (t.node(1), by_node),
+            (t.node(1), by_lo),
+            (&t.ext, by_node),
+        ];
+        out.extend(from.into_iter().flat_map(|(host, dst)| BOTH.map(|proto| (host, Probe::new(proto, dst)))));
+        if Proto::Sctp.available() {
+            let to = [(t.pod("p11"), vip(family, 80)?), (&t.ext, t.node(1).at(family, 30080))];
+            out.extend(to.map(|(host, dst)| (host, Probe::new(Proto::Sctp, dst))));
+        }
+    }
+    let short = Duration::from_millis(1500);
+    Ok(out.into_iter().map(|(host, probe)| (host, probe.within(short))).collect())
+}
+
+/// Whoever of those is answered is by the service's own endpoints. With their number.
+fn by_nobody_else(t: &Topology) -> Result<usize> {
+    let tallies = ask(&further(t)?)?;
+    for tally in &tallies {
+        ensure!(tally.servers.keys().all(|s| !s.starts_with("HOST")), "a host socket answered: {tally}");
+    }
+    Ok(tallies.iter().filter(|tally| tally.answered() > 0).count())
 }
 
 /// What others can do to us; each is refused from then on.
@@ -174,11 +216,13 @@ fn deletions(cx: &mut Cx) -> Result<()> {
         sh(cx, t.node(1), &script).context(what)?;
         let result = check_refused(&t, cx.renderer(), what, &BOTH);
         result.with_context(|| what.to_owned())?;
+        let answered = by_nobody_else(&t).with_context(|| what.to_owned())?;
+        ensure!(answered == 0 || !script.contains("ipvsadm"), "{what}, and {answered} are still answered");
         cx.note(format!("{what}: refused"));
         // Without services it is another case.
         if !script.contains("ipvsadm") {
             sh(cx, t.node(1), FOREIGN_BIT)?;
-            let result = check_refused(&t, cx.renderer(), what, &[Proto::Tcp]);
+            let result = check_refused(&t, cx.renderer(), what, &BOTH);
             result.with_context(|| format!("{what}, and a foreign bit"))?;
             sh(cx, t.node(1), FOREIGN_BIT_GONE)?;
         }
@@ -187,7 +231,7 @@ fn deletions(cx: &mut Cx) -> Result<()> {
         works(&t, &[Proto::Tcp]).with_context(|| format!("{what}, put back"))?;
     }
     works(&t, &BOTH).context("after the last apply")?;
-    t.node(1).stop_serving(LATE);
+    [LATE, OWN].iter().for_each(|server| t.node(1).stop_serving(server));
     Ok(())
 }
 
@@ -295,6 +339,7 @@ fn foreign_marks(cx: &mut Cx) -> Result<()> {
     sh(cx, n1, FOREIGN_BIT_GONE)?;
     // Inside our field, on ports without a service; a service has the mark 0x100.
     let services = n1.ns.proc_net("ip_vs")?;
+    by_nobody_else(&t).context("deletions, and a foreign bit")?;
     ensure!(services.contains("00000100"), "no service has mark 0x100 here:\n{services}");
     let mark = "-j MARK --set-xmark 0x10100/0xffffffff";
     sh(cx, n1, &with("PREROUTING OUTPUT", "-I", mark))?;
@@ -308,6 +353,6 @@ fn foreign_marks(cx: &mut Cx) -> Result<()> {
         ensure!(tally.servers.keys().all(|s| !s.starts_with("HOST")), "a host socket answered: {tally}");
     }
     sh(cx, n1, &with("INPUT OUTPUT", "-D", mark))?;
-    n1.stop_serving(LATE);
+    [LATE, OWN].iter().for_each(|server| n1.stop_serving(server));
     Ok(())
 }

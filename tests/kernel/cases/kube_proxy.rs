@@ -139,9 +139,9 @@ fn theirs_work(t: &Topology) -> Result<()> {
         check::among(&t.ext.connect(Proto::Tcp, node.at(Family::V4, NODE_PORT), 6)?, &THEIRS)
             .context("NodePort")?;
     }
-    // p21 alone: by its own node, with the client's address kept.
+    // p22 alone, which is no endpoint of ours: by its own node, with the client's address kept.
     let tally = t.ext.connect(Proto::Tcp, t.node(2).at(Family::V4, LOCAL_NODE_PORT), 4)?;
-    check::only(&tally, "p21").context("NodePort, policy Local")?;
+    check::only(&tally, "p22").context("NodePort, policy Local")?;
     check::seen_as(&tally, &[t.ext.ip(Family::V4)]).context("NodePort, policy Local")
 }
 
@@ -198,7 +198,7 @@ fn beside(cx: &mut Cx, mode: &'static str) -> Result<()> {
         core_service("web", NODE_PORT, "Cluster"),
         core_service("near", LOCAL_NODE_PORT, "Local"),
         core_slice("web", &THEIRS.map(|name| t.pod(name))),
-        core_slice("near", &[t.pod("p21")]),
+        core_slice("near", &[t.pod("p22")]),
     ];
     for object in &objects {
         bed.kube.apply(object)?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works};
+use super::guard::{BOTH, VIPS, ask, refused, sh, to_nothing, to_service, vip, works};
 use super::healing::drifts;
 use super::support;
 use crate::check;
@@ -24,6 +24,7 @@ pub fn register(suite: &mut Suite) {
         suite.add_slow("neighbours::policy_drop", &one, limit, policy_drop);
         suite.add_slow("neighbours::host_socket_was_first", &one, limit, socket_first);
         suite.add_slow("neighbours::node_port_of_another", &one, limit, node_port);
+        suite.add("neighbours::ipvs_and_marks_of_another", &one, their_ipvs);
         if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
         }
@@ -201,6 +202,78 @@ fn mark_taken(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
+/// Another program's IPVS services, as keepalived's or kube-proxy's, keep their clients' addresses, and its marks of our field
+/// stay on its packets.
+fn their_ipvs(cx: &mut Cx) -> Result<()> {
+    cx.meshlb()?;
+    let t = cx.topology(&Topology::builder())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    let service = m.service("vote").vips(&VIPS)?;
+    for proto in BOTH {
+        service.port(proto, 80, 8080, Some(30080));
+    }
+    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    cx.apply(&t, &mut m)?;
+    // To a pod that is an endpoint of ours, and to one that is none.
+    for (port, pod) in [(4711, "p11"), (4712, "p12")] {
+        for family in Family::ALL {
+            let (node, real) = (n1.at(family, port), t.pod(pod).at(family, 8080));
+            for flag in ["-t", "-u"] {
+                sh(
+                    cx,
+                    n1,
+                    &format!("ipvsadm -A {flag} {node} -s rr; ipvsadm -a {flag} {node} -r {real} -m"),
+                )?;
+            }
+        }
+    }
+    sh(
+        cx,
+        n1,
+        "for i in iptables ip6tables; do $i -t mangle -A PREROUTING -p tcp --dport 8080 -j MARK --set-mark 0x234; done
+         nft -f - <<'X'
+table inet theirs {
+  counter marked { }
+  chain last { type filter hook postrouting priority 300; tcp dport 8080 ct original proto-dst 8080 meta mark 0x234 counter name marked; }
+}
+X",
+    )?;
+    for (port, pod) in [(4711, "p11"), (4712, "p12")] {
+        for (family, proto) in Family::ALL.into_iter().flat_map(|f| BOTH.map(|p| (f, p))) {
+            for from in [&t.ext, t.pod("p21")] {
+                let tally = from.connect(proto, n1.at(family, port), 2)?;
+                check::only(&tally, pod)?;
+                check::seen_as(&tally, &[from.ip(family)])
+                    .with_context(|| format!("{} to {port}", from.name))?;
+            }
+        }
+    }
+    // Past all services, to the pods themselves.
+    for family in Family::ALL {
+        check::only(&t.pod("p21").connect(Proto::Tcp, t.pod("p11").at(family, 8080), 2)?, "p11")?;
+    }
+    let counted = n1.ns.run(&["nft", "list", "counter", "inet", "theirs", "marked"])?.ok()?.stdout;
+    ensure!(!counted.contains("packets 0 "), "their mark is gone from their packets: {counted}");
+    works_for(&t, &["p11", "p21"])?;
+    sh(
+        cx,
+        n1,
+        "nft delete table inet theirs
+         for i in iptables ip6tables; do $i -t mangle -D PREROUTING -p tcp --dport 8080 -j MARK --set-mark 0x234; done
+         for f in -t -u; do for p in 4711 4712; do ipvsadm -D $f 192.168.50.1:$p; ipvsadm -D $f [fd00:50::1]:$p; done; done",
+    )?;
+    Ok(())
+}
+
+/// Every one is answered by one of these.
+fn works_for(t: &Topology, servers: &[&str]) -> Result<()> {
+    for tally in ask(&to_service(t, &BOTH)?)? {
+        check::among(&tally, servers)?;
+    }
+    Ok(())
+}
+
 /// As kube-proxy programs it: mark 0x4000, DNAT, masquerade.
 fn node_port(cx: &mut Cx) -> Result<()> {
     cx.meshlb()?;
@@ -363,7 +436,7 @@ X",
     Ok(())
 }
 
-/// S22: with every kind of socket on the node, a VIP has its declared ports and no others.
+/// S22: with sockets of TCP and UDP on the node, bound to every address and to the VIP itself, a VIP has its declared ports and no others.
 fn declared_only(cx: &mut Cx) -> Result<()> {
     let t = cx.topology(&Topology::builder().vip_route(1))?;
     let mut m = cx.manifests()?;
@@ -371,11 +444,9 @@ fn declared_only(cx: &mut Cx) -> Result<()> {
     service.port(Proto::Tcp, 80, 8080, Some(30080));
     m.endpoints("narrow", &[t.pod("p11"), t.pod("p21")]);
     cx.apply(&t, &mut m)?;
-    // A socket on the virtual address itself.
-    let bound: Vec<Listen> = [Family::V4]
-        .iter()
-        .map(|f| Ok(Listen { proto: Proto::Tcp, addr: vip(*f, 82)? }))
-        .collect::<Result<_>>()?;
+    // Sockets on the virtual address itself. (One of IPv6 can't be had: the address is nowhere on the node.)
+    let bound = [Proto::Tcp, Proto::Udp].map(|proto| Ok(Listen { proto, addr: vip(Family::V4, 82)? }));
+    let bound: Vec<Listen> = bound.into_iter().collect::<Result<_>>()?;
     t.node(1).serve_as("HOST-bound", &bound)?;
     let mut jobs = to_nothing(&t)?;
     for family in Family::ALL {
@@ -387,6 +458,7 @@ fn declared_only(cx: &mut Cx) -> Result<()> {
         // Declared for TCP alone.
         jobs.push((t.pod("p11"), Probe::new(Proto::Udp, vip(family, 80)?)));
         jobs.push((&t.ext, Probe::new(Proto::Udp, vip(family, 80)?)));
+        jobs.push((t.pod("p11"), Probe::new(Proto::Udp, vip(family, 82)?)));
         check::among(&t.pod("p11").connect(Proto::Tcp, vip(family, 80)?, 4)?, &["p11", "p21"])?;
         ensure!(t.pod("p11").ping(vip(family, 0)?.ip())?.is_ok(), "no answer to a ping");
     }

@@ -196,6 +196,11 @@ fn prometheus(cx: &mut Cx) -> Result<()> {
             Ok(told == counted)
         })
         .with_context(|| format!("Prometheus has {told:?}, ipvsadm {counted:?}"))?;
+        // A service's are those of its destinations together. (It has no weight.)
+        if series != "weight" {
+            becomes(n1, &format!("sum(meshlb_service_{series})"), told.values().sum())
+                .with_context(|| format!("of endpoints {told:?}"))?;
+        }
         Ok(told)
     };
     for (i, of) in COUNTED.iter().enumerate() {

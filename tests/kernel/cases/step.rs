@@ -303,14 +303,18 @@ fn asked(t: &Topology, may: &Answers, places: &Answers, all: bool, known: &[&str
     for place in places.keys() {
         for family in Family::ALL {
             for proto in [Proto::Tcp, Proto::Udp] {
-                let (dst, hosts): (SocketAddr, [&Host; 2]) = match *place {
+                let ways: Vec<(&Host, SocketAddr)> = match *place {
                     Place::Vip(last, port) => {
                         let ip = family.pick(format!("10.200.0.{last}"), format!("fd00:200::{last:x}"));
-                        (SocketAddr::new(ip.parse()?, port), [t.pod("p13"), n1])
+                        let dst = SocketAddr::new(ip.parse()?, port);
+                        vec![(t.pod("p13"), dst), (n1, dst)]
                     }
-                    Place::Published(port) => (n1.at(family, port), [&t.ext, n1]),
+                    Place::Published(port) => {
+                        let (dst, by_lo) = (n1.at(family, port), SocketAddr::new(family.localhost(), port));
+                        vec![(&t.ext, dst), (n1, dst), (n1, by_lo)]
+                    }
                 };
-                for host in hosts {
+                for (host, dst) in ways {
                     jobs.push((host, Probe::new(proto, dst).within(Duration::from_millis(1500))));
                     of.push(*place);
                 }

@@ -40,7 +40,7 @@ pub fn register(suite: &mut Suite) {
         ("underlays::ipip", |cx| {
             carries(
                 cx,
-                &Topology::builder().underlay(Underlay::Ipip).cni_masquerade().rp_filter(1),
+                &Topology::builder().vip_route(1).underlay(Underlay::Ipip).cni_masquerade().rp_filter(1),
                 &Family::ALL,
                 None,
             )
@@ -48,7 +48,7 @@ pub fn register(suite: &mut Suite) {
         ("underlays::wireguard", |cx| {
             carries(
                 cx,
-                &Topology::builder().underlay(Underlay::Wireguard).cni_masquerade().rp_filter(1),
+                &Topology::builder().vip_route(1).underlay(Underlay::Wireguard).cni_masquerade().rp_filter(1),
                 &Family::ALL,
                 None,
             )
@@ -62,7 +62,7 @@ pub fn register(suite: &mut Suite) {
 }
 
 fn bridge(br_netfilter: bool) -> Builder {
-    Topology::builder().pod_network(PodNetwork::Bridge { br_netfilter }).cni_masquerade()
+    Topology::builder().vip_route(1).pod_network(PodNetwork::Bridge { br_netfilter }).cni_masquerade()
 }
 
 /// From a pod, a node and the outside, to local and remote endpoints. Datagrams that are more than one packet only in the
@@ -97,6 +97,9 @@ fn carries(cx: &mut Cx, spec: &Builder, big: &[Family], meshlb: Option<&Meshlb>)
                 check::server_saw(&tally, &pod.name, t.pod("p11").ip(family))?;
             }
             check::even(&t.node(1).connect(proto, vip(family, 80)?, 6)?, &t.pod_names())?;
+            // By VIP, too, where endpoints elsewhere answer to the node that was asked.
+            let tally = t.ext.connect(proto, vip(family, 80)?, 6)?;
+            check::even(&tally, &t.pod_names()).context("from outside, by VIP")?;
             let tally = t.ext.connect(proto, t.node(2).at(family, 30080), 6)?;
             check::even(&tally, &t.pod_names())?;
             for pod in t.pods.iter().filter(|p| p.node == 2) {

@@ -14,6 +14,7 @@ use crate::server::everywhere;
 pub fn register(suite: &mut Suite) {
     let slow = Duration::from_secs(150);
     suite.add_slow("lifecycle::addresses_and_ports_are_kept", &Matrix::pair(), slow, kept);
+    suite.add("lifecycle::history_is_read_from_the_kernel", &Matrix::pair(), history);
     suite.add("lifecycle::published_port_conflict", &Matrix::pair(), conflict);
     suite.add("lifecycle::published_port_changes", &Matrix::pair(), port_changes);
     suite.add("lifecycle::host_mode", &Matrix::pair(), host_mode);
@@ -98,6 +99,56 @@ fn kept(cx: &mut Cx) -> Result<()> {
         );
     }
     same(&c, "after the state was damaged", &["p12", "p22"])?;
+    c.in_sync()
+}
+
+/// An address that a service has by chance of history, and not by its name, stays with it when the state is lost: the kernel
+/// tells whose endpoints are behind it.
+fn history(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        m.service("late").port(Proto::Tcp, 80, 8080, Some(0));
+        serve_from(t, m, "late", &["p11", "p21"]);
+        Ok(())
+    })?;
+    let by_name = given(&c.service(1, "late")?)?;
+    // Somebody else has what its name would give it, asking for exactly that.
+    c.change(|_, m| {
+        m.remove("late");
+        Ok(())
+    })?;
+    let vips: Vec<&str> = by_name.0.iter().map(String::as_str).collect();
+    let port = u16::try_from(*by_name.1.first().context("no port")?)?;
+    c.change(|t, m| {
+        m.service("first").vips(&vips)?.port(Proto::Tcp, 80, 8080, Some(port));
+        serve_from(t, m, "first", &["p12"]);
+        Ok(())
+    })?;
+    c.change(|t, m| {
+        m.service("late").port(Proto::Tcp, 80, 8080, Some(0));
+        serve_from(t, m, "late", &["p11", "p21"]);
+        Ok(())
+    })?;
+    let elsewhere = given(&c.service(1, "late")?)?;
+    ensure!(elsewhere.0.iter().all(|vip| !by_name.0.contains(vip)), "{elsewhere:?}, by name {by_name:?}");
+    ensure!(elsewhere.1 != by_name.1, "{elsewhere:?}, by name {by_name:?}");
+    c.change(|_, m| {
+        m.remove("first");
+        Ok(())
+    })?;
+    cx.taint();
+    c.kill();
+    for node in &c.t.nodes {
+        std::fs::remove_dir_all(node.state_dir())?;
+    }
+    c.start_agents()?;
+    for node in [1, 2] {
+        let now = given(&c.service(node, "late")?)?;
+        ensure!(now == elsewhere, "n{node}: {now:?} without its state, before {elsewhere:?}");
+    }
+    for vip in &elsewhere.0 {
+        let to = SocketAddr::new(vip.parse()?, 80);
+        check::even(&c.t.pod("p12").connect(Proto::Tcp, to, 4)?, &["p11", "p21"])?;
+    }
     c.in_sync()
 }
 

@@ -1,13 +1,15 @@
 //! Traffic policies.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use super::remove::{LATE, ways_to};
 use super::{Cluster, PROTOS, serve_from, two_nodes, vip, web};
 use crate::check;
 use crate::client::{Flows, Probe};
 use crate::manifests::{Endpoint, Manifests};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::server::everywhere;
 use crate::topology::Topology;
 
 pub fn register(suite: &mut Suite) {
@@ -44,9 +46,14 @@ fn local(cx: &mut Cx) -> Result<()> {
         serve_from(t, m, "web", &["p11", "p12"]);
         Ok(())
     })?;
+    // It is closed, and not left to whoever listens there.
+    c.t.node(2).serve_as(LATE, &everywhere(&[30080], false))?;
     for family in Family::ALL {
         for proto in PROTOS {
-            check::refused(&c.t.ext.connect(proto, c.t.node(2).at(family, 30080), 1)?)?;
+            for (host, dst) in ways_to(&c.t, 2, 1, family) {
+                check::refused(&host.connect(proto, dst, 1)?)
+                    .with_context(|| format!("from {} to {dst}", host.name))?;
+            }
             check::refused(&c.t.pod("p21").connect(proto, vip(family, 80)?, 1)?)?;
             check::refused(&c.t.node(2).connect(proto, vip(family, 80)?, 1)?)?;
             check::even(&c.t.ext.connect(proto, c.t.node(1).at(family, 30080), 4)?, &["p11", "p12"])?;
@@ -63,6 +70,7 @@ fn local(cx: &mut Cx) -> Result<()> {
             check::refused(&c.t.ext.connect(proto, c.t.node(2).at(family, 30080), 1)?)?;
         }
     }
+    c.t.node(2).stop_serving(LATE);
     c.change(|_, m| {
         m.service("web").set("internalTrafficPolicy", json!("Local"));
         m.service("web").set("externalTrafficPolicy", json!("Cluster"));

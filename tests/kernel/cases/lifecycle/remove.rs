@@ -1,10 +1,17 @@
 //! What goes leaves nothing, and what has nobody to serve it says so.
 
-use anyhow::{Result, ensure};
+use std::net::SocketAddr;
+
+use anyhow::{Context as _, Result, ensure};
 
 use super::{Cluster, PROTOS, serve_from, two_nodes, vip, web};
 use crate::check;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
+use crate::server::everywhere;
+use crate::topology::{Host, Topology};
+
+/// Sockets of the nodes, later than us, on the published number.
+pub(super) const LATE: &str = "HOST-late";
 
 pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::deleted_service_leaves_nothing", &Matrix::pair(), deleted);
@@ -58,7 +65,6 @@ fn no_endpoints(cx: &mut Cx) -> Result<()> {
         for proto in PROTOS {
             check::refused(&c.t.pod("p11").connect(proto, vip(family, 80)?, 2)?)?;
             check::refused(&c.t.node(1).connect(proto, vip(family, 80)?, 2)?)?;
-            check::refused(&c.t.ext.connect(proto, c.t.node(2).at(family, 30080), 2)?)?;
         }
         let hosts = [c.t.pod("p11"), &**c.t.node(2)];
         for host in hosts {
@@ -66,6 +72,10 @@ fn no_endpoints(cx: &mut Cx) -> Result<()> {
             ensure!(pong.is_ok(), "the address does not answer a ping from {}: {pong:?}", host.name);
         }
     }
+    // Not by a socket of the node either, whoever asks.
+    let late = everywhere(&[30080], false);
+    c.t.nodes.iter().try_for_each(|node| node.serve_as(LATE, &late))?;
+    published_is_refused(&c)?;
     c.change(|t, m| {
         serve_from(t, m, "web", &["p21"]);
         Ok(())
@@ -82,5 +92,31 @@ fn no_endpoints(cx: &mut Cx) -> Result<()> {
         check::refused(&c.t.pod("p11").connect(proto, vip(Family::V4, 80)?, 2)?)?;
         check::refused(&c.t.ext.connect(proto, c.t.node(1).at(Family::V6, 30080), 2)?)?;
     }
+    // What drains is what nothing new comes to.
+    published_is_refused(&c)?;
+    c.t.nodes.iter().for_each(|node| node.stop_serving(LATE));
     c.in_sync()
+}
+
+/// At once, on both nodes, from outside, a pod, the other node and the node itself.
+fn published_is_refused(c: &Cluster) -> Result<()> {
+    for family in Family::ALL {
+        for (node, other) in [(1, 2), (2, 1)] {
+            for (host, dst) in ways_to(&c.t, node, other, family) {
+                for proto in PROTOS {
+                    check::refused(&host.connect(proto, dst, 2)?)
+                        .with_context(|| format!("from {} to {dst} on n{node}", host.name))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All the ways to the published port of a node.
+pub(super) fn ways_to(t: &Topology, node: u8, other: u8, family: Family) -> [(&Host, SocketAddr); 5] {
+    let (own, dst) = (t.node(node), t.node(node).at(family, 30080));
+    let pod = t.pod(if node == 1 { "p11" } else { "p21" });
+    let by_lo = SocketAddr::new(family.localhost(), 30080);
+    [(&t.ext, dst), (pod, dst), (t.node(other), dst), (own, dst), (own, by_lo)]
 }
