@@ -29,6 +29,13 @@ pub enum Conflict {
         /// Who has the old one.
         by: ServiceKey,
     },
+    /// The lock file says something that this node can't follow: outside its ranges, reserved, or another's who asks for it.
+    LockNotFollowed {
+        /// What the lock file says.
+        locked: String,
+        /// What the service has instead.
+        given: String,
+    },
     /// The range has no free address.
     VipsExhausted {
         /// Which range.
@@ -78,7 +85,7 @@ pub enum Conflict {
 impl Conflict {
     /// Whether something is missing because of it. The others are for information.
     pub fn is_blocking(&self) -> bool {
-        !matches!(self, Self::VipMoved { .. } | Self::PortMoved { .. })
+        !matches!(self, Self::VipMoved { .. } | Self::PortMoved { .. } | Self::LockNotFollowed { .. })
     }
 
     /// A reason as conditions write it.
@@ -87,6 +94,7 @@ impl Conflict {
             Self::VipTaken { .. } => "VIPTaken",
             Self::VipUnusable { .. } => "VIPUnusable",
             Self::VipMoved { .. } => "VIPMoved",
+            Self::LockNotFollowed { .. } => "LockNotFollowed",
             Self::VipsExhausted { .. } => "VIPsExhausted",
             Self::RangeMissing { .. } => "VIPRangeMissing",
             Self::PortTaken { .. } => "PublishedPortTaken",
@@ -105,6 +113,9 @@ impl fmt::Display for Conflict {
             Self::VipUnusable { vip } => write!(f, "virtual IP {vip} is outside the VIP range or reserved"),
             Self::VipMoved { from, to, by } => {
                 write!(f, "virtual IP moved from {from} to {to}, because {by} asks for {from} explicitly")
+            }
+            Self::LockNotFollowed { locked, given } => {
+                write!(f, "it has {given}, and not {locked} as meshlb.lock says: that is not free here")
             }
             Self::VipsExhausted { family } => {
                 write!(f, "no {family} virtual IP is free: delete services or widen the range (--vip-cidr)")

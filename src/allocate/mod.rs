@@ -33,7 +33,7 @@ pub use wants::offset;
 use crate::model::{
     ids::{Family, Mark, PerFamily, PortId, Protocol, Scope, ServiceKey},
     node::NodeConfig,
-    service::Service,
+    service::{Service, ServicePort},
 };
 use marks::{MarkOwner, Marks};
 use pool::{Claimant, Outcome, Pool, Want};
@@ -321,6 +321,7 @@ impl Allocator {
             let outcome = self.ports.get(&port.protocol).and_then(|pool| pool.outcome(&who));
             self.collect_port(port.id(), outcome.cloned(), &mut found);
         }
+        self.compare_with_lock(service, &mut found);
         let marks = if self.without_marks { Vec::new() } else { wants::marks(service, &self.config) };
         for (scopes, owner) in marks {
             match self.marks.claim(&owner) {
@@ -331,6 +332,28 @@ impl Allocator {
             }
         }
         found
+    }
+
+    /// Adds what the lock file says in vain.
+    fn compare_with_lock(&self, service: &Service, found: &mut ServiceAllocation) {
+        let Some(locked) = self.lock.services.get(&service.key).filter(|_| service.granted.is_none()) else {
+            return;
+        };
+        let mut pairs = Vec::new();
+        let explicit = |family| service.vips.iter().any(|vip| Family::of(vip) == family);
+        for (family, vip) in locked.vips.iter().filter(|(family, _)| !explicit(*family)) {
+            let given = found.vips.get(family);
+            pairs.extend(given.map(|given| (format!("virtual IP {vip}"), format!("virtual IP {given}"))));
+        }
+        let automatic =
+            |port: &&ServicePort| port.publish.as_ref().is_some_and(|publish| publish.port.is_none());
+        for id in service.ports.iter().filter(automatic).map(ServicePort::id) {
+            let of = |number: &u16| format!("published port {number}/{}", id.protocol);
+            pairs
+                .extend(locked.published.get(&id).zip(found.published.get(&id)).map(|(l, g)| (of(l), of(g))));
+        }
+        let differing = pairs.into_iter().filter(|(locked, given)| locked != given);
+        found.conflicts.extend(differing.map(|(locked, given)| Conflict::LockNotFollowed { locked, given }));
     }
 
     fn collect_vips(&self, service: &Service, found: &mut ServiceAllocation) {

@@ -338,6 +338,10 @@ fn the_lock_file_settles_collisions() {
     change(&mut locked, &mut services, with("x", |s| s.vips = vec![theirs.parse().unwrap()]));
     assert_eq!(vip(&locked, "x"), Some(theirs.clone()));
     assert!(vip(&locked, "s03").is_some_and(|v| v != theirs));
+    let told = conflicts(&locked, "s03")
+        .iter()
+        .any(|c| c.contains(&format!("not virtual IP {theirs} as meshlb.lock")));
+    assert!(told, "{:?}", conflicts(&locked, "s03"));
     delete(&mut locked, &mut services, "x");
     assert_eq!((vip(&locked, "s03"), conflicts(&locked, "s03")), (Some(theirs), vec![]));
     let free = vip(&locked, "s05").unwrap();

@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::{
@@ -110,7 +111,12 @@ pub struct Agent<O> {
     /// How many destinations were left alone when that was told last.
     kept_told: usize,
     clock: Steady,
+    /// By how many seconds the wall clock was ahead of it when that was told last.
+    ahead: i64,
 }
+
+/// From so many seconds on it is told that the wall clock was set.
+const CLOCK_SET: u64 = 5;
 
 impl<O: Observer> Agent<O> {
     /// A loop around an engine.
@@ -135,6 +141,7 @@ impl<O: Observer> Agent<O> {
             source_lost: false,
             kept_told: 0,
             clock: Steady::new(),
+            ahead: 0,
         }
     }
 
@@ -343,7 +350,21 @@ impl<O: Observer> Agent<O> {
         }
     }
 
+    /// A clock that was set does no harm; who wonders about times in the log should find it there.
+    fn watch_clock(&mut self) {
+        let ahead = self.clock.ahead(Timestamp::now()).as_secs();
+        let set = ahead.saturating_sub(self.ahead);
+        if set.unsigned_abs() >= CLOCK_SET {
+            self.ahead = ahead;
+            warn!(
+                seconds = set,
+                "the clock of this machine was set; drains end after what has really passed"
+            );
+        }
+    }
+
     fn probe(&mut self) {
+        self.watch_clock();
         self.probes = self.probes.wrapping_add(1);
         let now = self.clock.now();
         if !self.engine.drains().is_empty()

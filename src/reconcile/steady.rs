@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 
 /// Tells the time as it was when it was made, and what has passed since by a clock that nobody sets. Deadlines that outlive the
 /// process are wall time; one that is kept in it must not come at once because somebody has set the clock forward.
@@ -23,8 +23,13 @@ impl Steady {
         self.when(Instant::now())
     }
 
+    /// By how much the wall clock is ahead of it, or behind.
+    pub fn ahead(&self, wall: Timestamp) -> SignedDuration {
+        wall.duration_since(self.now())
+    }
+
     fn when(&self, now: Instant) -> Timestamp {
-        let passed = jiff::SignedDuration::try_from(now.saturating_duration_since(self.since));
+        let passed = SignedDuration::try_from(now.saturating_duration_since(self.since));
         passed.ok().and_then(|passed| self.wall.checked_add(passed).ok()).unwrap_or(Timestamp::MAX)
     }
 }

@@ -10,6 +10,7 @@ kube_version() { awk '$1 == "k8s.io/kubernetes" {print $2; exit}' "$kube_module/
 # One folder for each version of what is built.
 kube_dir() { echo "$cache/kube/$(kube_version)-$(cat "$kube_module"/{go.mod,main.go} | sha256sum | cut -c1-12)"; }
 etcd_bin() { [ -x "$cache/etcd/usr/bin/etcd" ] && echo "$cache/etcd/usr/bin/etcd"; }
+faketime_lib() { local lib; for lib in "$cache"/faketime/usr/lib/*/faketime/libfaketimeMT.so.1; do [ -e "$lib" ] && echo "$lib"; done | grep .; }
 # A Go that is new enough.
 go_bin() {
   local go

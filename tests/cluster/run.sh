@@ -18,4 +18,4 @@ if ! running >/dev/null; then
   trap 'rm -f "$built"; "$here/up.sh" --stop' EXIT
   "$here/up.sh"
 fi
-MESHLB_CLUSTER=$dir KUBE_BIN=${KUBE_BIN:-$(kube_dir)} MESHLB_BIN=${MESHLB_BIN:-$(executable bin meshlb)} "$(executable test cluster)" "$@"
+MESHLB_FAKETIME=$(faketime_lib || true) MESHLB_CLUSTER=$dir KUBE_BIN=${KUBE_BIN:-$(kube_dir)} MESHLB_BIN=${MESHLB_BIN:-$(executable bin meshlb)} "$(executable test cluster)" "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the tests against a real control plane need, and why. Says what it installs; nothing the second time.
 #   etcd                       Debian's, unpacked into the cache, not installed
+#   libfaketime                Debian's, unpacked into the cache, not installed
 #   kube (tests/cluster/kube, or kube-1.30 with MESHLB_KUBE=1.30)  kube-apiserver, kube-controller-manager, kube-scheduler, kubectl in one program, built from the Go modules
 # KUBE_BIN=DIR with programs of those names (and etcd) takes the place of both.
 here=$(cd "$(dirname "$0")" && pwd)
@@ -10,6 +11,10 @@ here=$(cd "$(dirname "$0")" && pwd)
 if ! etcd_bin >/dev/null; then
   say "setup: unpacking Debian's etcd into $cache/etcd: the API server keeps its objects in it; nothing is installed or started"
   unpack_debian "$cache/etcd" etcd-server
+fi
+if ! faketime_lib >/dev/null; then
+  say "setup: unpacking Debian's libfaketime into $cache/faketime: a controller gets a clock that jumps from it; nothing is installed"
+  unpack_debian "$cache/faketime" libfaketime
 fi
 kube=$(kube_dir)
 if [ ! -x "$kube/kube" ]; then

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 use crate::{Case, kubectl::Cluster};
 
-pub const CASES: [Case; 7] = [
+pub const CASES: [Case; 8] = [
     ("controller::gives_and_tells", gives_and_tells),
     ("controller::conflicts_name_the_other", conflicts),
     ("controller::selector_keeps_a_headless_service", selector),
@@ -31,6 +31,7 @@ pub const CASES: [Case; 7] = [
     ("controller::gives_the_lease_up", gives_up),
     ("controller::dies_while_it_gives_out_500", dies),
     ("controller::stopped_past_its_lease", stopped),
+    ("controller::clock_that_jumps", clock),
 ];
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,8 +55,12 @@ impl Controller {
         name: &str,
         listen: &str,
     ) -> Result<Controller> {
+        Self::start_with(Command::new(cluster.program()), kubeconfig, name, listen)
+    }
+
+    fn start_with(mut program: Command, kubeconfig: &Path, name: &str, listen: &str) -> Result<Controller> {
         let log = std::env::temp_dir().join(format!("meshlb-controller-{}-{name}.log", std::process::id()));
-        let child = Command::new(cluster.program())
+        let child = program
             .args(["controller", "--namespace", NAMESPACE, "--identity", name, "--metrics-listen", listen])
             .args(["--kubeconfig", &kubeconfig.to_string_lossy()])
             .stdin(Stdio::null())
@@ -451,5 +456,53 @@ fn stopped(cluster: &Cluster) -> Result<()> {
     };
     ensure!(statuses(&before) == statuses(&after), "the old leader has written");
     ensure!(!second.log().contains("leads no longer"), "{}", second.log());
+    Ok(())
+}
+
+/// Hours forward and back, on the machine of the one that leads: it goes on leading and giving, and who waits goes on waiting.
+fn clock(cluster: &Cluster) -> Result<()> {
+    prepare(cluster, "clock")?;
+    let library =
+        std::env::var("MESHLB_FAKETIME").context("MESHLB_FAKETIME: tests/cluster/run.sh sets it")?;
+    ensure!(!library.is_empty(), "no libfaketime: tests/cluster/setup.sh unpacks it");
+    let offset = tempfile::NamedTempFile::new()?;
+    let set = |text: &str| std::fs::write(offset.path(), format!("{text}\n"));
+    set("+0s")?;
+    let mut program = Command::new(cluster.program());
+    program
+        .env("LD_PRELOAD", library)
+        .env("FAKETIME_TIMESTAMP_FILE", offset.path())
+        // A clock that is set, not one that runs otherwise.
+        .env("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        .env("FAKETIME_NO_CACHE", "1");
+    let first = Controller::start_with(program, &cluster.kubeconfig(), "one", "off")?;
+    first.until_it_says("everything has been read")?;
+    let second = Controller::start(cluster, "two")?;
+    let renewed = || -> Result<(String, String)> {
+        let lease = get(cluster, &["lease", "meshlb-controller", "-n", NAMESPACE])?;
+        let text = |name: &str| lease["spec"][name].as_str().unwrap_or_default().to_owned();
+        Ok((text("holderIdentity"), text("renewTime")))
+    };
+    for (i, jump) in ["+3h", "-3h", "+0s"].into_iter().enumerate() {
+        let (_, before) = renewed()?;
+        set(jump)?;
+        // It has taken the new time, and it is past what a lease lasts.
+        until("the lease is renewed by the new time", PATIENCE, || {
+            let (_, now) = renewed()?;
+            let hours = |time: &str| time.get(..13).map(str::to_owned);
+            Ok(hours(&now) != hours(&before))
+        })?;
+        let name = format!("s{i}");
+        cluster.apply(&manifest("clock", &name, "{ports: [{port: 80, publish: {}}]}"))?;
+        until("it has all", PATIENCE, || all_different(cluster, "clock", i + 1))?;
+        std::thread::sleep(Duration::from_secs(17));
+        let (holder, _) = renewed()?;
+        ensure!(holder == "one", "{jump}: {holder:?} leads\n{}\n{}", first.log(), second.log());
+    }
+    ensure!(!first.log().contains("leads no longer"), "{}", first.log());
+    ensure!(!second.log().contains("this controller leads"), "{}", second.log());
+    // Who dies is followed as ever.
+    first.signal("-KILL")?;
+    second.until_it_says("this controller leads")?;
     Ok(())
 }

@@ -1,9 +1,9 @@
-//! One real connection that is idle for sixteen minutes, while the other cases run.
+//! Real connections that are idle for sixteen minutes, while the other cases run.
 //!
 //! IPVS forgets an idle TCP connection after 900 seconds unless told otherwise; we tell it (`--ipvs-timeouts`).
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::sleep;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::ns::{IDLE_PREFIX, Netns};
-use crate::runner::{Cx, Matrix, Skip, Suite};
+use crate::program::Meshlb;
+use crate::runner::{Cx, Matrix, Renderer, Skip, Suite};
 
 /// Longer than the kernel's own timeout.
 const IDLE: Duration = Duration::from_secs(16 * 60);
@@ -34,50 +35,102 @@ struct Idle {
     node: Netns,
     client: Netns,
     pod: Netns,
-    connections: Vec<(&'static str, TcpStream)>,
+    connections: Vec<(String, TcpStream)>,
     since: Instant,
     state: tempfile::TempDir,
 }
 
-static RUNNING: Mutex<Option<Idle>> = Mutex::new(None);
+static RUNNING: Mutex<Vec<Idle>> = Mutex::new(Vec::new());
 static BEGUN: AtomicBool = AtomicBool::new(false);
 
-const NODE: &str = "10.210.0.1";
-const VIP: &str = "10.211.0.5";
-const MANIFESTS: &str = r#"
-apiVersion: meshlb.dev/v1alpha1
+/// Addresses of a family: the node's towards the client and the pod, theirs, and the service's.
+struct Plan {
+    name: &'static str,
+    node: &'static str,
+    client: &'static str,
+    gateway: &'static str,
+    pod: &'static str,
+    prefix: u8,
+    vip: &'static str,
+    range: &'static str,
+}
+
+const PLANS: [Plan; 2] = [
+    Plan {
+        name: "IPv4",
+        node: "10.210.0.1",
+        client: "10.210.0.2",
+        gateway: "10.210.1.1",
+        pod: "10.210.1.2",
+        prefix: 24,
+        vip: "10.211.0.5",
+        range: "10.211.0.0/24",
+    },
+    Plan {
+        name: "IPv6",
+        node: "fd00:210::1",
+        client: "fd00:210::2",
+        gateway: "fd00:210:1::1",
+        pod: "fd00:210:1::2",
+        prefix: 64,
+        vip: "fd00:211::5",
+        range: "fd00:211::/112",
+    },
+];
+
+impl Plan {
+    fn manifests(&self) -> String {
+        let Self { name, vip, pod, .. } = self;
+        format!(
+            "apiVersion: meshlb.dev/v1alpha1
 kind: MeshService
-metadata: {name: idle, namespace: default}
+metadata: {{name: idle, namespace: default}}
 spec:
-  vips: [10.211.0.5]
-  ports: [{port: 80, targetPort: 8080, publish: {port: 30080}}]
+  vips: ['{vip}']
+  ipFamilies: [{name}]
+  ports: [{{port: 80, targetPort: 8080, publish: {{port: 30080}}}}]
 ---
 apiVersion: discovery.k8s.io/v1
 kind: EndpointSlice
-metadata: {name: idle, namespace: default, labels: {kubernetes.io/service-name: idle}}
-addressType: IPv4
-ports: [{port: 8080, protocol: TCP}]
-endpoints: [{addresses: [10.210.1.2], conditions: {ready: true}, nodeName: idle}]
-"#;
+metadata: {{name: idle, namespace: default, labels: {{kubernetes.io/service-name: idle}}}}
+addressType: {name}
+ports: [{{port: 8080, protocol: TCP}}]
+endpoints: [{{addresses: ['{pod}'], conditions: {{ready: true}}, nodeName: idle}}]
+"
+        )
+    }
+}
 
+/// IPv4 by the renderer of the case, IPv6 by nftables.
 fn start(cx: &mut Cx) -> Result<()> {
     let meshlb = cx.meshlb()?.clone();
-    let [node, client, pod] =
-        ["node", "client", "pod"].map(|n| Netns::create_as(format!("{IDLE_PREFIX}{n}")));
+    let nftables = Meshlb { renderer: Renderer::Nftables, ..meshlb.clone() };
+    let [v4, v6] = &PLANS;
+    let running = vec![one(cx, &meshlb, v4)?, one(cx, &nftables, v6)?];
+    *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = running;
+    BEGUN.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
+fn one(cx: &mut Cx, meshlb: &Meshlb, plan: &Plan) -> Result<Idle> {
+    let spaces =
+        ["node", "client", "pod"].map(|n| Netns::create_as(format!("{IDLE_PREFIX}{n}-{}", plan.name)));
+    let [node, client, pod] = spaces;
     let (node, client, pod) = (node?, client?, pod?);
+    let prefix = plan.prefix;
+    let nodad = if plan.name == "IPv6" { " nodad" } else { "" };
     for (peer, link, ours, theirs) in
-        [(&client, "c", NODE, "10.210.0.2"), (&pod, "p", "10.210.1.1", "10.210.1.2")]
+        [(&client, "c", plan.node, plan.client), (&pod, "p", plan.gateway, plan.pod)]
     {
-        let lines = format!(
-            "link add {link} type veth peer name eth0 netns {}\naddr add {ours}/24 dev {link}\nlink set {link} up\nlink set lo up\n",
+        node.ip(&format!(
+            "link add {link} type veth peer name eth0 netns {}\nlink set {link} up\nlink set lo up\naddr add {ours}/{prefix} dev {link}{nodad}\n",
             peer.name()
-        );
-        node.ip(&lines)?;
+        ))?;
         peer.ip(&format!(
-            "addr add {theirs}/24 dev eth0\nlink set eth0 up\nlink set lo up\nroute add default via {ours}\n"
+            "link set eth0 up\nlink set lo up\naddr add {theirs}/{prefix} dev eth0{nodad}\nroute add default via {ours}\n"
         ))?;
     }
-    let listener = pod.enter(|| Ok(TcpListener::bind("0.0.0.0:8080")?))?;
+    let listener = pod.enter(|| Ok(TcpListener::bind("[::]:8080")?))?;
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             std::thread::spawn(move || echo(stream));
@@ -86,14 +139,14 @@ fn start(cx: &mut Cx) -> Result<()> {
     let state = tempfile::tempdir()?;
     let path = |name: &str| state.path().join(name).to_string_lossy().into_owned();
     std::fs::create_dir(path("services"))?;
-    std::fs::write(path("services/idle.yaml"), MANIFESTS)?;
+    std::fs::write(path("services/idle.yaml"), plan.manifests())?;
     let command: Vec<String> = [
         meshlb.binary.to_string_lossy().into_owned(),
         "apply".to_owned(),
         path("services"),
         "--node=idle".to_owned(),
-        format!("--node-ip={NODE}"),
-        "--vip-cidr=10.211.0.0/24".to_owned(),
+        format!("--node-ip={}", plan.node),
+        format!("--vip-cidr={}", plan.range),
         format!("--renderer={}", meshlb.renderer.flag()),
         format!("--state-dir={}", path("state")),
         format!("--run-dir={}", path("run")),
@@ -102,11 +155,13 @@ fn start(cx: &mut Cx) -> Result<()> {
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
     node.run_env(&command, &[("PATH", &meshlb.path)], "")?.ok()?;
     let mut connections = Vec::new();
-    for (what, to) in [("by VIP", format!("{VIP}:80")), ("by published port", format!("{NODE}:30080"))] {
-        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&to.parse()?, Duration::from_secs(5))?));
-        let stream = stream.with_context(|| what.to_owned())?;
+    for (what, ip, port) in [("by VIP", plan.vip, 80), ("by published port", plan.node, 30080)] {
+        let what = format!("{} {what}", plan.name);
+        let to = SocketAddr::new(ip.parse()?, port);
+        let stream = client.enter(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))?));
+        let stream = stream.with_context(|| what.clone())?;
         stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-        exchange(&stream).with_context(|| what.to_owned())?;
+        exchange(&stream).with_context(|| what.clone())?;
         connections.push((what, stream));
     }
     // The one by VIP is in the kernel's table with more than the 900 seconds that it has by itself.
@@ -115,10 +170,7 @@ fn start(cx: &mut Cx) -> Result<()> {
     let minutes = |line: &str| line.split_whitespace().nth(1)?.split(':').next()?.parse::<u64>().ok();
     let left = table.lines().filter(|l| l.contains("ESTABLISHED")).filter_map(minutes).max();
     ensure!(left > Some(16), "it will not last that long:\n{table}");
-    let idle = Idle { node, client, pod, connections, since: Instant::now(), state };
-    *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = Some(idle);
-    BEGUN.store(true, Ordering::Relaxed);
-    Ok(())
+    Ok(Idle { node, client, pod, connections, since: Instant::now(), state })
 }
 
 fn echo(stream: TcpStream) -> Result<()> {
@@ -141,18 +193,22 @@ fn exchange(stream: &TcpStream) -> Result<()> {
 }
 
 fn finish(cx: &mut Cx) -> Result<()> {
-    let idle = RUNNING.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if idle.is_none() && BEGUN.load(Ordering::Relaxed) {
-        bail!("it has failed, and there is no second connection that is as old");
+    let running = std::mem::take(&mut *RUNNING.lock().unwrap_or_else(PoisonError::into_inner));
+    if running.is_empty() && BEGUN.load(Ordering::Relaxed) {
+        bail!("it has failed, and there are no second connections that are as old");
     }
-    let idle = idle.ok_or_else(|| Skip("idle::begins has not run, or failed".to_owned()))?;
-    let left = IDLE.saturating_sub(idle.since.elapsed());
-    cx.note(format!("waiting for {left:?} more"));
-    sleep(left);
-    for (what, stream) in &idle.connections {
-        exchange(stream).with_context(|| format!("{what}, after {:?}", idle.since.elapsed()))?;
+    if running.is_empty() {
+        return Err(Skip("idle::begins has not run, or failed".to_owned()).into());
     }
-    cx.note(format!("idle for {:?}", idle.since.elapsed()));
-    drop((idle.node, idle.client, idle.pod, idle.state));
+    for idle in running {
+        let left = IDLE.saturating_sub(idle.since.elapsed());
+        cx.note(format!("waiting for {left:?} more"));
+        sleep(left);
+        for (what, stream) in &idle.connections {
+            exchange(stream).with_context(|| format!("{what}, after {:?}", idle.since.elapsed()))?;
+        }
+        cx.note(format!("idle for {:?}", idle.since.elapsed()));
+        drop((idle.node, idle.client, idle.pod, idle.state));
+    }
     Ok(())
 }

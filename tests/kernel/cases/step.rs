@@ -35,8 +35,9 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("step::handover", &two, limit, |cx| handover(cx, false));
     suite.add_slow("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
     suite.add_slow("step::external_policy", &two, limit, external_policy);
-    suite.add_slow("step::first_install", &two, limit, first_install);
-    suite.add_slow("step::cleanup", &two, limit, cleanup);
+    let all = Matrix::once().with_renderers(&Renderer::ALL);
+    suite.add_slow("step::first_install", &all, limit, first_install);
+    suite.add_slow("step::cleanup", &all, limit, cleanup);
 }
 
 /// A service with one port, over TCP and UDP.
@@ -360,8 +361,8 @@ impl Stepped {
         let singly = if command.first() == Some(&"apply") { "export MESHLB_IPVS_SINGLY=1" } else { ":" };
         let script = format!(
             "{singly}
-             exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg \
-             -e inject=sendto,sendmsg,sendmmsg:signal=SIGSTOP MESHLB \"$@\"",
+             exec strace -D -f -qq -x -s 96 -o {} -e trace=execve,sendto,sendmsg,sendmmsg,setsockopt \
+             -e inject=sendto,sendmsg,sendmmsg,setsockopt:signal=SIGSTOP MESHLB \"$@\"",
             log.display()
         );
         let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
@@ -402,15 +403,15 @@ impl Stepped {
         if rest.ends_with("<unfinished ...>") {
             self.split.insert(pid, rest.to_owned());
         } else if rest.starts_with("<... ") {
-            if let Some(begun) = self.split.remove(&pid).filter(|b| b.starts_with("send")) {
+            if let Some(begun) = self.split.remove(&pid).filter(|b| is_sent(b)) {
                 *sent = Some(begun + rest);
             }
-        } else if rest.starts_with("send") {
+        } else if is_sent(rest) {
             *sent = Some(rest.to_owned());
         } else if rest.starts_with("--- stopped by SIGSTOP")
             && let Some(sent) = sent.take()
         {
-            if is_change(&sent) {
+            if is_change(&sent) || is_table(&sent) {
                 self.stopped = Some(pid);
                 return Ok(Some(summary(pid, &sent)));
             }
@@ -438,8 +439,20 @@ fn singly(changes: &[String]) -> Result<()> {
     Ok(())
 }
 
+fn is_sent(call: &str) -> bool {
+    call.starts_with("send") || call.starts_with("setsockopt")
+}
+
+/// A whole table of iptables-legacy: the programs of that flavour hand the kernel one at a time (`IPT_SO_SET_REPLACE`, 64).
+fn is_table(call: &str) -> bool {
+    call.starts_with("setsockopt") && (call.contains("SO_SET_REPLACE") || call.contains(", 0x40"))
+}
+
 /// The kinds of the messages that were sent at once.
 fn summary(pid: i32, sent: &str) -> String {
+    if is_table(sent) {
+        return format!("process {pid}: a table of iptables-legacy");
+    }
     let kinds: Vec<&str> = sent
         .split("nlmsg_type=")
         .skip(1)
