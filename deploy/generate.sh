@@ -21,7 +21,7 @@ metadata:
     pod-security.kubernetes.io/warn: privileged
 Y
   # A Helm without a cluster takes Kubernetes for whatever it was built with.
-  "$helm" template meshlb charts/meshlb --namespace "$namespace" --kube-version 1.30.0 --no-hooks | sed -e '/^# Source: /d' -e '/^ *helm\.sh\/chart: /d' \
+  "$helm" template meshlb charts/meshlb --namespace "$namespace" --kube-version 1.31.0 --no-hooks | sed -e '/^# Source: /d' -e '/^ *helm\.sh\/chart: /d' \
     -e '/^ *app\.kubernetes\.io\/managed-by: Helm$/d' -e '/^  annotations:$/{N;/helm\.sh\/resource-policy/d}'
 }
 

@@ -11,6 +11,7 @@
 //! | two of one rank | the older wins, of equal age the first key; the other has none | never happens | – |
 //! | a loser | is told by whom, and heals | becomes automatic | moves, and says so |
 
+pub mod aliases;
 pub mod conflict;
 pub mod hash;
 pub mod lock;

@@ -131,11 +131,15 @@ fn path(out: &mut String, service: &ServiceReport, port: &PortReport, server: &S
         let _ = writeln!(out, "  set entry  {}: {}", entry.entry, entry.state);
     }
     let connections: u64 = server.endpoints.iter().map(|e| e.connections).sum();
-    let _ = writeln!(
-        out,
-        "  ipvs       FWM {} {} scheduler {}, {connections} connections: {}",
-        server.mark, family, server.scheduler, server.state
-    );
+    if server.endpoints.is_empty() && server.state == "ok" {
+        let _ = writeln!(out, "  ipvs       no FWM {} {family}, as there is no endpoint: ok", server.mark);
+    } else {
+        let _ = writeln!(
+            out,
+            "  ipvs       FWM {} {family} scheduler {}, {connections} connections: {}",
+            server.mark, server.scheduler, server.state
+        );
+    }
     for packet in server.packets.iter().filter(|p| p.scope == scope) {
         let from = if packet.from == "pod" { "from a pod" } else { "from outside" };
         let _ = writeln!(out, "  packet     {from} to {}: {}", packet.to, packet.fate);

@@ -94,7 +94,7 @@ fn brought(engine: &Engine, program: &Program, observed: &Observed) -> Vec<Chang
 }
 
 fn owner(engine: &Engine, op: &Op) -> Option<String> {
-    op.mark().and_then(|mark| engine.merged().owner(mark)).map(ToString::to_string)
+    op.owner(engine.merged()).map(ToString::to_string)
 }
 
 /// Exit code 2 says that there are changes.

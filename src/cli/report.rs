@@ -5,6 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use serde::Serialize;
@@ -17,7 +18,10 @@ use crate::{
     dns::names::Names,
     model::{
         ids::{Family, Mark, Scope},
-        kernel::{Element, RealServerConfig, RealServerKey, Target, VirtualServerKey, sysctl_fits},
+        kernel::{
+            Element, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
+            VirtualServerKey, sysctl_fits,
+        },
     },
     plan::{
         Observed,
@@ -288,8 +292,11 @@ fn port_report(
     for (mark, scopes) in scopes {
         for family in Family::ALL {
             let key = VirtualServerKey { family, mark };
-            if service.virtual_servers.contains_key(&key) {
-                virtual_servers.push(server_report(engine, observed, service, key, &scopes)?);
+            // A published port is something to look at without an endpoint, too.
+            let published = |e: &Element| e.family() == family && port.publishes(e);
+            let listed = scopes.contains(&Scope::Ingress) && service.elements.keys().any(published);
+            if service.virtual_servers.contains_key(&key) || listed {
+                virtual_servers.push(server_report(engine, observed, service, port, key, &scopes)?);
             }
         }
     }
@@ -308,13 +315,25 @@ fn server_report(
     engine: &mut Engine,
     observed: &Observed,
     service: &CompiledService,
+    port: &CompiledPort,
     key: VirtualServerKey,
     scopes: &[Scope],
 ) -> Result<ServerReport, Error> {
-    let found = engine.dataplane.ipvs.reals(key)?;
-    let want = &service.virtual_servers[&key];
+    let declared =
+        engine.snapshot().services().get(&service.key).map(|s| s.scheduler.clone()).unwrap_or_default();
+    let none = VirtualServer {
+        config: VirtualServerConfig { scheduler: declared.name, flags: declared.flags },
+        protocol: None,
+        reals: Arc::default(),
+    };
+    // Without an endpoint there is none.
+    let is_wanted = service.virtual_servers.contains_key(&key);
+    let want = service.virtual_servers.get(&key).unwrap_or(&none);
+    let found = if is_wanted { engine.dataplane.ipvs.reals(key)? } else { BTreeMap::new() };
     let state = match observed.virtual_servers.get(&key) {
-        None => "missing".to_owned(),
+        None if is_wanted => "missing".to_owned(),
+        None => "ok".to_owned(),
+        Some(_) if !is_wanted => "unexpected".to_owned(),
         Some(have) if have.config == want.config => "ok".to_owned(),
         Some(have) if have.config.scheduler == want.config.scheduler => {
             format!("flags {:#x}, should be {:#x}", have.config.flags, want.config.flags)
@@ -324,7 +343,10 @@ fn server_report(
     let leading = service
         .elements
         .iter()
-        .filter(|(element, mark)| **mark == Some(key.mark) && element.family() == key.family)
+        .filter(|(element, mark)| {
+            let by_number = scopes.contains(&Scope::Ingress) && port.publishes(element);
+            element.family() == key.family && (**mark == Some(key.mark) || by_number)
+        })
         .map(|(element, mark)| (element, *mark));
     let shared = service.shared.iter().filter(|element| want.reals.keys().any(|real| is_of(element, real)));
     let entries = leading
@@ -407,7 +429,7 @@ fn endpoint_report(
     real: RealServerKey,
     found: &BTreeMap<RealServerKey, (RealServerConfig, Counters)>,
 ) -> EndpointReport {
-    let want = service.virtual_servers[&key].reals.get(&real);
+    let want = service.virtual_servers.get(&key).and_then(|server| server.reals.get(&real));
     let have = found.get(&real);
     let info = service.reals.get(&(key, real));
     let state = match (want, have) {

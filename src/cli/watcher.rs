@@ -21,7 +21,10 @@ use crate::{
     dataplane::{Error, Ipvs, ipvs::KernelIpvs},
     meshnode::{self, Fault, Faults, Report},
     metrics::{EndpointTraffic, Metrics, Outcome, RoundKind, ServiceTraffic, TrafficSource},
-    model::ids::{Scope, ServiceKey},
+    model::{
+        ids::{Mark, Scope, ServiceKey},
+        kernel::VirtualServerKey,
+    },
     reconcile::{Drift, Engine, Turn, agent::Observer},
 };
 
@@ -205,7 +208,7 @@ impl Observer for Watcher {
         }
         let causes = turn.failures.iter().filter(|f| !f.follows);
         let refused = causes.map(|f| {
-            let owner = f.op.mark().and_then(|mark| engine.merged().owner(mark));
+            let owner = f.op.owner(engine.merged());
             (owner.cloned(), format!("{}: {}", f.op, f.error))
         });
         self.faults.turned(refused, Instant::now());
@@ -315,13 +318,21 @@ impl TrafficSource for Traffic {
         for service in &services {
             let mut reader = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             for port in &service.ports {
-                for key in service.virtual_servers.keys() {
-                    let scope =
-                        port.marks.iter().find(|(_, mark)| **mark == key.mark).map(|(scope, _)| *scope);
-                    let Some(scope) = scope else { continue };
-                    match reader.ipvs.reals(*key) {
-                        Ok(reals) => out.push(traffic_of(service, port, key.family, scope, *key, &reals)),
-                        Err(e) => warn!("counters of {}: {e}", service.key),
+                // Both scopes may have one mark. Without an endpoint it has no IPVS service, and is counted all the same: what
+                // was counted so far goes on.
+                let scopes: BTreeMap<Mark, Scope> =
+                    port.marks.iter().rev().map(|(scope, mark)| (*mark, *scope)).collect();
+                for (mark, scope) in scopes {
+                    for family in service.families() {
+                        let key = VirtualServerKey { family, mark };
+                        let reals = match service.virtual_servers.get(&key) {
+                            Some(_) => reader.ipvs.reals(key),
+                            None => Ok(BTreeMap::new()),
+                        };
+                        match reals {
+                            Ok(reals) => out.push(traffic_of(service, port, scope, key, &reals)),
+                            Err(e) => warn!("counters of {}: {e}", service.key),
+                        }
                     }
                 }
             }
@@ -333,9 +344,8 @@ impl TrafficSource for Traffic {
 fn traffic_of(
     service: &CompiledService,
     port: &crate::compile::CompiledPort,
-    family: crate::model::ids::Family,
     scope: Scope,
-    key: crate::model::kernel::VirtualServerKey,
+    key: VirtualServerKey,
     reals: &BTreeMap<
         crate::model::kernel::RealServerKey,
         (crate::model::kernel::RealServerConfig, crate::dataplane::Counters),
@@ -359,7 +369,7 @@ fn traffic_of(
         name: service.key.name.clone(),
         port: port.spec.label().into(),
         protocol: port.spec.protocol,
-        family,
+        family: key.family,
         scope,
         endpoints,
     }

@@ -114,6 +114,11 @@ impl Merged {
         &self.services
     }
 
+    /// The service that an entry is about, where it is one's alone.
+    pub fn owner_of(&self, element: &Element) -> Option<&ServiceKey> {
+        self.services.iter().find(|(_, service)| service.elements.contains_key(element)).map(|(key, _)| key)
+    }
+
     /// The service that owns a mark.
     pub fn owner(&self, mark: Mark) -> Option<&ServiceKey> {
         self.owners.get(&mark)

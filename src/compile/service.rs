@@ -116,7 +116,31 @@ pub struct CompiledService {
     pub endpoints: (usize, usize),
 }
 
+impl CompiledPort {
+    /// Whether the number is one that the port is published by.
+    pub fn is_published_as(&self, protocol: Protocol, number: u16) -> bool {
+        let numbers = self.published.map(|first| ports_from(first, self.spec.span()));
+        self.spec.protocol == protocol && numbers.is_some_and(|numbers| numbers.contains(&number))
+    }
+
+    /// Whether an entry is about this published port.
+    pub fn publishes(&self, element: &Element) -> bool {
+        match element {
+            Element::Published(t) => self.is_published_as(t.protocol, t.port),
+            Element::Loopback(_, protocol, port) => self.is_published_as(*protocol, *port),
+            _ => false,
+        }
+    }
+}
+
 impl CompiledService {
+    /// Families in which a mark of it may have an IPVS service: those of its VIPs and of its entries.
+    pub fn families(&self) -> impl Iterator<Item = Family> {
+        Family::ALL.into_iter().filter(|family| {
+            self.vips.get(*family).is_some() || self.elements.keys().any(|e| e.family() == *family)
+        })
+    }
+
     /// Its marks, whether IPVS has a service for them or not.
     pub fn marks(&self) -> impl Iterator<Item = Mark> {
         self.ports.iter().flat_map(|port| port.marks.values()).copied()
@@ -176,13 +200,8 @@ pub fn compile_service(
         publish(&mut out, &mut compiled, service, slices, assigned, &families, inputs);
         ports.push(compiled);
     }
-    // One without destinations that nothing leads to would only be a thing to lose track of.
-    let led_to: BTreeSet<VirtualServerKey> = out
-        .elements
-        .iter()
-        .filter_map(|(element, mark)| Some(VirtualServerKey { family: element.family(), mark: (*mark)? }))
-        .collect();
-    out.virtual_servers.retain(|key, server| !server.reals.is_empty() || led_to.contains(key));
+    // IPVS would refuse what comes to one without destinations by an error that clients by 127.0.0.1 never see.
+    out.virtual_servers.retain(|_, server| !server.reals.is_empty());
     CompiledService {
         key: service.key.clone(),
         mode: service.mode,
@@ -263,8 +282,9 @@ fn publish(
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
             Family::V6 => Ipv6Addr::LOCALHOST.into(),
         };
-        // The entry stays without an endpoint, too: no socket of the host is to answer in its place.
-        let leads_to = if takes_connections(out, key) { mark } else { Mark::NOWHERE };
+        // The entry stays without an endpoint, too: no socket of the host is to answer in its place. The guard refuses what
+        // IPVS has no service for; where there is one, with destinations that take nothing new, the entry leads past it.
+        let leads_to = if empty || takes_connections(out, key) { mark } else { Mark::NOWHERE };
         for &n in &numbers {
             let target = |addr| Target { addr, protocol: port.protocol, port: n };
             lead_to(out, target(ingress), mark);

@@ -41,6 +41,7 @@ use crate::{
         judge::judge,
         kube::{listing::Listing, pause, why, without_bulk},
         object::{Kind, Object, Verdict},
+        problem::Severity,
     },
 };
 
@@ -283,15 +284,25 @@ impl Leader {
     fn take_slice(&mut self, event: watcher::Event<DynamicObject>) {
         let change = self.listings[1].take(event, self.mesh.slice_keys());
         if let Some((key, object)) = change.put {
-            let verdict =
-                judge(Kind::Slice, without_bulk(Kind::Slice, object), Some(self.mesh.config()), true).verdict;
-            let slice = match &verdict {
-                Verdict::Good(Object::Slice(slice)) => Some(&**slice),
-                _ => None,
-            };
-            self.mesh.put_slice(&key, slice);
+            let label =
+                object.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL)).cloned();
+            let value = without_bulk(Kind::Slice, object);
+            let judged = judge(Kind::Slice, value, Some(self.mesh.config()), true);
+            match &judged.verdict {
+                Verdict::Good(Object::Slice(slice)) => self.mesh.put_slice(&key, Some(slice)),
+                // Its last good version counts, as it serves on the nodes.
+                Verdict::Wrong => {}
+                _ => self.mesh.put_slice(&key, None),
+            }
+            let first = judged.findings.first().filter(|_| judged.severity >= Severity::Warning);
+            let name = label.map(|label| ServiceKey::new(key.namespace.clone(), label));
+            let found = name.zip(first.map(|first| format!("{}: {}", first.field, first.message)));
+            self.mesh.set_unusable(&key, found);
         }
-        change.gone.iter().for_each(|key| self.mesh.put_slice(key, None));
+        for key in &change.gone {
+            self.mesh.put_slice(key, None);
+            self.mesh.set_unusable(key, None);
+        }
     }
 
     fn take_core(&mut self, event: watcher::Event<CoreService>) {

@@ -15,7 +15,11 @@ use super::{
     status::{self, Known},
 };
 use crate::{
-    allocate::{Allocations, Allocator, Kept, offset},
+    allocate::{
+        Allocations, Allocator, Kept,
+        aliases::{Asked, Claims},
+        offset,
+    },
     api::{
         self, FieldError, SERVICE_NAME_LABEL,
         status::{EndpointCounts, MeshServiceStatus},
@@ -102,6 +106,10 @@ pub struct Mesh {
     users: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
     slices: HashMap<ServiceKey, Counted>,
     by_service: HashMap<ServiceKey, BTreeSet<ServiceKey>>,
+    /// Who asks for which names in DNS.
+    aliases: Claims,
+    /// What can't be used of slices, with the name that they give.
+    unusable: BTreeMap<ServiceKey, (ServiceKey, String)>,
     cores: HashMap<ServiceKey, Core>,
     cores_changed: bool,
     nodes: Nodes,
@@ -124,6 +132,8 @@ impl Mesh {
             users: HashMap::new(),
             slices: HashMap::new(),
             by_service: HashMap::new(),
+            aliases: Claims::default(),
+            unusable: BTreeMap::new(),
             cores: HashMap::new(),
             cores_changed: false,
             nodes: Nodes::default(),
@@ -192,15 +202,25 @@ impl Mesh {
         self.sort(key);
     }
 
+    /// Others may win or lose an alias by it.
+    fn claim_aliases(&mut self, key: &ServiceKey, old: Option<&Service>, new: Option<&Service>) {
+        fn asked(service: &Service) -> Asked<'_> {
+            (&service.dns.aliases, service.created)
+        }
+        let touched = self.aliases.set(key, old.map(asked), new.map(asked));
+        self.dirty.extend(touched.iter().flat_map(|name| self.aliases.claimants(name)).cloned());
+    }
+
     /// Whether a service is one of those that are served.
     fn sort(&mut self, key: &ServiceKey) {
         let entry = self.entries.get(key);
         let service =
             entry.filter(|e| !e.withheld && !self.name_taken(key, e)).and_then(|e| e.service.clone());
-        match service {
-            Some(service) => drop(self.services.insert(key.clone(), service)),
-            None => drop(self.services.remove(key)),
-        }
+        let old = match service.clone() {
+            Some(service) => self.services.insert(key.clone(), service),
+            None => self.services.remove(key),
+        };
+        self.claim_aliases(key, old.as_deref(), service.as_deref());
     }
 
     fn name_taken(&self, key: &ServiceKey, entry: &Entry) -> bool {
@@ -223,7 +243,8 @@ impl Mesh {
         if self.take_out(key).is_none() {
             return;
         }
-        self.services.remove(key);
+        let old = self.services.remove(key);
+        self.claim_aliases(key, old.as_deref(), None);
         self.dirty.remove(key);
         self.freed = true;
         self.changed.insert(key.clone());
@@ -250,6 +271,21 @@ impl Mesh {
             key.clone(),
             Counted { service: name, family: slice.family, ports: slice.ports.clone(), endpoints },
         );
+    }
+
+    /// What can't be used of an EndpointSlice of the service of this name; `None` if nothing.
+    pub fn set_unusable(&mut self, key: &ServiceKey, found: Option<(ServiceKey, String)>) {
+        let old = match &found {
+            Some(found) => self.unusable.insert(key.clone(), found.clone()),
+            None => self.unusable.remove(key),
+        };
+        if old != found {
+            let of = |found: &Option<(ServiceKey, String)>| {
+                found.iter().flat_map(|(name, _)| self.users.get(name)).flatten().cloned().collect::<Vec<_>>()
+            };
+            let users = [of(&old), of(&found)].concat();
+            self.dirty.extend(users);
+        }
     }
 
     /// Takes in a core Service, or that it is gone.
@@ -404,7 +440,7 @@ impl Mesh {
 
     /// Names of all slices.
     pub fn slice_keys(&self) -> impl Iterator<Item = &ServiceKey> {
-        self.slices.keys()
+        self.slices.keys().chain(self.unusable.keys().filter(|key| !self.slices.contains_key(*key)))
     }
 
     /// The core Service of a name.
@@ -476,12 +512,28 @@ impl Mesh {
                 verdict,
                 endpoints,
                 why_none,
+                unusable: self.unusable_of(entry),
+                aliases: self.aliases.conflicts(
+                    key,
+                    entry.service.as_ref().map(|service| &*service.dns.aliases).unwrap_or_default(),
+                    &|name| self.services.contains_key(name),
+                ),
                 unmatched,
                 programmed: self.nodes.programmed(key),
                 now,
             },
             &entry.status,
         ))
+    }
+
+    /// What can't be used of a service's EndpointSlices: one clear line.
+    fn unusable_of(&self, entry: &Entry) -> Option<String> {
+        let named = slices_of(entry.service.as_ref()?);
+        let mut of = self.unusable.iter().filter(|(_, (name, _))| *name == named);
+        let (slice, (_, problem)) = of.next()?;
+        let more = of.count();
+        let more = if more > 0 { format!("; {more} more can't be used either") } else { String::new() };
+        Some(format!("EndpointSlice {slice}: {problem}{more}"))
     }
 
     /// Why a service can't have endpoints, where the core Service that it names says so.

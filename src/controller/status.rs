@@ -27,6 +27,10 @@ pub struct Known<'a> {
     pub endpoints: EndpointCounts,
     /// Why there is no endpoint, where that is plain.
     pub why_none: Option<String>,
+    /// What can't be used of its EndpointSlices.
+    pub unusable: Option<String>,
+    /// Aliases that it asks for and does not have.
+    pub aliases: Vec<String>,
     /// Its ports that no ready endpoint has, where there are ready ones.
     pub unmatched: Vec<PortId>,
     /// What the nodes say about it.
@@ -194,6 +198,12 @@ fn served(
     } else {
         conditions.put("Ready", programmed.status, &programmed.reason, "see the condition Programmed");
     }
+    if !known.aliases.is_empty() {
+        conditions.add_to_ready("AliasTaken", &known.aliases.join("; "));
+    }
+    if let Some(problem) = &known.unusable {
+        conditions.add_to_ready("EndpointSliceUnusable", problem);
+    }
 }
 
 /// At most what the schema allows.
@@ -253,6 +263,16 @@ impl Conditions<'_> {
         });
     }
 
+    /// Says something more; where the service is ready, it is the reason.
+    fn add_to_ready(&mut self, reason: &str, message: &str) {
+        for ready in self.new.iter_mut().filter(|c| c.type_ == "Ready") {
+            if ready.status == "True" {
+                ready.reason = reason.to_owned();
+            }
+            ready.message = format!("{}; {message}", ready.message).chars().take(32_000).collect();
+        }
+    }
+
     fn keep(&mut self, type_: &str) {
         self.new.extend(self.old.iter().find(|c| c.type_ == type_).cloned());
     }
@@ -303,7 +323,10 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     let about = ["NoEndpoints", "NoTargetPort", "HeadlessServiceFailed"];
     if let (Some(before), Some(after)) = (find(old, "Ready"), find(new, "Ready")) {
         let (was, is) = (before.status == "True", after.status == "True");
-        if (was && about.contains(&&*after.reason)) || (is && about.contains(&&*before.reason)) {
+        let told = ["EndpointSliceUnusable", "AliasTaken"].contains(&&*after.reason);
+        if told && before.message != after.message {
+            out.push(News { good: false, reason: after.reason, message: after.message });
+        } else if (was && about.contains(&&*after.reason)) || (is && about.contains(&&*before.reason)) {
             out.push(News { good: is, reason: after.reason, message: after.message });
         }
     }

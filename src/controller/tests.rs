@@ -223,6 +223,31 @@ fn why_there_can_be_no_endpoints_is_said() {
     mesh.put_slice(&key("w"), Some(&slice(vec![fixtures::endpoint("10.0.0.1", "n1")])));
     stored.write(&mut mesh);
     assert!(stored.condition("a", "Ready").starts_with("True Serving"));
+    // One that can't be used is told, and is no reason to count its last good version out.
+    let problem = |text: &str| Some((key("web"), text.to_owned()));
+    mesh.set_unusable(&key("w"), problem("endpoints[0].addresses[0]: is no address"));
+    assert_eq!(stored.write(&mut mesh), ["a"]);
+    let ready = stored.condition("a", "Ready");
+    assert!(ready.starts_with("True EndpointSliceUnusable: "), "{ready}");
+    assert!(
+        ready.ends_with("; EndpointSlice default/w: endpoints[0].addresses[0]: is no address"),
+        "{ready}"
+    );
+    mesh.set_unusable(&key("w"), problem("endpoints[0].addresses[0]: is no address"));
+    assert!(stored.write(&mut mesh).is_empty());
+    mesh.put_slice(&key("w"), None);
+    mesh.set_unusable(&key("other"), problem("x: y"));
+    stored.write(&mut mesh);
+    let ready = stored.condition("a", "Ready");
+    assert!(
+        ready.starts_with("False NoEndpoints: ") && ready.ends_with("; 1 more can't be used either"),
+        "{ready}"
+    );
+    assert!(mesh.slice_keys().any(|k| *k == key("other")), "one that goes while nobody looks");
+    mesh.set_unusable(&key("w"), None);
+    mesh.set_unusable(&key("other"), None);
+    stored.write(&mut mesh);
+    assert!(!stored.condition("a", "Ready").contains("can't be used"));
 }
 
 #[test]
@@ -488,4 +513,22 @@ fn what_nodes_say_is_in_the_status() {
     node(&mut mesh, &[]);
     assert_eq!(stored.write(&mut mesh), ["a", "b"]);
     assert_eq!(told(&failed, &stored.status("a")), [(true, "Programmed".to_owned())]);
+}
+
+#[test]
+fn an_alias_that_another_service_has_is_told() {
+    let mut stored = Stored::default();
+    let with = |aliases: &[&str]| json!({"ports": [{"port": 80}], "dns": {"aliases": aliases}});
+    stored.apply("a", 1, with(&["shared", "b"]));
+    stored.apply("b", 1, with(&["shared"]));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    // The older one has it; a service's own name is nobody's alias.
+    let ready = stored.condition("a", "Ready");
+    assert!(ready.ends_with("; spec.dns.aliases[1]: b is the name of the service default/b"), "{ready}");
+    let ready = stored.condition("b", "Ready");
+    assert!(ready.contains("spec.dns.aliases[0]: shared is an alias of default/a"), "{ready}");
+    mesh.remove_service(&key("a"));
+    stored.write(&mut mesh);
+    assert!(!stored.condition("b", "Ready").contains("alias"));
 }

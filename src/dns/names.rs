@@ -10,24 +10,23 @@ use super::{
     table::{Entry, Table, name_key},
     zone::Zone,
 };
-use crate::model::ids::ServiceKey;
-
-/// Namespace and name.
-type Place = (Arc<str>, Arc<str>);
+use crate::{
+    allocate::aliases::{Asked, Claims},
+    model::ids::ServiceKey,
+};
 
 /// All names and who claims them.
 #[derive(Debug)]
 pub struct Names {
     table: Table,
     services: HashMap<ServiceKey, Arc<ServiceNames>>,
-    /// Who claims an alias: the first has it, unless a service has that name.
-    claims: HashMap<Place, BTreeSet<(u64, ServiceKey)>>,
+    claims: Claims,
 }
 
 impl Names {
     /// None yet.
     pub fn new(zone: Arc<Zone>) -> Self {
-        Self { table: Table::new(zone), services: HashMap::new(), claims: HashMap::new() }
+        Self { table: Table::new(zone), services: HashMap::new(), claims: Claims::default() }
     }
 
     /// What a service answers so far.
@@ -43,31 +42,14 @@ impl Names {
             Some(new) => self.services.insert(key.clone(), new.clone()),
             None => self.services.remove(key),
         };
-        for names in old.iter() {
-            for alias in &names.aliases {
-                let place = (key.namespace.clone(), alias.clone());
-                if let Some(claims) = self.claims.get_mut(&place) {
-                    claims.remove(&(names.created, key.clone()));
-                    if claims.is_empty() {
-                        self.claims.remove(&place);
-                    }
-                }
-            }
+        fn asked(names: &ServiceNames) -> Asked<'_> {
+            (&names.aliases, names.created)
         }
-        for names in new.iter() {
-            for alias in &names.aliases {
-                let place = (key.namespace.clone(), alias.clone());
-                self.claims.entry(place).or_default().insert((names.created, key.clone()));
-            }
-        }
-        let mut labels = BTreeSet::from([key.name.clone()]);
-        labels.extend(old.iter().chain(&new).flat_map(|names| names.aliases.iter().cloned()));
+        let touched = self.claims.set(key, old.as_deref().map(asked), new.as_deref().map(asked));
         let mut others = BTreeSet::new();
-        for label in labels {
-            let place = (key.namespace.clone(), label);
-            others
-                .extend(self.claims.get(&place).into_iter().flatten().map(|(_, claimant)| claimant.clone()));
-            self.resolve(&place);
+        for name in touched {
+            others.extend(self.claims.claimants(&name).cloned());
+            self.resolve(&name);
         }
         others.remove(key);
         self.set_addresses(key, old.as_deref(), new.as_deref());
@@ -75,11 +57,11 @@ impl Names {
     }
 
     /// Puts the holder of a name into the table.
-    fn resolve(&mut self, (namespace, label): &Place) {
-        let own = self.services.get(&ServiceKey::new(namespace.clone(), label.clone()));
+    fn resolve(&mut self, name: &ServiceKey) {
+        let ServiceKey { namespace, name: label } = name;
+        let own = self.services.get(name);
         let entry = own.map(|service| Entry { service: service.clone(), alias: false }).or_else(|| {
-            let claims = self.claims.get(&(namespace.clone(), label.clone()))?;
-            let (_, winner) = claims.first()?;
+            let winner = self.claims.winner(name)?;
             Some(Entry { service: self.services.get(winner)?.clone(), alias: true })
         });
         let new = entry.is_some();
@@ -136,22 +118,7 @@ impl Names {
     /// Aliases that a service asks for and does not have, in words.
     pub fn conflicts(&self, key: &ServiceKey) -> Vec<String> {
         let Some(names) = self.services.get(key) else { return Vec::new() };
-        let mut out = Vec::new();
-        for (i, alias) in names.aliases.iter().enumerate() {
-            let owner = ServiceKey::new(key.namespace.clone(), alias.clone());
-            if self.services.contains_key(&owner) && owner != *key {
-                out.push(format!("spec.dns.aliases[{i}]: {alias} is the name of the service {owner}"));
-                continue;
-            }
-            let claims = self.claims.get(&(key.namespace.clone(), alias.clone()));
-            let winner = claims.and_then(BTreeSet::first).map(|(_, winner)| winner);
-            if let Some(winner) = winner.filter(|winner| *winner != key) {
-                out.push(format!(
-                    "spec.dns.aliases[{i}]: {alias} is an alias of {winner}, which asked for it first"
-                ));
-            }
-        }
-        out
+        self.claims.conflicts(key, &names.aliases, &|name| self.services.contains_key(name))
     }
 
     /// The table as of now. `unknown`: services of which the source says nothing that can be read.

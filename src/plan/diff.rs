@@ -88,7 +88,7 @@ pub fn plan_all(desired: &KernelState, observed: &Observed) -> Vec<Op> {
     let targets = |marks: &BTreeSet<Mark>| led_to(marks, all(), &desired.elements, &observed.elements);
     diff_servers(&mut ops, &servers, desired, &observed.virtual_servers, &targets);
     diff_elements(&mut ops, &elements, desired, &observed.elements, reinstalled);
-    free_reused_marks(&mut ops, &elements, desired, &observed.elements);
+    free_reused_marks(&mut ops, &elements, desired, &observed.elements, reinstalled);
     trim_gaining_marks(&mut ops, &elements, desired, &observed.elements);
     ops.into_ops()
 }
@@ -101,7 +101,7 @@ pub fn plan(desired: &KernelState, known: &KernelState, touched: &Touched) -> Ve
         |marks: &BTreeSet<Mark>| led_to(marks, touched.elements.iter(), &desired.elements, &known.elements);
     diff_servers(&mut ops, &touched.virtual_servers, desired, &known.virtual_servers, &targets);
     diff_elements(&mut ops, &touched.elements, desired, &known.elements, false);
-    free_reused_marks(&mut ops, &touched.elements, desired, &known.elements);
+    free_reused_marks(&mut ops, &touched.elements, desired, &known.elements, false);
     trim_gaining_marks(&mut ops, &touched.elements, desired, &known.elements);
     ops.into_ops()
 }
@@ -258,6 +258,7 @@ fn free_reused_marks(
     keys: &BTreeSet<Element>,
     desired: &KernelState,
     observed: &Elements,
+    reinstalled: bool,
 ) {
     let growing: BTreeSet<Mark> = ops
         .0
@@ -276,9 +277,10 @@ fn free_reused_marks(
         let Some(Some(mark)) = observed.get(element) else { continue };
         let want = desired.elements.get(element);
         if growing.contains(mark) && want != Some(&Some(*mark)) {
-            // What is published goes on being so, or a socket of the host would answer for a moment.
+            // What is published goes on being so, or a socket of the host would answer for a moment. (Into sets that are to be
+            // made anew nothing can be written.)
             let freed = match (element, want) {
-                (Element::Published(_) | Element::Loopback(..), Some(_)) => {
+                (Element::Published(_) | Element::Loopback(..), Some(_)) if !reinstalled => {
                     ElementChange::Put(*element, Some(Mark::NOWHERE))
                 }
                 _ => ElementChange::Del(*element),
@@ -316,6 +318,8 @@ fn trim_gaining_marks(
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
     use crate::model::kernel::{RealServerConfig, VirtualServerConfig};
 
@@ -349,5 +353,28 @@ mod tests {
             [("10.200.0.5", 53), ("192.168.50.1", 30053)].map(|(addr, port)| (addr.parse().unwrap(), port));
         let flows = UdpFlows::from([(real, BTreeSet::from(by))]);
         assert_eq!(ops, [Op::Ipvs(IpvsChange::DelReal(key(256), real)), Op::ForgetUdp(flows)]);
+    }
+
+    #[test]
+    fn flows_by_a_published_port_whose_server_took_nothing_any_more_are_forgotten_too() {
+        let to: IpAddr = "192.168.50.1".parse().unwrap();
+        let published = Element::Published(Target { addr: to, protocol: Protocol::Udp, port: 30053 });
+        let real = RealServerKey { addr: "10.244.1.11".parse().unwrap(), port: 5353 };
+        let key = VirtualServerKey { family: Family::V4, mark: Mark(256) };
+        let server = VirtualServer {
+            config: VirtualServerConfig { scheduler: "rr".into(), flags: 0 },
+            protocol: Some(Protocol::Udp),
+            reals: std::sync::Arc::new([(real, RealServerConfig { weight: 0 })].into_iter().collect()),
+        };
+        let have = KernelState {
+            elements: [(published, Some(Mark::NOWHERE))].into(),
+            virtual_servers: [(key, server)].into(),
+            ..KernelState::default()
+        };
+        let want = KernelState { elements: [(published, Some(Mark(256)))].into(), ..KernelState::default() };
+        let touched = Touched { virtual_servers: [key].into(), elements: [published].into() };
+        let flows = UdpFlows::from([(real, BTreeSet::from([(to, 30053)]))]);
+        let ops = plan(&want, &have, &touched);
+        assert!(ops.contains(&Op::ForgetUdp(flows)), "{ops:?}");
     }
 }

@@ -3,9 +3,10 @@
 use std::fmt;
 
 use crate::{
+    compile::Merged,
     dataplane::{ElementChange, IpvsChange},
     model::{
-        ids::{Family, Mark},
+        ids::{Family, Mark, ServiceKey},
         kernel::{Program, PublishedFlows, Timeouts, UdpFlows, VipRoute},
     },
 };
@@ -72,6 +73,14 @@ pub enum Phase {
 }
 
 impl Op {
+    /// The service that the change is about, where it is about one.
+    pub fn owner<'a>(&self, merged: &'a Merged) -> Option<&'a ServiceKey> {
+        match self {
+            Self::Element(ElementChange::Put(element, Some(Mark::NOWHERE))) => merged.owner_of(element),
+            _ => merged.owner(self.mark()?),
+        }
+    }
+
     /// The mark that the change is about, where it is about one service.
     pub fn mark(&self) -> Option<Mark> {
         match self {

@@ -358,7 +358,7 @@ impl<O: Observer> Agent<O> {
             self.ahead = ahead;
             warn!(
                 seconds = set,
-                "the clock of this machine was set; drains end after what has really passed"
+                "the clock of this machine was set, or it slept; drains end by the time that it was awake"
             );
         }
     }

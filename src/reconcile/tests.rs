@@ -666,6 +666,32 @@ fn a_source_that_cannot_be_read_completely_takes_nothing_away() {
 }
 
 #[test]
+fn published_ports_without_an_endpoint_stay_guarded_while_nobody_can_say_whose_they_are() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    // Now with what drains, now without anything.
+    for drained in [false, true] {
+        first.feed([endpoints("vote", &[])]);
+        turn(&mut first, false);
+        if drained {
+            let later = now() + SignedDuration::from_secs(31);
+            first.expire_drains(later).unwrap();
+            first.turn(false, later).unwrap();
+        }
+        let before = kernel.lock().state.elements.clone();
+        let published = |e: &Element| matches!(e, Element::Published(_));
+        assert!(before.keys().any(published));
+        let mut second = engine(&kernel, first.allocator().allocations());
+        second.set_served(first.served().clone());
+        second.synced(false);
+        turn(&mut second, true);
+        assert_eq!(second.held().len(), 1);
+        assert_eq!(kernel.lock().state.elements, before);
+    }
+}
+
+#[test]
 fn endpoints_in_a_slice_that_cannot_be_read_stay() {
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let kernel = FakeKernel::default();

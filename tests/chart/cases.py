@@ -53,7 +53,7 @@ def run(*command, ok=True, env=None, stdin=None):
 
 def template(*flags, release="meshlb", chart=CHART, ok=True):
     # Without a version, Helm takes Kubernetes for whatever it was built with.
-    return run(HELM, "template", release, chart, "-n", NAMESPACE, "--kube-version", "1.30.0", *flags, ok=ok)
+    return run(HELM, "template", release, chart, "-n", NAMESPACE, "--kube-version", "1.31.0", *flags, ok=ok)
 
 
 def render(*flags):
@@ -84,7 +84,7 @@ def equal(have, want):
 
 def lints():
     for flags in [(), *(("-f", str(v)) for v in VALUES)]:
-        run(HELM, "lint", "--strict", "--kube-version", "1.30.0", CHART, *flags)
+        run(HELM, "lint", "--strict", "--kube-version", "1.31.0", CHART, *flags)
 
 
 def default_objects():

@@ -4,7 +4,7 @@
 cluster=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 go_version=1.26.0
 
-# The newest control plane that is supported; MESHLB_KUBE=1.30 for the oldest.
+# The newest control plane that is supported; MESHLB_KUBE=1.31 for the oldest.
 kube_module="$cluster/kube${MESHLB_KUBE:+-$MESHLB_KUBE}"
 kube_version() { awk '$1 == "k8s.io/kubernetes" {print $2; exit}' "$kube_module/go.mod"; }
 # One folder for each version of what is built.

@@ -2,7 +2,7 @@
 # What the tests against a real control plane need, and why. Says what it installs; nothing the second time.
 #   etcd                       Debian's, unpacked into the cache, not installed
 #   libfaketime                Debian's, unpacked into the cache, not installed
-#   kube (tests/cluster/kube, or kube-1.30 with MESHLB_KUBE=1.30)  kube-apiserver, kube-controller-manager, kube-scheduler, kubectl in one program, built from the Go modules
+#   kube (tests/cluster/kube, or kube-1.31 with MESHLB_KUBE=1.31)  kube-apiserver, kube-controller-manager, kube-scheduler, kubectl in one program, built from the Go modules
 # KUBE_BIN=DIR with programs of those names (and etcd) takes the place of both.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"

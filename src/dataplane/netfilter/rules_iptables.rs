@@ -172,8 +172,12 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
         post("an endpoint to itself", format!("-m set --match-set {hairpin} src,dst -j MASQUERADE"));
     }
     for b in program.masquerade_bridges.iter().filter(|b| Family::of(&b.subnet.addr()) == family) {
-        let text = format!("-s {} -o {} {ipvs} {ours} -j MASQUERADE", b.subnet.trunc(), b.bridge);
-        post("replies stay on the bridge", text);
+        let there = format!("-s {} -o {} {ipvs}", b.subnet.trunc(), b.bridge);
+        for asked in
+            [format!("-m conntrack --ctorigdst {}", f.range), "-m conntrack --ctstate DNAT".to_owned()]
+        {
+            post("replies stay on the bridge", format!("{there} {asked} {ours} -j MASQUERADE"));
+        }
     }
     // The mark is gone by now. IPVS serves others, too, whose clients' addresses are not ours to hide: it is known by
     // the endpoint and by what the client asked for.

@@ -344,11 +344,17 @@ impl Names {
     fn guard_loopback(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
         let map = self.set(Kind::Loopback);
-        // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
-        // that the error finds its socket.
-        vec![format!(
-            "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} {ip} saddr set {lo} jump refuse"
-        )]
+        let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
+        vec![
+            // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
+            // that the error finds its socket.
+            format!(
+                "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} {ip} saddr set {lo} jump refuse"
+            ),
+            // What the node sends to a published port of its own: conntrack must not remember it as settled without a
+            // masquerade, or a client that goes on asking would not hear of an endpoint elsewhere that comes later.
+            format!("{target} {published} {target} != {own} ct state new jump refuse"),
+        ]
     }
 
     fn guard_vip(&self) -> Vec<String> {

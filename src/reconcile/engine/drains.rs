@@ -118,13 +118,8 @@ impl Engine {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
-        // Without an endpoint that takes new connections no element leads there any more: the port tells which are its.
-        let published: Vec<_> = service
-            .ports
-            .iter()
-            .filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark))
-            .filter_map(|port| Some((port.spec.protocol, ports_from(port.published?, port.spec.span()))))
-            .collect();
+        // Without an endpoint that takes new connections no element leads there: the port tells which are its.
+        let ports = || service.ports.iter().filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark));
         for element in service.elements.keys().filter(|e| e.family() == family) {
             let (addr, protocol, port) = match element {
                 Element::Published(t) => (t.addr, t.protocol, t.port),
@@ -136,7 +131,7 @@ impl Engine {
                 }
                 _ => continue,
             };
-            if published.iter().any(|(of, ports)| *of == protocol && ports.contains(&port)) {
+            if ports().any(|of| of.publishes(element)) {
                 flows.protocol = protocol;
                 flows.to.insert((addr, port));
             }

@@ -47,8 +47,9 @@ impl Engine {
         let mut out = observed.clone();
         out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
         out.elements.retain(|element, mark| match mark {
+            // Nobody can say whose these are.
+            Some(Mark::NOWHERE) | None => wanted.contains_key(element),
             Some(mark) => !marks.contains(mark),
-            None => wanted.contains_key(element),
         });
         out
     }

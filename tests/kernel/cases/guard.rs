@@ -331,6 +331,7 @@ fn foreign_marks(cx: &mut Cx) -> Result<()> {
     for (what, script) in singles(cx.renderer()) {
         sh(cx, n1, &script).context(what)?;
         let answered = no_host_socket(&t).with_context(|| format!("{what} deleted, and a foreign bit"))?;
+        by_nobody_else(&t).with_context(|| format!("{what} deleted, and a foreign bit"))?;
         cx.note(format!("{what} deleted: {answered} of {whole} answered"));
         // The first rule may be one that others do the work of.
         ensure!(what == "one rule" || answered < whole, "{what} deleted, and nobody notices");
@@ -339,7 +340,6 @@ fn foreign_marks(cx: &mut Cx) -> Result<()> {
     sh(cx, n1, FOREIGN_BIT_GONE)?;
     // Inside our field, on ports without a service; a service has the mark 0x100.
     let services = n1.ns.proc_net("ip_vs")?;
-    by_nobody_else(&t).context("deletions, and a foreign bit")?;
     ensure!(services.contains("00000100"), "no service has mark 0x100 here:\n{services}");
     let mark = "-j MARK --set-xmark 0x10100/0xffffffff";
     sh(cx, n1, &with("PREROUTING OUTPUT", "-I", mark))?;

@@ -214,7 +214,8 @@ pub fn exhausted(cx: &mut Cx) -> Result<()> {
     bed.end()
 }
 
-/// Bad input: garbage in a slice of somebody's, an account without rights, a wrong kubeconfig, a clock that jumps.
+/// Bad input: garbage in a slice of somebody's, a token that nobody knows, nobody to ask, a broken kubeconfig. (A clock that jumps:
+/// tests/cluster.)
 pub fn bad(cx: &mut Cx) -> Result<()> {
     let mut bed = Bed::start(cx)?;
     let t = bed.t.clone();
@@ -244,7 +245,9 @@ pub fn bad(cx: &mut Cx) -> Result<()> {
     bed.until_served(&given, &now).context("beside garbage")?;
     bed.agent(1)?.wait_for_log("default/own", PATIENCE)?;
     bed.agent(1)?.wait_for_log("default/names", PATIENCE)?;
+    says(&bed.kube, &service(), "Ready", "True EndpointSliceUnusable: ")?;
     garbage.iter().try_for_each(|object| bed.kube.delete(object))?;
+    says(&bed.kube, &service(), "Ready", "True Serving: ")?;
     // Who can't read, or finds nobody, says so in one line, and leaves the kernel as it is.
     let before = t.node(3).snapshot()?;
     bed.take_agent(3)?.kill();
