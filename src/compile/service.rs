@@ -282,9 +282,11 @@ fn publish(
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
             Family::V6 => Ipv6Addr::LOCALHOST.into(),
         };
-        // The entry stays without an endpoint, too: no socket of the host is to answer in its place. The guard refuses what
-        // IPVS has no service for; where there is one, with destinations that take nothing new, the entry leads past it.
-        let leads_to = if empty || takes_connections(out, key) { mark } else { Mark::NOWHERE };
+        // The entry stays without an endpoint, too: no socket of the host is to answer in its place. It leads past IPVS, whose
+        // error a TCP socket of the node would not see (`lead_to`). UDP is told by EPERM, and keeps the mark, by which flows
+        // of destinations that go are found.
+        let is_led = port.protocol == Protocol::Udp || takes_connections(out, key);
+        let leads_to = if is_led { mark } else { Mark::NOWHERE };
         for &n in &numbers {
             let target = |addr| Target { addr, protocol: port.protocol, port: n };
             lead_to(out, target(ingress), mark);

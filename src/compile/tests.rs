@@ -19,7 +19,7 @@ use crate::model::{
         Element, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
         VirtualServerKey,
     },
-    service::{Mode, PublishMode, Service, TargetPort, TrafficPolicy},
+    service::{Mode, PublishMode, Service, ServicePort, TargetPort, TrafficPolicy},
 };
 
 const MARK: Mark = Mark(0x100);
@@ -138,8 +138,8 @@ fn local_for_published_ports_alone_splits_the_scopes_and_fails_closed() {
     // Without an endpoint here the entries stay: that is refused by the guard, not passed on.
     let out = Case::new(service, vec![endpoint("10.244.2.11", "n2")]).compile();
     assert!(!out.virtual_servers.contains_key(&v4(OTHER)));
-    assert_eq!(out.elements[&Element::Published(target("192.168.50.1", 30080))], Some(OTHER));
-    assert_eq!(out.elements[&Element::Loopback(Family::V4, Protocol::Tcp, 30080)], Some(OTHER));
+    assert_eq!(out.elements[&Element::Published(target("192.168.50.1", 30080))], Some(Mark::NOWHERE));
+    assert_eq!(out.elements[&Element::Loopback(Family::V4, Protocol::Tcp, 30080)], Some(Mark::NOWHERE));
 }
 
 #[test]
@@ -254,8 +254,15 @@ fn nothing_leads_to_ipvs_while_nobody_takes_connections() {
     case.present.clear();
     let out = case.compile();
     assert_eq!(vips(&out), 0);
-    assert_eq!(published(&out), [Some(MARK); 2]);
+    assert_eq!(published(&out), [Some(Mark::NOWHERE); 2]);
     assert!(out.virtual_servers.is_empty());
+    let udp = Case::new(
+        vote(ServicePort { protocol: Protocol::Udp, ..crate::model::fixtures::published(80, 8080, None) }),
+        Vec::new(),
+    )
+    .compile();
+    assert_eq!(published(&udp), [Some(MARK); 2]);
+    assert!(udp.virtual_servers.is_empty());
     // And a service that is not published leaves nothing.
     let mut case = Case::new(vote(port(80, 8080)), Vec::new());
     case.slices.clear();
