@@ -152,6 +152,9 @@ fn run(mut command: Command, stdin: &str) -> Result<Output> {
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("{command:?}"))?;
+    // Older ones take what begins with a brace for JSON.
+    let begin = if stdin.starts_with('{') { "---\n" } else { "" };
+    let stdin = format!("{begin}{stdin}");
     if let Some(mut pipe) = child.stdin.take() {
         // A command that does not read it may be gone already.
         let _ = pipe.write_all(stdin.as_bytes());
