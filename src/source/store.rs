@@ -11,7 +11,7 @@ use super::{
     problem::{Problem, Severity},
 };
 use crate::model::{
-    small::{SmallMap, SmallSet, from_sorted},
+    small::{SmallMap, SmallSet},
     snapshot::Event,
 };
 
@@ -75,7 +75,9 @@ impl Store {
             self.problems.insert(name.clone(), parsed.problems);
         }
         // Kept for as long as the file is.
-        let entries = from_sorted(entries.into_iter().collect::<Vec<_>>().into_iter());
+        let mut entries = entries.into_tuple_vec();
+        entries.shrink_to_fit();
+        let entries = Entries::from_sorted_store_unchecked(entries);
         self.files.insert(name, entries);
     }
 

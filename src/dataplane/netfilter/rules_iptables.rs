@@ -157,6 +157,7 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     let published = set_name(Kind::Published, family);
     let local = set_name(Kind::Local, family);
     let ours = format!("-m set --match-set {} dst", set_name(Kind::Endpoints, family));
+    let (by_vip, by_dnat) = (format!("-m conntrack --ctorigdst {}", f.range), "-m conntrack --ctstate DNAT");
     let hairpin = set_name(Kind::Hairpin, family);
     let text = format!("-d {} -j ACCEPT", f.range);
     for chain in ["MESHLB-PREROUTING", "MESHLB-OUTPUT"] {
@@ -173,20 +174,17 @@ fn nat_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, o
     }
     for b in program.masquerade_bridges.iter().filter(|b| Family::of(&b.subnet.addr()) == family) {
         let there = format!("-s {} -o {} {ipvs}", b.subnet.trunc(), b.bridge);
-        for asked in
-            [format!("-m conntrack --ctorigdst {}", f.range), "-m conntrack --ctstate DNAT".to_owned()]
-        {
+        for asked in [by_vip.as_str(), by_dnat] {
             post("replies stay on the bridge", format!("{there} {asked} {ours} -j MASQUERADE"));
         }
     }
     // The mark is gone by now. IPVS serves others, too, whose clients' addresses are not ours to hide: it is known by
     // the endpoint and by what the client asked for.
     let remote = format!("{ours} -m set ! --match-set {local} dst -j MASQUERADE");
-    post("published, endpoint elsewhere", format!("{ipvs} -m conntrack --ctstate DNAT {remote}"));
+    post("published, endpoint elsewhere", format!("{ipvs} {by_dnat} {remote}"));
     post("from this node, endpoint elsewhere", format!("{ipvs} -m addrtype --src-type LOCAL {remote}"));
     for link in &program.uplinks {
-        let vip = format!("-m conntrack --ctorigdst {}", f.range);
-        post("from outside, endpoint elsewhere", format!("-i {link} {ipvs} {vip} {remote}"));
+        post("from outside, endpoint elsewhere", format!("-i {link} {ipvs} {by_vip} {remote}"));
     }
 }
 

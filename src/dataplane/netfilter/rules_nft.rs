@@ -323,12 +323,8 @@ impl Names {
     /// known by two sets, since DNAT goes by the first: who empties that one has no guard otherwise.
     fn guard(&self, whole: bool) -> Vec<String> {
         let Self { ip, range, digit, .. } = self;
-        let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
-        let mut rules = vec![
-            format!("{ip} daddr {range} jump guard-{digit}"),
-            // Only new ones: a client may have got a published number as its own port.
-            format!("{target} {published} {target} != {own} ct state new jump refuse"),
-        ];
+        let (target, own) = (self.target(), self.set(Kind::Own));
+        let mut rules = vec![format!("{ip} daddr {range} jump guard-{digit}"), self.refuse_published()];
         if whole {
             let marks = self.set(Kind::PublishedMarks);
             // The mark is the map's way of telling a hit; the packet ends here.
@@ -339,12 +335,17 @@ impl Names {
         rules
     }
 
+    /// What IPVS did not take of published ports. Only new ones: a client may have got a published number as its own port.
+    fn refuse_published(&self) -> String {
+        let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
+        format!("{target} {published} {target} != {own} ct state new jump refuse")
+    }
+
     /// The same for 127.0.0.1, already on the way out: the error for a packet whose source was rewritten would
     /// not find its socket, but a refusal here is the sender's own error.
     fn guard_loopback(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
         let map = self.set(Kind::Loopback);
-        let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
         vec![
             // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
             // that the error finds its socket.
@@ -353,7 +354,7 @@ impl Names {
             ),
             // What the node sends to a published port of its own: conntrack must not remember it as settled without a
             // masquerade, or a client that goes on asking would not hear of an endpoint elsewhere that comes later.
-            format!("{target} {published} {target} != {own} ct state new jump refuse"),
+            self.refuse_published(),
         ]
     }
 

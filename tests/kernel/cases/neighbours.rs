@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::guard::{BOTH, VIPS, ask, refused, sh, to_nothing, to_service, vip, works};
+use super::guard::{BOTH, VIPS, refused, sh, to_nothing, to_service, vip, works, works_by};
 use super::healing::drifts;
 use super::support;
 use crate::check;
 use crate::client::{Flows, Load, Probe};
+use crate::manifests::Manifests;
 use crate::program::{Meshlb, Program as _};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::server::{Listen, everywhere};
@@ -202,6 +203,16 @@ fn mark_taken(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
+/// A service of TCP and UDP with an endpoint on each of two nodes.
+fn vote_of_two(t: &Topology, m: &mut Manifests) -> Result<()> {
+    let service = m.service("vote").vips(&VIPS)?;
+    for proto in BOTH {
+        service.port(proto, 80, 8080, Some(30080));
+    }
+    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    Ok(())
+}
+
 /// Another program's IPVS services, as keepalived's or kube-proxy's, keep their clients' addresses, and its marks of our field
 /// stay on its packets.
 fn their_ipvs(cx: &mut Cx) -> Result<()> {
@@ -209,11 +220,7 @@ fn their_ipvs(cx: &mut Cx) -> Result<()> {
     let t = cx.topology(&Topology::builder())?;
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
-    let service = m.service("vote").vips(&VIPS)?;
-    for proto in BOTH {
-        service.port(proto, 80, 8080, Some(30080));
-    }
-    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    vote_of_two(&t, &mut m)?;
     cx.apply(&t, &mut m)?;
     // To a pod that is an endpoint of ours, and to one that is none.
     for (port, pod) in [(4711, "p11"), (4712, "p12")] {
@@ -255,7 +262,7 @@ X",
     }
     let counted = n1.ns.run(&["nft", "list", "counter", "inet", "theirs", "marked"])?.ok()?.stdout;
     ensure!(!counted.contains("packets 0 "), "their mark is gone from their packets: {counted}");
-    works_for(&t, &["p11", "p21"])?;
+    works_by(&t, &BOTH, &["p11", "p21"])?;
     sh(
         cx,
         n1,
@@ -263,14 +270,6 @@ X",
          for i in iptables ip6tables; do $i -t mangle -D PREROUTING -p tcp --dport 8080 -j MARK --set-mark 0x234; done
          for f in -t -u; do for p in 4711 4712; do ipvsadm -D $f 192.168.50.1:$p; ipvsadm -D $f [fd00:50::1]:$p; done; done",
     )?;
-    Ok(())
-}
-
-/// Every one is answered by one of these.
-fn works_for(t: &Topology, servers: &[&str]) -> Result<()> {
-    for tally in ask(&to_service(t, &BOTH)?)? {
-        check::among(&tally, servers)?;
-    }
     Ok(())
 }
 
@@ -473,11 +472,7 @@ fn socket_first(cx: &mut Cx) -> Result<()> {
     let t = cx.topology(&Topology::builder())?;
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
-    let service = m.service("vote").vips(&VIPS)?;
-    for proto in BOTH {
-        service.port(proto, 80, 8080, Some(30080));
-    }
-    m.endpoints("vote", &[t.pod("p11"), t.pod("p21")]);
+    vote_of_two(&t, &mut m)?;
     m.write()?;
     cx.will_clean(n1);
     n1.serve_as("FIRST", &everywhere(&[30080], false))?;
