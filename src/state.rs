@@ -38,6 +38,9 @@ pub struct State {
     pub node: String,
     /// VIP ranges.
     pub ranges: PerFamily<IpNet>,
+    /// VIP ranges of runs before that, whose routes may still be there.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub earlier_ranges: BTreeSet<IpNet>,
     /// Bits of the packet mark that are ours.
     pub mark_mask: u32,
     /// Which start of the machine it is about (`/proc/sys/kernel/random/boot_id`); empty where that is not known.

@@ -181,7 +181,10 @@ fn scheduler(spec: &api::MeshServiceSpec) -> Scheduler {
             api::SchedulerFlag::ShPort | api::SchedulerFlag::MhPort => FLAG_PORT,
         }
     });
-    Scheduler { name: name.into(), flags }
+    // A destination that drains has weight 0. Both of these go on choosing it then, and refuse the client, unless they may fall
+    // back on others (`ip_vs_sh_schedule`, `ip_vs_mh_schedule` of the kernel).
+    let falls_back = if matches!(name, "sh" | "mh") { FLAG_FALLBACK } else { 0 };
+    Scheduler { name: name.into(), flags: flags | falls_back }
 }
 
 fn addresses(field: &str, texts: &[api::IpText], errors: &mut Vec<FieldError>) -> Vec<IpAddr> {

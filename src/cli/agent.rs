@@ -29,9 +29,13 @@ use crate::{
         writer::{self, Handle, Request},
     },
     metrics::{Metrics, Series},
-    model::node::NodeConfig,
+    model::{node::NodeConfig, unread::Unread},
     reconcile::agent::{Agent, Input, Pace},
-    source::{self, Origin, Problem, SourceMessage, problem::Severity, watch::FolderId},
+    source::{
+        self, Origin, Problem, SourceMessage,
+        problem::{Severity, unread},
+        watch::FolderId,
+    },
 };
 
 /// `/livez` fails when the loop has not come round for this long. A turn over 10,000 services after a
@@ -184,7 +188,7 @@ pub fn forward(
 ) -> Result<()> {
     thread::Builder::new().name("source".into()).spawn(move || {
         let _lost = Lost(inputs.clone());
-        let mut complete = true;
+        let mut hidden = Unread::default();
         let mut synced = false;
         let mut known: Vec<Problem> = Vec::new();
         for message in messages {
@@ -198,17 +202,15 @@ pub fn forward(
                         node.wait_for_request(TOLD_WITHIN);
                     }
                     synced = true;
-                    Some(Input::Synced { complete })
+                    Some(Input::Synced(hidden.clone()))
                 }
                 SourceMessage::Problems(problems) => {
                     tell(&known, &problems);
                     metrics
                         .problems("source", problems.iter().filter(|p| p.severity > Severity::Note).count());
-                    let now = problems.iter().all(|p| p.severity < Severity::Error);
+                    let before = std::mem::replace(&mut hidden, unread(&problems));
                     known = problems;
-                    let changed = now != complete;
-                    complete = now;
-                    (changed && synced).then_some(Input::Synced { complete })
+                    (hidden != before && synced).then(|| Input::Synced(hidden.clone()))
                 }
             };
             if let Some(input) = input

@@ -16,14 +16,15 @@ use super::{
 };
 use crate::{
     dataplane::{
-        Host as _, Ipvs as _, IpvsChange,
+        Error, Host as _, Ipvs as _, IpvsChange, Netfilter,
         host::{LinuxHost, REQUIRED},
         ipvs::KernelIpvs,
+        netfilter::{Iptables, Nftables, Variant},
     },
     instance::{self, Instance},
     model::{
         ids::{Family, Mark},
-        kernel::{Timeouts, VirtualServerKey},
+        kernel::{Program, Timeouts, VirtualServerKey},
         node::MarkMask,
     },
     state::State,
@@ -102,6 +103,8 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
             Err(e) => errors.push(e.to_string()),
         }
     }
+    // Without its record it can't be told which renderer there was.
+    marks.extend(marks_in_sets(netfilter.as_ref().map(|n| n.name()), &base.program));
     // Our sentinel has no destination; one that has is another program's service with that mark.
     let sentinels = [Some(settings.node.mask), MarkMask::new(state.mark_mask).ok()];
     for mark in sentinels.into_iter().flatten().map(MarkMask::sentinel) {
@@ -116,8 +119,9 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
     }
 
     let ranges = if state.ranges.is_empty() { settings.node.ranges } else { state.ranges };
-    for (family, range) in ranges.iter() {
-        if let Err(e) = host.del_vip_route(family, range) {
+    let ranges = ranges.iter().map(|(_, range)| *range).chain(state.earlier_ranges.iter().copied());
+    for range in ranges.collect::<BTreeSet<_>>() {
+        if let Err(e) = host.del_vip_route(Family::of(&range.addr()), &range) {
             errors.push(e.to_string());
         }
     }
@@ -146,6 +150,19 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
         }
     }
     Ok(Cleaned { errors, kept })
+}
+
+/// Marks that entries of other renderers than this one lead to, as far as they can be read.
+fn marks_in_sets(but: Option<&str>, program: &Program) -> Vec<Mark> {
+    let all: [fn() -> Result<Box<dyn Netfilter + Send>, Error>; 3] = [
+        || Ok(Box::new(Iptables::new(Variant::Nft)?)),
+        || Ok(Box::new(Iptables::new(Variant::Legacy)?)),
+        || Ok(Box::new(Nftables::new()?)),
+    ];
+    let others = all.into_iter().filter_map(|open| open().ok()).filter(|other| Some(other.name()) != but);
+    let found = others.filter_map(|mut other| other.observe(program).ok());
+    let entries = found.flat_map(|found| found.elements);
+    entries.filter(|(element, _)| element.is_mark()).filter_map(|(_, mark)| mark).collect()
 }
 
 /// Removes the services with these marks. Whether there are others, of other programs: where that can't be found out, there may be.

@@ -7,7 +7,10 @@ use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
     dns::zone::Zone,
-    model::kernel::{Element, RealServerKey},
+    model::{
+        kernel::{Element, RealServerKey},
+        unread::Unread,
+    },
     reconcile::tests::{now, turn, vote},
 };
 
@@ -96,7 +99,7 @@ fn entries_that_are_shared_belong_to_the_path() {
                     vec![endpoint("10.244.1.11", "n1"), endpoint("10.244.2.11", "n2"), endpoint(&node, "n1")],
                 )),
             ]);
-            engine.synced(true);
+            engine.synced(Unread::default());
             engine
         };
         turn(&mut feed(), true);
@@ -130,7 +133,7 @@ fn a_port_of_mode_host_without_endpoint_is_no_problem() {
     port.publish = port.publish.map(|p| Publish { mode: PublishMode::Host, ..p });
     let mut engine = engine(&kernel, Allocations::default());
     engine.feed([service_with("vote", port), endpoints("vote", &[])]);
-    engine.synced(true);
+    engine.synced(Unread::default());
     turn(&mut engine, true);
     let service = engine.merged().services().values().next().unwrap().clone();
     assert!(service.ports[0].not_published.is_some());

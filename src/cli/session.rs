@@ -31,7 +31,11 @@ use crate::{
     },
     plan::{Observed, Op},
     reconcile::Engine,
-    source::{self, Loaded, Origin, Problem, problem::Severity, watch::emptied},
+    source::{
+        self, Loaded, Origin, Problem,
+        problem::{Severity, unread},
+        watch::emptied,
+    },
     state::{Drain, PublishedPorts, State, StateDir},
 };
 
@@ -115,6 +119,7 @@ impl Keeper {
         self.stale |= put(&mut state.source, Some(self.source.clone()));
         self.stale |= put(&mut state.node, settings.node.name.to_string());
         self.stale |= put(&mut state.ranges, settings.node.ranges);
+        self.stale |= put(&mut state.earlier_ranges, engine.earlier_ranges().clone());
         self.stale |= put(&mut state.mark_mask, settings.node.mask.bits());
         let originals = engine.sysctl_originals(&state.sysctls);
         let timeouts = engine.timeouts(state.ipvs_timeouts);
@@ -320,7 +325,8 @@ impl Session {
             advise(&engine);
         }
         if !state.ranges.is_empty() {
-            engine.set_earlier_ranges(state.ranges);
+            let ranges = state.ranges.iter().map(|(_, range)| *range);
+            engine.set_earlier_ranges(ranges.chain(state.earlier_ranges.iter().copied()).collect::<Vec<_>>());
             let ports = |runs: &Vec<PublishedPorts>| runs.iter().flat_map(|run| run.ports()).collect();
             engine.set_served(state.served.iter().map(|(key, runs)| (key.clone(), ports(runs))).collect());
         }
@@ -340,7 +346,7 @@ impl Session {
                 engine.set_node(says);
                 engine.refresh_node().context("addresses of this node")?;
             }
-            engine.synced(loaded.is_complete());
+            engine.synced(unread(&loaded.problems));
             problems = loaded.problems;
         }
         Ok(Self {

@@ -206,8 +206,8 @@ impl Observer for Watcher {
             }
             self.advice = advice;
         }
-        let causes = turn.failures.iter().filter(|f| !f.follows);
-        let refused = causes.map(|f| {
+        let failing = engine.failing();
+        let refused = failing.iter().filter(|f| !f.follows).map(|f| {
             let owner = f.op.owner(engine.merged());
             (owner.cloned(), format!("{}: {}", f.op, f.error))
         });
@@ -221,18 +221,11 @@ impl Observer for Watcher {
         self.count_writes(engine);
         self.metrics.services(engine.merged().services().len());
         self.metrics.problems("services", self.told.values().map(Vec::len).sum());
-        self.metrics.problems("changes", turn.failures.iter().filter(|f| !f.follows).count());
+        self.metrics.problems("changes", failing.iter().filter(|f| !f.follows).count());
         self.turns += 1;
         self.metrics.programmed_generation(self.turns);
-        self.reason = match turn.failures.first() {
-            Some(first) => {
-                format!(
-                    "{} of {} changes failed, first: {}",
-                    turn.failures.len(),
-                    turn.ops.len(),
-                    first.error
-                )
-            }
+        self.reason = match failing.first() {
+            Some(first) => format!("changes that failed: {}, first: {}", failing.len(), first.error),
             None => String::new(),
         };
     }

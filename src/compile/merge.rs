@@ -27,6 +27,8 @@ pub struct Merged {
     owners: HashMap<Mark, ServiceKey>,
     /// How many services have a shared element.
     shared: HashMap<Element, u32>,
+    /// How many have an entry that leads nowhere: by that it can't be told whose it is, while it goes from one to another.
+    nowhere: HashMap<Element, u32>,
     state: KernelState,
 }
 
@@ -66,13 +68,16 @@ impl Merged {
                 }
             }
             for (element, mark) in &old.elements {
-                if self.state.elements.get(element) == Some(mark) {
+                let last = *mark != Some(Mark::NOWHERE) || one_less(&mut self.nowhere, element);
+                if last && self.state.elements.get(element) == Some(mark) {
                     self.state.elements.remove(element);
                 }
                 touched.elements.insert(*element);
             }
             for element in &old.shared {
-                self.release(*element);
+                if one_less(&mut self.shared, element) {
+                    self.state.elements.remove(element);
+                }
                 touched.elements.insert(*element);
             }
         }
@@ -83,6 +88,9 @@ impl Merged {
         }
         self.owners.extend(new.marks().map(|mark| (mark, key.clone())));
         for (element, mark) in &new.elements {
+            if *mark == Some(Mark::NOWHERE) {
+                *self.nowhere.entry(*element).or_default() += 1;
+            }
             self.state.elements.insert(*element, *mark);
             touched.elements.insert(*element);
         }
@@ -92,16 +100,6 @@ impl Merged {
             touched.elements.insert(*element);
         }
         self.services.insert(key.clone(), new);
-    }
-
-    fn release(&mut self, element: Element) {
-        if let Some(count) = self.shared.get_mut(&element) {
-            *count -= 1;
-            if *count == 0 {
-                self.shared.remove(&element);
-                self.state.elements.remove(&element);
-            }
-        }
     }
 
     /// The desired state.
@@ -123,4 +121,15 @@ impl Merged {
     pub fn owner(&self, mark: Mark) -> Option<&ServiceKey> {
         self.owners.get(&mark)
     }
+}
+
+/// Counts one service less that has an element. Whether it was the last.
+fn one_less(counts: &mut HashMap<Element, u32>, element: &Element) -> bool {
+    let Some(count) = counts.get_mut(element) else { return true };
+    *count -= 1;
+    if *count > 0 {
+        return false;
+    }
+    counts.remove(element);
+    true
 }

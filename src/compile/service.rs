@@ -173,7 +173,7 @@ pub fn compile_service(
 ) -> CompiledService {
     let mut out = Draft::default();
     let mut ports = Vec::with_capacity(service.ports.len());
-    let families = served_families(service, &assigned.vips, inputs.config);
+    let families = served_families(service, &assigned.vips, inputs.config, inputs.facts);
     for port in &service.ports {
         let mut compiled =
             CompiledPort { spec: port.clone(), published: None, not_published: None, marks: BTreeMap::new() };
@@ -181,7 +181,7 @@ pub fn compile_service(
             && let Some(&mark) = assigned.marks.get(&(port.id(), Scope::Vip))
         {
             compiled.marks.insert(Scope::Vip, mark);
-            for (family, vip) in assigned.vips.iter() {
+            for (family, vip) in assigned.vips.iter().filter(|(family, _)| families.contains(family)) {
                 add_virtual_server(
                     &mut out,
                     service,
@@ -220,12 +220,18 @@ pub fn ports_from(first: u16, span: u16) -> RangeInclusive<u16> {
     first..=first.saturating_add(span.saturating_sub(1))
 }
 
-/// Families that the service is served in: those of its VIPs, or for DNSRR those that it asks for and
-/// the node has a range for.
-pub fn served_families(service: &Service, vips: &PerFamily<IpAddr>, config: &NodeConfig) -> Vec<Family> {
+/// Families that the service is served in on this node: those of its VIPs, or for DNSRR those that it asks for, as far as the
+/// node has a range for them and an address of its own, without which there are no rules (`compile_base`).
+pub fn served_families(
+    service: &Service,
+    vips: &PerFamily<IpAddr>,
+    config: &NodeConfig,
+    facts: &NodeFacts,
+) -> Vec<Family> {
+    let here = |f: &Family| config.ranges.get(*f).is_some() && facts.primary.get(*f).is_some();
     match service.mode {
-        Mode::Vip => vips.iter().map(|(f, _)| f).collect(),
-        Mode::Dnsrr => service.families.iter().copied().filter(|f| config.ranges.get(*f).is_some()).collect(),
+        Mode::Vip => vips.iter().map(|(f, _)| f).filter(here).collect(),
+        Mode::Dnsrr => service.families.iter().copied().filter(here).collect(),
     }
 }
 
@@ -295,7 +301,7 @@ fn publish(
                     out.elements.insert(Element::Published(target(*addr)), Some(leads_to));
                 }
             }
-            if inputs.facts.primary.get(family).is_some() && wanted(&loopback) {
+            if wanted(&loopback) {
                 out.elements.insert(Element::Loopback(family, port.protocol, n), Some(leads_to));
             }
         }
@@ -404,7 +410,8 @@ fn drain_removed(
     reals: &mut BTreeMap<RealServerKey, RealServerConfig>,
     inputs: &Inputs<'_>,
 ) {
-    if port.protocol == Protocol::Udp || service.drain == Duration::ZERO {
+    // dh goes on choosing a destination of weight 0, and refuses every client of the VIP then (`ip_vs_dh_schedule` of the kernel).
+    if port.protocol == Protocol::Udp || service.drain == Duration::ZERO || &*service.scheduler.name == "dh" {
         return;
     }
     let Some(present) = inputs.present.get(&key) else { return };

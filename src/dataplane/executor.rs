@@ -174,6 +174,13 @@ impl Dataplane {
                     None => vec![Ok(()); changes.len()],
                 }
             }
+            Op::CutFlows(_) => {
+                let all: Vec<_> = run
+                    .iter()
+                    .filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows.clone()) } else { None })
+                    .collect();
+                vec![self.host.cut_flows(&all).map(drop); run.len()]
+            }
             _ => run.iter().map(|op| self.apply_one(op, desired, unguarded)).collect(),
         }
     }
@@ -201,9 +208,8 @@ impl Dataplane {
             },
             Op::DelRoute(family, range) => self.host.del_vip_route(*family, range),
             Op::ForgetUdp(flows) => self.host.forget_udp(flows).map(drop),
-            Op::CutFlows(flows) => self.host.cut_flows(flows).map(drop),
             Op::RemoveLeftovers(_) => self.netfilter.remove_leftovers(),
-            Op::Ipvs(_) | Op::Element(_) => Ok(()),
+            Op::Ipvs(_) | Op::Element(_) | Op::CutFlows(_) => Ok(()),
         }
     }
 }
@@ -265,16 +271,21 @@ mod tests {
         model::{
             ids::{Family, Protocol},
             kernel::{
-                Program, RealServerConfig, RealServerKey, Target, VirtualServer, VirtualServerConfig,
-                VirtualServerKey,
+                FamilyProgram, Program, RealServerConfig, RealServerKey, Target, VirtualServer,
+                VirtualServerConfig, VirtualServerKey,
             },
         },
     };
 
     fn program() -> Program {
+        let family = FamilyProgram {
+            range: "10.200.0.0/16".parse().unwrap(),
+            ingress: [10, 200, 0, 1].into(),
+            node: [192, 168, 50, 1].into(),
+        };
         Program {
             mask: 0x3fff,
-            families: PerFamily::default(),
+            families: PerFamily { v4: Some(family), v6: None },
             masquerade_bridges: vec![],
             uplinks: [].into(),
         }

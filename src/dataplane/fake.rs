@@ -57,6 +57,8 @@ pub struct Inner {
     /// `read timeouts`, `read rules`, `probe`, `read routes`, `read sysctl PATH`, `read addresses`, `read bridges`,
     /// `read flows` and `listeners`.
     pub faults: Vec<String>,
+    /// The same for changes that fail each time.
+    pub impossible: Vec<String>,
 }
 
 /// Handle to a fake kernel; implements every trait of the dataplane.
@@ -77,6 +79,9 @@ impl FakeKernel {
     /// Fails if it was told to.
     fn may_fail(&self, what: &str) -> Result<MutexGuard<'_, Inner>, Error> {
         let mut inner = self.lock();
+        if let Some(fault) = inner.impossible.iter().find(|fault| what.contains(fault.as_str())) {
+            return Err(Error::Failed { object: what.to_owned(), reason: format!("impossible: {fault}") });
+        }
         if let Some(i) = inner.faults.iter().position(|fault| what.contains(fault.as_str())) {
             let fault = inner.faults.remove(i);
             return Err(Error::Failed { object: what.to_owned(), reason: format!("injected: {fault}") });
@@ -194,7 +199,8 @@ impl Netfilter for FakeKernel {
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
         let mut inner = self.write("install")?;
         inner.state.program = Some(program.clone());
-        inner.state.elements = elements.clone();
+        let served = elements.iter().filter(|(e, _)| program.families.get(e.family()).is_some());
+        inner.state.elements = served.map(|(e, mark)| (*e, *mark)).collect();
         Ok(())
     }
 
@@ -202,7 +208,10 @@ impl Netfilter for FakeKernel {
         let one = |change: &ElementChange| -> Result<(), Error> {
             let what = crate::plan::Op::Element(change.clone()).to_string();
             let mut inner = self.write(&what)?;
-            if inner.state.program.is_none() {
+            let Some(program) = &inner.state.program else { return Err(missing(what)) };
+            let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
+            // Of a family that is not served there are no sets.
+            if program.families.get(element.family()).is_none() {
                 return Err(missing(what));
             }
             match change {
@@ -315,8 +324,9 @@ impl Host for FakeKernel {
         Ok(inner.flows.iter().filter(same).any(|open| !open.to.is_disjoint(&flows.to)))
     }
 
-    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {
-        Ok(usize::from(self.write("conntrack entries")?.flows.remove(flows)))
+    fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error> {
+        let mut inner = self.write("conntrack entries")?;
+        Ok(flows.iter().filter(|flows| inner.flows.remove(flows)).count())
     }
 
     fn writes(&self) -> u64 {

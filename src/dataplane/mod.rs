@@ -256,7 +256,7 @@ pub trait Host {
     /// Whether one of these connections is open.
     fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error>;
     /// Ends these connections: their next packet is refused. Says how many there were.
-    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error>;
+    fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error>;
     /// Writing commands since the start.
     fn writes(&self) -> u64;
 }

@@ -314,7 +314,7 @@ mod tests {
         fn has_flows(&mut self, _: &PublishedFlows) -> Result<bool, Error> {
             unreachable!()
         }
-        fn cut_flows(&mut self, _: &PublishedFlows) -> Result<usize, Error> {
+        fn cut_flows(&mut self, _: &[PublishedFlows]) -> Result<usize, Error> {
             unreachable!()
         }
         fn writes(&self) -> u64 {

@@ -108,6 +108,7 @@ fn totals(c: &Counters) -> Totals {
 struct History {
     sum: Totals,
     last: HashMap<RealServerKey, (Totals, Instant)>,
+    seen: Option<Instant>,
 }
 
 /// A destination that is taken out and added again soon goes on counting where it was: the kernel keeps it for two to three minutes
@@ -117,6 +118,7 @@ const REMEMBERED: Duration = Duration::from_secs(30 * 60);
 impl History {
     /// Adds what the endpoints gained. A value below the last one has started again from 0.
     fn advance(&mut self, endpoints: &BTreeMap<RealServerKey, &EndpointTraffic>, at: Instant) {
+        self.seen = Some(at);
         let recent = |seen: &Instant| at.saturating_duration_since(*seen) < REMEMBERED;
         self.last.retain(|key, (_, seen)| endpoints.contains_key(key) || recent(seen));
         for (key, endpoint) in endpoints {
@@ -170,8 +172,10 @@ impl Collector for Traffic {
             let endpoints = services.entry(service.labels()).or_default();
             endpoints.extend(service.endpoints.iter().map(|e| (e.address, e)));
         }
-        state.histories.retain(|labels, _| services.contains_key(labels));
         let now = Instant::now();
+        // One that could not be read for once goes on where it was.
+        let recent = |history: &History| history.seen.is_some_and(|at| now.duration_since(at) < REMEMBERED);
+        state.histories.retain(|labels, history| services.contains_key(labels) || recent(history));
         let rows: Vec<Row<'_>> = services
             .into_iter()
             .map(|(labels, endpoints)| {

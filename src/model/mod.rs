@@ -12,3 +12,4 @@ pub mod node;
 pub mod service;
 pub mod small;
 pub mod snapshot;
+pub mod unread;

@@ -139,6 +139,11 @@ impl Reach {
 }
 
 impl Service {
+    /// The name that its EndpointSlices give.
+    pub fn group(&self) -> ServiceKey {
+        ServiceKey::new(self.key.namespace.clone(), self.service_name.clone())
+    }
+
     /// Endpoints of the virtual IP, and of the name where there is none.
     pub fn internal(&self) -> Reach {
         Reach { policy: self.internal_policy, distribution: self.distribution }

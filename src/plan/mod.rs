@@ -8,11 +8,12 @@
 //! 3. marks that are about to serve somebody else lose their old entries;
 //! 4. IPVS services and destinations that are new or take more;
 //! 5. destinations that go, of services that an entry is about to lead to for the first time;
-//! 6. the fixed rules, and entries that lead packets to marks;
-//! 7. the VIP route, so that no VIP is local before its rules are there;
-//! 8. entries that no longer lead anywhere;
-//! 9. IPVS services and destinations that go or take no more, then UDP flows that stick to them;
-//! 10. addresses of endpoints that are gone, routes that are gone, another renderer's leftovers.
+//! 6. routes that are gone: without rules that guard them, their addresses would be the host's;
+//! 7. the fixed rules, and entries that lead packets to marks;
+//! 8. the VIP route, so that no VIP is local before its rules are there;
+//! 9. entries that no longer lead anywhere;
+//! 10. IPVS services and destinations that go or take no more, then UDP flows that stick to them;
+//! 11. addresses of endpoints that are gone, another renderer's leftovers.
 
 mod diff;
 mod op;

@@ -62,13 +62,13 @@ pub enum Phase {
     MarksFreed,
     ServersIn,
     ServersTrimmed,
+    RoutesOut,
     MarksIn,
     RoutesIn,
     MarksOut,
     ServersOut,
     FlowsOut,
     EndpointsOut,
-    RoutesOut,
     Leftovers,
 }
 

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     allocate::Lock,
     dataplane::Probe,
-    model::{node::NodeSays, snapshot::Event},
+    model::{node::NodeSays, snapshot::Event, unread::Unread},
 };
 
 /// What wakes the agent.
@@ -27,11 +27,8 @@ pub enum Input {
     Events(Vec<Event>, Instant),
     /// The folder's lock file says something else now.
     Lock(Lock),
-    /// The source has told everything it has; whether all of it could be used. Sent again when that changes.
-    Synced {
-        /// Nothing in the source was unusable.
-        complete: bool,
-    },
+    /// The source has told everything it has, but for what could not be used. Sent again when that changes.
+    Synced(Unread),
     /// What the source knows of this node.
     Node(NodeSays),
     /// Addresses, links or routes of the node changed.
@@ -179,17 +176,17 @@ impl<O: Observer> Agent<O> {
                     info!("meshlb.lock has changed");
                 }
             }
-            Input::Synced { complete } => {
+            Input::Synced(unread) => {
                 if !self.synced {
                     info!(services = self.engine.snapshot().services().len(), "source synced");
                 }
                 self.synced = true;
-                self.engine.synced(complete);
+                self.engine.synced(unread);
                 if !self.engine.held().is_empty() {
                     let held: Vec<String> = self.engine.held().iter().map(ToString::to_string).collect();
                     warn!(
                         services = held.join(", "),
-                        "left as they are, since the source can't be read completely"
+                        "left as they are, since what the source says of them can't be used"
                     );
                 }
             }
@@ -254,6 +251,9 @@ impl<O: Observer> Agent<O> {
             self.engine.distrust();
         }
         let may_retry = self.retry_at.is_none_or(|at| now >= at);
+        if self.retry_at.is_some() && may_retry && !self.engine.failing().is_empty() {
+            self.engine.distrust();
+        }
         if (self.engine.is_dirty() || self.engine.needs_full()) && (may_retry || self.engine.is_dirty()) {
             self.turn();
         }
@@ -290,14 +290,19 @@ impl<O: Observer> Agent<O> {
         for op in &turn.ops {
             debug!("{op}");
         }
-        if turn.failures.is_empty() {
+        if turn.failures.is_empty() && !self.engine.failing().is_empty() {
+            // It has its own time.
+            self.in_sync = false;
+        } else if turn.failures.is_empty() {
             self.in_sync = true;
             self.backoff = BACKOFF_FIRST;
             self.retry_at = None;
             self.logged.clear();
         } else {
-            // The change is made when it is made: what failed is still to come.
-            self.oldest = since;
+            if self.engine.needs_full() {
+                // The change is made when it is made: what failed is still to come.
+                self.oldest = since;
+            }
             self.in_sync = false;
             let causes = turn.failures.iter().filter(|f| !f.follows);
             let lines: Vec<String> = causes.map(|f| format!("{}: {}", f.op, f.error)).collect();
@@ -307,7 +312,10 @@ impl<O: Observer> Agent<O> {
             if lines.len() > 10 {
                 self.complain(&format!("and {} more changes failed", lines.len() - 10));
             }
-            self.back_off();
+            // What others change does not put it off.
+            if full || self.engine.needs_full() || self.retry_at.is_none() {
+                self.back_off();
+            }
         }
         if !turn.ops.is_empty() {
             info!(

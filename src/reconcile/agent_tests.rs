@@ -11,7 +11,11 @@ use super::{
     agent::{Agent, Input, Observer, Pace},
     tests::{endpoints, engine, vote},
 };
-use crate::{allocate::Allocations, dataplane::fake::FakeKernel, model::ids::ServiceKey};
+use crate::{
+    allocate::Allocations,
+    dataplane::fake::FakeKernel,
+    model::{ids::ServiceKey, unread::Unread},
+};
 
 /// What the loop told.
 #[derive(Default)]
@@ -94,7 +98,7 @@ impl Running {
 #[test]
 fn who_hears_nothing_of_the_source_any_more_ends_to_be_started_anew() {
     let agent = run(&FakeKernel::default(), vote);
-    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.inputs.send(Input::Synced(Unread::default())).unwrap();
     agent.until("in sync", |told| told.in_sync);
     agent.inputs.send(Input::SourceLost).unwrap();
     assert!(!agent.thread.join().unwrap());
@@ -108,7 +112,7 @@ fn nothing_is_done_before_the_source_has_synced() {
     thread::sleep(Duration::from_millis(200));
     assert!(agent.ear.0.lock().unwrap().turns.is_empty());
     assert_eq!(kernel.lock().writes, 0);
-    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.inputs.send(Input::Synced(Unread::default())).unwrap();
     agent.until("in sync", |told| told.in_sync);
     agent.stop();
 }
@@ -121,7 +125,7 @@ fn what_fails_is_tried_again_until_it_is_done() {
     }
     let agent = run(&kernel, vote);
     agent.ear.0.lock().unwrap().refuse = true;
-    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.inputs.send(Input::Synced(Unread::default())).unwrap();
     agent.until("in sync", |told| told.in_sync);
     assert_eq!(kernel.lock().faults, Vec::<String>::new());
     let told = agent.ear.0.lock().unwrap();
@@ -137,7 +141,7 @@ fn what_fails_is_tried_again_until_it_is_done() {
 fn what_the_cheap_look_finds_is_healed_and_a_failed_look_is_repeated() {
     let kernel = FakeKernel::default();
     let agent = run(&kernel, vote);
-    agent.inputs.send(Input::Synced { complete: true }).unwrap();
+    agent.inputs.send(Input::Synced(Unread::default())).unwrap();
     agent.until("in sync", |told| told.in_sync);
     let good = kernel.lock().state.clone();
     // The rules.

@@ -5,13 +5,15 @@ mod compiling;
 mod drains;
 mod drift;
 mod known;
+mod lasting;
 mod marks;
 mod ports;
 mod recover;
 mod unread;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    borrow::Cow,
+    collections::{BTreeMap, BTreeSet, HashSet},
     time::{Duration, Instant},
 };
 
@@ -40,6 +42,7 @@ use crate::{
         kernel::{Element, KernelState, PublishedFlows, Timeouts, VirtualServer, VirtualServerKey},
         node::{MarkMask, NodeConfig, NodeFacts, NodeSays},
         snapshot::{Event, Snapshot},
+        unread::Unread,
     },
     plan::{Observed, Op, plan, plan_all},
 };
@@ -97,11 +100,15 @@ pub struct Engine {
     drains: Drains,
     /// Destinations of earlier runs that the source can't speak for yet.
     kept: Kept,
-    /// Whether the source could be read completely, as far as it has told.
-    complete: bool,
+    /// What of the source can't be read, as far as it has told.
+    unread: Unread,
+    /// What failed when it was last tried.
+    failing: Vec<Failure>,
+    /// Whether the kernel was read for the changes that were prepared last.
+    full: bool,
     /// Whether the kernel has been looked at.
     looked: bool,
-    /// Connections whose drain is over and that conntrack would go on with.
+    /// Connections by published ports that a service has let go of, and that conntrack would go on with.
     overdue: BTreeSet<PublishedFlows>,
     /// What could not be taken out of conntrack; no comparison finds it again.
     flows_left: Vec<Op>,
@@ -119,7 +126,7 @@ pub struct Engine {
     /// Values that required sysctls had before the first change, by path.
     originals: BTreeMap<String, String>,
     timeouts_before: Option<Timeouts>,
-    earlier_ranges: PerFamily<IpNet>,
+    earlier_ranges: BTreeSet<IpNet>,
     /// Marks that we have given out now or earlier and that the kernel may still have.
     ours: BTreeSet<Mark>,
 }
@@ -158,7 +165,9 @@ impl Engine {
             drift: Drift::new(),
             drains,
             kept: Kept::new(),
-            complete: true,
+            unread: Unread::default(),
+            failing: Vec::new(),
+            full: false,
             looked: false,
             overdue: BTreeSet::new(),
             flows_left: Vec::new(),
@@ -171,7 +180,7 @@ impl Engine {
             settled: BTreeSet::new(),
             originals: BTreeMap::new(),
             timeouts_before: None,
-            earlier_ranges: PerFamily::default(),
+            earlier_ranges: BTreeSet::new(),
             ours,
         }
     }
@@ -231,7 +240,8 @@ impl Engine {
 
     /// The timeouts that we set, and those before, unless an earlier run noted them.
     pub fn timeouts(&self, earlier: Option<(Timeouts, Timeouts)>) -> Option<(Timeouts, Timeouts)> {
-        let ours = self.settings.timeouts?;
+        // Who leaves them alone now has still set them then.
+        let Some(ours) = self.settings.timeouts else { return earlier };
         let before = earlier.map(|(_, before)| before).or(self.timeouts_before)?;
         Some((ours, before))
     }
@@ -272,24 +282,32 @@ impl Engine {
         }
     }
 
-    /// VIP ranges of an earlier run: where they are not in use any more, their routes go.
-    pub fn set_earlier_ranges(&mut self, ranges: PerFamily<IpNet>) {
-        self.earlier_ranges = ranges;
+    /// VIP ranges of earlier runs: where they are not in use any more, their routes go.
+    pub fn set_earlier_ranges(&mut self, ranges: impl IntoIterator<Item = IpNet>) {
+        let used = self.settings.node.ranges;
+        let is_used = |range: &IpNet| used.iter().any(|(_, used)| used == range);
+        self.earlier_ranges = ranges.into_iter().filter(|range| !is_used(range)).collect();
+    }
+
+    /// Those of them whose routes may still be there.
+    pub fn earlier_ranges(&self) -> &BTreeSet<IpNet> {
+        &self.earlier_ranges
     }
 
     /// Routes of earlier ranges that are still there.
     fn earlier_routes(&mut self) -> Result<Vec<Op>, Error> {
-        let mut stale = self.earlier_ranges;
-        for family in Family::ALL {
-            if stale.get(family) == self.settings.node.ranges.get(family) {
-                stale.set(family, None);
+        let mut ops = Vec::new();
+        for range in self.earlier_ranges.clone() {
+            let family = Family::of(&range.addr());
+            let mut asked = PerFamily::default();
+            asked.set(family, Some(range));
+            if self.dataplane.host.vip_routes(&asked)?.is_empty() {
+                self.earlier_ranges.remove(&range);
+            } else {
+                ops.push(Op::DelRoute(family, range));
             }
         }
-        if stale.is_empty() {
-            return Ok(Vec::new());
-        }
-        let found = self.dataplane.host.vip_routes(&stale)?;
-        Ok(found.iter().map(|(family, route)| Op::DelRoute(family, route.range)).collect())
+        Ok(ops)
     }
 
     /// Forgets what we know of the kernel: the next turn reads it.
@@ -355,6 +373,7 @@ impl Engine {
             && self.trusted
             && let Some(ops) = self.or_distrust(|engine| engine.prepare_changed(now))?
         {
+            self.full = false;
             return Ok(ops);
         }
         self.prepare_full(now).map(|(ops, _)| ops)
@@ -388,6 +407,7 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
+        self.full = true;
         self.or_distrust(|engine| engine.look_and_compare(now))
     }
 
@@ -417,8 +437,9 @@ impl Engine {
         }
         self.share();
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
-        let mut ops = plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed));
-        ops.extend(self.earlier_routes()?);
+        // First of all: the rules that guard their addresses may be about to go.
+        let mut ops = self.earlier_routes()?;
+        ops.extend(plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed)));
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         ops.extend(self.flows_to_retry());
         self.note_originals(&ops);
@@ -478,7 +499,7 @@ impl Engine {
         } else {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
-        if !std::mem::replace(&mut self.looked, true) && !self.complete {
+        if !std::mem::replace(&mut self.looked, true) && !self.unread.is_empty() {
             self.keep_unread(observed);
         }
         for (key, server) in &observed.virtual_servers {
@@ -504,19 +525,29 @@ impl Engine {
 
     /// Applies prepared operations.
     pub fn apply(&mut self, ops: &[Op]) -> Vec<Failure> {
-        let known = &self.known.elements;
-        let failures =
-            self.dataplane.apply(ops, self.merged.state(), &|element| known.get(element).copied().flatten());
+        let installs = ops.iter().any(|op| matches!(op, Op::Install { .. }));
+        let installed = match installs.then(|| self.to_install()) {
+            Some(Cow::Owned(state)) => Some(state),
+            _ => None,
+        };
+        let (known, desired) = (&self.known.elements, installed.as_ref().unwrap_or(self.merged.state()));
+        let failures = self.dataplane.apply(ops, desired, &|element| known.get(element).copied().flatten());
+        let failed: HashSet<String> = failures.iter().map(|failure| failure.op.to_string()).collect();
         for op in ops {
-            self.remember(op);
+            if failed.is_empty() || !failed.contains(&op.to_string()) {
+                self.remember(op, installed.as_ref());
+            } else if let Op::CutFlows(flows) = op {
+                // It has its own tries.
+                self.overdue.remove(flows);
+            }
         }
         self.keep_flows(&failures);
-        self.trusted = failures.is_empty();
+        self.trusted = self.note_failures(ops, &failures);
         self.known_good = self.trusted;
         if ops.len() > SHARE_AFTER {
             self.share();
         }
-        if failures.is_empty() && self.allocator.has_retired_marks() {
+        if !failures.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
             self.dirty.extend(self.allocator.commit());
             self.generation += 1;
         }

@@ -3,6 +3,8 @@
 pub mod agent;
 #[cfg(test)]
 mod agent_tests;
+#[cfg(test)]
+mod apart_tests;
 pub mod engine;
 pub mod listeners;
 pub mod rotation;

@@ -11,7 +11,7 @@ use crate::{
     dataplane::{AddressRules, Listener, executor::Dataplane, fake::FakeKernel},
     model::{
         fixtures::{config, endpoint, facts, port, published, service, slice},
-        ids::{Family, Mark, PerFamily, Protocol},
+        ids::{Family, Mark, Protocol},
         kernel::{
             BridgeSubnet, Element, PublishedFlows, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
             VirtualServerConfig, VirtualServerKey,
@@ -19,6 +19,7 @@ use crate::{
         node::NodeSays,
         service::{Service, ServicePort, TrafficDistribution},
         snapshot::Event,
+        unread::Unread,
     },
     plan::Op,
 };
@@ -54,7 +55,7 @@ pub(crate) fn vote(kernel: &FakeKernel, previous: Allocations) -> Engine {
         service_with("vote", published(80, 8080, Some(30080))),
         endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
     ]);
-    engine.synced(true);
+    engine.synced(Unread::default());
     engine
 }
 
@@ -70,7 +71,7 @@ fn the_zone_of_the_node_makes_endpoints_near() {
         ..service("web")
     };
     engine.feed([Event::Service(Arc::new(web)), Event::Slice(slice("web", ends.into()))]);
-    engine.synced(true);
+    engine.synced(Unread::default());
     turn(&mut engine, true);
     let taking = || {
         let state = &kernel.lock().state;
@@ -99,7 +100,7 @@ fn a_new_lock_file_moves_only_what_it_names_and_what_is_there() {
     let kernel = FakeKernel::default();
     let mut engine = engine(&kernel, Allocations::default());
     engine.feed([service_with("vote", published(80, 8080, None)), service_with("other", port(80, 8080))]);
-    engine.synced(true);
+    engine.synced(Unread::default());
     turn(&mut engine, true);
     let vip = |engine: &Engine, name: &str| {
         let key = crate::model::ids::ServiceKey::new("default", name);
@@ -297,7 +298,7 @@ fn udp_clients_of_a_removed_endpoint_are_let_go_at_the_second_try_too() {
         Event::Slice(Arc::new(slice))
     };
     engine.feed([service_with("vote", port), ends(&["10.244.1.11", "10.244.1.12"])]);
-    engine.synced(true);
+    engine.synced(Unread::default());
     turn(&mut engine, true);
     engine.feed([ends(&["10.244.1.11"])]);
     kernel.lock().faults.extend(vec!["conntrack entries".to_owned(); 2]);
@@ -323,7 +324,7 @@ fn an_endpoint_that_went_while_no_agent_ran_drains_too() {
     let mut second = engine(&kernel, first.allocator().allocations());
     second
         .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
-    second.synced(true);
+    second.synced(Unread::default());
     let ops = turn(&mut second, true);
     assert!(ops.contains(&"~ ipvs FWM 256 IPv4 -> 10.244.1.12:8080 weight 0".to_owned()), "{ops:?}");
 }
@@ -378,7 +379,7 @@ fn a_new_service_after_a_restart_does_not_get_the_mark_of_another_program() {
         service_with("more", port(81, 8080)),
         endpoints("more", &["10.244.1.12"]),
     ]);
-    second.synced(true);
+    second.synced(Unread::default());
     turn(&mut second, true);
     assert_ne!(server_of(&second, "more").mark, foreign.mark);
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], foreign_server());
@@ -621,13 +622,16 @@ fn the_route_of_an_earlier_range_goes() {
         VipRoute { range: "10.99.0.0/16".parse().unwrap(), source: "192.168.50.1".parse().unwrap() };
     kernel.lock().other_routes.push(earlier);
     let mut engine = vote(&kernel, Allocations::default());
-    engine.set_earlier_ranges(PerFamily { v4: Some(earlier.range), v6: config().ranges.v6 });
+    engine.set_earlier_ranges([Some(earlier.range), config().ranges.v6].into_iter().flatten());
     let ops = turn(&mut engine, true);
-    assert_eq!(ops.last().map(String::as_str), Some("- route local 10.99.0.0/16 dev lo"));
+    // Before the rules that guard it are replaced.
+    assert_eq!(ops.first().map(String::as_str), Some("- route local 10.99.0.0/16 dev lo"));
+    assert_eq!(engine.earlier_ranges().len(), 1);
     assert_eq!(kernel.lock().other_routes, vec![]);
     // The range in use keeps its route, and the next turn has nothing to do.
     assert!(kernel.lock().state.routes.v4.is_some());
     assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    assert!(engine.earlier_ranges().is_empty());
 }
 
 #[test]
@@ -655,12 +659,12 @@ fn a_source_that_cannot_be_read_completely_takes_nothing_away() {
         service_with("vote", published(80, 8080, Some(30080))),
         endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
     ]);
-    second.synced(false);
+    second.synced(Unread::anything());
     assert_eq!(turn(&mut second, true), Vec::<String>::new());
     assert_eq!(kernel.lock().state, before);
     assert_eq!(second.held().len(), 1);
     // It stays ours to remove once the source is whole again.
-    second.synced(true);
+    second.synced(Unread::default());
     turn(&mut second, true);
     assert!(!kernel.lock().state.elements.contains_key(&Element::Local("10.244.1.13".parse().unwrap())));
 }
@@ -684,7 +688,7 @@ fn published_ports_without_an_endpoint_stay_guarded_while_nobody_can_say_whose_t
         assert!(before.keys().any(published));
         let mut second = engine(&kernel, first.allocator().allocations());
         second.set_served(first.served().clone());
-        second.synced(false);
+        second.synced(Unread::anything());
         turn(&mut second, true);
         assert_eq!(second.held().len(), 1);
         assert_eq!(kernel.lock().state.elements, before);
@@ -711,14 +715,14 @@ fn endpoints_in_a_slice_that_cannot_be_read_stay() {
         let mut first = engine(&kernel, Allocations::default());
         first.feed(service());
         first.feed([slice_of("vote", &both), slice_of("other", &["10.244.1.13"])]);
-        first.synced(true);
+        first.synced(Unread::default());
         turn(&mut first, true);
         for previous in [first.allocator().allocations(), Allocations::default()] {
             let mut second = engine(&kernel, previous);
             second.set_served(first.served().clone());
             second.feed(service());
             second.feed([slice_of("other", &["10.244.1.13"])]);
-            second.synced(false);
+            second.synced(Unread::anything());
             assert_eq!(turn(&mut second, true), Vec::<String>::new());
             assert_eq!(turn(&mut second, true), Vec::<String>::new());
             assert!(!second.kept().is_empty());
@@ -730,7 +734,7 @@ fn endpoints_in_a_slice_that_cannot_be_read_stay() {
             assert!(!ops.iter().any(|op| op.contains("10.244.1.12")), "{ops:?}");
             // Once it can be read, it counts.
             second.feed([slice_of("vote", &["10.244.1.11"]), slice_of("other", &["10.244.1.13"])]);
-            second.synced(true);
+            second.synced(Unread::default());
             assert!(second.kept().is_empty());
             let ops = turn(&mut second, false);
             assert!(ops.iter().any(|op| op.contains("10.244.1.12:8080")), "{ops:?}");
@@ -749,12 +753,12 @@ fn a_service_that_was_left_alone_leaves_nothing_behind_when_it_is_back() {
     let mut first = vote(&kernel, Allocations::default());
     turn(&mut first, true);
     let mut second = engine(&kernel, first.allocator().allocations());
-    second.synced(false);
+    second.synced(Unread::anything());
     assert_eq!(turn(&mut second, true), Vec::<String>::new());
     // Its manifest is whole again, with an endpoint less. No full look is asked for.
     second
         .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
-    second.synced(true);
+    second.synced(Unread::default());
     turn(&mut second, false);
     let local =
         |addr: &str| kernel.lock().state.elements.contains_key(&Element::Local(addr.parse().unwrap()));
@@ -879,7 +883,7 @@ fn what_a_slice_says_is_not_ready_is_not_kept_because_something_else_cannot_be_r
         service_with("vote", published(80, 8080, Some(30080))),
         Event::Slice(slice("vote", vec![endpoint("10.244.1.11", "n1"), not_ready])),
     ]);
-    second.synced(false);
+    second.synced(Unread::anything());
     let ops = turn(&mut second, true);
     assert!(ops.iter().any(|op| op.contains("10.244.1.12:8080") && op.contains("weight")), "{ops:?}");
     assert!(second.kept().is_empty(), "{:?}", second.kept());

@@ -25,6 +25,7 @@ use crate::{
         node::{NodeConfig, NodeSays},
         service::Service,
         snapshot::Event,
+        unread::Hides,
     },
 };
 
@@ -58,7 +59,7 @@ impl Loaded {
         loaded
     }
 
-    /// Whether the folder is known to its last object. If not, what is missing here may be meant to exist.
+    /// Whether nothing in the folder is wrong that should be served.
     pub fn is_complete(&self) -> bool {
         self.problems.iter().all(|p| p.severity < Severity::Error)
     }
@@ -100,6 +101,7 @@ pub fn unreadable(path: &Path, error: &io::Error) -> Problem {
         field: None,
         message,
         severity: Severity::Error,
+        hides: Hides::Anything,
     }
 }
 
@@ -202,6 +204,7 @@ fn whole_file(path: &Path, line: Option<u64>, message: String) -> ParsedFile {
         field: None,
         message,
         severity: Severity::Error,
+        hides: Hides::Anything,
     };
     ParsedFile { problems: vec![problem], incomplete: true, ..ParsedFile::default() }
 }
@@ -246,7 +249,7 @@ impl Reader<'_> {
             }
             (Some(kind), Some(version)) => {
                 let message = format!("{version} {kind} is not used here and ignored");
-                self.problem(node.line, None, None, message, Severity::Note);
+                self.problem(node.line, None, None, message, (Severity::Note, Hides::Nothing));
             }
             (None, _) => self.nameless(node, "kind", "is required"),
             (_, None) => self.nameless(node, "apiVersion", "is required"),
@@ -257,7 +260,7 @@ impl Reader<'_> {
     fn nameless(&mut self, node: &Node, field: &str, message: &str) {
         self.out.incomplete = true;
         let line = node.line_of(field);
-        self.problem(line, None, Some(field.into()), message.into(), Severity::Error);
+        self.problem(line, None, Some(field.into()), message.into(), (Severity::Error, Hides::Anything));
     }
 
     fn named(&mut self, node: &Node, kind: Kind) {
@@ -270,15 +273,21 @@ impl Reader<'_> {
         let label = if known { id.to_string() } else { kind.as_str().to_owned() };
         if let Some(first) = self.out.entries.iter().find(|e| e.id == id) {
             let message = format!("is defined twice; the one in line {} is used", first.line);
-            return self.problem(node.line, Some(label), None, message, Severity::Refused);
+            return self.problem(node.line, Some(label), None, message, (Severity::Refused, Hides::Nothing));
         }
         // Without a node it is `check`, which says what an API server would.
         let in_kubernetes = self.config.is_none();
         let Judgement { verdict, findings, severity } =
             judge(kind, node.to_json(), self.config, in_kubernetes);
+        let hides = match severity {
+            Severity::Error if known => hides(&id, node),
+            Severity::Error => Hides::Anything,
+            _ => Hides::Nothing,
+        };
         for finding in findings {
             let line = node.line_of(&finding.field);
-            self.problem(line, Some(label.clone()), Some(finding.field), finding.message, severity);
+            let bad = (severity, hides.clone());
+            self.problem(line, Some(label.clone()), Some(finding.field), finding.message, bad);
         }
         if known {
             self.out.entries.push(Entry { id, line: node.line, verdict });
@@ -293,7 +302,7 @@ impl Reader<'_> {
         object: Option<String>,
         field: Option<String>,
         message: String,
-        severity: Severity,
+        (severity, hides): (Severity, Hides),
     ) {
         let line = (line > 0).then_some(line);
         self.out.problems.push(Problem {
@@ -303,6 +312,19 @@ impl Reader<'_> {
             field,
             message,
             severity,
+            hides,
         });
+    }
+}
+
+/// What can't be known while an object can't be used.
+fn hides(id: &ObjectId, node: &Node) -> Hides {
+    let label = || node.get("metadata")?.get("labels")?.text(api::SERVICE_NAME_LABEL);
+    match id.kind {
+        Kind::Service => Hides::Service(id.key.clone()),
+        Kind::Slice => match label() {
+            Some(group) => Hides::EndpointsOf(ServiceKey::new(id.key.namespace.clone(), group)),
+            None => Hides::Anything,
+        },
     }
 }

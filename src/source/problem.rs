@@ -2,6 +2,8 @@
 
 use std::{borrow::Cow, fmt, path::PathBuf};
 
+use crate::model::unread::{Hides, Unread};
+
 /// One thing that is wrong in a source.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Problem {
@@ -17,6 +19,13 @@ pub struct Problem {
     pub message: String,
     /// How bad it is.
     pub severity: Severity,
+    /// What can't be known for it.
+    pub hides: Hides,
+}
+
+/// What can't be known for all of these.
+pub fn unread(problems: &[Problem]) -> Unread {
+    problems.iter().map(|problem| &problem.hides).collect()
 }
 
 /// How bad a problem is.

@@ -13,6 +13,7 @@ use super::{
 use crate::model::{
     small::{SmallMap, SmallSet},
     snapshot::Event,
+    unread::Hides,
 };
 
 /// Objects of a folder. Work is in proportion to what changes.
@@ -144,6 +145,7 @@ impl Store {
                     field: None,
                     message: format!("is defined in {} too; that one is used", winner.to_string_lossy()),
                     severity: Severity::Refused,
+                    hides: Hides::Nothing,
                 });
             }
         }

@@ -25,12 +25,12 @@ use notify::{
 use super::{
     SourceMessage,
     files::{is_manifest, list, read_all, unreadable},
-    problem::{Problem, Severity},
+    problem::{Problem, Severity, unread},
     store::Store,
 };
 use crate::{
     allocate::{Lock, lock::FILE_NAME},
-    model::node::NodeConfig,
+    model::{node::NodeConfig, unread::Hides},
 };
 
 /// How patient the watcher is.
@@ -344,7 +344,16 @@ impl Follower {
     }
 
     fn about_folder(&self, message: String, severity: Severity) -> Problem {
-        Problem { file: Some(self.dir.clone()), line: None, object: None, field: None, message, severity }
+        let hides = if severity == Severity::Error { Hides::Anything } else { Hides::Nothing };
+        Problem {
+            file: Some(self.dir.clone()),
+            line: None,
+            object: None,
+            field: None,
+            message,
+            severity,
+            hides,
+        }
     }
 
     /// Looks at what there is to look at and tells what came of it.
@@ -452,8 +461,7 @@ impl Follower {
         let folder = self.trouble.iter().chain(&self.unwatched).chain(&self.bad_lock).cloned();
         let problems: Vec<Problem> = folder.chain(self.store.problems(&self.dir)).collect();
         // That all can be read again is told after what was read: until then, what is missing may be in it.
-        let incomplete = |problems: &[Problem]| problems.iter().any(|p| p.severity >= Severity::Error);
-        let mended = incomplete(&self.told) && !incomplete(&problems);
+        let mended = !unread(&self.told).is_within(&unread(&problems));
         if !mended {
             self.tell_problems(&problems)?;
         }

@@ -389,12 +389,8 @@ fn one_flavour(cases: Vec<Case>) -> Vec<Case> {
 /// fault. A case that fails is shown, tried again, and named at the end whatever comes of it.
 const WHOLE_RUN: usize = 100;
 
-/// How often a case that has failed must then pass: more often where what it looks for is a moment in which something is wrong,
-/// which passes by itself most of the time.
-fn tries(name: &str) -> usize {
-    const RACES: [&str; 4] = ["step::", "guard::", "restart::", "under_load"];
-    if RACES.iter().any(|race| name.contains(race)) { 3 } else { 1 }
-}
+/// How often a case that has failed must then pass: what is wrong for a moment only passes by itself most of the time.
+const TRIES: usize = 3;
 
 fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
     if cases.is_empty() {
@@ -442,7 +438,7 @@ fn run(cases: &[Case], nocapture: bool) -> Result<bool> {
         if let (Outcome::Failed(why), true) = (&outcome, cases.len() >= WHOLE_RUN) {
             println!("again  {:5.1} s  {}\n{why}\n", began.elapsed().as_secs_f32(), case.name);
             second_try.push((case.name.as_str(), gist(why)));
-            for _ in 0..tries(&case.name) {
+            for _ in 0..TRIES {
                 began = Instant::now();
                 outcome = session.run_case(case);
                 if !matches!(outcome, Outcome::Passed) {

@@ -6,7 +6,7 @@
 //! A connection by a published port is translated by conntrack alone after its first packet, since its destination
 //! was changed before IPVS. Whether such connections are open, and ending them at the end of a drain, is asked here.
 
-use std::net::IpAddr;
+use std::{collections::HashMap, net::IpAddr};
 
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_netfilter::{
@@ -167,10 +167,36 @@ pub(crate) fn has_flows(conn: &mut Conn, flows: &PublishedFlows) -> Result<bool,
     Ok(open)
 }
 
+/// So many servers' connections are asked for one by one; of more, the whole table is read once.
+const ASKED_SINGLY: usize = 8;
+
 /// Deletes the entries of these connections and counts them. Their next packet is one of an unknown connection.
-pub(crate) fn cut_flows(conn: &mut Conn, flows: &PublishedFlows, writes: &mut u64) -> Result<usize, Error> {
+pub(crate) fn cut_flows(conn: &mut Conn, all: &[PublishedFlows], writes: &mut u64) -> Result<usize, Error> {
     let mut requests = Vec::new();
-    dump_flows(conn, flows, &mut |entry, head| requests.push(deletion(head, entry)))?;
+    if all.len() <= ASKED_SINGLY {
+        for flows in all {
+            dump_flows(conn, flows, &mut |entry, head| requests.push(deletion(head, entry)))?;
+        }
+        return delete(conn, &requests, writes);
+    }
+    let mut by_server: HashMap<IpAddr, Vec<&PublishedFlows>> = HashMap::new();
+    for flows in all {
+        by_server.entry(flows.real.addr).or_default().push(flows);
+    }
+    for family in Family::ALL.into_iter().filter(|f| by_server.keys().any(|addr| Family::of(addr) == *f)) {
+        let request = dump_request(family, false);
+        dump(conn, &request, family, &mut |kind, body| {
+            let Some((head, entry)) = body.split_at_checked(HEADER_LEN).filter(|_| kind == CT_NEW) else {
+                return;
+            };
+            let reply = attrs(entry).find(|(kind, _)| *kind == CTA_TUPLE_REPLY).map(|(_, value)| value);
+            let server = reply.and_then(|reply| end_of(reply, SOURCE)).map(|(_, addr, _)| addr);
+            let of = server.and_then(|server| by_server.get(&server));
+            if of.into_iter().flatten().any(|flows| is_flow(entry, flows)) {
+                requests.push(deletion(head, entry));
+            }
+        })?;
+    }
     delete(conn, &requests, writes)
 }
 

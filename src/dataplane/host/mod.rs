@@ -208,7 +208,7 @@ impl Host for LinuxHost {
         conntrack::has_flows(&mut self.netfilter, flows)
     }
 
-    fn cut_flows(&mut self, flows: &PublishedFlows) -> Result<usize, Error> {
+    fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error> {
         conntrack::cut_flows(&mut self.netfilter, flows, &mut self.writes)
     }
 

@@ -375,7 +375,7 @@ fn connections_by_a_published_port_are_found_and_cut() {
         assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(true));
         assert_eq!(host.has_flows(&flows("10.244.2.12", 8081)), Ok(false));
         assert_eq!(host.has_flows(&flows("10.244.2.12", 0)), Ok(true));
-        assert_eq!(host.cut_flows(&flows("10.244.2.12", 8080)), Ok(2));
+        assert_eq!(host.cut_flows(&[flows("10.244.2.12", 8080)]), Ok(2));
         assert_eq!(host.has_flows(&flows("10.244.2.12", 8080)), Ok(false));
         assert_eq!(host.has_flows(&flows("10.244.2.13", 8080)), Ok(true));
         assert_eq!(host.writes(), 2);

@@ -5,7 +5,7 @@ use super::{
     legacy_pace::LegacyPace,
     nftread::NftReader,
     nftwrite, outline,
-    parts::{nft_chains, save_parts, set_differences},
+    parts::{nft_chains, part_name, save_parts, set_differences},
     remove,
     rules_nft::{chain_names, table_text},
     sets::{Kind, Layout, NftContents, PREFIX, nft_contents, nft_to_elements},
@@ -34,6 +34,8 @@ pub struct Nftables {
     known: Option<Elements>,
     generation: Option<u32>,
     legacy: LegacyPace,
+    /// Families that the rules are for.
+    served: Vec<Family>,
 }
 
 impl Nftables {
@@ -55,6 +57,7 @@ impl Nftables {
             known: None,
             generation: None,
             legacy: LegacyPace::default(),
+            served: Vec::new(),
         })
     }
 
@@ -110,6 +113,7 @@ impl Nftables {
         self.known = None;
         self.generation = None;
         self.runs += 1;
+        self.served = program.families.iter().map(|(family, _)| family).collect();
         nftwrite::install(&mut self.reader, program, elements, Layout::Whole)?;
         // Also takes away what the iptables renderer left there, which would do the same work twice.
         self.put_accepting_rules(program)?;
@@ -230,6 +234,7 @@ impl Netfilter for Nftables {
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {
+        self.served = want.families.iter().map(|(family, _)| family).collect();
         let generation = self.reader.generation()?;
         let mut parts = self.reader.table_parts(&chain_names(Some(want), Layout::Whole))?;
         let table = !parts.is_empty();
@@ -336,22 +341,23 @@ impl Netfilter for Nftables {
             if let Some(what) = wrong.into_iter().next() {
                 return Ok(Probe::Changed(what));
             }
-            let accepting = format!("{}: ", Variant::Nft);
-            let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
-            if !accepted
-                && (self.reader.iptables_blocks(Family::V4)? || self.reader.iptables_blocks(Family::V6)?)
-            {
-                return Ok(Probe::Changed("iptables INPUT or FORWARD has begun to drop packets".into()));
+            for family in &self.served {
+                if !accepts(fingerprint, Variant::Nft, *family) && self.reader.iptables_blocks(*family)? {
+                    return Ok(Probe::Changed(begun_to_drop(Variant::Nft, *family)));
+                }
             }
         }
         if self.legacy.due() {
             let accepting = format!("{}: ", Variant::Legacy);
-            let accepted = fingerprint.parts.keys().any(|name| name.starts_with(&accepting));
             let mut parts = Parts::new();
-            let mut blocks = false;
+            let mut blocked = None;
             for (family, saved) in self.legacy.look() {
                 let saved = saved?;
-                blocks |= accept::blocks(&saved);
+                let accepted =
+                    !self.served.contains(&family) || accepts(fingerprint, Variant::Legacy, family);
+                if !accepted && accept::blocks(&saved) {
+                    blocked.get_or_insert(family);
+                }
                 let ours =
                     save_parts(family, &saved).into_iter().filter(|(name, _)| name.contains(" filter "));
                 parts.extend(ours.map(|(name, hash)| (format!("{accepting}{name}"), hash)));
@@ -361,10 +367,8 @@ impl Netfilter for Nftables {
             if let Some(what) = expected.differences(&parts).into_iter().next() {
                 return Ok(Probe::Changed(what));
             }
-            if blocks && !accepted {
-                return Ok(Probe::Changed(
-                    "iptables-legacy INPUT or FORWARD has begun to drop packets".into(),
-                ));
+            if let Some(family) = blocked {
+                return Ok(Probe::Changed(begun_to_drop(Variant::Legacy, family)));
             }
         }
         self.generation = Some(generation);
@@ -386,4 +390,14 @@ impl Netfilter for Nftables {
     fn writes(&self) -> u64 {
         self.ipset.writes() + self.runs
     }
+}
+
+/// Whether our accepting rules stand in the chains of this iptables.
+fn accepts(fingerprint: &Fingerprint, variant: Variant, family: Family) -> bool {
+    let ours = format!("{variant}: {}", part_name(family, "filter", ""));
+    fingerprint.parts.keys().any(|name| name.starts_with(&ours))
+}
+
+fn begun_to_drop(variant: Variant, family: Family) -> String {
+    format!("{variant} INPUT or FORWARD has begun to drop {family} packets")
 }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
     sync::Arc,
     thread,
     time::Instant,
@@ -10,7 +11,7 @@ use std::{
 use jiff::Timestamp;
 use tracing::debug;
 
-use super::{Engine, Served, Settings, marks::Others};
+use super::{Engine, Served, Settings, drains::published_flows, marks::Others};
 use crate::{
     allocate::Allocator,
     compile::{
@@ -21,7 +22,7 @@ use crate::{
     dataplane::{Error, executor::Dataplane},
     model::{
         ids::{Mark, Protocol, ServiceKey},
-        kernel::KernelState,
+        kernel::{KernelState, PublishedFlows},
         node::NodeFacts,
         snapshot::Snapshot,
     },
@@ -42,6 +43,7 @@ pub(super) struct Compiling<'a> {
     settled: &'a mut BTreeSet<ServiceKey>,
     drains: &'a mut Drains,
     kept: &'a mut Kept,
+    overdue: &'a mut BTreeSet<PublishedFlows>,
     merged: &'a mut Merged,
 }
 
@@ -70,6 +72,7 @@ impl Compiling<'_> {
         for key in dirty {
             let compiled = self.compile(&key, now);
             self.remember_drains(&key, compiled.as_deref());
+            self.cut(&key, compiled.as_deref());
             self.let_go(compiled.as_deref());
             self.merged.replace(&key, compiled, &mut touched);
         }
@@ -108,6 +111,23 @@ impl Compiling<'_> {
         }
     }
 
+    /// Connections by published ports to a destination that the service let go of, or by a number that it no longer has, are cut
+    /// with the next changes. UDP flows are found by the plan.
+    fn cut(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
+        let now = new.map(published_flows).unwrap_or_default();
+        let goes_on = |protocol, real, to: &(IpAddr, u16)| {
+            now.get(&(protocol, real)).is_some_and(|still| still.contains(to))
+        };
+        self.overdue.retain(|flows| !flows.to.iter().any(|to| goes_on(flows.protocol, flows.real, to)));
+        let Some(old) = self.merged.services().get(key) else { return };
+        for ((protocol, real), to) in published_flows(old) {
+            let to: BTreeSet<_> = to.into_iter().filter(|to| !goes_on(protocol, real, to)).collect();
+            if protocol != Protocol::Udp && !to.is_empty() {
+                self.overdue.insert(PublishedFlows { protocol, real, to });
+            }
+        }
+    }
+
     fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
         if let Some(old) = self.merged.services().get(key) {
             for (drain, _) in old.drains() {
@@ -129,7 +149,6 @@ impl Engine {
         if self.dirty.is_empty() {
             return Ok(Touched::default());
         }
-        self.note_overdue(now);
         let mut dirty = std::mem::take(&mut self.dirty);
         let (mut compiling, dataplane) = self.divide();
         if let Err(e) = compiling.allocate(&mut dirty, others, Some(dataplane)) {
@@ -205,6 +224,7 @@ impl Engine {
             settled: &mut self.settled,
             drains: &mut self.drains,
             kept: &mut self.kept,
+            overdue: &mut self.overdue,
             merged: &mut self.merged,
         };
         (compiling, &mut self.dataplane)

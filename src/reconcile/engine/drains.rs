@@ -2,14 +2,17 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use jiff::Timestamp;
 
 use super::Engine;
 use crate::{
-    compile::service::{Drains, ports_from},
+    compile::{
+        CompiledService,
+        service::{Drains, ports_from},
+    },
     dataplane::{Error, executor::Failure},
     model::{
         ids::{Family, Protocol, Scope},
@@ -27,8 +30,9 @@ impl Engine {
     /// Drained real servers whose last connection is gone, or whose time is up, are let go.
     ///
     /// # Errors
-    /// When the connection counts can't be read.
+    /// The first thing that could not be read, after all others were looked at.
     pub fn expire_drains(&mut self, now: Timestamp) -> Result<(), Error> {
+        let mut unread = None;
         let mut looked: BTreeMap<_, BTreeMap<RealServerKey, u32>> = BTreeMap::new();
         let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
         for ((vs, real), until) in keys {
@@ -37,8 +41,13 @@ impl Engine {
                 let active = match looked.get(&vs) {
                     Some(known) => known,
                     None => {
-                        let reals = self.dataplane.ipvs.reals(vs)?;
-                        let counts = reals.into_iter().map(|(real, (_, c))| (real, c.active)).collect();
+                        let counts = match self.dataplane.ipvs.reals(vs) {
+                            Ok(reals) => reals.into_iter().map(|(real, (_, c))| (real, c.active)).collect(),
+                            Err(e) => {
+                                unread.get_or_insert(e);
+                                continue;
+                            }
+                        };
                         looked.entry(vs).or_insert(counts)
                     }
                 };
@@ -48,9 +57,15 @@ impl Engine {
             // nothing of those by published ports: conntrack knows both kinds.
             if over
                 && until > now
-                && let Some(flows) = self.flows(vs, real, true)
+                && let Some(flows) = self.flows(vs, real)
             {
-                over = !self.dataplane.host.has_flows(&flows)?;
+                over = match self.dataplane.host.has_flows(&flows) {
+                    Ok(any) => !any,
+                    Err(e) => {
+                        unread.get_or_insert(e);
+                        false
+                    }
+                };
             }
             if over {
                 self.drains.insert((vs, real), now);
@@ -59,16 +74,7 @@ impl Engine {
                 }
             }
         }
-        Ok(())
-    }
-
-    /// Connections of drains whose time is up are cut with the next changes.
-    pub(super) fn note_overdue(&mut self, now: Timestamp) {
-        let due: Vec<_> =
-            self.drains.iter().filter(|(_, until)| **until <= now).map(|(key, _)| *key).collect();
-        let flows = due.into_iter().filter_map(|(vs, real)| self.published_flows(vs, real));
-        let flows: Vec<_> = flows.collect();
-        self.overdue.extend(flows);
+        unread.map_or(Ok(()), Err)
     }
 
     /// What of conntrack could not be done is tried again with the next changes, some times: a kernel without the means for it
@@ -104,39 +110,16 @@ impl Engine {
         self.flows_left.iter().filter_map(still).collect()
     }
 
-    /// Connections to a real server by the published ports that lead to it.
-    pub(super) fn published_flows(
-        &self,
-        vs: VirtualServerKey,
-        real: RealServerKey,
-    ) -> Option<PublishedFlows> {
-        self.flows(vs, real, false)
-    }
-
-    /// The same, by VIPs too if asked.
-    fn flows(&self, vs: VirtualServerKey, real: RealServerKey, vips: bool) -> Option<PublishedFlows> {
+    /// Connections to a real server of one of our services, by VIPs and published ports.
+    fn flows(&self, vs: VirtualServerKey, real: RealServerKey) -> Option<PublishedFlows> {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
-        // Without an endpoint that takes new connections no element leads there: the port tells which are its.
-        let ports = || service.ports.iter().filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark));
-        for element in service.elements.keys().filter(|e| e.family() == family) {
-            let (addr, protocol, port) = match element {
-                Element::Published(t) => (t.addr, t.protocol, t.port),
-                Element::Loopback(Family::V4, protocol, port) => {
-                    (Ipv4Addr::LOCALHOST.into(), *protocol, *port)
-                }
-                Element::Loopback(Family::V6, protocol, port) => {
-                    (Ipv6Addr::LOCALHOST.into(), *protocol, *port)
-                }
-                _ => continue,
-            };
-            if ports().any(|of| of.publishes(element)) {
-                flows.protocol = protocol;
-                flows.to.insert((addr, port));
-            }
+        for (protocol, to) in published_by(service, vs) {
+            flows.protocol = protocol;
+            flows.to.insert(to);
         }
-        for port in service.ports.iter().filter(|_| vips) {
+        for port in &service.ports {
             let leads = |scope| port.marks.get(&scope) == Some(&vs.mark);
             let ingress = self.settings.node.ingress(family);
             let by_vip =
@@ -155,4 +138,42 @@ impl Engine {
     pub fn next_drain(&self) -> Option<Timestamp> {
         self.drains.values().min().copied()
     }
+}
+
+/// What clients from outside connect to that leads to an IPVS service, by the entries and not by where they lead now: without a
+/// destination that takes new connections that is nowhere.
+fn published_by(
+    service: &CompiledService,
+    vs: VirtualServerKey,
+) -> impl Iterator<Item = (Protocol, (IpAddr, u16))> {
+    let ports: Vec<_> =
+        service.ports.iter().filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark)).collect();
+    let elements = service.elements.keys().filter(move |element| element.family() == vs.family);
+    elements.filter_map(move |element| {
+        let (addr, protocol, port) = match element {
+            Element::Published(t) => (t.addr, t.protocol, t.port),
+            Element::Loopback(Family::V4, protocol, port) => (Ipv4Addr::LOCALHOST.into(), *protocol, *port),
+            Element::Loopback(Family::V6, protocol, port) => (Ipv6Addr::LOCALHOST.into(), *protocol, *port),
+            _ => return None,
+        };
+        ports.iter().any(|of| of.publishes(element)).then_some((protocol, (addr, port)))
+    })
+}
+
+/// Connections by published ports, by the real server that they may be to.
+pub(super) fn published_flows(
+    service: &CompiledService,
+) -> BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> {
+    let mut out: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    if service.ports.iter().all(|port| port.published.is_none()) {
+        return out;
+    }
+    let mut by_server = BTreeMap::new();
+    for (vs, real) in service.reals.keys() {
+        let to = by_server.entry(*vs).or_insert_with(|| published_by(service, *vs).collect::<Vec<_>>());
+        for (protocol, to) in to.iter() {
+            out.entry((*protocol, *real)).or_default().insert(*to);
+        }
+    }
+    out
 }

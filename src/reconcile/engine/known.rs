@@ -5,7 +5,10 @@ use std::{sync::Arc, time::Instant};
 use super::Engine;
 use crate::{
     dataplane::{ElementChange, Error, IpvsChange, ProgramState},
-    model::{ids::Family, kernel::VirtualServer},
+    model::{
+        ids::Family,
+        kernel::{KernelState, VirtualServer},
+    },
     plan::{Observed, Op},
     reconcile::rotation::Rotation,
 };
@@ -49,8 +52,8 @@ impl Engine {
         }
     }
 
-    /// Updates what we know by one operation. After a failure the knowledge is not used.
-    pub(super) fn remember(&mut self, op: &Op) {
+    /// Updates what we know by one operation that went well; rules came with the entries of what was `installed`.
+    pub(super) fn remember(&mut self, op: &Op, installed: Option<&KernelState>) {
         let servers = &mut self.known.virtual_servers;
         match op {
             Op::Ipvs(change) => match change {
@@ -82,7 +85,7 @@ impl Engine {
             }
             Op::Install { program, .. } => {
                 self.known.program = Some((**program).clone());
-                self.known.elements.clone_from(&self.merged.state().elements);
+                self.known.elements.clone_from(&installed.unwrap_or(self.merged.state()).elements);
             }
             Op::PutRoute(route) => self.known.routes.set(Family::of(&route.source), Some(*route)),
             Op::DelRoute(family, range) => {
@@ -123,8 +126,9 @@ impl Engine {
                 return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
             }
         }
-        if let Some(want) = self.merged.state().timeouts
-            && self.dataplane.ipvs.timeouts()? != want
+        if self.merged.state().timeouts.is_some()
+            && let Some(known) = self.known.timeouts
+            && self.dataplane.ipvs.timeouts()? != known
         {
             return Ok(Some("the IPVS timeouts were changed".into()));
         }

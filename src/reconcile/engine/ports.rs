@@ -91,7 +91,7 @@ impl Compiling<'_> {
             let (service, allocation) = (self.snapshot.services().get(key), self.allocator.get(key));
             let families = service
                 .zip(allocation)
-                .map(|(service, a)| served_families(service, &a.vips, &self.settings.node))
+                .map(|(service, a)| served_families(service, &a.vips, &self.settings.node, self.facts))
                 .unwrap_or_default();
             answering(self.publish_of(key, protocol, port), &families, self.facts)
         };

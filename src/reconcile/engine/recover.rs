@@ -222,7 +222,7 @@ mod tests {
     use crate::{
         allocate::{Allocations, Kept},
         dataplane::fake::FakeKernel,
-        model::{fixtures::published, ids::ServiceKey},
+        model::{fixtures::published, ids::ServiceKey, unread::Unread},
         reconcile::{
             Engine,
             tests::{endpoints, engine, service_with, turn},
@@ -235,7 +235,7 @@ mod tests {
         for (name, address) in services {
             engine.feed([service_with(name, published(80, 8080, None)), endpoints(name, &[*address])]);
         }
-        engine.synced(true);
+        engine.synced(Unread::default());
         let ops = turn(&mut engine, true);
         (engine, ops)
     }

@@ -1,57 +1,102 @@
-//! What the source can't speak for, since it can't be read completely, stays as it is.
+//! What the source can't speak for, since it can't be read, stays as it is.
 
-use std::collections::BTreeSet;
+use std::{
+    borrow::Cow,
+    collections::{BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+};
 
 use super::Engine;
 use crate::{
     compile::{RealState, service::Kept},
     model::{
-        ids::{Mark, ServiceKey},
-        kernel::Element,
+        ids::{Mark, Protocol, ServiceKey},
+        kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
+        unread::Unread,
     },
     plan::Observed,
 };
 
 impl Engine {
-    /// The source has told everything it has. Services of earlier runs that it does not have are gone,
-    /// unless it is not `complete`: then they may be in what could not be read, and are left alone.
-    pub fn synced(&mut self, complete: bool) {
-        let unseen = self
-            .allocator
-            .remembered()
-            .filter(|key| !self.snapshot.services().contains_key(*key))
-            .cloned()
-            .collect::<BTreeSet<_>>();
-        let held = if complete { BTreeSet::new() } else { unseen.clone() };
+    /// The source has told everything that could be read. Services of earlier runs that it does not have are gone, unless they
+    /// may be in what is `unread`: then they are left alone.
+    pub fn synced(&mut self, unread: Unread) {
+        let unseen = self.allocator.remembered().filter(|key| !self.snapshot.services().contains_key(*key));
+        let (held, gone): (BTreeSet<_>, BTreeSet<_>) = unseen.cloned().partition(|key| unread.may_have(key));
         // What of theirs has no mark was overlooked so far, and is to be compared now.
         self.trusted &= self.held.is_subset(&held);
         self.held = held;
-        self.complete = complete;
-        if complete {
-            for (server, _) in std::mem::take(&mut self.kept).into_keys() {
+        self.unread = unread;
+        let groups = self.unread_marks();
+        for (key, local) in std::mem::take(&mut self.kept) {
+            let (server, _) = key;
+            if groups.as_ref().is_none_or(|marks| marks.contains(&server.mark)) {
+                self.kept.insert(key, local);
+            } else {
                 self.dirty.extend(self.merged.owner(server.mark).cloned());
             }
-            self.allocator.forget(&unseen);
-            self.served.retain(|key, _| !unseen.contains(key));
-            self.generation += u64::from(!unseen.is_empty());
-            self.trusted &= unseen.is_empty();
         }
+        self.allocator.forget(&gone);
+        self.served.retain(|key, _| !gone.contains(key));
+        self.generation += u64::from(!gone.is_empty());
+        self.trusted &= gone.is_empty();
+    }
+
+    /// Marks of services some of whose endpoints can't be read; `None` is all.
+    fn unread_marks(&self) -> Option<BTreeSet<Mark>> {
+        if self.unread.anything {
+            return None;
+        }
+        let mut marks = BTreeSet::new();
+        for (key, service) in self.snapshot.services() {
+            if self.unread.may_have_endpoints(&service.group()) {
+                marks.extend(self.allocator.get(key).into_iter().flat_map(|a| a.marks.values().copied()));
+                marks.extend(self.allocator.remembered_marks(key));
+            }
+        }
+        Some(marks)
+    }
+
+    /// What is in the kernel for services that are left alone, where these are the IPVS services that it has.
+    fn left_alone(&self, servers: &HashMap<VirtualServerKey, VirtualServer>) -> LeftAlone {
+        let marks: BTreeSet<Mark> =
+            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
+        let theirs = servers.iter().filter(|(key, _)| marks.contains(&key.mark));
+        let endpoints = theirs.flat_map(|(_, server)| server.reals.keys().map(|real| real.addr)).collect();
+        let remembered = self.held.iter().flat_map(|key| self.allocator.remembered_ports(key));
+        let served = self.held.iter().filter_map(|key| self.served.get(key)).flatten().copied();
+        LeftAlone { marks, endpoints, ports: remembered.chain(served).collect() }
     }
 
     /// The observed state without what belongs to services that the source does not have but may be
     /// meant to have: they are left as they are.
     pub(super) fn without_held(&self, observed: &Observed) -> Observed {
-        let marks: BTreeSet<Mark> =
-            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
+        let left = self.left_alone(&observed.virtual_servers);
         let wanted = &self.merged.state().elements;
         let mut out = observed.clone();
-        out.virtual_servers.retain(|key, _| !marks.contains(&key.mark));
-        out.elements.retain(|element, mark| match mark {
-            // Nobody can say whose these are.
-            Some(Mark::NOWHERE) | None => wanted.contains_key(element),
-            Some(mark) => !marks.contains(mark),
-        });
+        out.virtual_servers.retain(|key, _| !left.marks.contains(&key.mark));
+        out.elements.retain(|element, mark| wanted.contains_key(element) || !left.has(element, *mark));
         out
+    }
+
+    /// What the rules are installed with, which replaces all entries: the desired state, and the entries of what is left alone.
+    pub fn to_install(&self) -> Cow<'_, KernelState> {
+        let desired = self.merged.state();
+        if self.held.is_empty() {
+            return Cow::Borrowed(desired);
+        }
+        let left = self.left_alone(&self.known.virtual_servers);
+        let known = self.known.elements.iter();
+        let entries: Vec<_> =
+            known.filter(|(e, mark)| left.has(e, **mark)).map(|(e, mark)| (*e, *mark)).collect();
+        if entries.is_empty() {
+            return Cow::Borrowed(desired);
+        }
+        let mut out = desired.clone();
+        for (element, mark) in entries {
+            out.elements.entry(element).or_insert(mark);
+        }
+        Cow::Owned(out)
     }
 
     /// Services that are left alone because the source can't be read completely.
@@ -64,10 +109,12 @@ impl Engine {
         &self.kept
     }
 
-    /// The source can't be read completely: destinations that it does not name may be meant to be there all the same. What is
+    /// Some of the source can't be read: destinations that it does not name may be meant to be there all the same. What is
     /// named is let go of as it is compiled.
     pub(super) fn keep_unread(&mut self, observed: &Observed) {
-        for (key, server) in &observed.virtual_servers {
+        let marks = self.unread_marks();
+        let unread = |mark: &Mark| marks.as_ref().is_none_or(|marks| marks.contains(mark));
+        for (key, server) in observed.virtual_servers.iter().filter(|(key, _)| unread(&key.mark)) {
             for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
                 let local = observed.elements.contains_key(&Element::Local(real.addr));
                 self.kept.insert((*key, *real), local);
@@ -77,6 +124,27 @@ impl Engine {
             for (key, _) in service.reals.iter().filter(|(_, info)| info.state == RealState::Ready) {
                 self.kept.remove(key);
             }
+        }
+    }
+}
+
+/// What is in the kernel for services that are left alone.
+struct LeftAlone {
+    marks: BTreeSet<Mark>,
+    endpoints: HashSet<IpAddr>,
+    ports: HashSet<(Protocol, u16)>,
+}
+
+impl LeftAlone {
+    /// Whether an entry is theirs, if nobody else wants it.
+    fn has(&self, element: &Element, mark: Option<Mark>) -> bool {
+        match (element, mark) {
+            (_, Some(mark)) if mark != Mark::NOWHERE => self.marks.contains(&mark),
+            (Element::Vip(_), _) => false,
+            (Element::Published(to), _) => self.ports.contains(&(to.protocol, to.port)),
+            (Element::Loopback(_, protocol, port), _) => self.ports.contains(&(*protocol, *port)),
+            (Element::Endpoint(addr) | Element::Local(addr), _) => self.endpoints.contains(addr),
+            (Element::Own(to), _) => self.endpoints.contains(&to.addr),
         }
     }
 }

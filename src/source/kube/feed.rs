@@ -10,12 +10,12 @@ use serde_json::Value;
 
 use super::listing::Listing;
 use crate::{
-    api,
-    model::{node::NodeConfig, snapshot::Event},
+    api::{self, SERVICE_NAME_LABEL},
+    model::{ids::ServiceKey, node::NodeConfig, snapshot::Event, unread::Hides},
     source::{
         judge::{Judgement, judge},
         object::{Kind, Object, ObjectId, Verdict},
-        problem::Problem,
+        problem::{Problem, Severity},
     },
 };
 
@@ -61,6 +61,14 @@ impl Feed {
 
     fn put(&mut self, id: ObjectId, object: DynamicObject) -> Option<Event> {
         let value = without_bulk(id.kind, object);
+        // Where every object has a name, one that is wrong hides itself alone.
+        let hidden = match id.kind {
+            Kind::Service => Hides::Service(id.key.clone()),
+            Kind::Slice => {
+                let group = value["metadata"]["labels"][SERVICE_NAME_LABEL].as_str().unwrap_or_default();
+                Hides::EndpointsOf(ServiceKey::new(id.key.namespace.clone(), group))
+            }
+        };
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
         let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config), true);
         let problem = |finding: api::FieldError| Problem {
@@ -70,6 +78,7 @@ impl Feed {
             field: Some(finding.field),
             message: finding.message,
             severity,
+            hides: if severity == Severity::Error { hidden.clone() } else { Hides::Nothing },
         };
         let problems: Vec<Problem> = findings.into_iter().map(problem).collect();
         if problems.is_empty() {

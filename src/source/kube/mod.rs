@@ -31,13 +31,14 @@ use kube::{
 use super::{
     Loaded, SourceMessage,
     object::Kind,
-    problem::{Problem, Severity},
+    problem::{Problem, Severity, unread},
 };
 use crate::{
     api::{MeshService, SERVICE_NAME_LABEL},
     model::{
         ids::{Family, PerFamily},
         node::{NodeConfig, NodeSays},
+        unread::Hides,
     },
 };
 pub use feed::without_bulk;
@@ -221,18 +222,28 @@ impl Follower {
         // A watch that goes on has nothing to say while nothing changes; one that does not fails again.
         self.broken.retain(|_, (_, at)| seen.duration_since(*at) < STILL_BROKEN);
         let problems: Vec<Problem> = self.problems();
-        if problems != self.told {
-            self.told.clone_from(&problems);
-            self.send(SourceMessage::Problems(problems))?;
+        // That something can be read again is told after what was read.
+        let mended = !unread(&self.told).is_within(&unread(&problems));
+        if !mended {
+            self.tell_problems(&problems)?;
         }
         if !events.is_empty() {
             self.send(SourceMessage::Events(events, seen))?;
         }
+        self.tell_problems(&problems)?;
         if !self.synced && self.feed.is_synced() && self.node_seen {
             self.synced = true;
             self.send(SourceMessage::Synced)?;
         }
         Ok(())
+    }
+
+    fn tell_problems(&mut self, problems: &[Problem]) -> Result<(), Gone> {
+        if problems == self.told {
+            return Ok(());
+        }
+        self.told = problems.to_vec();
+        self.send(SourceMessage::Problems(problems.to_vec()))
     }
 
     fn take_node(&mut self, event: watcher::Event<Node>) -> Result<(), Gone> {
@@ -269,6 +280,7 @@ impl Follower {
             field: None,
             message,
             severity: Severity::Warning,
+            hides: Hides::Nothing,
         };
         messages.map(general).chain(self.feed.problems().cloned()).collect()
     }

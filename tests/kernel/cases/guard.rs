@@ -271,11 +271,12 @@ table inet foreign {
 X";
 const FOREIGN_BIT_GONE: &str = "nft delete table inet foreign";
 
-/// One of each kind that goes alone. The service is that of the port of TCP, which has the first mark.
-fn singles(renderer: Renderer) -> [(&'static str, String); 5] {
-    let (entry, rule, nat, published) = if renderer == Renderer::Nftables {
+/// One of each kind that goes alone. The first mark is that of the port of TCP, the second that of UDP.
+fn singles(renderer: Renderer) -> [(&'static str, String); 8] {
+    let (entry, other_entry, rule, nat, published) = if renderer == Renderer::Nftables {
         (
             "nft delete element inet meshlb vips-4 '{ 10.200.0.5 . tcp . 80 }'",
+            "nft delete element inet meshlb vips-6 '{ fd00:200::5 . udp . 80 }'",
             "nft -a list chain inet meshlb in | sed -n 's/^[[:space:]][[:space:]].* # handle \\([0-9]*\\)$/\\1/p' | head -1 |
                xargs nft delete rule inet meshlb in handle",
             "nft flush chain inet meshlb vip-first",
@@ -284,6 +285,7 @@ fn singles(renderer: Renderer) -> [(&'static str, String); 5] {
     } else {
         (
             "ipset del meshlb-vips-4 10.200.0.5,tcp:80",
+            "ipset del meshlb-vips-6 fd00:200::5,udp:80",
             "iptables -t mangle -D MESHLB-INPUT 1; ip6tables -t mangle -D MESHLB-INPUT 1",
             "iptables -t nat -F; ip6tables -t nat -F",
             "ipset flush meshlb-published-4; ipset flush meshlb-published-6",
@@ -291,7 +293,10 @@ fn singles(renderer: Renderer) -> [(&'static str, String); 5] {
     };
     [
         ("one service", "ipvsadm -D -f 256".to_owned()),
+        ("one service, v6", "ipvsadm -D -f 256 -6".to_owned()),
+        ("the services of UDP", "ipvsadm -D -f 257; ipvsadm -D -f 257 -6".to_owned()),
         ("one entry", entry.to_owned()),
+        ("one entry, v6 and UDP", other_entry.to_owned()),
         ("one rule", rule.to_owned()),
         ("nat alone", nat.to_owned()),
         ("published ports alone", published.to_owned()),
@@ -300,7 +305,7 @@ fn singles(renderer: Renderer) -> [(&'static str, String); 5] {
 
 /// Whoever answers, it is no socket of the node. With the number of answers.
 fn no_host_socket(t: &Topology) -> Result<usize> {
-    let mut jobs = to_service(t, &[Proto::Tcp])?;
+    let mut jobs = to_service(t, &BOTH)?;
     jobs.extend(to_nothing(t)?);
     let short = Duration::from_millis(800);
     let jobs: Vec<_> = jobs.into_iter().map(|(h, p)| (h, p.within(short))).collect();

@@ -1,5 +1,6 @@
 //! The cases. Each file registers its own.
 
+mod apart;
 mod basics;
 mod cni;
 mod dns;
@@ -18,6 +19,7 @@ mod lifecycle;
 mod many;
 mod neighbours;
 mod ownership;
+mod planned;
 mod reload;
 mod renderer;
 mod restart;
@@ -39,6 +41,7 @@ pub fn register(suite: &mut Suite) {
     // Those that take long come before the many that don't, so that machines which share them end together.
     firewalld::register(suite);
     step::register(suite);
+    apart::register(suite);
     basics::register(suite);
     source_ports::register(suite);
     guard::register(suite);
@@ -47,6 +50,7 @@ pub fn register(suite: &mut Suite) {
     renderer::register(suite);
     restart::register(suite);
     telling::register(suite);
+    planned::register(suite);
     dns::register(suite);
     facts::register(suite);
     scrape::register(suite);

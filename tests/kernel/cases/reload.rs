@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::guard::sh;
-use super::healing::{drifts, full_turns, turned, within};
+use super::healing::{WITHIN, drifts, full_turns, turned, within};
 use super::support::{served, start, vip, web_on_one_node};
 use crate::client::{Flows, Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
@@ -118,7 +118,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     // What a published number leads to where nothing of ours is left.
     n1.serve_as(LATE, &everywhere(&[30080], false))?;
     let ours = n1.snapshot()?.ours();
-    let mut late = Vec::new();
+    let (mut late, mut times) = (Vec::new(), Vec::new());
     for way in ways(cx.renderer()) {
         let what = way.what;
         let flow = |ns, dst| Flows::start(ns, &Probe::new(Proto::Tcp, dst), 1, Duration::from_millis(100));
@@ -164,6 +164,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
             "{what}: loaded in {loaded:?}, all of ours was back after {whole:?}; new connections failed from {first:?} to {last:?}"
         ));
         cx.note(format!("{what}: sockets of the host were reached for {window:?}"));
+        times.push(whole.saturating_sub(loaded));
         let allowed = loaded + within();
         if last.max(whole).max(window) > allowed {
             late.push(format!(
@@ -202,6 +203,12 @@ fn reloads(cx: &mut Cx) -> Result<()> {
          for t in filter nat mangle; do $i -t $t -F; $i -t $t -X; done; done",
     )?;
     ensure!(late.is_empty(), "{}", late.join("\n"));
+    // As of healing: not half of the time.
+    times.sort_unstable();
+    ensure!(
+        times.get(times.len() / 2).is_some_and(|half| *half <= WITHIN),
+        "half of it took longer: {times:?}"
+    );
     Ok(())
 }
 

@@ -124,6 +124,31 @@ fn programs(cx: &mut Cx) -> Result<()> {
             cx.will_clean(n1);
         }
     }
+    // With both in it, it is the host's rules that say which: most of them, or kubelet's.
+    let mut both = container(
+        cx,
+        "both-and-rules",
+        &[list(&names("-nft")), list(&names("-legacy")), vec!["nft"]].concat(),
+    )?;
+    both.choice = Some("auto");
+    for (used, other) in [("legacy", "nft"), ("nft", "legacy")] {
+        host_rules(cx, n1, used, 3, "-A")?;
+        let (found, _) = chosen(&both, n1, &dir)?;
+        ensure!(found == format!("iptables-{used}"), "rules in {used}: {found}");
+        both.apply(n1, &m).with_context(|| format!("rules in {used}"))?;
+        served(&t, &["p11", "p12"]).with_context(|| format!("rules in {used}"))?;
+        let saved = sh(cx, n1, &format!("iptables-{used}-save"))?;
+        ensure!(saved.stdout.contains("MESHLB-"), "rules in {used}, and ours not: {saved}");
+        sh(cx, n1, &format!("iptables-{other} -t mangle -N KUBE-IPTABLES-HINT"))?;
+        let (found, _) = chosen(&both, n1, &dir)?;
+        ensure!(found == format!("iptables-{other}"), "kubelet uses {other}: {found}");
+        sh(cx, n1, &format!("iptables-{other} -t mangle -X KUBE-IPTABLES-HINT"))?;
+        host_rules(cx, n1, used, 3, "-D")?;
+        cx.cleanup(&t)?;
+        cx.will_clean(n1);
+    }
+    // Tables that were looked at are there: no trace of ours.
+    cx.taint();
     let mut nothing = container(cx, "nothing", &[])?;
     nothing.choice = Some("auto");
     for command in [&["apply", &dir][..], &["agent", "--source", &dir]] {

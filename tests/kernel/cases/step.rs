@@ -37,6 +37,7 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("step::external_policy", &two, limit, external_policy);
     suite.add_slow("step::last_endpoint_goes", &two, limit, |cx| walk(cx, &[WEB], &[EMPTY], false));
     suite.add_slow("step::first_endpoint_comes", &two, limit, |cx| walk(cx, &[EMPTY], &[WEB], false));
+    suite.add_slow("step::renderer_change", &two, limit, renderer_change);
     let all = Matrix::once().with_renderers(&Renderer::ALL);
     suite.add_slow("step::first_install", &all, limit, first_install);
     suite.add_slow("step::cleanup", &all, limit, cleanup);
@@ -155,6 +156,55 @@ fn first_install(cx: &mut Cx) -> Result<()> {
         among(&t, &new, &new, true)
     };
     ends(cx, &t, &["apply", &dir], &new, &prepare, &finish)
+}
+
+/// From one renderer to the other: all the time everything is answered as before, and no socket of the node is.
+fn renderer_change(cx: &mut Cx) -> Result<()> {
+    let t = cx.topology(&spec())?;
+    let n1 = t.node(1);
+    let mut m = cx.manifests()?;
+    describe(&t, &mut m, &[WEB])?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let may = answers(&[WEB]);
+    let other = match cx.renderer() {
+        Renderer::Nftables => Renderer::IptablesNft,
+        _ => Renderer::Nftables,
+    };
+    let set_out = || -> Result<Stepped> {
+        n1.stop_serving(LATE);
+        cx.apply_on(n1, &m)?;
+        n1.serve_as(LATE, &everywhere(&[WEB.published], false))?;
+        Stepped::start_with(cx, &t, &["apply", &dir], Some(other.flag()))
+    };
+    let ended = |what: &str| -> Result<()> {
+        let mut meshlb = cx.meshlb()?.clone();
+        meshlb.choice = Some(other.flag());
+        meshlb.run(n1, &["apply", &dir])?.ok().with_context(|| what.to_owned())?;
+        let plan = meshlb.run(n1, &["plan", &dir])?;
+        ensure!(plan.status == 0, "{what}: not in sync: {plan}");
+        among(&t, &may, &may, true).with_context(|| what.to_owned())
+    };
+    let mut changes = Vec::new();
+    let mut stepped = set_out()?;
+    while let Some(line) = stepped.next_change()? {
+        changes.push(line);
+        among(&t, &may, &may, true)
+            .with_context(|| format!("after {} changes:\n{}", changes.len(), changes.join("\n")))?;
+    }
+    cx.note(format!("{} changes:\n{}", changes.len(), changes.join("\n")));
+    ensure!(changes.len() >= 2, "only {} changes: {changes:#?}", changes.len());
+    ended("not killed at all")?;
+    for kill_after in [1, changes.len() / 2] {
+        let mut stepped = set_out()?;
+        for _ in 0..kill_after {
+            stepped.next_change()?;
+        }
+        stepped.kill();
+        among(&t, &may, &may, true).with_context(|| format!("killed after {kill_after} changes"))?;
+        ended(&format!("killed after {kill_after} changes"))?;
+    }
+    n1.stop_serving(LATE);
+    Ok(())
 }
 
 /// To a kernel that knows nothing of us: on the way no socket of the node gets what is for a virtual address, and on published
@@ -362,6 +412,16 @@ struct Stepped {
 
 impl Stepped {
     fn start(cx: &Cx, t: &Topology, command: &[&str]) -> Result<Stepped> {
+        Stepped::start_with(cx, t, command, None)
+    }
+
+    /// The same with another value of `--renderer`.
+    fn start_with(
+        cx: &Cx,
+        t: &Topology,
+        command: &[&str],
+        renderer: Option<&'static str>,
+    ) -> Result<Stepped> {
         let log = cx.dir.join("step.log");
         let _ = fs::remove_file(&log);
         // No --seccomp-bpf: with it strace 6.1 sends no signals.
@@ -373,7 +433,8 @@ impl Stepped {
              -e inject=sendto,sendmsg,sendmmsg,setsockopt:signal=SIGSTOP MESHLB \"$@\"",
             log.display()
         );
-        let meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
+        let mut meshlb: Meshlb = wrapped(cx, "stepped", &script)?;
+        meshlb.choice = renderer;
         let apply = meshlb.start(t.node(1), command, "step-out.log")?;
         let (processes, split) = Default::default();
         Ok(Stepped { apply, log, read: 0, processes, split, stopped: None })

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{Cluster, PROTOS, VIPS, serve_from, two_nodes, vip, wait_until, web};
 use crate::check;
 use crate::client::{FlowReport, Flows, Probe};
+use crate::machine::patience;
 use crate::manifests::Endpoint;
 use crate::runner::{Cx, Family, Matrix, Proto, Skip, Suite};
 use crate::topology::Host;
@@ -21,6 +22,8 @@ pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::half_closed_drains_the_last", &Matrix::pair(), |cx| half_closed(cx, &[]));
     suite.add("lifecycle::drain_ends_early", &Matrix::pair(), drain_ends_early);
     suite.add("lifecycle::drain_over_a_restart", &Matrix::pair(), drain_over_restart);
+    suite.add("lifecycle::drain_with_hashing", &Matrix::pair(), hashing);
+    suite.add("lifecycle::published_ends_with_its_endpoint", &Matrix::pair(), published_ends);
     suite.add("lifecycle::sctp_drains", &Matrix::pair(), sctp_drains);
     suite.add("lifecycle::udp_client_moves", &Matrix::pair(), udp_moves);
 }
@@ -190,6 +193,91 @@ fn half_closed(cx: &mut Cx, left: &[&str]) -> Result<()> {
     c.in_sync()
 }
 
+/// Schedulers that choose by address go on choosing an endpoint that drains: the client then gets another one, and is not refused.
+fn hashing(cx: &mut Cx) -> Result<()> {
+    let all = ["p11", "p12", "p21", "p22"];
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &all))?;
+    for name in ["mh", "sh", "dh"] {
+        c.change(|t, m| {
+            m.service("web").set("scheduler", json!(name));
+            serve_from(t, m, "web", &all);
+            Ok(())
+        })?;
+        let (v4, v6) = (vip(Family::V4, 80)?, vip(Family::V6, 80)?);
+        // The endpoint that this client is led to goes, with a connection of it open.
+        let from = c.t.pod("p12");
+        let chosen = from.connect(Proto::Tcp, v4, 1)?.servers.keys().next().cloned();
+        let chosen = chosen.ok_or_else(|| anyhow!("{name}: nobody answers"))?;
+        let flows = slow(&c, c.t.pod("p12"), Proto::Tcp, Family::V4, false, 2)?;
+        let left: Vec<&str> = all.into_iter().filter(|pod| *pod != chosen).collect();
+        c.change(|t, m| {
+            serve_from(t, m, "web", &left);
+            Ok(())
+        })?;
+        ensure!(
+            name == "dh" || c.has_real(1, c.t.pod(&chosen).ip(Family::V4))?,
+            "{name}: {chosen} does not drain"
+        );
+        for client in ["p11", "p12", "p21", "p22"] {
+            for to in [v4, v6] {
+                check::among(&c.t.pod(client).connect(Proto::Tcp, to, 3)?, &left)?;
+            }
+        }
+        for family in Family::ALL {
+            check::among(&c.t.ext.connect(Proto::Tcp, c.t.node(1).at(family, 30080), 3)?, &left)?;
+        }
+        let flows = flows.stop()?;
+        ensure!(name == "dh" || flows.iter().all(|f| f.errors.is_empty()), "{name}: {flows:?}");
+    }
+    c.in_sync()
+}
+
+/// Where nothing is to drain, a connection by a published port ends with its endpoint, as one by the VIP does; and with the port,
+/// and with the service. The others go on.
+fn published_ends(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        web(t, m, &["p11", "p12", "p21"])?;
+        m.service("web").set("drain", json!({"timeoutSeconds": 0}));
+        Ok(())
+    })?;
+    let published = |c: &Cluster| -> Result<Vec<Flows>> {
+        Family::ALL.into_iter().map(|family| slow(c, &c.t.ext, Proto::Tcp, family, true, 6)).collect()
+    };
+    let ended = |what: &str, flows: Vec<Flows>, goes_on: &[&str]| -> Result<()> {
+        std::thread::sleep(Duration::from_millis(4500));
+        for flow in flows.into_iter().map(Flows::stop).collect::<Result<Vec<_>>>()?.iter().flatten() {
+            let server = flow.servers.first().map(String::as_str).unwrap_or_default();
+            let fine = flow.errors.is_empty();
+            ensure!(fine == goes_on.contains(&server) && flow.servers.len() == 1, "{what}: {flow:?}");
+        }
+        Ok(())
+    };
+    let flows = published(&c)?;
+    c.change(|t, m| {
+        serve_from(t, m, "web", &["p11", "p12"]);
+        Ok(())
+    })?;
+    ended("an endpoint is gone", flows, &["p11", "p12"])?;
+    let flows = published(&c)?;
+    c.change(|_, m| {
+        m.service("web").set("drain", json!({"timeoutSeconds": 30}));
+        m.service("web").ports.iter_mut().for_each(|p| p.publish = None);
+        Ok(())
+    })?;
+    ended("nothing is published", flows, &[])?;
+    c.change(|_, m| {
+        m.service("web").ports.iter_mut().for_each(|p| p.publish = Some(30080));
+        Ok(())
+    })?;
+    let flows = published(&c)?;
+    c.change(|_, m| {
+        m.remove("web");
+        Ok(())
+    })?;
+    ended("the service is gone", flows, &[])?;
+    c.in_sync()
+}
+
 /// An association over SCTP goes on to the deadline, as a TCP connection does, and new ones go elsewhere.
 fn sctp_drains(cx: &mut Cx) -> Result<()> {
     if !Proto::Sctp.available() {
@@ -316,6 +404,7 @@ fn udp_moves(cx: &mut Cx) -> Result<()> {
             Duration::from_secs(5),
             || Ok(c.turns().first() > before.first()),
         )?;
+    ensure!(turned < patience(Duration::from_millis(1500)), "the agent acts only after {turned:?}");
     // A client that was waiting for an answer sends again when its patience is over.
     let allowed = Duration::from_secs(2).max(turned + UDP_PATIENCE);
     std::thread::sleep(allowed.saturating_sub(wrote.elapsed()));

@@ -1,0 +1,74 @@
+//! What a source can't speak for: it is left as it is.
+
+use std::collections::BTreeSet;
+
+use super::ids::ServiceKey;
+
+/// What may be in a part of a source that can't be used.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Hides {
+    /// Nothing that is served: it is known what was meant, or meant for nobody here.
+    Nothing,
+    /// Anything.
+    Anything,
+    /// This service.
+    Service(ServiceKey),
+    /// Endpoints of services that take them by this name.
+    EndpointsOf(ServiceKey),
+}
+
+/// All of that: what a source says nothing about, though it is meant to be there.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Unread {
+    /// It can't be told what is in it.
+    pub anything: bool,
+    /// Services.
+    pub services: BTreeSet<ServiceKey>,
+    /// Services some of whose endpoints are in it, by the names that they take them by.
+    pub endpoints_of: BTreeSet<ServiceKey>,
+}
+
+impl Unread {
+    /// It can't be told what.
+    pub fn anything() -> Self {
+        Self { anything: true, ..Self::default() }
+    }
+
+    /// Whether all could be read.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// Whether a service that the source does not have may be in it.
+    pub fn may_have(&self, service: &ServiceKey) -> bool {
+        self.anything || self.services.contains(service)
+    }
+
+    /// Whether endpoints of a service may be in it; `group` is the name that it takes them by.
+    pub fn may_have_endpoints(&self, group: &ServiceKey) -> bool {
+        self.anything || self.endpoints_of.contains(group)
+    }
+
+    /// Whether all that is in it is in another one too.
+    pub fn is_within(&self, other: &Self) -> bool {
+        other.anything
+            || !self.anything
+                && self.services.is_subset(&other.services)
+                && self.endpoints_of.is_subset(&other.endpoints_of)
+    }
+}
+
+impl<'a> FromIterator<&'a Hides> for Unread {
+    fn from_iter<T: IntoIterator<Item = &'a Hides>>(all: T) -> Self {
+        let mut out = Self::default();
+        for hides in all {
+            match hides {
+                Hides::Nothing => {}
+                Hides::Anything => out.anything = true,
+                Hides::Service(key) => drop(out.services.insert(key.clone())),
+                Hides::EndpointsOf(group) => drop(out.endpoints_of.insert(group.clone())),
+            }
+        }
+        out
+    }
+}

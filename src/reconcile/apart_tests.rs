@@ -1,0 +1,265 @@
+//! One thing that is wrong, or can't be done, leaves all others as they should be.
+
+use std::collections::BTreeSet;
+
+use jiff::SignedDuration;
+
+use super::{
+    Engine,
+    tests::{endpoints, engine, now, service_with, turn, vote},
+};
+use crate::{
+    allocate::Allocations,
+    dataplane::fake::FakeKernel,
+    model::{
+        fixtures::{endpoint, facts, port, published, service, slice},
+        ids::{Family, PerFamily, Protocol, ServiceKey},
+        kernel::{Element, Elements, PublishedFlows, RealServerKey},
+        service::{FamilyPolicy, Publish, PublishMode, Service, ServicePort},
+        snapshot::Event,
+        unread::Unread,
+    },
+    plan::Op,
+};
+
+fn key(name: &str) -> ServiceKey {
+    ServiceKey::new("default", name)
+}
+
+fn addresses(kernel: &FakeKernel) -> BTreeSet<String> {
+    let inner = kernel.lock();
+    let reals = inner.state.virtual_servers.values().flat_map(|server| server.reals.keys());
+    reals.map(|real| real.addr.to_string()).collect()
+}
+
+fn three(kernel: &FakeKernel) -> Engine {
+    let mut engine = vote(kernel, Allocations::default());
+    engine.feed([service_with("bad", published(81, 8080, Some(30081))), endpoints("bad", &["10.244.1.13"])]);
+    engine.feed([service_with("gone", port(82, 8080)), endpoints("gone", &["10.244.1.14"])]);
+    turn(&mut engine, true);
+    engine
+}
+
+fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
+    let mut second = engine(kernel, first.allocator().allocations());
+    second.set_served(first.served().clone());
+    second
+}
+
+#[test]
+fn a_service_that_cannot_be_used_keeps_nothing_of_others() {
+    let kernel = FakeKernel::default();
+    let mut second = after_a_restart(&kernel, &three(&kernel));
+    second.feed([
+        service_with("vote", ServicePort { publish: None, ..port(80, 8080) }),
+        endpoints("vote", &["10.244.1.12"]),
+    ]);
+    second.synced(Unread { services: [key("bad")].into(), ..Unread::default() });
+    turn(&mut second, true);
+    assert_eq!(second.held().iter().collect::<Vec<_>>(), [&key("bad")]);
+    assert!(second.kept().is_empty());
+    second.expire_drains(now() + SignedDuration::from_secs(31)).unwrap();
+    second.turn(false, now() + SignedDuration::from_secs(31)).unwrap();
+    assert_eq!(addresses(&kernel), ["10.244.1.12", "10.244.1.13"].map(String::from).into());
+    // It is told of at last, and the rest is as it was.
+    second.feed([service_with("bad", published(81, 8080, Some(30081))), endpoints("bad", &["10.244.1.13"])]);
+    second.synced(Unread::default());
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    assert!(second.held().is_empty());
+}
+
+#[test]
+fn endpoints_that_cannot_be_read_keep_nothing_of_other_services() {
+    let kernel = FakeKernel::default();
+    let mut second = after_a_restart(&kernel, &three(&kernel));
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        endpoints("vote", &["10.244.1.12"]),
+        service_with("bad", published(81, 8080, Some(30081))),
+        service_with("gone", port(82, 8080)),
+    ]);
+    let unread = Unread { endpoints_of: [key("bad")].into(), ..Unread::default() };
+    second.synced(unread.clone());
+    turn(&mut second, true);
+    let later = now() + SignedDuration::from_secs(31);
+    second.expire_drains(later).unwrap();
+    second.turn(false, later).unwrap();
+    assert_eq!(addresses(&kernel), ["10.244.1.12", "10.244.1.13"].map(String::from).into());
+    // Said again, it is the same; no longer said, it goes.
+    second.synced(unread);
+    assert!(!second.is_dirty());
+    second.synced(Unread::default());
+    second.turn(false, later).unwrap();
+    second.expire_drains(later + SignedDuration::from_secs(31)).unwrap();
+    second.turn(false, later + SignedDuration::from_secs(31)).unwrap();
+    assert_eq!(addresses(&kernel), ["10.244.1.12"].map(String::from).into());
+}
+
+#[test]
+fn rules_that_are_installed_anew_bring_the_entries_of_what_is_left_alone() {
+    for unread in
+        [Unread::anything(), Unread { services: [key("bad"), key("gone")].into(), ..Unread::default() }]
+    {
+        let kernel = FakeKernel::default();
+        let first = three(&kernel);
+        let before = kernel.lock().state.elements.clone();
+        let mut second = after_a_restart(&kernel, &first);
+        second.feed([
+            service_with("vote", published(80, 8080, Some(30080))),
+            endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+        ]);
+        second.synced(unread);
+        // As after `iptables -F`.
+        if let Some(program) = &mut kernel.lock().state.program {
+            program.mask = 0xff;
+        }
+        let ops = turn(&mut second, true);
+        assert!(ops.iter().any(|op| op.starts_with("~ rules")), "{ops:?}");
+        assert_eq!(kernel.lock().state.elements, before);
+        assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn what_fails_each_time_keeps_nothing_else_from_being_done_or_looked_at() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    kernel.lock().impossible.push("scheduler lc".into());
+    let odd = Service {
+        ports: vec![port(90, 8080)],
+        scheduler: crate::model::service::Scheduler { name: "lc".into(), flags: 0 },
+        ..service("odd")
+    };
+    engine.feed([Event::Service(odd.into()), endpoints("odd", &["10.244.1.15"])]);
+    let first = engine.turn(true, now()).unwrap();
+    assert!(!first.failures.is_empty());
+    assert!(engine.needs_full(), "the first time nobody knows what came of it");
+    let again = engine.turn(true, now()).unwrap();
+    assert!(!again.failures.is_empty());
+    assert!(!engine.needs_full() && !engine.failing().is_empty());
+    // Another service's change is that change alone.
+    engine.feed([endpoints("vote", &["10.244.1.11", "10.244.1.12", "10.244.1.16"])]);
+    let reads = kernel.lock().observations;
+    let change = engine.turn(false, now()).unwrap();
+    assert_eq!((change.full, change.failures), (false, vec![]));
+    assert_eq!(kernel.lock().observations, reads);
+    assert!(addresses(&kernel).contains("10.244.1.16"));
+    assert!(!engine.failing().is_empty() && !engine.needs_full());
+    // A mark that nobody needs any more is free again.
+    engine.feed([Event::ServiceGone(key("vote"))]);
+    assert_eq!(engine.turn(false, now()).unwrap().failures, vec![]);
+    assert!(!engine.allocator().has_retired_marks());
+    // What is looked at is as it was left.
+    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
+    assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
+    kernel.lock().impossible.clear();
+    turn(&mut engine, true);
+    assert!(engine.failing().is_empty());
+    assert!(addresses(&kernel).contains("10.244.1.15"));
+}
+
+#[test]
+fn a_number_that_goes_from_one_service_without_endpoints_to_another_stays_guarded() {
+    // In the order of their names the one that gets it comes first.
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let with = |number: Option<u16>| {
+        let publish = Publish { mode: PublishMode::Ingress, port: number, addresses: Vec::new() };
+        ServicePort { publish: number.map(|_| publish), ..port(80, 8080) }
+    };
+    engine.feed([service_with("zzz", with(Some(30080))), service_with("aaa", with(None))]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    let entries = |kernel: &FakeKernel| -> Elements {
+        let all = kernel.lock().state.elements.clone();
+        let published = |e: &Element| matches!(e, Element::Published(_) | Element::Loopback(..));
+        all.iter().filter(|(e, _)| published(e)).map(|(e, mark)| (*e, *mark)).collect()
+    };
+    let before = entries(&kernel);
+    assert!(!before.is_empty());
+    engine.feed([service_with("zzz", with(None)), service_with("aaa", with(Some(30080)))]);
+    turn(&mut engine, false);
+    assert_eq!(entries(&kernel), before);
+    engine.feed([Event::ServiceGone(key("aaa"))]);
+    turn(&mut engine, false);
+    assert!(entries(&kernel).is_empty());
+}
+
+#[test]
+fn a_family_without_an_address_of_the_node_is_not_served_and_fails_nothing() {
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let v4 = facts().primary.v4;
+    {
+        let mut inner = kernel.lock();
+        inner.facts.primary = PerFamily { v4, v6: None };
+        inner.facts.published_addresses = v4.into_iter().collect();
+        inner.facts.all_addresses = v4.into_iter().collect();
+    }
+    engine.refresh_node().unwrap();
+    let both = Service {
+        ports: vec![published(80, 8080, Some(30080))],
+        families: Family::ALL.into(),
+        family_policy: FamilyPolicy::PreferDualStack,
+        ..service("vote")
+    };
+    engine.feed([Event::Service(both.into()), endpoints("vote", &["10.244.1.11"])]);
+    let mut six = slice("vote", vec![endpoint("fd00:244:1::11", "n1")]);
+    let six_mut = std::sync::Arc::make_mut(&mut six);
+    (six_mut.family, six_mut.key) = (Family::V6, key("vote-6"));
+    engine.feed([Event::Slice(six)]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    assert_eq!(addresses(&kernel), ["10.244.1.11"].map(String::from).into());
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    // It comes.
+    kernel.lock().facts = facts();
+    engine.refresh_node().unwrap();
+    turn(&mut engine, true);
+    assert!(addresses(&kernel).contains("fd00:244:1::11"));
+}
+
+/// Connections by published ports end with the destination where nothing is to drain, and with the port.
+#[test]
+fn published_connections_end_with_what_they_came_by() {
+    type Edit = fn(&mut Engine);
+    let edits: [(&str, u64, Edit, bool); 4] = [
+        ("an endpoint without a drain", 0, |e| e.feed([endpoints("vote", &["10.244.1.11"])]), true),
+        ("the service", 30, |e| e.feed([Event::ServiceGone(key("vote"))]), true),
+        ("another endpoint", 0, |e| e.feed([endpoints("vote", &["10.244.1.12"])]), false),
+        (
+            "the publishing alone",
+            30,
+            |e| e.feed([Event::Service(Service { ports: vec![port(80, 8080)], ..service("vote") }.into())]),
+            true,
+        ),
+    ];
+    for (what, drain, edit, cut) in edits {
+        let kernel = FakeKernel::default();
+        let mut engine = engine(&kernel, Allocations::default());
+        let vote = Service {
+            ports: vec![published(80, 8080, Some(30080))],
+            drain: std::time::Duration::from_secs(drain),
+            ..service("vote")
+        };
+        engine.feed([Event::Service(vote.into()), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+        engine.synced(Unread::default());
+        turn(&mut engine, true);
+        let real = RealServerKey { addr: "10.244.1.12".parse().unwrap(), port: 8080 };
+        let mut to = BTreeSet::new();
+        for element in engine.merged().state().elements.keys() {
+            match element {
+                Element::Published(t) if Family::of(&t.addr) == Family::V4 => to.insert((t.addr, t.port)),
+                Element::Loopback(Family::V4, _, port) => to.insert(("127.0.0.1".parse().unwrap(), *port)),
+                _ => false,
+            };
+        }
+        let flows = PublishedFlows { protocol: Protocol::Tcp, real, to };
+        edit(&mut engine);
+        let done = engine.turn(false, now()).unwrap();
+        assert_eq!(done.failures, vec![], "{what}");
+        assert_eq!(done.ops.contains(&Op::CutFlows(flows)), cut, "{what}: {:?}", done.ops);
+        // Once.
+        assert!(!engine.turn(true, now()).unwrap().ops.iter().any(|op| matches!(op, Op::CutFlows(_))));
+    }
+}

@@ -1,0 +1,52 @@
+//! Changes that fail again and again: nothing else waits for them.
+
+use std::collections::HashSet;
+
+use super::Engine;
+use crate::{dataplane::executor::Failure, plan::Op};
+
+impl Engine {
+    /// What failed when it was last tried, and is still to be done.
+    pub fn failing(&self) -> &[Failure] {
+        &self.failing
+    }
+
+    /// Takes in how changes ended. Whether the kernel is known all the same: what fails a second time, after the kernel was read,
+    /// has changed nothing, and each look and each change of anything else may go by that.
+    pub(super) fn note_failures(&mut self, ops: &[Op], failures: &[Failure]) -> bool {
+        if failures.is_empty() && (self.failing.is_empty() || self.full) {
+            self.failing.clear();
+            return true;
+        }
+        let before: HashSet<String> = self.failing.iter().map(|failure| failure.op.to_string()).collect();
+        let lasting = failures.iter().all(|f| is_apart(&f.op) && before.contains(&f.op.to_string()));
+        if self.full {
+            self.failing.clear();
+        } else {
+            let tried: HashSet<String> = ops.iter().map(ToString::to_string).collect();
+            self.failing.retain(|failure| !tried.contains(&failure.op.to_string()));
+        }
+        self.failing.extend(failures.iter().cloned());
+        lasting
+    }
+}
+
+/// Whether a change that fails leaves things as they are. Rules are many at once.
+fn is_apart(op: &Op) -> bool {
+    match op {
+        Op::Sysctl { .. }
+        | Op::Timeouts { .. }
+        | Op::PutRoute(_)
+        | Op::DelRoute(..)
+        | Op::Ipvs(_)
+        | Op::Element(_) => true,
+        Op::Install { .. } | Op::RemoveLeftovers(_) | Op::ForgetUdp(_) | Op::CutFlows(_) => false,
+    }
+}
+
+/// Whether a mark that nobody has any more may still be in the kernel since this has failed.
+pub(super) fn keeps_marks(failure: &Failure) -> bool {
+    use crate::dataplane::IpvsChange::{AddReal, AddService, SetReal, SetService};
+    let adds = |op: &Op| matches!(op, Op::Ipvs(AddService(..) | SetService(..) | AddReal(..) | SetReal(..)));
+    !matches!(failure.op, Op::Sysctl { .. } | Op::Timeouts { .. } | Op::PutRoute(_)) && !adds(&failure.op)
+}

@@ -1,0 +1,138 @@
+//! `meshlb plan` tells of everything that `apply` then changes in the kernel.
+
+use std::net::IpAddr;
+
+use anyhow::{Result, ensure};
+
+use super::support::web_on_one_node;
+use crate::manifests::Manifests;
+use crate::program::{Meshlb, Program as _};
+use crate::runner::{Cx, Matrix, Proto, Renderer, Suite};
+use crate::topology::Node;
+
+pub fn register(suite: &mut Suite) {
+    let all = Matrix::once().with_renderers(&Renderer::ALL);
+    suite.add_slow("planned::everything", &all, std::time::Duration::from_secs(120), everything);
+}
+
+fn everything(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.service("other").vips(&["10.200.0.7", "fd00:200::7"])?.port(Proto::Tcp, 81, 8080, Some(30081));
+    m.endpoints("other", &[t.pod("p11")]);
+    m.write()?;
+    cx.will_clean(n1);
+    planned(cx, &meshlb, n1, &m, "the first time")?;
+    m.service("web").ports.iter_mut().for_each(|p| p.publish = Some(30090));
+    m.service("web").set("scheduler", serde_json::json!("lc"));
+    m.endpoints("web", &[t.pod("p12"), n1]);
+    m.service("new").vips(&["10.200.0.8", "fd00:200::8"])?.port(Proto::Udp, 82, 8080, Some(30082));
+    m.endpoints("new", &[t.pod("p11"), t.pod("p12")]);
+    m.remove("other");
+    m.write()?;
+    planned(cx, &meshlb, n1, &m, "an edit of everything")?;
+    super::guard::sh(
+        cx,
+        n1,
+        "ip route del local 10.200.0.0/16 dev lo table local; ipvsadm --set 100 101 102; ipvsadm -C",
+    )?;
+    planned(cx, &meshlb, n1, &m, "what was taken away")?;
+    let mut other = meshlb;
+    other.choice = Some(match cx.renderer() {
+        Renderer::Nftables => "iptables-nft",
+        _ => "nftables",
+    });
+    planned(cx, &other, n1, &m, "another renderer")?;
+    other.cleanup(n1)
+}
+
+/// Each line that is then different is about something that the plan has named.
+fn planned(cx: &Cx, meshlb: &Meshlb, node: &Node, m: &Manifests, what: &str) -> Result<()> {
+    let before = node.snapshot()?;
+    let dir = m.dir.to_string_lossy().into_owned();
+    let plan = meshlb.run(node, &["plan", &dir])?;
+    ensure!(plan.status == 2, "{what}: {plan}");
+    ensure!(before.diff(&node.snapshot()?).is_empty(), "{what}: plan itself has changed something");
+    meshlb.apply(node, m)?;
+    let changed = before.diff(&node.snapshot()?);
+    ensure!(!changed.is_empty(), "{what}: nothing was changed");
+    let untold: Vec<String> = changed
+        .iter()
+        .filter_map(|line| {
+            let any = about(line);
+            (!any.iter().any(|name| plan.stdout.contains(name.as_str())))
+                .then(|| format!("{line} ({})", any.join(" or ")))
+        })
+        .collect();
+    cx.note(format!("{what}: {} lines are different, {} of them untold", changed.len(), untold.len()));
+    ensure!(
+        untold.is_empty(),
+        "{what}: not in the plan:\n{}\n\nwhich is\n{}",
+        untold.join("\n"),
+        plan.stdout
+    );
+    let again = meshlb.run(node, &["plan", &dir])?;
+    ensure!(again.status == 0 && again.stdout.trim() == "0 changes", "{what}, once more: {again}");
+    Ok(())
+}
+
+/// What a plan may call what this line is about.
+fn about(line: &str) -> Vec<String> {
+    let (section, text) = line.split_once("] ").unwrap_or((line, ""));
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let after = |word: &str| words.iter().skip_while(|w| **w != word).nth(1).map(|w| (*w).to_owned());
+    let mut out = Vec::new();
+    if section.ends_with("[sysctl") {
+        out.extend(text.split('=').next().map(|key| format!("sysctl {key}")));
+    } else if section.ends_with("[ipvs timeouts") {
+        out.push("ipvs timeouts".to_owned());
+    } else if section.ends_with("[ipvs") {
+        match after("-r") {
+            Some(real) => out.push(format!("-> {real}")),
+            None => out.extend(after("-f").map(|mark| format!("FWM {mark}"))),
+        }
+        // With a service go its destinations.
+        if section.starts_with('-') {
+            out.extend(
+                after("-f").map(|mark| {
+                    format!("- ipvs FWM {mark} IPv{}\n", if words.contains(&"-6") { 6 } else { 4 })
+                }),
+            );
+            out.extend(after("-f").map(|mark| {
+                format!("- ipvs FWM {mark} IPv{}  (", if words.contains(&"-6") { 6 } else { 4 })
+            }));
+        }
+    } else if section.ends_with("[ip") {
+        out.extend(words.iter().filter(|w| w.contains('/')).map(|range| format!("route local {range}")));
+    } else if section.ends_with("[ipset") {
+        let name = words.get(1).copied().unwrap_or_default().to_owned();
+        // Of a set as a whole, or of an entry.
+        if words.first() == Some(&"create") || section.starts_with('-') {
+            out.push(name);
+        }
+        out.extend(addresses(text));
+    } else if section.ends_with("[nft") {
+        out.extend(
+            ["chain", "set", "map"]
+                .iter()
+                .filter_map(|kind| after(kind))
+                .map(|n| n.trim_end_matches(':').to_owned()),
+        );
+        if text == "table inet meshlb" || section.starts_with('-') {
+            out.push("inet meshlb".to_owned());
+        }
+        out.extend(addresses(text));
+    } else {
+        let ours = text
+            .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
+            .filter(|w| w.starts_with("MESHLB-"));
+        out.extend(ours.map(str::to_owned));
+    }
+    out
+}
+
+fn addresses(text: &str) -> Vec<String> {
+    let words = text.split(|c: char| !(c.is_ascii_hexdigit() || c == ':' || c == '.'));
+    words.filter_map(|w| w.parse::<IpAddr>().ok()).map(|ip| ip.to_string()).collect()
+}
