@@ -154,7 +154,8 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
 
 /// Marks that entries of other renderers than this one lead to, as far as they can be read.
 fn marks_in_sets(but: Option<&str>, program: &Program) -> Vec<Mark> {
-    let all: [fn() -> Result<Box<dyn Netfilter + Send>, Error>; 3] = [
+    type Open = fn() -> Result<Box<dyn Netfilter>, Error>;
+    let all: [Open; 3] = [
         || Ok(Box::new(Iptables::new(Variant::Nft)?)),
         || Ok(Box::new(Iptables::new(Variant::Legacy)?)),
         || Ok(Box::new(Nftables::new()?)),

@@ -73,8 +73,8 @@ pub struct Pace {
 /// where a dump is cheap.
 const SERVICES_EVERY: u32 = 3;
 /// What a service dump may cost: after one that took a time, there is none for this many times as long. So
-/// it never takes more than a percent of a core, and where there are thousands of services it is rarer.
-const SERVICES_REST: u32 = 100;
+/// it never takes more than half a percent of a core, and where there are thousands of services it is rarer.
+const SERVICES_REST: u32 = 200;
 /// Destinations of this many services are looked at with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 32);

@@ -77,7 +77,7 @@ impl Loaded {
 ///
 /// # Errors
 /// The folder itself can't be read: that is not an empty folder.
-pub fn load(dir: &Path, config: Option<&NodeConfig>) -> Result<Loaded, Problem> {
+pub fn load(dir: &Path, config: Option<&NodeConfig>) -> Result<Loaded, Box<Problem>> {
     let names = list(dir).map_err(|e| unreadable(dir, &e))?;
     let mut store = Store::default();
     for (name, parsed) in read_all(dir, &names, config) {

@@ -37,7 +37,7 @@ proxy=$(readlink -f "${KUBE_BIN:-$(kube_dir)}/kube-proxy"); ln -f "$proxy" "$dir
 config() { sed -e "s|https://127.0.0.1:$port|https://$1|" -e "s|certificate-authority: [^ }]*|certificate-authority-data: $ca|" "$dir/kubeconfig"; }
 if [ "$(id -u)" = 0 ] && { [ -e /proc/net/ip_vs ] || { modprobe -q ip_vs 2>/dev/null && [ -e /proc/net/ip_vs ]; }; }; then
   config "127.0.0.1:$port" >"$given"
-  MESHLB_KUBECONFIG_FOR_TESTS=$given MESHLB_PODMONITORS=$dir/podmonitors.yaml MESHLB_PROMETHEUS=$PROMETHEUS tests/kernel/run.sh --host "$@"
+  MESHLB_KUBECONFIG_FOR_TESTS=$given MESHLB_AUDIT_LOG=$dir/audit.log MESHLB_PODMONITORS=$dir/podmonitors.yaml MESHLB_PROMETHEUS=$PROMETHEUS tests/kernel/run.sh --host "$@"
 else
   config 10.0.2.100:6443 >"$given"
   to_apiserver "$dir/to-apiserver" "$port"
@@ -53,5 +53,5 @@ for _ in $(seq 50); do link=$(ls -d /sys/bus/virtio/drivers/virtio_net/virtio*/n
 # Not eth0: that is what links in namespaces are called while they are made.
 ip link set "${link##*/}" down; ip link set "${link##*/}" name host0; ip addr add 10.0.2.15/24 dev host0; ip link set host0 up
 V
-  MESHLB_KUBECONFIG_FOR_TESTS=/host$given MESHLB_PODMONITORS=/host$dir/podmonitors.yaml MESHLB_PROMETHEUS=/host$PROMETHEUS tests/kernel/run.sh --vm "$@"
+  MESHLB_KUBECONFIG_FOR_TESTS=/host$given MESHLB_AUDIT_LOG=/host$dir/audit.log MESHLB_PODMONITORS=/host$dir/podmonitors.yaml MESHLB_PROMETHEUS=/host$PROMETHEUS tests/kernel/run.sh --vm "$@"
 fi

@@ -175,6 +175,12 @@ impl Kube {
         Ok(text.replace(own.trim_end_matches(['}', ']', ' ']), token))
     }
 
+    /// A token of an account that may do nothing.
+    pub fn token_without_rights(&self) -> Result<String> {
+        self.apply(&json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody", "namespace": NAMESPACE}}))?;
+        self.token("nobody", None)
+    }
+
     /// A kubeconfig for a neighbour in a node's namespace, who may do everything.
     pub fn kubeconfig_of_nodes(&self, dir: &std::path::Path) -> Result<PathBuf> {
         let text = fs::read_to_string(&self.kubeconfig)?;
@@ -198,12 +204,17 @@ impl Kube {
 
     /// A controller, beside the nodes, with the rights that the chart gives it.
     pub fn controller(&self, dir: &std::path::Path) -> Result<Controller> {
+        self.controller_of(dir, &VIP_CIDRS.join(","))
+    }
+
+    /// The same with other ranges of virtual IPs.
+    pub fn controller_of(&self, dir: &std::path::Path, ranges: &str) -> Result<Controller> {
         let log = dir.join("controller.log");
         let kubeconfig = dir.join("kubeconfig-controller");
         fs::write(&kubeconfig, self.kubeconfig_with(&self.token("meshlb-controller", None)?)?)?;
         let child = Command::new(program::binary())
             .args(["controller", "--namespace", NAMESPACE, "--metrics-listen", "off"])
-            .args(["--vip-cidr", &VIP_CIDRS.join(",")])
+            .args(["--vip-cidr", ranges])
             .arg("--kubeconfig")
             .arg(&kubeconfig)
             .stdin(Stdio::null())

@@ -112,8 +112,7 @@ fn left_alone(cx: &mut Cx) -> Result<()> {
     served(&t, &["p11", "p12"])?;
     agent.kill();
     // Only that object is wrong: another one that is gone is not kept for it, nor an endpoint.
-    let wrong = good.replacen("port: 80\n", "port: 70000\n", 1);
-    let wrong = if wrong == good { good.replacen("\"port\":80", "\"port\":70000", 1) } else { wrong };
+    let wrong = good.replacen("\"port\": 80,", "\"port\": 70000,", 1);
     ensure!(wrong != good, "the file has no port to make wrong:\n{good}");
     fs::write(&file, wrong)?;
     fs::remove_file(m.dir.join("other.yaml"))?;
@@ -202,5 +201,6 @@ fn forgotten(cx: &mut Cx) -> Result<()> {
     // What they were was noted, and the notes are gone.
     left.retain(|line| !line.contains("sysctl") && !line.contains("timeout"));
     ensure!(left.is_empty(), "left:\n{}", left.join("\n"));
+    cx.taint();
     Ok(())
 }

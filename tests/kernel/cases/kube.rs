@@ -3,6 +3,7 @@
 pub(super) mod bed;
 mod edits;
 mod outage;
+mod quiet;
 mod rows;
 mod scraped;
 
@@ -32,6 +33,7 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("kube::rows", &Matrix::once(), limit, rows::rows);
     suite.add_slow("kube::numbers_exhausted", &Matrix::once(), limit, rows::exhausted);
     suite.add_slow("kube::bad_input", &Matrix::once(), limit, rows::bad);
+    suite.add_slow("kube::quiet_minute", &Matrix::once(), limit, quiet::quiet);
     suite.add_slow("kube::away_for_minutes", &Matrix::once(), limit * 2, outage::outage);
     suite.add_slow("kube::prometheus_finds_agents", &Matrix::once(), limit, scraped::scraped);
 }

@@ -206,6 +206,7 @@ fn under_load(edits: &mut Edits, given: &Granted) -> Result<()> {
     edits.edit(&["publishNotReadyAddresses"], &json!({"publishNotReadyAddresses": false}))?;
     edits.until("it is gone", || edits.answer(vip6, 6, &ALL))?;
     kube.delete(&unready)?;
+    turned_unready(edits, given)?;
     third_port(edits, given)?;
     // Other pods, by another selector, and by a Service of somebody else; drained ones end what they have begun.
     let others = ["p22", "p31"];
@@ -215,6 +216,24 @@ fn under_load(edits: &mut Edits, given: &Granted) -> Result<()> {
     edits.edit(&["selector"], &json!({"selector": {"app": "vote"}}))?;
     edits.until("all", || edits.answer(vip6, 6, &ALL))?;
     Ok(())
+}
+
+/// One that has served under the load and is not ready any more: no new connection gets there, by the VIP or published (P23).
+fn turned_unready(edits: &mut Edits, given: &Granted) -> Result<()> {
+    let (t, kube) = (edits.bed.t.clone(), &edits.bed.kube);
+    let vip6 = *given.vips.last().context("no VIP")?;
+    let object = pod("default", t.pod("p21"), "vote");
+    let ready =
+        |ready| kube.pod_is(&object, &[t.pod("p21").v4.to_string(), t.pod("p21").v6.to_string()], ready);
+    ready(false)?;
+    edits.until("the one that is not ready is out", || edits.answer(vip6, 4, &["p11", "p31"]))?;
+    for _ in 0..3 {
+        for (from, to) in [(t.pod("p12"), vip6), (&t.ext, t.node(2).at(Family::V4, given.ports[0]))] {
+            check::among(&from.connect(Proto::Tcp, to, 8)?, &["p11", "p31"])?;
+        }
+    }
+    ready(true)?;
+    edits.until("all", || edits.answer(vip6, 6, &ALL))
 }
 
 /// A port beside the two that are under load.

@@ -177,7 +177,7 @@ fn series_of(text: &str) -> Vec<&str> {
     names
 }
 
-/// S33: a range without a free address is a condition, and heals.
+/// S33: a range without a free number or address is a condition, and heals.
 pub fn exhausted(cx: &mut Cx) -> Result<()> {
     let bed = Bed::start(cx)?;
     let kube = &bed.kube;
@@ -211,10 +211,62 @@ pub fn exhausted(cx: &mut Cx) -> Result<()> {
     let port = healed["status"]["ports"][0]["publishedPort"].as_u64().and_then(|n| u16::try_from(n).ok());
     let port = port.context("no published port")?;
     wait_until("the second one is served", PATIENCE, || open("p21", port))?;
+    for object in [&first, &second] {
+        kube.delete(object)?;
+    }
+    addresses_exhausted(cx, bed)
+}
+
+/// The same of virtual IPs: a range of which five are left, for six services.
+fn addresses_exhausted(cx: &Cx, mut bed: Bed) -> Result<()> {
+    bed.controller = None;
+    bed.controller = Some(bed.kube.controller_of(&cx.dir, "10.200.0.0/29,fd00:200::/112")?);
+    let kube = &bed.kube;
+    let wants = |k: usize| {
+        let mut object = mesh_service("default", &format!("few{k}"));
+        object["spec"]["ports"] = json!([{"port": 80, "targetPort": 8080}]);
+        object["spec"]["ipFamilies"] = json!(["IPv4"]);
+        object["spec"]["ipFamilyPolicy"] = json!("SingleStack");
+        object
+    };
+    // The first two of its addresses are ours, the last one is nobody's.
+    let has = |object: &Value| -> Result<Option<SocketAddr>> {
+        let found = kube.get(object)?;
+        let vip = found["status"]["vips"][0].as_str().map(str::parse).transpose()?;
+        Ok(vip.map(|ip| SocketAddr::new(ip, 80)))
+    };
+    let mut served = Vec::new();
+    let mut without = None;
+    for k in 0..6 {
+        let object = wants(k);
+        kube.apply(&object)?;
+        wait_until("it has an address, or is told that there is none", PATIENCE, || {
+            Ok(has(&object)?.is_some() || condition(&kube.get(&object)?, "Allocated").starts_with("False"))
+        })?;
+        match has(&object)? {
+            Some(vip) => served.push((object, vip)),
+            None => {
+                says(kube, &object, "Allocated", "False VIPsExhausted")?;
+                pods(kube, &bed.t, "default", &format!("few{k}"), &["p21"])?;
+                without = Some(object);
+                break;
+            }
+        }
+    }
+    let without = without.context("none was told that there is no address")?;
+    cx.note(format!("{} services have an address of a /29", served.len()));
+    ensure!(served.len() >= 4, "only {} services have one", served.len());
+    let (first, vip) = served.swap_remove(0);
+    kube.delete(&first)?;
+    says(kube, &without, "Ready", "True")?;
+    ensure!(has(&without)? == Some(vip), "{:?}", has(&without)?);
+    wait_until("it is served", PATIENCE, || {
+        Ok(check::only(&bed.t.pod("p12").connect(Proto::Tcp, vip, 2)?, "p21").is_ok())
+    })?;
     bed.end()
 }
 
-/// Bad input: garbage in a slice of somebody's, a token that nobody knows, nobody to ask, a broken kubeconfig. (A clock that jumps:
+/// Bad input: garbage in a slice of somebody's, a token that nobody knows, an account without rights, nobody to ask, a broken kubeconfig. (A clock that jumps:
 /// tests/cluster.)
 pub fn bad(cx: &mut Cx) -> Result<()> {
     let mut bed = Bed::start(cx)?;
@@ -259,6 +311,11 @@ pub fn bad(cx: &mut Cx) -> Result<()> {
         text.split_once("token: ").and_then(|(_, rest)| rest.split('}').next()).context("no token")?;
     for (what, wrong, told) in [
         ("a token that nobody knows", text.replace(token, "xyz"), "401"),
+        (
+            "an account without rights",
+            text.replace(token, &bed.kube.token_without_rights()?),
+            "may not list and watch meshservices",
+        ),
         ("no API server", text.replace(":6443", ":6444"), "can't be reached"),
         ("no kubeconfig", "{apiVersion: v1, kind: Config, clusters: [".to_owned(), "kubeconfig"),
     ] {
@@ -268,14 +325,21 @@ pub fn bad(cx: &mut Cx) -> Result<()> {
         let log = agent.log_text();
         said.with_context(|| log.clone())?;
         cx.note(format!("{what}: {log}"));
-        std::thread::sleep(Duration::from_secs(2));
+        // Whoever goes on trying says it once.
+        std::thread::sleep(Duration::from_secs(20));
         let again = agent.log_text().lines().filter(|l| l.contains(told)).count();
-        ensure!(again <= 2, "{what}: said {again} times in seconds:\n{}", agent.log_text());
+        ensure!(again <= 2, "{what}: said {again} times in 20 s:\n{}", agent.log_text());
         let _ = agent.alive();
         agent.kill();
         check::same(&before, &node.snapshot()?, what)?;
         std::fs::remove_file(node.dir.join("bad.log"))?;
     }
+    // Neither a kubeconfig nor an account.
+    let mut alone = good;
+    alone.flags.retain(|flag| !flag.starts_with("--kubeconfig"));
+    let out = alone.run(node, &["agent", "--source=kube"])?;
+    ensure!(out.status == 1 && out.stderr.contains("no API server: there is neither"), "{out}");
+    check::same(&before, &node.snapshot()?, "without a kubeconfig")?;
     std::fs::write(&file, text)?;
     bed.start_agent(3)?;
     bed.until_served(&given, &now).context("with the right kubeconfig again")?;
