@@ -182,7 +182,7 @@ pub trait Netfilter {
     /// Changes elements of an installed program, in order where order matters to packets. The results
     /// line up with the changes.
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>>;
-    /// What [`Netfilter::install`] brings besides elements: chains with their number of rules, and jumps.
+    /// What [`Netfilter::install`] brings besides elements: sets, chains with their number of rules, and jumps.
     fn outline(&self, _program: &Program) -> Vec<String> {
         Vec::new()
     }

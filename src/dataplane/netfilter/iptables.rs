@@ -435,7 +435,8 @@ impl Netfilter for Iptables {
         let nft = self.stores.nft.then(|| outline::nft(program, self.stores.layout()));
         let chains = Self::families(program)
             .flat_map(|family| outline::iptables(family, &rules(program, family, self.options)));
-        nft.into_iter().flatten().chain(chains).collect()
+        let sets = outline::ipsets(self.stores, Self::families(program));
+        sets.into_iter().chain(nft.into_iter().flatten()).chain(chains).collect()
     }
 
     fn observe(&mut self, want: &Program) -> Result<NetfilterState, Error> {

@@ -1,9 +1,9 @@
-//! What an installation brings, for people: every chain with its number of rules, and the jumps to them.
+//! What an installation brings, for people: every set, every chain with its number of rules, and the jumps to them.
 
 use super::{
     rules_iptables::{CHAINS, Rule},
     rules_nft::{TABLE, table_text},
-    sets::{Layout, NftContents},
+    sets::{Layout, NftContents, Stores, set_name},
 };
 use crate::model::{ids::Family, kernel::Program};
 
@@ -21,21 +21,32 @@ pub(crate) fn iptables(family: Family, rules: &[Rule]) -> Vec<String> {
     told.collect()
 }
 
-/// Chains of our nft table.
+/// Sets of ipset.
+pub(crate) fn ipsets(stores: Stores, families: impl Iterator<Item = Family>) -> Vec<String> {
+    let of = |family| stores.ipsets().map(move |kind| format!("set ipset {}", set_name(kind, family)));
+    families.flat_map(of).collect()
+}
+
+/// Sets, maps and chains of our nft table.
 pub(crate) fn nft(program: &Program, layout: Layout) -> Vec<String> {
-    let mut out: Vec<(String, usize)> = Vec::new();
+    let (mut sets, mut out) = (Vec::new(), Vec::<(String, usize)>::new());
     let mut inside = false;
     for line in table_text(program, &NftContents::default(), layout).lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("chain ").and_then(|rest| rest.strip_suffix(" {")) {
             out.push((name.to_owned(), 0));
             inside = true;
+        } else if let Some((kind, name)) = line.strip_suffix(" {").and_then(|head| head.split_once(' '))
+            && matches!(kind, "set" | "map")
+        {
+            sets.push(format!("{kind} nft {TABLE} {name}"));
         } else if line == "}" {
             inside = false;
         } else if let Some((_, n)) = out.last_mut().filter(|_| inside && !line.starts_with("type ")) {
             *n += 1;
         }
     }
-    out.into_iter().map(|(name, n)| format!("chain nft {TABLE} {name}: {}", count(n))).collect()
+    let chains = out.into_iter().map(|(name, n)| format!("chain nft {TABLE} {name}: {}", count(n)));
+    sets.into_iter().chain(chains).collect()
 }
 
 fn count(n: usize) -> String {
@@ -81,6 +92,8 @@ mod tests {
             |t: &String| t.split_once(": ").unwrap().1.split(' ').next().unwrap().parse::<usize>().unwrap();
         assert_eq!(told.iter().map(number).sum::<usize>(), rules.len());
         let told = nft(&program, Layout::Whole);
+        assert!(told.contains(&"map nft inet meshlb vips-4".into()), "{told:?}");
+        let told: Vec<String> = told.into_iter().filter(|t| t.starts_with("chain ")).collect();
         let mut names: Vec<String> = chain_names(Some(&program), Layout::Whole);
         let mut seen: Vec<String> = told
             .iter()

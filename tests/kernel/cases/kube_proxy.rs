@@ -23,7 +23,7 @@ pub fn register(suite: &mut Suite) {
     }
     // Ours by the same means as theirs, where there is a choice.
     let with = |renderer| Matrix::once().with_renderers(&[renderer]);
-    let limit = Duration::from_secs(1200);
+    let limit = Duration::from_secs(900) + 2 * time_together();
     suite.add_slow("kube_proxy::iptables", &with(Renderer::IptablesNft), limit, |cx| beside(cx, "iptables"));
     suite.add_slow("kube_proxy::nftables", &with(Renderer::Nftables), limit, |cx| beside(cx, "nftables"));
     suite.add_slow("kube_proxy::ipvs", &with(Renderer::IptablesNft), limit, |cx| beside(cx, "ipvs"));

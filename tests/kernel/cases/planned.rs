@@ -123,6 +123,9 @@ fn about(line: &str) -> Vec<String> {
             out.push("inet meshlb".to_owned());
         }
         out.extend(addresses(text));
+        // An entry of 127.0.0.1 has a number alone.
+        let number = |w: &&str| w.parse::<u16>().is_ok_and(|n| n > 1023);
+        out.extend(words.iter().map(|w| w.trim_end_matches(',')).filter(number).map(str::to_owned));
     } else {
         let ours = text
             .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
