@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
+use super::mesh::Core;
 use crate::{api, model::ids::ServiceKey};
 
 /// Label of what the controller makes.
@@ -70,7 +71,7 @@ pub fn part_of(spec: &Value) -> Value {
 
 /// How a Service differs from what it is to be.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Difference {
+enum Difference {
     /// In a way that can be changed.
     Spec,
     /// It has another primary family, which the API server lets nobody change.
@@ -82,7 +83,7 @@ fn families(spec: &Value) -> &[Value] {
 }
 
 /// How the spec of a Service differs from what was asked for, without what the API server fills in.
-pub fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
+fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
     let (have, want) = (families(found), families(wanted));
     if want.first().is_some_and(|first| have.first().is_some_and(|have| have != first)) {
         return Some(Difference::PrimaryFamily);
@@ -97,6 +98,46 @@ pub fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
         && (policy.is_null() || found["ipFamilyPolicy"] == *policy)
         && same_families;
     (!same).then_some(Difference::Spec)
+}
+
+/// What makes a Service of ours what it is to be, as a JSON merge patch (RFC 7386). That leaves every key of a map as it is which
+/// it does not name: labels of the selector that are not wanted are named, as null.
+fn patch(found: &Value, wanted: &Value) -> Value {
+    let mut patch = wanted.clone();
+    if let Some(selector) = patch["spec"]["selector"].as_object_mut() {
+        for label in found["selector"].as_object().into_iter().flatten().map(|(label, _)| label) {
+            selector.entry(label.clone()).or_insert(Value::Null);
+        }
+    }
+    patch
+}
+
+/// Something to do about a headless Service; of one that is there its uid is known.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Todo {
+    /// Make it.
+    Create(Value),
+    /// Change it by this merge patch.
+    Change(String, Value),
+    /// Delete it.
+    Delete(String),
+}
+
+/// What the Service of a MeshService with this uid is in need of. One that is not ours is left alone.
+pub fn todo(uid: &str, wanted: Option<&Value>, found: Option<&Core>) -> Option<Todo> {
+    let ours = |core: &&Core| core.owner.as_deref() == Some(uid);
+    match (wanted, found) {
+        (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
+        (Some(wanted), Some(core)) if ours(&core) => {
+            difference(&core.spec, &wanted["spec"]).map(|difference| match difference {
+                Difference::Spec => Todo::Change(core.uid.clone(), patch(&core.spec, wanted)),
+                // Made anew when it is gone.
+                Difference::PrimaryFamily => Todo::Delete(core.uid.clone()),
+            })
+        }
+        (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -143,6 +184,65 @@ mod tests {
         let mut other = found(single, v4, false);
         other["selector"]["app"] = "web".into();
         assert_eq!(difference(&other, &wanted(single, v4, false)), Some(Difference::Spec));
+    }
+
+    fn selected(selector: &Value) -> Value {
+        of(json!({"selector": selector, "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack", "ports": [{"port": 80}]}))
+            .unwrap()
+    }
+
+    /// One of the MeshService `u1`, or of nobody.
+    fn core(owner: Option<&str>, spec: &Value) -> Core {
+        Core { uid: "c1".into(), owner: owner.map(Into::into), spec: part_of(spec), ..Core::default() }
+    }
+
+    #[test]
+    fn a_label_that_is_not_wanted_goes() {
+        for (have, want, sent) in [
+            // Taken away, called otherwise, set by somebody else.
+            (
+                json!({"app": "vote", "tier": "x"}),
+                json!({"app": "vote"}),
+                json!({"app": "vote", "tier": null}),
+            ),
+            (json!({"app": "vote"}), json!({"name": "vote"}), json!({"name": "vote", "app": null})),
+            (
+                json!({"app": "wrong", "a.b/c": ""}),
+                json!({"app": "vote"}),
+                json!({"app": "vote", "a.b/c": null}),
+            ),
+            (Value::Null, json!({"app": "vote"}), json!({"app": "vote"})),
+        ] {
+            let (found, wanted) = (&selected(&json!({"app": "vote"}))["spec"], selected(&want));
+            let mut found = found.clone();
+            found["selector"] = have;
+            let Some(Todo::Change(uid, patch)) = todo("u1", Some(&wanted), Some(&core(Some("u1"), &found)))
+            else {
+                panic!("{found}");
+            };
+            assert_eq!((&*uid, &patch["spec"]["selector"]), ("c1", &sent));
+            let mut rest = patch;
+            rest["spec"]["selector"] = want;
+            assert_eq!(rest, wanted);
+        }
+    }
+
+    #[test]
+    fn only_what_is_ours_is_changed_or_deleted() {
+        let wanted = selected(&json!({"app": "vote"}));
+        let same = core(Some("u1"), &wanted["spec"]);
+        assert_eq!(todo("u1", Some(&wanted), None), Some(Todo::Create(wanted.clone())));
+        assert_eq!(todo("u1", Some(&wanted), Some(&same)), None);
+        assert_eq!(todo("u1", None, Some(&same)), Some(Todo::Delete("c1".into())));
+        assert_eq!(todo("u1", None, None), None);
+        // Somebody else's, and one of an earlier MeshService of this name.
+        for owner in [None, Some("u0")] {
+            let other = core(owner, &selected(&json!({"app": "web"}))["spec"]);
+            assert_eq!(
+                (todo("u1", Some(&wanted), Some(&other)), todo("u1", None, Some(&other))),
+                (None, None)
+            );
+        }
     }
 
     #[test]

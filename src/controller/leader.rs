@@ -26,12 +26,12 @@ use tracing::{debug, info, warn};
 
 use super::{
     Settings, Told,
-    headless::{self, Difference},
+    headless::{self, Todo},
     mesh::{Core, Mesh, Meta},
     nodes::Said as NodeSaid,
     pace::Bucket,
     pools::Pools,
-    requests::{self, Todo},
+    requests,
     status::{self, News},
 };
 use crate::{
@@ -560,19 +560,7 @@ impl Leader {
     /// What a MeshService's headless Service is in need of.
     fn todo(&self, key: &ServiceKey) -> Option<Todo> {
         let entry = self.mesh.entry(key)?;
-        let ours = |core: &&Core| core.owner.as_deref() == Some(&entry.meta.uid);
-        match (&entry.headless, self.mesh.core(key)) {
-            (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
-            (Some(wanted), Some(core)) if ours(&core) => {
-                headless::difference(&core.spec, &wanted["spec"]).map(|difference| match difference {
-                    Difference::Spec => Todo::Change(core.uid.clone(), wanted.clone()),
-                    // Made anew when it is gone.
-                    Difference::PrimaryFamily => Todo::Delete(core.uid.clone()),
-                })
-            }
-            (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
-            _ => None,
-        }
+        headless::todo(&entry.meta.uid, entry.headless.as_ref(), self.mesh.core(key))
     }
 }
 

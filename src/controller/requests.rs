@@ -7,11 +7,11 @@ use kube::{
     core::DynamicObject,
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::mpsc;
 use tracing::debug;
 
-use super::{PATIENCE, mesh::Meta, status::News, timed};
+use super::{PATIENCE, headless::Todo, mesh::Meta, status::News, timed};
 use crate::{
     api::{self, MeshService, status::MeshServiceStatus},
     metrics::controller::{ControllerMetrics, Written},
@@ -58,17 +58,7 @@ pub async fn write(
     Ok(object.resource_version())
 }
 
-/// Something to do about a headless Service; of one that is there its uid is known.
-pub enum Todo {
-    /// Make it.
-    Create(Value),
-    /// Make it like this.
-    Change(String, Value),
-    /// Delete it.
-    Delete(String),
-}
-
-/// Does it. Only what is surely ours is changed or deleted: making never takes over, and the others name the uid.
+/// Does something about a headless Service. Only what is surely ours is changed or deleted: making never takes over, and the others name the uid.
 ///
 /// # Errors
 /// The API server's; 409 when there is one, or another one.
@@ -81,10 +71,10 @@ pub async fn keep_headless(client: &Client, key: &ServiceKey, todo: Todo) -> Res
             let params = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
             timed(PATIENCE, api.create(&params, &object)).await.map(drop)
         }
-        Todo::Change(uid, mut wanted) => {
-            wanted["metadata"]["uid"] = uid.into();
+        Todo::Change(uid, mut patch) => {
+            patch["metadata"]["uid"] = uid.into();
             let params = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
-            timed(PATIENCE, api.patch(&key.name, &params, &Patch::Merge(&wanted))).await.map(drop)
+            timed(PATIENCE, api.patch(&key.name, &params, &Patch::Merge(&patch))).await.map(drop)
         }
         Todo::Delete(uid) => {
             let preconditions = Some(Preconditions { uid: Some(uid), resource_version: None });

@@ -19,7 +19,7 @@ use meshlb::{
         node::{MarkMask, NodeConfig},
     },
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{Case, kubectl::Cluster};
 
@@ -270,16 +270,13 @@ fn conflicts(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
+const HTTP: &str = "ports: [{name: http, port: 80, targetPort: 8080}]";
+
 fn selector(cluster: &Cluster) -> Result<()> {
     prepare(cluster, "selector")?;
     let controller = Controller::start(cluster, "one")?;
     controller.until_it_says("everything has been read")?;
-    service(
-        cluster,
-        "selector",
-        "vote",
-        "{selector: {app: vote}, ports: [{name: http, port: 80, targetPort: 8080}]}",
-    )?;
+    service(cluster, "selector", "vote", &format!("{{selector: {{app: vote}}, {HTTP}}}"))?;
     until_condition(cluster, "selector", "vote", "Allocated", "True")?;
     let find = || get(cluster, &["service", "vote", "-n", "selector"]);
     until("the headless Service", PATIENCE, || Ok(find().is_ok()))?;
@@ -301,18 +298,32 @@ fn selector(cluster: &Cluster) -> Result<()> {
     // What somebody changes is put right.
     let patch = r#"{"spec": {"selector": {"app": "wrong"}}}"#;
     cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
-    until("its own selector again", PATIENCE, || Ok(find()?["spec"]["selector"]["app"] == "vote"))?;
+    let selects = |what: &str, labels: Value| {
+        until(what, PATIENCE, || Ok(find()?["spec"]["selector"] == labels))
+            .with_context(|| find().map_or_else(|e| e.to_string(), |found| found["spec"].to_string()))
+    };
+    selects("its own selector again", json!({"app": "vote"}))?;
+    let patch = r#"{"spec": {"selector": {"app": "wrong", "stranger": "x"}}}"#;
+    cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
+    selects("the stranger's label is gone", json!({"app": "vote"}))?;
+    // A label less, and one that is called otherwise: with one of before the Service would find no pod.
+    let labels =
+        |labels: &str| service(cluster, "selector", "vote", &format!("{{selector: {labels}, {HTTP}}}"));
+    labels("{app: vote, tier: back, zone: a}")?;
+    selects("three labels", json!({"app": "vote", "tier": "back", "zone": "a"}))?;
+    labels("{app: vote, tier: back}")?;
+    selects("a label less", json!({"app": "vote", "tier": "back"}))?;
+    labels("{app: vote, level: back}")?;
+    selects("a label of another name", json!({"app": "vote", "level": "back"}))?;
+    labels("{app: vote}")?;
+    selects("one label", json!({"app": "vote"}))?;
+    until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
     // It is made again, changed, and goes with the selector.
     cluster.kubectl(&["delete", "service", "vote", "-n", "selector"], "")?.good()?;
     until("the headless Service again", PATIENCE, || Ok(find().is_ok()))?;
-    service(
-        cluster,
-        "selector",
-        "vote",
-        "{selector: {app: other}, ports: [{name: http, port: 80, targetPort: 8080}]}",
-    )?;
-    until("another selector", PATIENCE, || Ok(find()?["spec"]["selector"]["app"] == "other"))?;
-    service(cluster, "selector", "vote", "{ports: [{name: http, port: 80, targetPort: 8080}]}")?;
+    labels("{app: other}")?;
+    selects("another selector", json!({"app": "other"}))?;
+    service(cluster, "selector", "vote", &format!("{{{HTTP}}}"))?;
     until("no Service", PATIENCE, || Ok(find().is_err()))?;
     // Somebody else's is not touched.
     cluster.apply(
