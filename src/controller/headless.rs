@@ -10,6 +10,17 @@ use crate::{api, model::ids::ServiceKey};
 /// Label of what the controller makes.
 pub const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "meshlb");
 
+/// What a MeshService wants in the way of a headless Service.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Wanted {
+    /// This one.
+    This(Value),
+    /// None: it has no selector.
+    Nothing,
+    /// Its spec is wrong, and nobody knows what the last valid one wanted: what there is stays as it is.
+    Unknown,
+}
+
 /// The Service that a MeshService with a selector is to have; `None` without one.
 pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
     let spec = &object["spec"];
@@ -124,18 +135,18 @@ pub enum Todo {
 }
 
 /// What the Service of a MeshService with this uid is in need of. One that is not ours is left alone.
-pub fn todo(uid: &str, wanted: Option<&Value>, found: Option<&Core>) -> Option<Todo> {
+pub fn todo(uid: &str, wanted: &Wanted, found: Option<&Core>) -> Option<Todo> {
     let ours = |core: &&Core| core.owner.as_deref() == Some(uid);
     match (wanted, found) {
-        (Some(wanted), None) => Some(Todo::Create(wanted.clone())),
-        (Some(wanted), Some(core)) if ours(&core) => {
+        (Wanted::This(wanted), None) => Some(Todo::Create(wanted.clone())),
+        (Wanted::This(wanted), Some(core)) if ours(&core) => {
             difference(&core.spec, &wanted["spec"]).map(|difference| match difference {
                 Difference::Spec => Todo::Change(core.uid.clone(), patch(&core.spec, wanted)),
                 // Made anew when it is gone.
                 Difference::PrimaryFamily => Todo::Delete(core.uid.clone()),
             })
         }
-        (None, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
+        (Wanted::Nothing, Some(core)) if ours(&core) => Some(Todo::Delete(core.uid.clone())),
         _ => None,
     }
 }
@@ -216,7 +227,8 @@ mod tests {
             let (found, wanted) = (&selected(&json!({"app": "vote"}))["spec"], selected(&want));
             let mut found = found.clone();
             found["selector"] = have;
-            let Some(Todo::Change(uid, patch)) = todo("u1", Some(&wanted), Some(&core(Some("u1"), &found)))
+            let Some(Todo::Change(uid, patch)) =
+                todo("u1", &Wanted::This(wanted.clone()), Some(&core(Some("u1"), &found)))
             else {
                 panic!("{found}");
             };
@@ -229,20 +241,23 @@ mod tests {
 
     #[test]
     fn only_what_is_ours_is_changed_or_deleted() {
-        let wanted = selected(&json!({"app": "vote"}));
-        let same = core(Some("u1"), &wanted["spec"]);
-        assert_eq!(todo("u1", Some(&wanted), None), Some(Todo::Create(wanted.clone())));
-        assert_eq!(todo("u1", Some(&wanted), Some(&same)), None);
-        assert_eq!(todo("u1", None, Some(&same)), Some(Todo::Delete("c1".into())));
-        assert_eq!(todo("u1", None, None), None);
+        let service = selected(&json!({"app": "vote"}));
+        let wanted = Wanted::This(service.clone());
+        let same = core(Some("u1"), &service["spec"]);
+        assert_eq!(todo("u1", &wanted, None), Some(Todo::Create(service)));
+        assert_eq!(todo("u1", &wanted, Some(&same)), None);
+        assert_eq!(todo("u1", &Wanted::Nothing, Some(&same)), Some(Todo::Delete("c1".into())));
+        assert_eq!(todo("u1", &Wanted::Nothing, None), None);
         // Somebody else's, and one of an earlier MeshService of this name.
         for owner in [None, Some("u0")] {
             let other = core(owner, &selected(&json!({"app": "web"}))["spec"]);
-            assert_eq!(
-                (todo("u1", Some(&wanted), Some(&other)), todo("u1", None, Some(&other))),
-                (None, None)
-            );
+            assert_eq!(todo("u1", &wanted, Some(&other)), None);
+            assert_eq!(todo("u1", &Wanted::Nothing, Some(&other)), None);
         }
+        assert_eq!(
+            (todo("u1", &Wanted::Unknown, Some(&same)), todo("u1", &Wanted::Unknown, None)),
+            (None, None)
+        );
     }
 
     #[test]

@@ -560,7 +560,7 @@ impl Leader {
     /// What a MeshService's headless Service is in need of.
     fn todo(&self, key: &ServiceKey) -> Option<Todo> {
         let entry = self.mesh.entry(key)?;
-        headless::todo(&entry.meta.uid, entry.headless.as_ref(), self.mesh.core(key))
+        headless::todo(&entry.meta.uid, &entry.headless, self.mesh.core(key))
     }
 }
 

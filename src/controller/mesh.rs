@@ -8,7 +8,7 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    headless,
+    headless::{self, Wanted},
     nodes::{Nodes, Said, Touched},
     numbers::Numbers,
     pools::{PoolId, Used},
@@ -60,8 +60,8 @@ pub struct Entry {
     pub meta: Meta,
     /// The status that it has, as far as known.
     pub status: MeshServiceStatus,
-    /// The core Service that it is to have.
-    pub headless: Option<Value>,
+    /// The core Service that it is to have: while its spec is wrong, that of the last valid one.
+    pub headless: Wanted,
     /// Why it does not have that Service.
     headless_problem: Option<String>,
     service: Option<Arc<Service>>,
@@ -169,20 +169,21 @@ impl Mesh {
             }
         }
         self.dirty.insert(key.clone());
-        let headless = headless::desired(key, &meta.uid, &value);
+        let asked = headless::desired(key, &meta.uid, &value).map_or(Wanted::Nothing, Wanted::This);
         let judgement = judge(Kind::Service, value, Some(&self.config), true);
         let old = self.take_out(key);
         let same_object = old.filter(|old| old.meta.uid == meta.uid);
-        let (service, withheld) = match judgement.verdict {
+        let (service, withheld, headless) = match judgement.verdict {
             Verdict::Good(Object::Service(mut service)) => {
                 Arc::make_mut(&mut service).created = meta.created;
-                (Some(service), false)
+                (Some(service), false, asked)
             }
-            Verdict::Withheld => (None, true),
+            Verdict::Withheld => (None, true, asked),
             // The last good version goes on, with what it has: as the oldest, nobody takes that away.
             Verdict::Wrong | Verdict::Good(_) => {
-                let last = same_object.and_then(|old| old.service);
-                (pinned(key, last.as_deref(), &status).map(Arc::new), false)
+                let (last, headless) =
+                    same_object.map_or((None, Wanted::Unknown), |old| (old.service, old.headless));
+                (pinned(key, last.as_deref(), &status).map(Arc::new), false, headless)
             }
         };
         if let Some(service) = &service {
@@ -224,7 +225,7 @@ impl Mesh {
     }
 
     fn name_taken(&self, key: &ServiceKey, entry: &Entry) -> bool {
-        entry.headless.is_some()
+        matches!(entry.headless, Wanted::This(_))
             // One of an earlier object of this name goes away by itself.
             && self.cores.get(key).is_some_and(|core| core.owner.is_none())
     }
@@ -545,7 +546,7 @@ impl Mesh {
                 "the Service {named} is of type ExternalName and never has endpoints: clients resolve its name instead"
             )),
             // With a selector the controller makes it, and says so if it can't.
-            None if entry.headless.is_none()
+            None if entry.headless == Wanted::Nothing
                 && self.by_service.get(&named).is_none_or(BTreeSet::is_empty) =>
             {
                 Some(format!(

@@ -1,6 +1,9 @@
+mod wrong;
+
 use serde_json::{Value, json};
 
 use super::{
+    headless::Wanted,
     mesh::{Core, Mesh, Meta},
     nodes::Said,
     numbers::Numbers,
@@ -251,73 +254,6 @@ fn why_there_can_be_no_endpoints_is_said() {
 }
 
 #[test]
-fn what_is_wrong_keeps_what_it_has_over_a_change_of_leaders() {
-    let mut stored = Stored::default();
-    stored.apply("a", 1, plain());
-    let mut mesh = stored.mesh(&Used::new());
-    stored.write(&mut mesh);
-    let vip = stored.vip("a");
-    stored.apply("a", 1, json!({"ports": [{"port": 70_000}]}));
-    stored.show("a", &mut mesh);
-    stored.write(&mut mesh);
-    assert_eq!(stored.vip("a"), vip);
-    assert!(
-        stored.condition("a", "Accepted").contains("spec.ports[0].port"),
-        "{}",
-        stored.condition("a", "Accepted")
-    );
-    let used = mesh.used();
-    stored.apply("b", 2, json!({"vips": [vip.clone()], "ports": [{"port": 80}]}));
-    let mut next = stored.mesh(&used);
-    stored.write(&mut next);
-    assert_eq!(stored.vip("a"), vip);
-    assert!(
-        stored.condition("b", "Allocated").contains("VIPTaken"),
-        "{}",
-        stored.condition("b", "Allocated")
-    );
-    stored.apply("a", 1, plain());
-    stored.show("a", &mut next);
-    stored.write(&mut next);
-    // In order again, it has what it had by chance: what b asks for explicitly is b's then, and a moves.
-    assert_ne!(stored.vip("a"), vip);
-    assert_eq!(stored.vip("b"), vip);
-}
-
-#[test]
-fn what_is_wrong_loses_nothing_to_who_asks_for_it() {
-    let mut stored = Stored::default();
-    stored.apply("a", 5, plain());
-    let mut mesh = stored.mesh(&Used::new());
-    stored.write(&mut mesh);
-    let vip = stored.vip("a");
-    // Outside the range, which no schema can know.
-    stored.apply("a", 5, json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]}));
-    stored.show("a", &mut mesh);
-    stored.write(&mut mesh);
-    stored.apply("b", 1, json!({"vips": [vip.clone()], "ports": [{"port": 80}]}));
-    stored.show("b", &mut mesh);
-    stored.write(&mut mesh);
-    assert_eq!((stored.vip("a"), stored.vip("b")), (vip.clone(), String::new()));
-    assert!(stored.condition("b", "Allocated").contains("belongs to default/a"));
-    // Nor over a change of leaders.
-    let mut next = stored.mesh(&mesh.used());
-    assert!(stored.write(&mut next).is_empty());
-    assert_eq!(stored.vip("a"), vip);
-}
-
-#[test]
-fn what_was_never_right_has_nothing() {
-    let mut stored = Stored::default();
-    stored.apply("a", 1, json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]}));
-    let mut mesh = stored.mesh(&Used::new());
-    stored.write(&mut mesh);
-    let accepted = stored.condition("a", "Accepted");
-    assert!(accepted.contains("spec.vips") && !accepted.contains("stays in force"), "{accepted}");
-    assert!(stored.condition("a", "Ready").starts_with("False NotAccepted"));
-}
-
-#[test]
 fn what_moves_is_given_up_before_it_is_given() {
     let mut stored = Stored::default();
     stored.apply("a", 1, plain());
@@ -340,7 +276,7 @@ fn a_name_that_is_somebody_elses_is_told() {
     let mut stored = Stored::default();
     stored.apply("a", 1, json!({"selector": {"app": "a"}, "ports": [{"port": 80}]}));
     let mut mesh = stored.mesh(&Used::new());
-    assert!(mesh.entry(&key("a")).unwrap().headless.is_some());
+    assert!(matches!(mesh.entry(&key("a")).unwrap().headless, Wanted::This(_)));
     stored.write(&mut mesh);
     assert!(!stored.vip("a").is_empty());
     mesh.put_core(&key("a"), Some(Core { uid: "1".into(), owner: None, ..Core::default() }));

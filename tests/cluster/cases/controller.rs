@@ -295,6 +295,26 @@ fn selector(cluster: &Cluster) -> Result<()> {
         .good()?;
     let vote = until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
     ensure!(vote["status"]["summary"]["endpoints"] == "1/1", "{:#}", vote["status"]);
+    // What is wrong changes nothing: the last valid version stays in force, with its selector.
+    for wrong in ["selector: {app: other}", "serviceName: other"] {
+        service(cluster, "selector", "vote", &format!("{{{wrong}, vips: [10.9.9.9], {HTTP}}}"))?;
+        until_condition(cluster, "selector", "vote", "Accepted", "False Invalid: spec.vips")?;
+        std::thread::sleep(Duration::from_secs(2));
+        let same = find()?;
+        ensure!(
+            same["spec"] == made["spec"] && same["metadata"]["uid"] == made["metadata"]["uid"],
+            "{same:#}"
+        );
+    }
+    // Nor does it for the next controller, which has not seen that version.
+    controller.signal("-TERM")?;
+    let controller = Controller::start(cluster, "two")?;
+    controller.until_it_says("everything has been read")?;
+    std::thread::sleep(Duration::from_secs(2));
+    let same = find()?;
+    ensure!(same["spec"] == made["spec"] && same["metadata"]["uid"] == made["metadata"]["uid"], "{same:#}");
+    service(cluster, "selector", "vote", &format!("{{selector: {{app: vote}}, {HTTP}}}"))?;
+    until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
     // What somebody changes is put right.
     let patch = r#"{"spec": {"selector": {"app": "wrong"}}}"#;
     cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
