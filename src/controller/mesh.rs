@@ -12,7 +12,7 @@ use super::{
     nodes::{Nodes, Said, Touched},
     numbers::Numbers,
     pools::{PoolId, Used},
-    status::{self, Known},
+    status::{self, Known, Last},
 };
 use crate::{
     allocate::{
@@ -65,6 +65,8 @@ pub struct Entry {
     /// Why it does not have that Service.
     headless_problem: Option<String>,
     service: Option<Arc<Service>>,
+    /// `service` is what a status says of a version that was never seen.
+    unseen: bool,
     errors: Vec<FieldError>,
     withheld: bool,
 }
@@ -173,6 +175,7 @@ impl Mesh {
         let judgement = judge(Kind::Service, value, Some(&self.config), true);
         let old = self.take_out(key);
         let same_object = old.filter(|old| old.meta.uid == meta.uid);
+        let mut unseen = false;
         let (service, withheld, headless) = match judgement.verdict {
             Verdict::Good(Object::Service(mut service)) => {
                 Arc::make_mut(&mut service).created = meta.created;
@@ -181,6 +184,7 @@ impl Mesh {
             Verdict::Withheld => (None, true, asked),
             // The last good version goes on, with what it has: as the oldest, nobody takes that away.
             Verdict::Wrong | Verdict::Good(_) => {
+                unseen = same_object.as_ref().is_none_or(|old| old.unseen || old.service.is_none());
                 let (last, headless) =
                     same_object.map_or((None, Wanted::Unknown), |old| (old.service, old.headless));
                 (pinned(key, last.as_deref(), &status).map(Arc::new), false, headless)
@@ -196,6 +200,7 @@ impl Mesh {
             headless,
             headless_problem: None,
             service,
+            unseen,
             errors: judgement.findings,
             withheld,
         };
@@ -503,7 +508,9 @@ impl Mesh {
                 let allocation = self.allocator.as_ref().and_then(|a| a.get(key));
                 status::Verdict::Served(service, allocation, entry.headless_problem.as_deref())
             }
-            last_good => status::Verdict::Wrong(&entry.errors, last_good.is_some()),
+            None => status::Verdict::Wrong(&entry.errors, Last::None),
+            Some(_) if entry.unseen => status::Verdict::Wrong(&entry.errors, Last::Unseen),
+            Some(_) => status::Verdict::Wrong(&entry.errors, Last::Known(entry.headless_problem.as_deref())),
         };
         let (endpoints, unmatched) = self.count(entry);
         let why_none = if endpoints.total == 0 { self.why_no_endpoints(entry) } else { None };

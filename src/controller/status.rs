@@ -62,12 +62,23 @@ impl Programmed {
 pub enum Verdict<'a> {
     /// It is served, with this; why it has no headless Service, if it should have one.
     Served(&'a Service, Option<&'a ServiceAllocation>, Option<&'a str>),
-    /// It is wrong; whether a last good version goes on.
-    Wrong(&'a [FieldError], bool),
+    /// It is wrong; what goes on instead.
+    Wrong(&'a [FieldError], Last<'a>),
     /// It asks for what can't be done, and is not served.
     Withheld(&'a [FieldError]),
     /// A core Service of its name is somebody else's, and so would be its endpoints.
     NameTaken,
+}
+
+/// The last valid version of a service whose spec is wrong.
+#[derive(Clone, Copy)]
+pub enum Last<'a> {
+    /// There is one; why it has no headless Service, if it should have one.
+    Known(Option<&'a str>),
+    /// There is one, by the status, which says what it has and no more: this controller was not there yet.
+    Unseen,
+    /// There is none.
+    None,
 }
 
 /// The status that a service is to have; `old` is the one that it has.
@@ -82,19 +93,30 @@ pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
     match &known.verdict {
         Verdict::Served(service, allocation, problem) => {
             conditions.set("Accepted", true, "Accepted", "the spec is valid");
-            served(service, *allocation, *problem, &mut new, &mut conditions, known);
+            served(service, *allocation, &mut new, &mut conditions);
+            conditions.programmed(&known.programmed);
+            ready(*problem, &mut conditions, known);
         }
-        Verdict::Wrong(errors, goes_on) => {
+        Verdict::Wrong(errors, last) => {
             // Nothing that worked is lost.
             (new.vips, new.ports, new.summary) = (old.vips.clone(), old.ports.clone(), old.summary.clone());
-            let end = if *goes_on { "; the last valid version stays in force" } else { "" };
+            let end = if matches!(last, Last::None) { "" } else { "; the last valid version stays in force" };
             conditions.set("Accepted", false, "Invalid", &(join(errors) + end));
-            if *goes_on {
-                conditions.keep("Allocated");
-                conditions.programmed(&known.programmed);
-                conditions.keep("Ready");
-            } else {
-                not_accepted(&mut conditions);
+            match last {
+                Last::Known(headless_problem) => {
+                    conditions.keep("Allocated");
+                    conditions.programmed(&known.programmed);
+                    ready(*headless_problem, &mut conditions, known);
+                }
+                Last::Unseen => {
+                    conditions.keep("Allocated");
+                    conditions.programmed(&known.programmed);
+                    new.endpoints = old.endpoints.clone();
+                    let message = "the last valid version goes on, and is not known to this controller: which endpoints \
+                                   it has can't be said until the spec is valid";
+                    conditions.put("Ready", "Unknown", "Invalid", message);
+                }
+                Last::None => not_accepted(&mut conditions),
             }
         }
         Verdict::Withheld(errors) => {
@@ -108,8 +130,8 @@ pub fn status(known: &Known<'_>, old: &MeshServiceStatus) -> MeshServiceStatus {
             not_accepted(&mut conditions);
         }
     }
-    if let Some(summary) = &mut new.summary {
-        summary.endpoints = format!("{}/{}", known.endpoints.ready, known.endpoints.total);
+    if let (Some(summary), Some(endpoints)) = (&mut new.summary, &new.endpoints) {
+        summary.endpoints = format!("{}/{}", endpoints.ready, endpoints.total);
     }
     new.conditions = conditions.new;
     new
@@ -131,15 +153,13 @@ fn not_accepted(conditions: &mut Conditions<'_>) {
     conditions.set("Ready", false, "NotAccepted", "the service is not served");
 }
 
+/// What it is given.
 fn served(
     service: &Service,
     allocation: Option<&ServiceAllocation>,
-    headless_problem: Option<&str>,
     new: &mut MeshServiceStatus,
     conditions: &mut Conditions<'_>,
-    known: &Known<'_>,
 ) {
-    let (endpoints, programmed) = (&known.endpoints, &known.programmed);
     let none = ServiceAllocation::default();
     let allocation = allocation.unwrap_or(&none);
     // The primary family first, as in spec.ipFamilies.
@@ -171,9 +191,14 @@ fn served(
         (None, Some(first)) => conditions.set("Allocated", true, first.reason(), &notes.join("; ")),
         (None, None) => conditions.set("Allocated", true, "Allocated", "all that was asked for is allocated"),
     }
-    conditions.programmed(programmed);
-    if let Some(first) = blocking.first() {
-        conditions.set("Ready", false, first.reason(), "not all that was asked for is allocated");
+}
+
+/// Whether it is served, by the conditions so far and by what is known of its endpoints and nodes.
+fn ready(headless_problem: Option<&str>, conditions: &mut Conditions<'_>, known: &Known<'_>) {
+    let (endpoints, programmed) = (&known.endpoints, &known.programmed);
+    let allocated = conditions.new.iter().find(|c| c.type_ == "Allocated" && c.status == "False");
+    if let Some(reason) = allocated.map(|c| c.reason.clone()) {
+        conditions.set("Ready", false, &reason, "not all that was asked for is allocated");
     } else if let Some(problem) = headless_problem {
         conditions.set("Ready", false, "HeadlessServiceFailed", problem);
     } else if !known.unmatched.is_empty() {

@@ -54,9 +54,17 @@ fn what_is_wrong_loses_nothing_to_who_asks_for_it() {
     assert_eq!((stored.vip("a"), stored.vip("b")), (vip.clone(), String::new()));
     assert!(stored.condition("b", "Allocated").contains("belongs to default/a"));
     // Nor over a change of leaders.
+    let allocated = stored.condition("a", "Allocated");
     let mut next = stored.mesh(&mesh.used());
+    stored.write(&mut next);
+    assert_eq!((stored.vip("a"), stored.condition("a", "Allocated")), (vip, allocated));
+    // Which endpoints it has it does not say: nobody knows which EndpointSlices that version names.
+    let ready = stored.condition("a", "Ready");
+    assert!(
+        ready.starts_with("Unknown Invalid: the last valid version goes on, and is not known"),
+        "{ready}"
+    );
     assert!(stored.write(&mut next).is_empty());
-    assert_eq!(stored.vip("a"), vip);
 }
 
 #[test]
@@ -106,4 +114,77 @@ fn what_is_wrong_keeps_its_headless_service() {
     stored.apply("a", 1, json!({"ports": [{"port": 80}]}));
     stored.show("a", &mut next);
     assert_eq!(needs(&next), Some(Todo::Delete("c".into())));
+}
+
+#[test]
+fn what_is_wrong_is_ready_by_its_last_valid_version() {
+    let mut stored = Stored::default();
+    let web = |port: u32| json!({"serviceName": "web", "ports": [{"port": port, "publish": {}}]});
+    stored.apply("a", 1, web(80));
+    let mut mesh = stored.mesh(&Used::new());
+    let slice = |endpoints| Slice {
+        key: key("web-1"),
+        service_name: "web".into(),
+        family: Family::V4,
+        ports: vec![],
+        endpoints,
+    };
+    let two = vec![fixtures::endpoint("10.0.0.1", "n1"), fixtures::endpoint("10.0.0.2", "n1")];
+    mesh.put_slice(&key("web-1"), Some(&slice(two.clone())));
+    stored.write(&mut mesh);
+    let (vip, allocated) = (stored.vip("a"), stored.condition("a", "Allocated"));
+    let seen = |stored: &Stored| {
+        let ready = stored.condition("a", "Ready");
+        let reason = ready.split(':').next().unwrap_or_default().to_owned();
+        (reason, stored.status("a").summary.unwrap().endpoints)
+    };
+    assert_eq!(seen(&stored), ("True Serving".into(), "2/2".into()));
+    stored.apply("a", 1, web(70_000));
+    stored.show("a", &mut mesh);
+    stored.write(&mut mesh);
+    assert!(stored.condition("a", "Accepted").ends_with("; the last valid version stays in force"));
+    assert_eq!(seen(&stored), ("True Serving".into(), "2/2".into()));
+    // Endpoints and nodes come and go meanwhile.
+    mesh.put_slice(&key("web-1"), None);
+    stored.write(&mut mesh);
+    assert_eq!(seen(&stored), ("False NoEndpoints".into(), "0/0".into()));
+    mesh.put_slice(&key("web-1"), Some(&slice(two)));
+    node(&mut mesh, &["a"]);
+    stored.write(&mut mesh);
+    assert_eq!(seen(&stored), ("False PublishedPortHeld".into(), "2/2".into()));
+    node(&mut mesh, &[]);
+    stored.write(&mut mesh);
+    assert_eq!(seen(&stored), ("True Serving".into(), "2/2".into()));
+    assert_eq!((stored.vip("a"), stored.condition("a", "Allocated")), (vip, allocated));
+    // The next controller has not seen it, and does not count the endpoints of a Service that it may not name.
+    let mut next = stored.mesh(&mesh.used());
+    stored.write(&mut next);
+    assert_eq!(seen(&stored), ("Unknown Invalid".into(), "2/2".into()));
+    // Wrong in another way, it knows no more.
+    stored.apply("a", 1, web(70_001));
+    stored.show("a", &mut next);
+    stored.write(&mut next);
+    assert_eq!(seen(&stored).0, "Unknown Invalid");
+}
+
+#[test]
+fn what_is_wrong_and_did_not_have_all_is_not_ready() {
+    let mut stored = Stored::default();
+    let explicit = |port: u32| json!({"vips": ["10.200.9.9"], "ports": [{"port": port}]});
+    stored.apply("a", 1, explicit(80));
+    stored.apply("b", 2, explicit(80));
+    let mut mesh = stored.mesh(&Used::new());
+    let slice = Slice {
+        key: key("b-1"),
+        service_name: "b".into(),
+        family: Family::V4,
+        ports: vec![],
+        endpoints: vec![fixtures::endpoint("10.0.0.1", "n1")],
+    };
+    mesh.put_slice(&key("b-1"), Some(&slice));
+    stored.write(&mut mesh);
+    stored.apply("b", 2, explicit(70_000));
+    stored.show("b", &mut mesh);
+    stored.write(&mut mesh);
+    assert_eq!(stored.condition("b", "Ready"), "False VIPTaken: not all that was asked for is allocated");
 }

@@ -299,6 +299,8 @@ fn selector(cluster: &Cluster) -> Result<()> {
     for wrong in ["selector: {app: other}", "serviceName: other"] {
         service(cluster, "selector", "vote", &format!("{{{wrong}, vips: [10.9.9.9], {HTTP}}}"))?;
         until_condition(cluster, "selector", "vote", "Accepted", "False Invalid: spec.vips")?;
+        let vote = until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
+        ensure!(vote["status"]["summary"]["endpoints"] == "1/1", "{:#}", vote["status"]);
         std::thread::sleep(Duration::from_secs(2));
         let same = find()?;
         ensure!(
@@ -310,6 +312,7 @@ fn selector(cluster: &Cluster) -> Result<()> {
     controller.signal("-TERM")?;
     let controller = Controller::start(cluster, "two")?;
     controller.until_it_says("everything has been read")?;
+    until_condition(cluster, "selector", "vote", "Ready", "Unknown Invalid")?;
     std::thread::sleep(Duration::from_secs(2));
     let same = find()?;
     ensure!(same["spec"] == made["spec"] && same["metadata"]["uid"] == made["metadata"]["uid"], "{same:#}");
