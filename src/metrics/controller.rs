@@ -20,6 +20,9 @@ pub enum Written {
     Error,
 }
 
+/// What [`ControllerMetrics::wrote`] counts.
+const WRITES: [&str; 4] = ["status", "pool", "headless", "event"];
+
 /// All series of a controller. Clones are handles to the same ones.
 #[derive(Clone)]
 pub struct ControllerMetrics(Arc<Inner>);
@@ -68,8 +71,10 @@ impl ControllerMetrics {
         ours.register("controller_writes", "Writes to the API server", writes.clone());
         registry.register_collector(Box::new(process::Process));
         // From the start, so that a rate has something to begin from.
-        for outcome in [Written::Done, Written::Conflict, Written::Error] {
-            drop(writes.get_or_create_owned(&[("of", "status"), ("outcome", label(outcome))]));
+        for of in WRITES {
+            for outcome in [Written::Done, Written::Conflict, Written::Error] {
+                drop(writes.get_or_create_owned(&[("of", of), ("outcome", label(outcome))]));
+            }
         }
         Self(Arc::new(Inner { registry, leader, services, numbers, nodes, writes }))
     }
@@ -125,6 +130,17 @@ impl Series for ControllerMetrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_counted_is_there_from_the_start() {
+        let text = ControllerMetrics::new().render(false).1;
+        let series = "meshlb_controller_writes_total";
+        let mut expected = crate::metrics::tests::documented(series, &["of", "outcome"]);
+        let mut found: Vec<&str> = text.lines().filter(|l| l.starts_with(series)).collect();
+        expected.sort();
+        found.sort_unstable();
+        assert_eq!((found.len(), found), (12, expected.iter().map(String::as_str).collect()));
+    }
 
     #[test]
     fn series_have_their_names_and_a_follower_has_few() {

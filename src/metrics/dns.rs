@@ -16,6 +16,9 @@ const SECONDS: [f64; 13] =
 /// Labels with one value that is not known beforehand.
 type Text<const N: usize> = [(&'static str, String); N];
 
+/// Why [`DnsMetrics::limited`] counts.
+const REASONS: [&str; 7] = ["rate", "client", "connections", "forwards", "early", "noise", "send"];
+
 /// All series of the DNS server. Clones are handles to the same ones.
 #[derive(Clone, Debug)]
 pub struct DnsMetrics {
@@ -75,7 +78,8 @@ impl DnsMetrics {
     }
 
     /// A query without the answer that it asked for: `rate` (told to come by TCP), `client` (not allowed),
-    /// `connections`, `forwards` (too many at once), `early` (the source has not been read), `noise`.
+    /// `connections`, `forwards` (too many at once), `early` (the source has not been read), `noise`; or an answer that could
+    /// not be sent at once, `send`.
     pub fn limited(&self, why: &'static str) {
         self.dropped.get_or_create_owned(&[("reason", why)]).inc();
     }
@@ -103,6 +107,13 @@ impl DnsMetrics {
     /// A change is answered this long after it was seen.
     pub fn changed(&self, took: Duration) {
         self.change_seconds.observe(took.as_secs_f64());
+    }
+
+    /// What is counted is there from the start.
+    pub(super) fn begin(&self) {
+        for reason in REASONS {
+            drop(self.dropped.get_or_create_owned(&[("reason", reason)]));
+        }
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {

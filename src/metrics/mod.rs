@@ -27,6 +27,14 @@ pub use traffic::{EndpointTraffic, ServiceTraffic, TrafficSource};
 const SECONDS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
 
+/// What [`Metrics::drift`] counts: the kinds of [`crate::reconcile::Drift`].
+const DRIFT: [&str; 7] =
+    ["rules", "set_element", "ipvs_service", "ipvs_destination", "route", "sysctl", "ipvs_timeouts"];
+/// What [`Metrics::writes`] counts.
+const BACKENDS: [&str; 3] = ["ipvs", "netfilter", "host"];
+/// What [`Metrics::problems`] is about.
+const PROBLEMS: [&str; 6] = ["source", "services", "changes", "firewall", "state", "dns"];
+
 /// How a reconcile round ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Outcome {
@@ -43,6 +51,15 @@ pub enum RoundKind {
     Full,
     /// Only what changed in the desired state.
     Incremental,
+}
+
+impl Outcome {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+        }
+    }
 }
 
 impl RoundKind {
@@ -123,6 +140,7 @@ impl Metrics {
             dns: DnsMetrics::default(),
         };
         inner.register();
+        inner.begin();
         inner.registry.register_collector(Box::new(traffic));
         inner.registry.register_collector(Box::new(process::Process));
         Self(Arc::new(inner))
@@ -130,12 +148,8 @@ impl Metrics {
 
     /// One reconcile round.
     pub fn reconcile(&self, outcome: Outcome, kind: RoundKind, duration: Duration) {
-        let outcome_label = match outcome {
-            Outcome::Success => "success",
-            Outcome::Failure => "failure",
-        };
         let kind = ("kind", kind.label());
-        self.0.reconciles.get_or_create_owned(&[("outcome", outcome_label), kind]).inc();
+        self.0.reconciles.get_or_create_owned(&[("outcome", outcome.label()), kind]).inc();
         self.0.reconcile_seconds.get_or_create(&[kind]).observe(duration.as_secs_f64());
         if outcome == Outcome::Success {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -158,7 +172,7 @@ impl Metrics {
         self.0.writes.get_or_create_owned(&[("backend", backend)]).inc_by(n);
     }
 
-    /// How many things are wrong at present, of one kind: `source`, `services`, `changes` or `firewall`.
+    /// How many things are wrong at present, of one kind: `source`, `services`, `changes`, `firewall`, `state` or `dns`.
     pub fn problems(&self, of: &'static str, n: usize) {
         self.0.problems.get_or_create_owned(&[("of", of)]).set(n as i64);
     }
@@ -197,6 +211,26 @@ impl Series for Metrics {
 }
 
 impl Inner {
+    /// All that is counted is there from the start, with 0: of a series that begins with 1, `increase()` sees nothing.
+    fn begin(&self) {
+        for outcome in [Outcome::Success, Outcome::Failure] {
+            for kind in [RoundKind::Full, RoundKind::Incremental] {
+                let labels = [("outcome", outcome.label()), ("kind", kind.label())];
+                drop(self.reconciles.get_or_create_owned(&labels));
+            }
+        }
+        for kind in DRIFT {
+            drop(self.drift.get_or_create_owned(&[("kind", kind)]));
+        }
+        for backend in BACKENDS {
+            drop(self.writes.get_or_create_owned(&[("backend", backend)]));
+        }
+        for of in PROBLEMS {
+            drop(self.problems.get_or_create_owned(&[("of", of)]));
+        }
+        self.dns.begin();
+    }
+
     fn register(&mut self) {
         let registry = self.registry.sub_registry_with_prefix("meshlb");
         let build = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
@@ -304,6 +338,50 @@ mod tests {
             ["process_cpu_seconds_total ", "process_resident_memory_bytes ", "process_start_time_seconds "]
         {
             assert!(text.lines().any(|l| l.starts_with(name)), "no {name} in:\n{text}");
+        }
+    }
+
+    /// What docs/metrics.md says of a label with a few values: the series that are to be there from the start, without others
+    /// between the braces.
+    pub(super) fn documented(series: &str, labels: &[&str]) -> Vec<String> {
+        let path = format!("{}/docs/metrics.md", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(path).unwrap();
+        let row = text.lines().find(|l| l.starts_with(&format!("| `{series}`"))).unwrap().replace("\\|", "/");
+        let values = |label: &str| {
+            let (_, values) =
+                row.split_once(&format!("{label}=")).unwrap_or_else(|| panic!("{label}: {row}"));
+            let end = values.find([',', ';', ' ']).unwrap();
+            values[..end].split('/').map(str::to_owned).collect::<Vec<_>>()
+        };
+        let mut out = vec![String::new()];
+        for label in labels {
+            let values = values(label);
+            let with = |start: &String| {
+                let comma = if start.is_empty() { "" } else { "," };
+                values.iter().map(|v| format!("{start}{comma}{label}=\"{v}\"")).collect::<Vec<_>>()
+            };
+            out = out.iter().flat_map(with).collect();
+        }
+        out.into_iter().map(|labels| format!("{series}{{{labels}}} 0")).collect()
+    }
+
+    #[test]
+    fn what_is_counted_is_there_from_the_start() {
+        let text = Metrics::new().render(false).1;
+        for (series, labels, count) in [
+            ("meshlb_reconciles_total", &["outcome", "kind"][..], 4),
+            ("meshlb_drift_total", &["kind"], 7),
+            ("meshlb_kernel_writes_total", &["backend"], 3),
+            ("meshlb_problems", &["of"], 6),
+            ("meshlb_dns_limited_total", &["reason"], 7),
+        ] {
+            let mut expected = documented(series, labels);
+            assert_eq!(expected.len(), count, "{expected:?}");
+            let mut found: Vec<&str> =
+                text.lines().filter(|l| l.starts_with(&format!("{series}{{"))).collect();
+            expected.sort();
+            found.sort_unstable();
+            assert_eq!(found, expected);
         }
     }
 
