@@ -1,5 +1,8 @@
 //! All MeshServices of a cluster, and what each is to have. Pure: no clock, no network.
 
+mod endpoints;
+mod held;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
@@ -7,10 +10,12 @@ use std::{
 
 use serde_json::Value;
 
+use endpoints::Counted;
+use held::pinned;
+
 use super::{
     headless::{self, Wanted},
     nodes::{Nodes, Said, Touched},
-    numbers::Numbers,
     pools::{PoolId, Used},
     status::{self, Known, Last},
 };
@@ -18,21 +23,12 @@ use crate::{
     allocate::{
         Allocations, Allocator, Kept,
         aliases::{Asked, Claims},
-        offset,
     },
-    api::{
-        self, FieldError, SERVICE_NAME_LABEL,
-        status::{EndpointCounts, MeshServiceStatus},
-    },
-    compile::endpoints::target_port,
+    api::{self, FieldError, status::MeshServiceStatus},
     model::{
-        endpoints::{Slice, SlicePort},
-        ids::{Family, PortId, Protocol, ServiceKey},
+        ids::{PortId, Protocol, ServiceKey},
         node::{NodeConfig, nth_address},
-        service::{
-            FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
-            TrafficDistribution, TrafficPolicy,
-        },
+        service::Service,
     },
     source::{
         judge::judge,
@@ -84,17 +80,6 @@ pub struct Core {
     pub external_name: bool,
     /// What of it a headless Service of ours has to have.
     pub spec: Value,
-}
-
-/// What is kept of an EndpointSlice.
-#[derive(Debug)]
-struct Counted {
-    /// The service that it names.
-    service: ServiceKey,
-    family: Family,
-    ports: Vec<SlicePort>,
-    /// Its endpoints, and whether each is ready.
-    endpoints: Vec<(Arc<str>, bool)>,
 }
 
 /// The whole of it.
@@ -256,44 +241,6 @@ impl Mesh {
         self.changed.insert(key.clone());
     }
 
-    /// Takes in an EndpointSlice, or that it is gone.
-    pub fn put_slice(&mut self, key: &ServiceKey, slice: Option<&Slice>) {
-        if let Some(old) = self.slices.remove(key) {
-            if let Some(keys) = self.by_service.get_mut(&old.service) {
-                keys.remove(key);
-            }
-            self.dirty.extend(self.users.get(&old.service).into_iter().flatten().cloned());
-        }
-        let Some(slice) = slice else { return };
-        let name = ServiceKey::new(key.namespace.clone(), slice.service_name.clone());
-        let endpoint = |e: &crate::model::endpoints::Endpoint| {
-            let id = e.target.clone().unwrap_or_else(|| e.address.to_string().into());
-            (id, e.ready && !e.terminating)
-        };
-        self.dirty.extend(self.users.get(&name).into_iter().flatten().cloned());
-        self.by_service.entry(name.clone()).or_default().insert(key.clone());
-        let endpoints = slice.endpoints.iter().map(endpoint).collect();
-        self.slices.insert(
-            key.clone(),
-            Counted { service: name, family: slice.family, ports: slice.ports.clone(), endpoints },
-        );
-    }
-
-    /// What can't be used of an EndpointSlice of the service of this name; `None` if nothing.
-    pub fn set_unusable(&mut self, key: &ServiceKey, found: Option<(ServiceKey, String)>) {
-        let old = match &found {
-            Some(found) => self.unusable.insert(key.clone(), found.clone()),
-            None => self.unusable.remove(key),
-        };
-        if old != found {
-            let of = |found: &Option<(ServiceKey, String)>| {
-                found.iter().flat_map(|(name, _)| self.users.get(name)).flatten().cloned().collect::<Vec<_>>()
-            };
-            let users = [of(&old), of(&found)].concat();
-            self.dirty.extend(users);
-        }
-    }
-
     /// Takes in a core Service, or that it is gone.
     pub fn put_core(&mut self, key: &ServiceKey, core: Option<Core>) {
         let (old, new) = (self.cores.get(key), core.as_ref());
@@ -444,11 +391,6 @@ impl Mesh {
         self.entries.keys()
     }
 
-    /// Names of all slices.
-    pub fn slice_keys(&self) -> impl Iterator<Item = &ServiceKey> {
-        self.slices.keys().chain(self.unusable.keys().filter(|key| !self.slices.contains_key(*key)))
-    }
-
     /// The core Service of a name.
     pub fn core(&self, key: &ServiceKey) -> Option<&Core> {
         self.cores.get(key)
@@ -533,159 +475,6 @@ impl Mesh {
             &entry.status,
         ))
     }
-
-    /// What can't be used of a service's EndpointSlices: one clear line.
-    fn unusable_of(&self, entry: &Entry) -> Option<String> {
-        let named = slices_of(entry.service.as_ref()?);
-        let mut of = self.unusable.iter().filter(|(_, (name, _))| *name == named);
-        let (slice, (_, problem)) = of.next()?;
-        let more = of.count();
-        let more = if more > 0 { format!("; {more} more can't be used either") } else { String::new() };
-        Some(format!("EndpointSlice {slice}: {problem}{more}"))
-    }
-
-    /// Why a service can't have endpoints, where the core Service that it names says so.
-    fn why_no_endpoints(&self, entry: &Entry) -> Option<String> {
-        let service = entry.service.as_ref()?;
-        let named = slices_of(service);
-        match self.cores.get(&named) {
-            Some(core) if core.external_name => Some(format!(
-                "the Service {named} is of type ExternalName and never has endpoints: clients resolve its name instead"
-            )),
-            // With a selector the controller makes it, and says so if it can't.
-            None if entry.headless == Wanted::Nothing
-                && self.by_service.get(&named).is_none_or(BTreeSet::is_empty) =>
-            {
-                Some(format!(
-                    "there is no Service {named}, and no EndpointSlice with the label {SERVICE_NAME_LABEL}: {}",
-                    named.name
-                ))
-            }
-            _ => None,
-        }
-    }
-
-    /// Endpoints as nodes see them, and ports of the service that none of the ready ones has.
-    fn count(&self, entry: &Entry) -> (EndpointCounts, Vec<PortId>) {
-        // An endpoint with an address of each family is in two slices.
-        let mut ready: BTreeMap<&str, bool> = BTreeMap::new();
-        let Some(service) = &entry.service else { return (EndpointCounts::default(), Vec::new()) };
-        let mut unmatched: Vec<&ServicePort> = service.ports.iter().collect();
-        let mut some_ready = false;
-        let keys = self.by_service.get(&slices_of(service));
-        let slices = keys.into_iter().flatten().filter_map(|key| self.slices.get(key));
-        for slice in slices.filter(|slice| service.families.contains(&slice.family)) {
-            let has = |port: &ServicePort| target_port(port, &slice.ports).is_some();
-            let serves = service.ports.iter().any(has);
-            let mut any = false;
-            for (id, is_ready) in &slice.endpoints {
-                let is_ready = *is_ready || service.publish_not_ready;
-                any |= is_ready;
-                *ready.entry(id).or_default() |= is_ready && serves;
-            }
-            unmatched.retain(|port| !(any && has(port)));
-            some_ready |= any;
-        }
-        if !some_ready {
-            unmatched.clear();
-        }
-        let count = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
-        let counts = EndpointCounts {
-            ready: count(ready.values().filter(|r| **r).count()),
-            total: count(ready.len()),
-        };
-        (counts, unmatched.iter().map(|port| port.id()).collect())
-    }
-
-    /// Every number that must not be given to anybody else: what services have, what statuses still say, orphans.
-    pub fn used(&self) -> Used {
-        let mut used = self.in_statuses();
-        let Some(allocator) = &self.allocator else { return used };
-        for (key, allocation) in allocator.iter() {
-            let ports = allocation.published.iter().map(|(id, first)| (*id, *first));
-            self.add(key, allocation.vips.iter().map(|(f, v)| (f, *v)), ports, &mut used);
-        }
-        used
-    }
-
-    fn in_statuses(&self) -> Used {
-        let mut used: Used =
-            PoolId::all(&self.config).into_iter().map(|id| (id, Numbers::default())).collect();
-        for (key, entry) in &self.entries {
-            let granted = api::granted_of(&entry.status);
-            self.add(
-                key,
-                granted.vips.iter().map(|(f, v)| (f, *v)),
-                granted.published.into_iter(),
-                &mut used,
-            );
-        }
-        used
-    }
-
-    fn add(
-        &self,
-        key: &ServiceKey,
-        vips: impl Iterator<Item = (Family, std::net::IpAddr)>,
-        ports: impl Iterator<Item = (PortId, u16)>,
-        used: &mut Used,
-    ) {
-        for (family, vip) in vips {
-            let number = self.config.ranges.get(family).and_then(|range| offset(range, &vip));
-            if let (Some(number), Some(numbers)) = (number, used.get_mut(&PoolId::Vips(family))) {
-                numbers.0.insert(number);
-            }
-        }
-        let service = self.entries.get(key).and_then(|e| e.service.as_ref());
-        for (id, first) in ports {
-            let span = service.and_then(|s| s.ports.iter().find(|p| p.id() == id)).map_or(1, |p| p.span());
-            if let Some(numbers) = used.get_mut(&PoolId::Ports(id.protocol)) {
-                numbers.0.extend((first..=first.saturating_add(span.max(1) - 1)).map(u128::from));
-            }
-        }
-    }
-}
-
-/// A service that is wrong as it is now: its last good version, or what is known of that, with a claim on what its status says.
-fn pinned(key: &ServiceKey, last: Option<&Service>, status: &MeshServiceStatus) -> Option<Service> {
-    let granted = api::granted_of(status);
-    if let Some(last) = last {
-        return Some(Service { created: 0, granted: Some(granted), ..last.clone() });
-    }
-    if granted == Granted::default() {
-        return None;
-    }
-    let port = |id: &PortId| ServicePort {
-        name: None,
-        protocol: id.protocol,
-        port: id.port,
-        end_port: None,
-        target: TargetPort::Inferred,
-        publish: Some(Publish { mode: PublishMode::Ingress, port: None, addresses: Vec::new() }),
-    };
-    Some(Service {
-        key: key.clone(),
-        mode: if granted.vips.is_empty() { Mode::Dnsrr } else { Mode::Vip },
-        service_name: key.name.clone(),
-        vips: Vec::new(),
-        families: granted.vips.iter().map(|(family, _)| family).collect(),
-        family_policy: if granted.vips.v4.is_some() && granted.vips.v6.is_some() {
-            FamilyPolicy::PreferDualStack
-        } else {
-            FamilyPolicy::SingleStack
-        },
-        weights: BTreeMap::new(),
-        ports: granted.published.keys().map(port).collect(),
-        scheduler: Scheduler::default(),
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        distribution: TrafficDistribution::Any,
-        drain: std::time::Duration::ZERO,
-        publish_not_ready: false,
-        dns: crate::model::service::Dns::default(),
-        created: 0,
-        granted: Some(granted),
-    })
 }
 
 /// The name that its slices carry.
