@@ -1,5 +1,8 @@
 //! What the leader does: follows the API server, gives out numbers, writes statuses.
 
+mod objects;
+mod writes;
+
 use std::{
     cell::Cell,
     collections::{BTreeSet, HashMap},
@@ -17,17 +20,17 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client,
     api::ApiResource,
-    core::{DynamicObject, ObjectMeta, PartialObjectMeta},
+    core::{DynamicObject, PartialObjectMeta},
     runtime::{WatchStreamExt, events::Reporter, watcher},
 };
-use serde_json::Value;
 use tokio::sync::mpsc;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
+
+use objects::{core_of, is_absent, meta_of, of_nodes};
 
 use super::{
     Settings, Told,
-    headless::{self, Todo},
-    mesh::{Core, Mesh, Meta},
+    mesh::Mesh,
     nodes::Said as NodeSaid,
     pace::Bucket,
     pools::Pools,
@@ -35,8 +38,8 @@ use super::{
     status::{self, News},
 };
 use crate::{
-    api::{self, MeshNode, MeshNodeStatus, MeshService, SERVICE_NAME_LABEL, status::MeshServiceStatus},
-    model::ids::{Protocol, ServiceKey},
+    api::{MeshNode, MeshNodeStatus, MeshService, SERVICE_NAME_LABEL},
+    model::ids::ServiceKey,
     source::{
         judge::judge,
         kube::{listing::Listing, pause, why, without_bulk},
@@ -417,151 +420,6 @@ impl Leader {
             metrics.pool(pool, used, free);
         }
     }
-
-    /// Enters all that is in use. Whether that went well; what did not is tried again.
-    async fn write_pools(&mut self) -> Result<bool> {
-        let result = self.pools.write(&self.mesh.used()).await;
-        if !matches!(result, Ok(0)) {
-            self.report.metrics.wrote("pool", requests::outcome(&result));
-        }
-        match result {
-            Ok(_) => Ok(true),
-            // Another one has written it, or it was deleted: it has to be taken over anew.
-            Err(e) if requests::has_changed(&e) => bail!("the pool objects have changed: {e}"),
-            Err(e) => {
-                self.tell(format!("the pool objects can't be written: {e}"));
-                Ok(false)
-            }
-        }
-    }
-
-    fn tell(&mut self, problem: String) {
-        if self.told.as_ref() != Some(&problem) {
-            warn!("{problem}; it is tried again");
-            self.told = Some(problem);
-        }
-    }
-
-    async fn write_statuses(
-        &mut self,
-        writes: Vec<(ServiceKey, Meta, MeshServiceStatus, MeshServiceStatus)>,
-    ) -> Result<()> {
-        let (client, fence) = (&self.client, &self.fence);
-        let mut done = stream::iter(writes)
-            .map(|(key, meta, old, new)| async move {
-                let result = fence.within(requests::write(client, &key, &meta, &new)).await;
-                (key, meta, old, new, result)
-            })
-            .buffer_unordered(AT_ONCE);
-        let mut problem = None;
-        let mut events = Vec::new();
-        while let Some((key, meta, old, new, result)) = done.next().await {
-            if let Some(result) = &result {
-                self.report.metrics.wrote("status", requests::outcome(result));
-            }
-            match result {
-                None => bail!("the lease could not be renewed in time"),
-                Some(Ok(version)) => {
-                    let first = status::held(&old).is_empty() && status::differ(&old, &new);
-                    events.push((key.clone(), meta, status::news(&old, &new), first));
-                    self.written.insert(key.clone(), Instant::now());
-                    self.failed.remove(&key);
-                    self.mesh.written(&key, new, version);
-                }
-                Some(Err(e)) => {
-                    if requests::has_changed(&e) {
-                        debug!("{key}: {e}");
-                    } else {
-                        problem = Some(format!("the status of {key} can't be written: {e}"));
-                    }
-                    self.failed.insert(key, (meta.resource_version, Instant::now()));
-                }
-            }
-        }
-        drop(done);
-        if let Some(problem) = problem {
-            self.tell(problem);
-        }
-        for (key, meta, mut news, first) in events {
-            if first && !news.is_empty() && !self.first.take(1, Instant::now()) {
-                news.retain(|news| !news.good);
-            }
-            self.announce(&key, &meta, news);
-        }
-        Ok(())
-    }
-
-    fn announce(&self, key: &ServiceKey, meta: &Meta, news: Vec<News>) {
-        let about = ObjectReference {
-            api_version: Some(api::API_VERSION.to_owned()),
-            kind: Some(api::KIND.to_owned()),
-            namespace: Some(key.namespace.to_string()),
-            name: Some(key.name.to_string()),
-            uid: Some(meta.uid.clone()),
-            ..ObjectReference::default()
-        };
-        for news in news {
-            info!("{key}: {}: {}", news.reason, news.message);
-            if self.events.try_send((news, about.clone())).is_err() {
-                debug!("{key}: there are too many Events");
-            }
-        }
-    }
-
-    /// Makes, changes and deletes the headless Services of these MeshServices.
-    async fn keep_headless(&mut self, keys: &BTreeSet<ServiceKey>) -> Result<()> {
-        let mut work: Vec<(ServiceKey, Todo)> = Vec::new();
-        for key in keys {
-            if self.headless_failed.get(key).is_some_and(|at| at.elapsed() < HEADLESS_AGAIN) {
-                continue;
-            }
-            match self.todo(key) {
-                Some(todo) => work.push((key.clone(), todo)),
-                None => self.headless_is_kept(key),
-            }
-        }
-        let (client, fence) = (&self.client, &self.fence);
-        let mut done = stream::iter(work)
-            .map(|(key, todo)| async move {
-                let result = fence.within(requests::keep_headless(client, &key, todo)).await;
-                (key, result)
-            })
-            .buffer_unordered(AT_ONCE);
-        let mut results = Vec::new();
-        while let Some(result) = done.next().await {
-            results.push(result);
-        }
-        drop(done);
-        for (key, result) in results {
-            if let Some(result) = &result {
-                self.report.metrics.wrote("headless", requests::outcome(result));
-            }
-            match result {
-                None => bail!("the lease could not be renewed in time"),
-                Some(Ok(())) => self.headless_is_kept(&key),
-                Some(Err(e)) => {
-                    // There is one, or another one: the watch says which.
-                    if !requests::has_changed(&e) {
-                        let problem = format!("the headless Service can't be kept: {e}");
-                        self.mesh.headless_problem(&key, Some(problem));
-                    }
-                    self.headless_failed.insert(key, Instant::now());
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn headless_is_kept(&mut self, key: &ServiceKey) {
-        self.headless_failed.remove(key);
-        self.mesh.headless_problem(key, None);
-    }
-
-    /// What a MeshService's headless Service is in need of.
-    fn todo(&self, key: &ServiceKey) -> Option<Todo> {
-        let entry = self.mesh.entry(key)?;
-        headless::todo(&entry.meta.uid, &entry.headless, self.mesh.core(key))
-    }
 }
 
 fn follow<T: Send + 'static>(
@@ -576,54 +434,4 @@ fn follow<T: Send + 'static>(
             Err(e) => Said::Failed(what, e),
         })
         .boxed()
-}
-
-/// Whether the API server does not have it, or does not let us read it.
-fn is_absent(error: &watcher::Error) -> bool {
-    matches!(error, watcher::Error::InitialListFailed(kube::Error::Api(status)) if matches!(status.code, 403 | 404))
-}
-
-/// Cluster-wide objects, as listings name them; they are asked for at the end of a list only.
-fn of_nodes<'a, T>(event: &watcher::Event<T>, names: impl Iterator<Item = &'a String>) -> Vec<ServiceKey> {
-    match event {
-        watcher::Event::InitDone => names.map(|name| ServiceKey::new("", name.as_str())).collect(),
-        _ => Vec::new(),
-    }
-}
-
-fn meta_of(meta: &ObjectMeta) -> Meta {
-    let created = meta.creation_timestamp.as_ref().map_or(0, |t| t.0.as_second());
-    Meta {
-        uid: meta.uid.clone().unwrap_or_default(),
-        resource_version: meta.resource_version.clone().unwrap_or_default(),
-        generation: meta.generation,
-        created: u64::try_from(created).unwrap_or(0),
-    }
-}
-
-fn core_of(service: &CoreService) -> Core {
-    let owner = service
-        .metadata
-        .owner_references
-        .iter()
-        .flatten()
-        .find(|o| o.controller == Some(true) && o.kind == api::KIND && o.api_version == api::API_VERSION);
-    let (spec, ours) = (service.spec.as_ref(), owner.is_some());
-    let number = |n: i32| u16::try_from(n).ok().filter(|n| *n > 0);
-    let ports = spec.iter().flat_map(|s| s.ports.iter().flatten()).filter_map(|port| {
-        let protocol: Protocol = port.protocol.as_deref().unwrap_or("TCP").parse().ok()?;
-        Some((protocol, number(port.node_port?)?))
-    });
-    let health = spec.and_then(|s| s.health_check_node_port).and_then(number).map(|n| (Protocol::Tcp, n));
-    Core {
-        uid: service.metadata.uid.clone().unwrap_or_default(),
-        owner: owner.map(|o| o.uid.clone()),
-        node_ports: ports.chain(health).collect(),
-        external_name: spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")),
-        spec: if ours {
-            headless::part_of(&serde_json::to_value(spec).unwrap_or_default())
-        } else {
-            Value::Null
-        },
-    }
 }
