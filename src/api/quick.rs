@@ -9,6 +9,8 @@ use std::net::IpAddr;
 
 use serde_json::Value;
 
+use super::validate::is_dns_subdomain;
+
 /// Whether no CEL rule can fail. `value` has been held against the schema and has its defaults.
 pub fn plainly_valid(value: &Value) -> bool {
     let spec = &value["spec"];
@@ -28,9 +30,20 @@ pub fn plainly_valid(value: &Value) -> bool {
         && spec["ports"].as_array().is_some_and(|ports| plain_ports(ports, &empty))
 }
 
-/// Keys within the longest that a rule allows, in bytes where it counts characters.
+/// The rule on keys of labels: [`super::values::label_keys`].
 fn plain_keys(map: &Value) -> bool {
-    map.as_object().is_some_and(|map| map.keys().all(|key| key.len() <= 317))
+    let plain = |key: &String| {
+        let (prefix, name) =
+            key.split_once('/').map_or((None, &**key), |(prefix, name)| (Some(prefix), name));
+        let inner = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+        let edge = |b: Option<u8>| b.is_some_and(|b| b.is_ascii_alphanumeric());
+        prefix.is_none_or(is_dns_subdomain)
+            && name.len() <= 63
+            && edge(name.bytes().next())
+            && edge(name.bytes().last())
+            && name.bytes().all(inner)
+    };
+    map.as_object().is_some_and(|map| map.keys().all(plain))
 }
 
 /// One family without addresses or with one of that family; or both families, each at most once.

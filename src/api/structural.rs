@@ -24,6 +24,10 @@ const KNOWN_PATTERNS: &[(&str, &str)] = &[
         "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$",
         "a DNS label: lower-case letters, digits and '-', with a letter or digit at both ends",
     ),
+    (
+        "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$",
+        "the value of a label: letters, digits, '-', '_' and '.', with a letter or digit at both ends, or nothing",
+    ),
 ];
 
 /// Nesting that no real manifest reaches.

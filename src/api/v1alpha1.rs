@@ -11,8 +11,8 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::status::MeshServiceStatus;
 pub use super::values::*;
+use super::{status::MeshServiceStatus, values::label_keys};
 
 /// What a service is and how it is balanced.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Clone, PartialEq, Debug)]
@@ -76,7 +76,7 @@ pub struct MeshServiceSpec {
     /// EndpointSlices are used. Kubernetes only. Give this or serviceName, not both.
     #[serde(default)]
     #[schemars(extend("maxProperties" = 64, "x-kubernetes-map-type" = "atomic"))]
-    #[x_kube(validation = Rule::new("self.all(k, size(k) <= 317)").message("holds a key longer than 317 characters"))]
+    #[x_kube(validation = label_keys())]
     pub selector: BTreeMap<String, LabelValue>,
 
     /// Virtual IPs to use, at most one per family, out of the configured VIP ranges. Empty (the default):
@@ -246,7 +246,7 @@ pub struct Publish {
     /// Answer only on nodes with these labels. Empty (the default): on all nodes.
     #[serde(default)]
     #[schemars(extend("maxProperties" = 16, "x-kubernetes-map-type" = "atomic"))]
-    #[x_kube(validation = Rule::new("self.all(k, size(k) <= 317)").message("holds a key longer than 317 characters"))]
+    #[x_kube(validation = label_keys())]
     pub node_selector: BTreeMap<String, LabelValue>,
 }
 

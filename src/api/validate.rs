@@ -177,12 +177,71 @@ mod tests {
             })
     }
 
+    /// Keys at and beyond every edge of their syntax.
+    fn labels() -> impl Strategy<Value = Value> {
+        let prefix = |n: usize| format!("{}.{}", "p".repeat(100), "q".repeat(n - 101));
+        let long = prop::sample::select(vec![
+            "k".repeat(63),
+            "k".repeat(64),
+            format!("{}/{}", prefix(253), "k".repeat(63)),
+            format!("{}/k", prefix(254)),
+            format!("{}/{}", prefix(253), "k".repeat(64)),
+        ]);
+        let key = prop_oneof!["[aZ0._/-]{0,4}", "[a0.-]{1,3}/[aZ0._-]{1,3}", "[é Zß]{1,2}", long];
+        (key, prop::sample::select(vec!["", "b"])).prop_map(|(key, value)| json!({ key: value }))
+    }
+
+    #[test]
+    fn keys_and_values_of_labels_are_those_of_kubernetes() {
+        let with = |key: &str, value: &str| {
+            let spec = json!({"selector": {key: value}, "ports": [{"port": 80, "publish": {"nodeSelector": {key: value}}}]});
+            let object =
+                json!({"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "vote"}, "spec": spec});
+            let errors = parse_mesh_service(object).err().unwrap_or_default();
+            errors.into_iter().map(|e| e.field).collect::<std::collections::BTreeSet<_>>()
+        };
+        let prefix = |n: usize| format!("{}.{}", "p".repeat(100), "q".repeat(n - 101));
+        for (key, value) in [
+            ("app", "vote"),
+            ("a", ""),
+            ("Zone_1.x-y", "A_b.c-9"),
+            ("kubernetes.io/os", "linux"),
+            (&"k".repeat(63), &"v".repeat(63)),
+            (&format!("{}/{}", prefix(253), "k".repeat(63)), "x"),
+        ] {
+            assert!(with(key, value).is_empty(), "{key} {value}");
+        }
+        for key in [
+            "",
+            "-a",
+            "a-",
+            "a b",
+            "é",
+            "a/b/c",
+            "/a",
+            "a/",
+            "A.b/c",
+            "a..b/c",
+            "-a/b",
+            "a_b/c",
+            "a\n",
+            &"k".repeat(64),
+            &format!("{}/k", prefix(254)),
+        ] {
+            let both = ["spec.ports[0].publish.nodeSelector", "spec.selector"].map(str::to_owned);
+            assert_eq!(with(key, "x"), both.into(), "{key:?}");
+        }
+        for value in ["-a", "a-", "a b", "é", "a/b", "a\n", &"v".repeat(64)] {
+            let both = ["spec.ports[0].publish.nodeSelector.app", "spec.selector.app"].map(str::to_owned);
+            assert_eq!(with("app", value), both.into(), "{value:?}");
+        }
+    }
+
     fn spec() -> impl Strategy<Value = Value> {
         // Mostly absent, so that the plain ones are not too rare.
         let rare = |values: Vec<Value>| prop::option::weighted(0.1, prop::sample::select(values));
         let fields = vec![
             ("serviceName", rare(vec![json!("x")])),
-            ("selector", rare(vec![json!({}), json!({"a": "b"}), json!({"k".repeat(400): "b"})])),
             (
                 "vips",
                 rare(vec![
@@ -208,9 +267,11 @@ mod tests {
             ("externalTrafficPolicy", rare(vec![json!("Local")])),
         ];
         let (names, values): (Vec<_>, Vec<_>) = fields.into_iter().unzip();
-        (values, proptest::collection::vec(port(), 1..4)).prop_map(move |(values, ports)| {
+        let labels = prop::option::weighted(0.3, labels());
+        (values, labels, proptest::collection::vec(port(), 1..4)).prop_map(move |(values, labels, ports)| {
             let mut spec: serde_json::Map<String, Value> =
                 names.iter().zip(values).filter_map(|(n, v)| Some(((*n).to_owned(), v?))).collect();
+            spec.extend(labels.map(|labels| ("selector".to_owned(), labels)));
             spec.insert("ports".into(), json!(ports));
             Value::Object(spec)
         })

@@ -1,5 +1,6 @@
 //! What fields of a `MeshService` can hold: names out of a list, and texts of a form.
 
+use kube::core::Rule;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,9 +26,20 @@ text! {
     /// A network in CIDR notation.
     CidrText { "maxLength" = 49 }
     /// The value of a label.
-    LabelValue { "maxLength" = 63 }
+    LabelValue { "maxLength" = 63, "pattern" = "^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$" }
     /// A DNS label.
     DnsLabel { "maxLength" = 63, "pattern" = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$" }
+}
+
+/// The rule on keys of labels, which a schema has no word for: a name of at most 63 characters, after a DNS name of at most 253
+/// and `/` where there is one (`IsQualifiedName` in Kubernetes' `apimachinery/pkg/util/validation`).
+pub(super) fn label_keys() -> Rule {
+    Rule::new(
+        "self.all(k, k.matches('^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$') && k.indexOf('/') <= 253)",
+    )
+    .message(
+        "holds a key that no label has: letters, digits, '-', '_' and '.', at most 63, with a letter or digit at both ends; before them, if anything, a DNS name of at most 253 characters and '/'",
+    )
 }
 
 /// An IPVS weight.
