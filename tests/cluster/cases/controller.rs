@@ -19,14 +19,13 @@ use meshlb::{
         node::{MarkMask, NodeConfig},
     },
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{Case, kubectl::Cluster};
 
-pub const CASES: [Case; 8] = [
+pub const CASES: [Case; 7] = [
     ("controller::gives_and_tells", gives_and_tells),
     ("controller::conflicts_name_the_other", conflicts),
-    ("controller::selector_keeps_a_headless_service", selector),
     ("controller::earlier_leader_is_refused", refused),
     ("controller::gives_the_lease_up", gives_up),
     ("controller::dies_while_it_gives_out_500", dies),
@@ -267,100 +266,6 @@ fn conflicts(cluster: &Cluster) -> Result<()> {
     let d = until_condition(cluster, "conflicts", "d", "Accepted", "False NotSupportedYet")?;
     ensure!(condition(&d, "Accepted").contains("spec.sourceRanges"), "{}", condition(&d, "Accepted"));
     ensure!(d["status"]["vips"].is_null(), "{:#}", d["status"]);
-    Ok(())
-}
-
-const HTTP: &str = "ports: [{name: http, port: 80, targetPort: 8080}]";
-
-fn selector(cluster: &Cluster) -> Result<()> {
-    prepare(cluster, "selector")?;
-    let controller = Controller::start(cluster, "one")?;
-    controller.until_it_says("everything has been read")?;
-    service(cluster, "selector", "vote", &format!("{{selector: {{app: vote}}, {HTTP}}}"))?;
-    until_condition(cluster, "selector", "vote", "Allocated", "True")?;
-    let find = || get(cluster, &["service", "vote", "-n", "selector"]);
-    until("the headless Service", PATIENCE, || Ok(find().is_ok()))?;
-    let made = find()?;
-    ensure!(made["spec"]["clusterIP"] == "None" && made["spec"]["selector"]["app"] == "vote", "{made:#}");
-    cluster.apply("{apiVersion: v1, kind: Node, metadata: {name: n1}}")?;
-    // A pod, without a kubelet: the controllers of Kubernetes make it an endpoint.
-    cluster.apply(
-        "{apiVersion: v1, kind: Pod, metadata: {name: vote-1, namespace: selector, labels: {app: vote}}, \
-         spec: {nodeName: n1, containers: [{name: c, image: c}]}}",
-    )?;
-    let status = r#"{"status": {"phase": "Running", "podIP": "10.244.1.1", "podIPs": [{"ip": "10.244.1.1"}],
-        "conditions": [{"type": "Ready", "status": "True"}]}}"#;
-    cluster
-        .kubectl(&["patch", "pod", "vote-1", "-n", "selector", "--subresource=status", "-p", status], "")?
-        .good()?;
-    let vote = until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
-    ensure!(vote["status"]["summary"]["endpoints"] == "1/1", "{:#}", vote["status"]);
-    // What is wrong changes nothing: the last valid version stays in force, with its selector.
-    for wrong in ["selector: {app: other}", "serviceName: other"] {
-        service(cluster, "selector", "vote", &format!("{{{wrong}, vips: [10.9.9.9], {HTTP}}}"))?;
-        until_condition(cluster, "selector", "vote", "Accepted", "False Invalid: spec.vips")?;
-        let vote = until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
-        ensure!(vote["status"]["summary"]["endpoints"] == "1/1", "{:#}", vote["status"]);
-        std::thread::sleep(Duration::from_secs(2));
-        let same = find()?;
-        ensure!(
-            same["spec"] == made["spec"] && same["metadata"]["uid"] == made["metadata"]["uid"],
-            "{same:#}"
-        );
-    }
-    // Nor does it for the next controller, which has not seen that version.
-    controller.signal("-TERM")?;
-    let controller = Controller::start(cluster, "two")?;
-    controller.until_it_says("everything has been read")?;
-    until_condition(cluster, "selector", "vote", "Ready", "Unknown Invalid")?;
-    std::thread::sleep(Duration::from_secs(2));
-    let same = find()?;
-    ensure!(same["spec"] == made["spec"] && same["metadata"]["uid"] == made["metadata"]["uid"], "{same:#}");
-    service(cluster, "selector", "vote", &format!("{{selector: {{app: vote}}, {HTTP}}}"))?;
-    until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
-    // What somebody changes is put right.
-    let patch = r#"{"spec": {"selector": {"app": "wrong"}}}"#;
-    cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
-    let selects = |what: &str, labels: Value| {
-        until(what, PATIENCE, || Ok(find()?["spec"]["selector"] == labels))
-            .with_context(|| find().map_or_else(|e| e.to_string(), |found| found["spec"].to_string()))
-    };
-    selects("its own selector again", json!({"app": "vote"}))?;
-    let patch = r#"{"spec": {"selector": {"app": "wrong", "stranger": "x"}}}"#;
-    cluster.kubectl(&["patch", "service", "vote", "-n", "selector", "-p", patch], "")?.good()?;
-    selects("the stranger's label is gone", json!({"app": "vote"}))?;
-    // A label less, and one that is called otherwise: with one of before the Service would find no pod.
-    let labels =
-        |labels: &str| service(cluster, "selector", "vote", &format!("{{selector: {labels}, {HTTP}}}"));
-    labels("{app: vote, tier: back, zone: a}")?;
-    selects("three labels", json!({"app": "vote", "tier": "back", "zone": "a"}))?;
-    labels("{app: vote, tier: back}")?;
-    selects("a label less", json!({"app": "vote", "tier": "back"}))?;
-    labels("{app: vote, level: back}")?;
-    selects("a label of another name", json!({"app": "vote", "level": "back"}))?;
-    labels("{app: vote}")?;
-    selects("one label", json!({"app": "vote"}))?;
-    until_condition(cluster, "selector", "vote", "Ready", "True Serving")?;
-    // It is made again, changed, and goes with the selector.
-    cluster.kubectl(&["delete", "service", "vote", "-n", "selector"], "")?.good()?;
-    until("the headless Service again", PATIENCE, || Ok(find().is_ok()))?;
-    labels("{app: other}")?;
-    selects("another selector", json!({"app": "other"}))?;
-    service(cluster, "selector", "vote", &format!("{{{HTTP}}}"))?;
-    until("no Service", PATIENCE, || Ok(find().is_err()))?;
-    // Somebody else's is not touched.
-    cluster.apply(
-        "{apiVersion: v1, kind: Service, metadata: {name: mine, namespace: selector}, spec: {ports: [{port: 1}]}}",
-    )?;
-    service(cluster, "selector", "mine", "{selector: {app: mine}, ports: [{port: 80}]}")?;
-    until_condition(cluster, "selector", "mine", "Accepted", "False ServiceNameTaken")?;
-    let mine = get(cluster, &["service", "mine", "-n", "selector"])?;
-    ensure!(
-        mine["spec"]["ports"][0]["port"] == 1 && mine["metadata"]["ownerReferences"].is_null(),
-        "{mine:#}"
-    );
-    cluster.kubectl(&["delete", "pod", "vote-1", "-n", "selector", "--force", "--grace-period=0"], "")?;
-    cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
     Ok(())
 }
 

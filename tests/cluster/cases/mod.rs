@@ -6,6 +6,7 @@ mod controller;
 mod crd;
 mod nodes;
 mod requests;
+mod services;
 mod source;
 
 /// All of them, in the order they run.
@@ -14,6 +15,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(crd::CASES);
     cases.extend(source::CASES);
     cases.extend(controller::CASES);
+    cases.extend(services::CASES);
     cases.extend(nodes::CASES);
     cases.extend(requests::CASES);
     cases
