@@ -1,5 +1,6 @@
 //! What the leader does: follows the API server, gives out numbers, writes statuses.
 
+mod agents;
 mod objects;
 mod writes;
 
@@ -14,6 +15,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use futures::{Stream, StreamExt, stream};
 use k8s_openapi::api::{
+    apps::v1::DaemonSet,
     core::v1::{Node, ObjectReference, Service as CoreService},
     discovery::v1::EndpointSlice,
 };
@@ -26,6 +28,7 @@ use kube::{
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
+use agents::Agents;
 use objects::{core_of, is_absent, meta_of, of_nodes};
 
 use super::{
@@ -70,13 +73,16 @@ const CHUNK: usize = 1000;
 const AT_ONCE: usize = 16;
 
 /// The resources that are watched, as RBAC rules call them, in the order of [`Leader::listings`].
-const WATCHED: [&str; 5] = [
+const WATCHED: [&str; 6] = [
     "meshservices.meshlb.dev",
     "endpointslices.discovery.k8s.io",
     "services",
     "meshnodes.meshlb.dev",
     "nodes",
+    "daemonsets.apps",
 ];
+/// The agents' DaemonSet has this label.
+const AGENTS: &str = "app.kubernetes.io/component=agent";
 
 /// Until when this controller may act as the leader.
 #[derive(Clone)]
@@ -110,6 +116,7 @@ enum Said {
     Core(Box<watcher::Event<CoreService>>),
     Report(watcher::Event<DynamicObject>),
     Node(Box<watcher::Event<PartialObjectMeta<Node>>>),
+    Agents(Box<watcher::Event<DaemonSet>>),
     Failed(&'static str, watcher::Error),
 }
 
@@ -134,7 +141,9 @@ pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence
         pools,
         fence,
         listings: Default::default(),
-        absent: [false; 5],
+        absent: [false; 6],
+        agents: Agents::default(),
+        namespace: settings.namespace.clone(),
         counts: Bucket::new(COUNTS_A_SECOND, COUNTS_A_SECOND, Instant::now()),
         first: Bucket::new(FIRST_EVENTS, 1, Instant::now()),
         report: told.clone(),
@@ -157,9 +166,12 @@ struct Leader {
     events: mpsc::Sender<(News, ObjectReference)>,
     since: Instant,
     /// Of [`WATCHED`].
-    listings: [Listing; 5],
+    listings: [Listing; 6],
     /// Of [`WATCHED`], what the API server does not have or does not let us read.
-    absent: [bool; 5],
+    absent: [bool; 6],
+    agents: Agents,
+    /// Where they are.
+    namespace: String,
     /// So many statuses whose counts alone differ may still be written.
     counts: Bucket,
     /// So many new services may still be told of in an Event.
@@ -185,6 +197,7 @@ impl Leader {
         let reports = ApiResource::erase::<MeshNode>(&());
         let all = |resource| Api::all_with(self.client.clone(), resource);
         let nodes = watcher(Api::<PartialObjectMeta<Node>>::all(self.client.clone()), plain.clone());
+        let agents = Api::<DaemonSet>::namespaced(self.client.clone(), &self.namespace);
         let streams: Vec<stream::BoxStream<'static, Said>> = vec![
             follow(watcher(all(&services), plain.clone()), WATCHED[0], Said::Service),
             follow(watcher(all(&slices), labelled), WATCHED[1], Said::Slice),
@@ -193,6 +206,9 @@ impl Leader {
             }),
             follow(watcher(all(&reports), plain), WATCHED[3], Said::Report),
             follow(nodes, WATCHED[4], |e| Said::Node(Box::new(e))),
+            follow(watcher(agents, watcher::Config::default().labels(AGENTS)), WATCHED[5], |e| {
+                Said::Agents(Box::new(e))
+            }),
         ];
         let mut said = stream::select_all(streams).ready_chunks(CHUNK);
         let mut tick = tokio::time::interval(AGAIN);
@@ -240,6 +256,10 @@ impl Leader {
             Said::Node(event) => {
                 self.goes_on(4, &event);
                 self.take_node(*event);
+            }
+            Said::Agents(event) => {
+                self.goes_on(5, &event);
+                self.take_agents(*event);
             }
             Said::Failed(what, error) => {
                 if let Some(i) = WATCHED.iter().position(|w| *w == what) {
@@ -338,8 +358,19 @@ impl Leader {
         change.gone.iter().for_each(|key| self.mesh.put_node(&key.name, None));
     }
 
+    fn take_agents(&mut self, event: watcher::Event<DaemonSet>) {
+        let known: Vec<ServiceKey> = self.agents.names().cloned().collect();
+        let change = self.listings[5].take(event, known.iter());
+        if let Some((key, object)) = change.put {
+            let ready = object.status.map_or(0, |status| status.number_ready);
+            self.agents.put(key, Some(ready));
+        }
+        change.gone.into_iter().for_each(|key| self.agents.put(key, None));
+    }
+
     /// Brings everything that is not as it should be closer to that.
     async fn turn(&mut self) -> Result<()> {
+        self.mesh.set_deserted(self.agents.are_gone(Instant::now()));
         self.mesh.allocate();
         // Before the statuses, which say what comes of it.
         let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);

@@ -274,6 +274,12 @@ impl Mesh {
         self.touch(touched);
     }
 
+    /// Whether no agent is there any more.
+    pub fn set_deserted(&mut self, deserted: bool) {
+        let touched = self.nodes.set_deserted(deserted);
+        self.touch(touched);
+    }
+
     fn touch(&mut self, touched: Touched) {
         match touched {
             Touched::All => self.dirty.extend(self.entries.keys().cloned()),

@@ -82,6 +82,8 @@ pub struct Nodes {
     more: BTreeSet<String>,
     /// Nodes that say anything about services.
     counted: BTreeSet<String>,
+    /// No agent is there any more, whatever they have said.
+    deserted: bool,
 }
 
 impl Nodes {
@@ -99,6 +101,12 @@ impl Nodes {
             Some(uid) => drop(nodes.uids.insert(name.to_owned(), uid)),
             None => drop(nodes.uids.remove(name)),
         })
+    }
+
+    /// Takes in whether no agent is there any more.
+    pub fn set_deserted(&mut self, deserted: bool) -> Touched {
+        let before = std::mem::replace(&mut self.deserted, deserted);
+        if before == deserted { Touched::Some(BTreeSet::new()) } else { Touched::All }
     }
 
     /// Names of all MeshNodes.
@@ -172,6 +180,11 @@ impl Nodes {
 
     /// What a service's condition is to say.
     pub fn programmed(&self, key: &ServiceKey) -> Programmed {
+        if self.deserted {
+            let message =
+                "no agent is ready, so nobody programs the nodes: see the agents' DaemonSet".to_owned();
+            return Programmed { status: "Unknown", reason: "NoAgents".to_owned(), message };
+        }
         let named = self.by_service.get(key);
         let count = named.map_or(0, |names| names.difference(&self.failing).count()) + self.failing.len();
         if count > 0 {
@@ -307,6 +320,17 @@ mod tests {
         assert_eq!(nodes.put_said("n1", said("n1", Whole::HeldOff(Ok(())), &[])), Touched::All);
         assert!(text(&nodes, "a").starts_with("Unknown NoAgents"));
         assert_eq!(nodes.states()["held_off"], 2);
+    }
+
+    #[test]
+    fn without_any_agent_nothing_that_was_said_counts() {
+        let mut nodes = serving(&["n1", "n2"]);
+        assert_eq!(nodes.set_deserted(false), some(&[]));
+        assert_eq!(nodes.set_deserted(true), Touched::All);
+        assert!(text(&nodes, "a").starts_with("Unknown NoAgents: no agent is ready"));
+        assert_eq!(nodes.set_deserted(true), some(&[]));
+        assert_eq!(nodes.set_deserted(false), Touched::All);
+        assert!(text(&nodes, "a").starts_with("True"));
     }
 
     #[test]

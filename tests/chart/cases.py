@@ -218,6 +218,7 @@ def rights():
     equal(role("Role", "meshlb-controller"), [
         (["coordination.k8s.io"], ["leases"], None, ["create"]),
         (["coordination.k8s.io"], ["leases"], ["meshlb-controller"], ["get", "update"]),
+        (["apps"], ["daemonsets"], None, ["list", "watch"]),
         ([""], ["configmaps"], None, ["create"]),
         ([""], ["configmaps"], pools, ["get", "update"]),
     ])
