@@ -314,6 +314,9 @@ pub struct News {
     pub message: String,
 }
 
+/// That a service has endpoints is told in an Event where it had none for so long.
+const NEWS_AFTER: jiff::SignedDuration = jiff::SignedDuration::from_secs(30);
+
 /// What is worth an Event in a change of a status: what was allocated, every condition that is not met and says something new, and nodes that
 /// begin or end to fail.
 pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
@@ -348,10 +351,13 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     let about = ["NoEndpoints", "NoTargetPort", "HeadlessServiceFailed"];
     if let (Some(before), Some(after)) = (find(old, "Ready"), find(new, "Ready")) {
         let (was, is) = (before.status == "True", after.status == "True");
+        // Those of a new service come a moment after it, which is no news.
+        let lasted = after.last_transition_time.0.duration_since(before.last_transition_time.0);
+        let is_over = is && lasted >= NEWS_AFTER;
         let told = ["EndpointSliceUnusable", "AliasTaken"].contains(&&*after.reason);
         if told && before.message != after.message {
             out.push(News { good: false, reason: after.reason, message: after.message });
-        } else if (was && about.contains(&&*after.reason)) || (is && about.contains(&&*before.reason)) {
+        } else if (was && about.contains(&&*after.reason)) || (is_over && about.contains(&&*before.reason)) {
             out.push(News { good: is, reason: after.reason, message: after.message });
         }
     }

@@ -468,3 +468,16 @@ fn an_alias_that_another_service_has_is_told() {
     stored.write(&mut mesh);
     assert!(!stored.condition("b", "Ready").contains("alias"));
 }
+
+#[test]
+fn that_endpoints_are_there_is_news_where_there_were_none_for_a_while() {
+    let ready = |status: &str, reason: &str, at: i64| {
+        let condition = json!({"type": "Ready", "status": status, "reason": reason, "message": "",
+            "lastTransitionTime": jiff::Timestamp::from_second(at).unwrap().to_string()});
+        serde_json::from_value::<MeshServiceStatus>(json!({"conditions": [condition]})).unwrap()
+    };
+    let (none, some) = (|at| ready("False", "NoEndpoints", at), |at| ready("True", "Serving", at));
+    assert!(news(&none(1000), &some(1002)).is_empty());
+    assert_eq!(news(&none(1000), &some(1040)).len(), 1);
+    assert_eq!(news(&some(1000), &none(1002)).len(), 1, "that they have gone is news at once");
+}
