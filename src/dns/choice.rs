@@ -2,7 +2,7 @@
 
 use std::{
     net::IpAddr,
-    sync::atomic::{AtomicU32, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// Longest rotation. Weights whose sum is larger are scaled down; each endpoint keeps at least one place.
@@ -52,22 +52,62 @@ impl Addresses {
         keyed.into_iter().map(|(_, addr)| addr).collect()
     }
 
-    /// The one whose turn it is.
-    pub fn next(&self, turn: &AtomicU32) -> Option<IpAddr> {
-        if self.entries.is_empty() {
-            return None;
-        }
-        let n = turn.fetch_add(1, Ordering::Relaxed) as usize;
-        let place = match &*self.rotation {
-            [] => n % self.entries.len(),
-            rotation => rotation[n % rotation.len()] as usize,
-        };
+    /// The one whose turn it is. Each round has everyone as often as it weighs, in an order of its own: a client that asks
+    /// several servers at once and takes the first answer (musl does) would otherwise always meet the same ones.
+    pub fn next(&self, turn: &Turn) -> Option<IpAddr> {
+        let places = if self.rotation.is_empty() { self.entries.len() } else { self.rotation.len() };
+        let k = turn.next(u32::try_from(places).ok()?)? as usize;
+        let place = if self.rotation.is_empty() { k } else { *self.rotation.get(k)? as usize };
         self.entries.get(place).map(|(addr, _)| *addr)
     }
 }
 
-/// Places so that each comes as often as it weighs, as evenly spread as can be: the k-th turn of weight w stands at
-/// (2k + 1) / 2w of the way.
+/// Whose turn it is. No lock and no list: the order of a round is worked out from its number.
+#[derive(Debug)]
+pub struct Turn {
+    taken: AtomicU64,
+    secret: u64,
+}
+
+impl Default for Turn {
+    /// Different on every node.
+    fn default() -> Self {
+        Self { taken: AtomicU64::new(0), secret: Random::default().number() }
+    }
+}
+
+impl Turn {
+    /// The next place of a round of so many; `None` of none.
+    fn next(&self, places: u32) -> Option<u32> {
+        let n = self.taken.fetch_add(1, Ordering::Relaxed);
+        let round = n.checked_div(u64::from(places))?;
+        let key = Random(self.secret.wrapping_add(round)).number();
+        Some(permuted((n % u64::from(places)) as u32, places, key))
+    }
+}
+
+/// Where a permutation of `0..n` that the key chooses has `k`: a Feistel network over the next larger power of four, walked
+/// until it is back below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). `k` is below `n`.
+fn permuted(k: u32, n: u32, key: u64) -> u32 {
+    // In 64 bits, so that no shift is too wide.
+    let (mut k, n) = (u64::from(k), u64::from(n));
+    let half = (n.max(2) - 1).ilog2() / 2 + 1;
+    let mask = (1_u64 << half) - 1;
+    loop {
+        let (mut left, mut right) = (k >> half, k & mask);
+        // Many, since the halves of a short round are a bit each.
+        for i in 0..8 {
+            let mixed = Random(key ^ (right << 8 | i)).number() & mask;
+            (left, right) = (right, left ^ mixed);
+        }
+        k = left << half | right;
+        if k < n {
+            return k as u32;
+        }
+    }
+}
+
+/// Places so that each comes as often as it weighs.
 fn rotation(entries: &[(IpAddr, u16)]) -> Vec<u32> {
     let Some(first) = entries.first() else { return Vec::new() };
     if entries.iter().all(|(_, weight)| *weight == first.1) {
@@ -80,13 +120,8 @@ fn rotation(entries: &[(IpAddr, u16)]) -> Vec<u32> {
         let weight = u64::from(weight) / divisor;
         if sum <= longest { weight } else { (weight * longest / sum).max(1) }
     };
-    let mut places: Vec<(f64, u32)> = Vec::new();
-    for (i, (_, weight)) in entries.iter().enumerate() {
-        let n = turns(*weight);
-        places.extend((0..n).map(|k| ((k as f64 + 0.5) / n as f64, i as u32)));
-    }
-    places.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-    places.into_iter().map(|(_, i)| i).collect()
+    let places = (0..).zip(entries);
+    places.flat_map(|(i, (_, weight))| std::iter::repeat_n(i, turns(*weight) as usize)).collect()
 }
 
 fn gcd(a: u64, b: u64) -> u64 {
@@ -140,7 +175,7 @@ mod tests {
     }
 
     fn turns(of: &Addresses, n: usize) -> BTreeMap<IpAddr, usize> {
-        let turn = AtomicU32::new(u32::MAX - 7);
+        let turn = Turn::default();
         let mut out = BTreeMap::new();
         for _ in 0..n {
             *out.entry(of.next(&turn).unwrap()).or_default() += 1;
@@ -159,11 +194,55 @@ mod tests {
     }
 
     #[test]
+    fn who_takes_every_second_turn_meets_all() {
+        for n in [2, 4] {
+            for secret in 0..5 {
+                let (of, turn) = (addresses(&vec![1; n]), Turn { taken: AtomicU64::new(0), secret });
+                let mut met: BTreeMap<IpAddr, usize> = BTreeMap::new();
+                for _ in 0..1000 {
+                    of.next(&turn).unwrap();
+                    *met.entry(of.next(&turn).unwrap()).or_default() += 1;
+                }
+                let even = 1000 / n;
+                assert!(met.len() == n && met.values().all(|got| got.abs_diff(even) <= even / 10), "{met:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn every_round_is_even_and_in_an_order_of_its_own() {
+        for weights in [&[1, 1, 1][..], &[1; 7], &[3, 1, 2], &[1; 300]] {
+            let (of, turn) = (addresses(weights), Turn { taken: AtomicU64::new(0), secret: 7 });
+            let places = of.rotation.len().max(of.entries.len());
+            let mut orders = std::collections::BTreeSet::new();
+            for _ in 0..50 {
+                let round: Vec<IpAddr> = (0..places).filter_map(|_| of.next(&turn)).collect();
+                for (ip, weight) in of.entries() {
+                    assert_eq!(round.iter().filter(|got| *got == ip).count(), usize::from(*weight));
+                }
+                orders.insert(round);
+            }
+            assert!(orders.len() > 5, "{weights:?}: {}", orders.len());
+        }
+    }
+
+    /// Every order of four comes as often as any other.
+    #[test]
+    fn orders_are_even() {
+        let mut orders: BTreeMap<Vec<u32>, u32> = BTreeMap::new();
+        let mut random = Random(7);
+        for _ in 0..24_000 {
+            let key = random.number();
+            *orders.entry((0..4).map(|k| permuted(k, 4, key)).collect()).or_default() += 1;
+        }
+        assert!(orders.len() == 24 && orders.values().all(|n| (850..1150).contains(n)), "{orders:?}");
+    }
+
+    #[test]
     fn a_rotation_has_its_limit() {
         assert!(addresses(&[65535, 65534, 1]).rotation.len() <= LONGEST as usize + 3);
         assert_eq!(addresses(&[1; 5000]).rotation.len(), 0);
-        // Spread, not in one go.
-        assert_eq!(*addresses(&[2, 4]).rotation, [1, 0, 1]);
+        assert_eq!(*addresses(&[2, 4]).rotation, [0, 1, 1]);
     }
 
     #[test]

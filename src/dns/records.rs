@@ -1,11 +1,8 @@
 //! What the names of one service answer, worked out when the service changes and not per query.
 
-use std::{
-    net::IpAddr,
-    sync::{Arc, atomic::AtomicU32},
-};
+use std::{net::IpAddr, sync::Arc};
 
-use super::choice::{Addresses, Random};
+use super::choice::{Addresses, Turn};
 use crate::{
     compile::endpoints::{Place, choose, serving},
     model::{
@@ -60,25 +57,16 @@ pub enum Main {
     Endpoints(DnsAnswer, PerFamily<Addresses>),
 }
 
-/// Counters of answers with one address.
-#[derive(Debug)]
+/// Whose turn it is with answers of one address.
+#[derive(Default, Debug)]
 pub struct Turns {
-    v4: AtomicU32,
-    v6: AtomicU32,
-}
-
-impl Default for Turns {
-    /// Beginning anywhere: not every node with the same endpoint.
-    fn default() -> Self {
-        let mut random = Random::default();
-        let mut start = || AtomicU32::new((random.number() >> 33) as u32);
-        Self { v4: start(), v6: start() }
-    }
+    v4: Turn,
+    v6: Turn,
 }
 
 impl Turns {
-    /// The counter of a family: a client asks for both at once.
-    pub fn of(&self, family: Family) -> &AtomicU32 {
+    /// That of a family: a client asks for both at once.
+    pub fn of(&self, family: Family) -> &Turn {
         match family {
             Family::V4 => &self.v4,
             Family::V6 => &self.v6,
