@@ -44,7 +44,7 @@ pub struct Known {
     pub address: IpAddr,
     /// Its label below the service's name.
     pub label: Arc<str>,
-    /// Whether the label is answered with the address.
+    /// Whether the label is answered with the address: where it serves, or a port of the service is found there.
     pub serves: bool,
 }
 
@@ -121,9 +121,15 @@ impl ServiceNames {
         let mut known = known.into_boxed_slice();
         let tasks = taking(service, slices, context.place, Reach::ALL, 1);
         for (address, _) in tasks.iter().flat_map(|(_, addresses)| addresses.entries()) {
-            if let Ok(place) = known.binary_search_by_key(address, |known| known.address) {
+            if let Some(place) = place(&known, *address) {
                 known[place].serves = true;
             }
+        }
+        let (ports, targets) = ports(service, slices, context.place, &known);
+        // A port may be served where the service as a whole is not (by an endpoint that ends, of the only slice that has the
+        // port): its name is answered, so its host's is.
+        for place in targets {
+            known[place].serves = true;
         }
         let mut by_label: Box<[u32]> =
             (0..).zip(&known).filter(|(_, k)| k.serves).map(|(place, _)| place).collect();
@@ -142,7 +148,7 @@ impl ServiceNames {
             aliases: service.dns.aliases.clone(),
             main,
             tasks,
-            ports: ports(service, slices, context.place, &known),
+            ports,
             known,
             by_label,
             turns: before.map(|names| names.turns.clone()).unwrap_or_default(),
@@ -151,7 +157,7 @@ impl ServiceNames {
 
     /// The endpoint with this address.
     pub fn endpoint(&self, address: IpAddr) -> Option<&Known> {
-        endpoint(&self.known, address)
+        place(&self.known, address).and_then(|place| self.known.get(place))
     }
 
     /// The addresses that a label below the service's name is answered with; none where there is no such name.
@@ -220,8 +226,8 @@ fn taking(
     out
 }
 
-fn endpoint(known: &[Known], address: IpAddr) -> Option<&Known> {
-    known.binary_search_by_key(&address, |known| known.address).ok().map(|place| &known[place])
+fn place(known: &[Known], address: IpAddr) -> Option<usize> {
+    known.binary_search_by_key(&address, |known| known.address).ok()
 }
 
 /// Its hostname, else the name of its pod, else its address with dashes: what is a label.
@@ -247,7 +253,14 @@ fn is_label(text: &str) -> bool {
         && !text.ends_with('-')
 }
 
-fn ports(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, known: &[Known]) -> Vec<PortNames> {
+/// The named ports, and the places in `known` of where they are found.
+fn ports(
+    service: &Service,
+    slices: &[Arc<Slice>],
+    node: Place<'_>,
+    known: &[Known],
+) -> (Vec<PortNames>, Vec<usize>) {
+    let mut places = Vec::new();
     let named = service.ports.iter().filter_map(|port| Some((port, port.name.clone()?)));
     let names = named.map(|(port, name)| {
         let targets = match service.mode {
@@ -255,15 +268,16 @@ fn ports(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, known: &[Kn
             Mode::Dnsrr => {
                 let mut targets = Vec::new();
                 for &family in &service.families {
-                    let found = serving(service, port, slices, family, place, service.internal());
-                    for (real, candidate) in found {
+                    for (real, candidate) in serving(service, port, slices, family, node, service.internal())
+                    {
                         let weight = service.weight(candidate.endpoint);
+                        let Some(place) = place(known, real.addr).filter(|_| weight > 0) else { continue };
+                        places.push(place);
                         // A range keeps the port that was asked for.
                         let port = if real.port == 0 { port.port } else { real.port };
-                        let label = endpoint(known, real.addr).map(|known| known.label.clone());
-                        let target = PortTarget { label, port, weight };
+                        let target = PortTarget { label: Some(known[place].label.clone()), port, weight };
                         // Both families of one endpoint are one target.
-                        if weight > 0 && target.label.is_some() && !targets.contains(&target) {
+                        if !targets.contains(&target) {
                             targets.push(target);
                         }
                     }
@@ -273,5 +287,6 @@ fn ports(service: &Service, slices: &[Arc<Slice>], place: Place<'_>, known: &[Kn
         };
         PortNames { name, protocol: port.protocol, targets }
     });
-    names.collect()
+    let names = names.collect();
+    (names, places)
 }

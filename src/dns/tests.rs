@@ -19,7 +19,7 @@ use crate::model::{
     endpoints::Slice,
     fixtures::{config, endpoint, port, service, slice},
     ids::{Family, PerFamily, ServiceKey},
-    service::{DnsAnswer, Mode, Service, TrafficDistribution, TrafficPolicy},
+    service::{DnsAnswer, Mode, Service, TargetPort, TrafficDistribution, TrafficPolicy},
 };
 
 pub(super) fn zone() -> Arc<Zone> {
@@ -216,6 +216,29 @@ fn endpoints_that_end_answer_only_where_none_is_ready() {
     assert_eq!(a(&mut names), "10.244.1.1");
     put(&mut names, &dnsrr("db"), &[slice("db", ends.split_off(1))], PerFamily::default());
     assert_eq!(a(&mut names), "10.244.1.2");
+}
+
+/// The slice that has the port has but an endpoint that ends, while others of the service are ready.
+#[test]
+fn where_a_port_is_found_there_is_a_name() {
+    let mut names = Names::new(zone());
+    let mut db = dnsrr("db");
+    db.ports[0].name = Some("pg".into());
+    db.ports[0].target = TargetPort::Name("pg".into());
+    let mut ends = vec![endpoint("10.244.1.1", "n1")];
+    (ends[0].ready, ends[0].terminating) = (false, true);
+    let mut with = slice("db", ends);
+    Arc::make_mut(&mut with).ports[0].name = Some("pg".into());
+    let mut without = slice("db", vec![endpoint("10.244.1.2", "n1")]);
+    Arc::make_mut(&mut without).key = ServiceKey::new("default", "db-2");
+    put(&mut names, &db, &[with, without], PerFamily::default());
+    let table = published(&mut names);
+    let host = "10-244-1-1.db.default.mesh.internal.";
+    let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", RecordType::SRV);
+    assert_eq!(told(&srv), format!("0 1 8080 {host}"));
+    assert_eq!(srv.additionals.iter().map(|r| r.data.to_string()).collect::<Vec<_>>(), ["10.244.1.1"]);
+    assert_eq!(told(&ask(&table, host, RecordType::A)), "10.244.1.1");
+    assert_eq!(told(&ask(&table, "tasks.db.default.mesh.internal.", RecordType::A)), "10.244.1.2");
 }
 
 #[test]
