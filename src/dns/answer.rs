@@ -43,6 +43,13 @@ impl Answer {
     pub fn code(code: ResponseCode) -> Self {
         Self { code, ..Self::default() }
     }
+
+    /// To a question for all types: one record that says that there is no answer to that (RFC 8482, 4.2).
+    pub fn any(name: &Name) -> Self {
+        let data = HINFO::new("RFC8482".into(), String::new());
+        let record = Record::from_rdata(name.clone(), NEGATIVE_TTL, RData::HINFO(data));
+        Self { answers: vec![record], ..Self::default() }
+    }
 }
 
 impl Table {
@@ -273,10 +280,7 @@ impl Table {
         if kind != RecordType::ANY {
             return self.no_data(ttl);
         }
-        // RFC 8482, 4.2: one record that says so.
-        let data = HINFO::new("RFC8482".into(), String::new());
-        let record = Record::from_rdata(name.clone(), NEGATIVE_TTL, RData::HINFO(data));
-        Answer { answers: vec![record], ..Answer::default() }
+        Answer::any(name)
     }
 
     /// The name is there and has nothing of that type. May be kept as long as an answer may.

@@ -182,6 +182,8 @@ impl<E: Elsewhere> Handler<E> {
                     code(ResponseCode::Refused)
                 } else {
                     Decision::Elsewhere
+                } else if kind == RecordType::ANY {
+                    Decision::Answer(Answer::any(name), "forward")
                 }
             }
             _ => code(ResponseCode::Refused),

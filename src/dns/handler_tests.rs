@@ -107,7 +107,8 @@ fn what_is_refused_and_how() {
     let code = |request: &Message| ask(&handler, request).metadata.response_code;
     assert_eq!(code(&request("www.elsewhere.", RecordType::A)), ResponseCode::Refused);
     assert_eq!(code(&request("echo.example.", RecordType::A)), ResponseCode::Refused);
-    assert_eq!(code(&request("x.example.", RecordType::ANY)), ResponseCode::Refused);
+    assert_eq!(code(&request("x.elsewhere.", RecordType::ANY)), ResponseCode::Refused);
+    assert_eq!(code(&request("echo.example.", RecordType::ANY)), ResponseCode::Refused);
     assert_eq!(code(&request("mesh.internal.", RecordType::AXFR)), ResponseCode::Refused);
     let mut chaos = request("version.bind.", RecordType::TXT);
     chaos.queries[0].set_query_class(DNSClass::CH);
@@ -141,6 +142,19 @@ fn what_is_refused_and_how() {
     };
     let answer = ask(&handler, &two);
     assert_eq!((answer.metadata.response_code, answer.queries.len()), (ResponseCode::FormErr, 0));
+}
+
+#[test]
+fn all_types_are_one_record_of_others_too() {
+    let handler = handler(some(), 0);
+    for (name, ours) in [("x.example.", false), (VOTE, true)] {
+        let answer = ask(&handler, &request(name, RecordType::ANY));
+        let records: Vec<_> =
+            answer.answers.iter().map(|r| format!("{} {}", r.record_type(), r.data)).collect();
+        assert_eq!(records, ["HINFO RFC8482 "], "{name}");
+        assert_eq!(answer.metadata.response_code, ResponseCode::NoError);
+        assert_eq!(answer.metadata.authoritative, ours, "{name}");
+    }
 }
 
 #[test]
