@@ -172,8 +172,10 @@ impl<E: Elsewhere> Handler<E> {
         if let Some(answer) = table.answer(name, kind, pod) {
             return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
         }
-        if early && may_be_ours(name, kind) {
-            return Decision::TooEarly;
+        if !table.is_synced() && may_be_ours(name, kind) {
+            // What others say of it would be taken for the truth, too.
+            let failed = || Decision::Answer(Answer::code(ResponseCode::ServFail), "mesh");
+            return if early { Decision::TooEarly } else { failed() };
         }
         match &self.elsewhere {
             // Who asks us without wanting a lookup elsewhere wants what is ours.

@@ -245,6 +245,19 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
         let action = send(&handler, &request(name, kind), "10.0.0.1:4000", Transport::Udp);
         assert_eq!(matches!(action, Action::Later), later, "{name}");
     }
+    // When patience ends they fail: what others say of them would be taken for the truth.
+    handler.patient_until = Instant::now();
+    for (name, kind, code) in [
+        ("vote.", RecordType::A, ResponseCode::ServFail),
+        ("tasks.vote.", RecordType::A, ResponseCode::ServFail),
+        ("_http._tcp.vote.", RecordType::SRV, ResponseCode::ServFail),
+        ("11.1.244.10.in-addr.arpa.", RecordType::PTR, ResponseCode::ServFail),
+        ("www.elsewhere.", RecordType::A, ResponseCode::Refused),
+    ] {
+        let answer = ask(&handler, &request(name, kind));
+        assert_eq!(answer.metadata.response_code, code, "{name}");
+        assert!(!answer.metadata.authoritative);
+    }
     // What is not ours does not have to wait.
     let other = request("www.example.", RecordType::A);
     assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
