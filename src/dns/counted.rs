@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use metrics::{
-    Counter, CounterFn, Gauge, GaugeFn, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
-};
+use metrics::{Counter, CounterFn, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
 
 use crate::metrics::DnsMetrics;
 
@@ -22,21 +20,6 @@ impl CounterFn for Count {
     fn absolute(&self, _: u64) {}
 }
 
-#[derive(Debug)]
-struct Level(prometheus_client::metrics::gauge::Gauge);
-
-impl GaugeFn for Level {
-    fn increment(&self, value: f64) {
-        self.0.inc_by(value as i64);
-    }
-    fn decrement(&self, value: f64) {
-        self.0.dec_by(value as i64);
-    }
-    fn set(&self, value: f64) {
-        self.0.set(value as i64);
-    }
-}
-
 impl Recorder for Counted {
     fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
     fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
@@ -46,8 +29,6 @@ impl Recorder for Counted {
         use hickory_resolver::metrics as names;
         let label = |name: &str| key.labels().find(|l| l.key() == name).map_or("", |l| l.value());
         let counter = match key.name() {
-            names::CACHE_HIT_TOTAL => self.0.cache_hits.clone(),
-            names::CACHE_MISS_TOTAL => self.0.cache_misses.clone(),
             names::NAME_SERVER_QUERY_RESPONSES => {
                 self.0.upstream(label("addr"), label("protocol"), label("status"))
             }
@@ -56,13 +37,8 @@ impl Recorder for Counted {
         Counter::from_arc(Arc::new(Count(counter)))
     }
 
-    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
-        match key.name() {
-            hickory_resolver::metrics::RESPONSE_CACHE_SIZE => {
-                Gauge::from_arc(Arc::new(Level(self.0.cache_entries.clone())))
-            }
-            _ => Gauge::noop(),
-        }
+    fn register_gauge(&self, _: &Key, _: &Metadata<'_>) -> Gauge {
+        Gauge::noop()
     }
 
     fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {

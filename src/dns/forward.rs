@@ -1,36 +1,32 @@
-//! Names that are not ours, looked up by others: hickory's resolver with its cache, one for each set of upstreams.
+//! Names that are not ours, looked up by others: one cache, and behind it the upstreams of each zone.
 
 use std::{
     fmt,
-    net::{IpAddr, SocketAddr},
-    pin::pin,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     str::FromStr,
     sync::Arc,
-    task::Poll,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use hickory_net::{DnsError, NetError, runtime::TokioRuntimeProvider};
 use hickory_proto::{
     op::{Query, ResponseCode},
-    rr::{Name, RecordType},
-};
-use hickory_resolver::{
-    Resolver, TokioResolver,
-    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
-    lookup::Lookup,
+    rr::{
+        Name, RData, Record, RecordType,
+        domain::usage::{IN_ADDR_ARPA_127, INVALID, IP6_ARPA_1, LOCALHOST, ONION},
+        rdata::{A, AAAA, PTR},
+    },
 };
 
-use super::{answer::Answer, counted::Counted, handler::Elsewhere, places::Places, upstream::Probe};
+use super::{
+    answer::Answer, cache::Cache, counted::Counted, handler::Elsewhere, places::Places, pool::Upstreams,
+    upstream::Probe,
+};
 use crate::metrics::DnsMetrics;
 
-/// An upstream has this long for one try. Clients wait 5 s (resolv.conf(5)): a try and one more fit into that.
-const TRY: Duration = Duration::from_secs(2);
-const MORE_TRIES: usize = 1;
-/// A cached answer lives no longer than this, whatever its TTL says (RFC 8767, 4 recommends a cap of days; ours is for nodes).
-const LONGEST: Duration = Duration::from_secs(3600);
-/// The same of negative answers (RFC 2308, 5 recommends one to three hours at most).
-const LONGEST_NEGATIVE: Duration = Duration::from_secs(300);
+/// So often the cache is looked at.
+const COUNT: Duration = Duration::from_secs(10);
+/// Seconds that the names of the machine itself may be kept.
+const LOCAL_TTL: u32 = 3600;
 
 /// Upstreams of one zone: `corp.example=10.0.0.53`, with `+` between several.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -96,40 +92,12 @@ impl ForwardConfig {
     }
 }
 
-/// The upstreams of a zone.
-struct Resolvers {
-    /// By UDP, and by TCP where an answer is too large for that.
-    any: TokioResolver,
-    /// By TCP alone. hickory-resolver asks two upstreams at once, and gives up when the second one says too that its answer is
-    /// too large (`NameServerPool::send`, 0.26.3: the first such answer has switched UDP off by then).
-    tcp: TokioResolver,
-    /// Each upstream by itself, where there are several. hickory-resolver takes the first answer there is, also one that says
-    /// no more than that this upstream can't or won't (`NameServerPool::try_send`, 0.26.3).
-    each: Vec<TokioResolver>,
-}
-
-impl Resolvers {
-    async fn lookup(&self, name: Name, kind: RecordType) -> Result<Lookup, NetError> {
-        let unwilling = match self.any.lookup(name.clone(), kind).await {
-            Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
-            Err(e @ NetError::Dns(DnsError::ResponseCode(_))) => e,
-            found => return found,
-        };
-        for one in &self.each {
-            match one.lookup(name.clone(), kind).await {
-                Err(NetError::Truncated) => return self.tcp.lookup(name, kind).await,
-                Err(e) if !matches!(e, NetError::Dns(DnsError::NoRecordsFound(_))) => {}
-                found => return found,
-            }
-        }
-        Err(unwilling)
-    }
-}
-
 /// Looks names up elsewhere.
 pub struct Forwarder {
     /// By zone, the longest first; the root zone last, where there are upstreams for it.
-    zones: Vec<(Name, Resolvers)>,
+    zones: Vec<(Name, Upstreams)>,
+    /// What they have answered.
+    cache: Cache,
     /// Lookups that run. Each takes sockets, and the agent has other uses for those.
     running: Arc<Places>,
     probe: Arc<Probe>,
@@ -154,77 +122,84 @@ impl Forwarder {
         metrics: DnsMetrics,
     ) -> Result<Self, String> {
         let counted = Counted(metrics.clone());
-        let build = |upstreams: &[SocketAddr]| {
-            ::metrics::with_local_recorder(&counted, || {
-                let udp = [ConnectionConfig::udp(), ConnectionConfig::tcp()];
-                let tcp = [ConnectionConfig::tcp()];
-                let build = |of: &[SocketAddr], ways: &[ConnectionConfig]| resolver(of, config.cache, ways);
-                let alone = if upstreams.len() > 1 { upstreams } else { &[] };
-                let each = alone.iter().map(|at| build(&[*at], &udp)).collect::<Result<_, _>>()?;
-                Ok(Resolvers { any: build(upstreams, &udp)?, tcp: build(upstreams, &tcp)?, each })
-            })
-            .map_err(|e: NetError| format!("upstreams {upstreams:?}: {e}"))
+        let build = |zone: &Name, upstreams: &[SocketAddr]| {
+            let known = upstreams.iter().map(|at| (*at, probe.state(zone, *at)));
+            ::metrics::with_local_recorder(&counted, || Upstreams::new(known))
+                .map(|built| (zone.clone(), built))
+                .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
         };
         let mut zones = Vec::new();
         for zone in &config.zones {
-            zones.push((zone.zone.clone(), build(&zone.upstreams)?));
+            zones.push(build(&zone.zone, &zone.upstreams)?);
         }
         if !config.upstreams.is_empty() {
-            zones.push((Name::root(), build(&config.upstreams)?));
+            zones.push(build(&Name::root(), &config.upstreams)?);
         }
         zones.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.iter().count()));
-        Ok(Self { zones, running: Places::new(most, 2), probe, metrics })
+        let cache = Cache::new(config.cache);
+        Ok(Self { zones, cache, running: Places::new(most, 2), probe, metrics })
     }
 
-    fn resolver(&self, name: &Name) -> Option<&Resolvers> {
-        self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, resolver)| resolver)
+    fn upstreams(&self, name: &Name) -> Option<&Upstreams> {
+        self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, upstreams)| upstreams)
     }
 
-    /// Looks a client's question up.
+    /// Looks a client's question up. Aliases are answered as they were told, and not followed: where they lead to is what
+    /// the upstream has to know, but for names that are ours, which are never asked elsewhere
+    /// ([`super::handler::Handler::forwarded`]).
     pub async fn lookup(&self, query: &Query, client: IpAddr) -> Answer {
-        let Some(resolver) = self.resolver(query.name()) else {
+        let Some(upstreams) = self.upstreams(query.name()) else {
             return Answer::code(ResponseCode::Refused);
         };
         let mut name = query.name().clone();
         name.set_fqdn(true);
-        let mut lookup = pin!(resolver.lookup(name, query.query_type()));
-        // What is in the cache is there at once, and takes no place.
-        let at_once = std::future::poll_fn(|context| Poll::Ready(lookup.as_mut().poll(context))).await;
-        let found = match at_once {
-            Poll::Ready(found) => found,
-            Poll::Pending => {
-                let Some(_place) = self.running.take(client) else {
-                    self.metrics.limited("forwards");
-                    return Answer::code(ResponseCode::ServFail);
-                };
-                lookup.await
-            }
+        let query = Query::query(name, query.query_type());
+        if let Some(answer) = special(&query) {
+            return answer;
+        }
+        // What is in the cache takes no place.
+        if let Some(answer) = self.cache.get(&query, Instant::now()) {
+            self.metrics.cache_hits.inc();
+            return answer;
+        }
+        self.metrics.cache_misses.inc();
+        let Some(_place) = self.running.take(client) else {
+            self.metrics.limited("forwards");
+            return Answer::code(ResponseCode::ServFail);
         };
-        match found {
-            Ok(found) => Answer {
-                code: ResponseCode::NoError,
-                answers: found.answers().to_vec(),
-                authorities: found.authorities().to_vec(),
-                additionals: Vec::new(),
-            },
-            Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
-                let mut authorities = none.authorities.map(|a| a.to_vec()).unwrap_or_default();
-                if authorities.is_empty() {
-                    authorities.extend(none.soa.map(|soa| soa.into_record_of_rdata()));
-                }
-                Answer { code: none.response_code, authorities, ..Answer::default() }
+        let found = upstreams.ask(&query).await;
+        let now = Instant::now();
+        let answer = match found {
+            Some(answer) => {
+                self.cache.put(query, &answer, now);
+                answer
             }
-            Err(e) => {
-                tracing::debug!("{}: {e}", query.name());
+            None => {
+                tracing::debug!("{}: no upstream answers", query.name());
+                self.cache.put_failure(query, now);
                 Answer::code(ResponseCode::ServFail)
             }
+        };
+        self.count();
+        answer
+    }
+
+    fn count(&self) {
+        self.metrics.cache_entries.set(i64::try_from(self.cache.len()).unwrap_or(i64::MAX));
+    }
+
+    /// Counts now and then what is left in the cache, where nothing new comes.
+    pub async fn watch(&self) {
+        loop {
+            tokio::time::sleep(COUNT).await;
+            self.count();
         }
     }
 }
 
 impl Elsewhere for Forwarder {
     fn covers(&self, name: &Name) -> bool {
-        self.resolver(name).is_some()
+        self.upstreams(name).is_some()
     }
 
     fn is_loop(&self, name: &Name, client: IpAddr) -> bool {
@@ -232,33 +207,49 @@ impl Elsewhere for Forwarder {
     }
 }
 
-fn resolver(
-    upstreams: &[SocketAddr],
-    cache: u64,
-    ways: &[ConnectionConfig],
-) -> Result<TokioResolver, NetError> {
-    let servers = upstreams.iter().map(|at| {
-        let on = |way: &ConnectionConfig| {
-            let mut connection = way.clone();
-            connection.port = at.port();
-            connection
+/// Names that every resolver answers by itself (RFC 6761, 6.3 and 6.4; RFC 7686, 2).
+fn special(query: &Query) -> Option<Answer> {
+    let (name, kind) = (query.name(), query.query_type());
+    if INVALID.zone_of(name) || ONION.zone_of(name) {
+        return Some(Answer::code(ResponseCode::NXDomain));
+    }
+    let pointer = IN_ADDR_ARPA_127.zone_of(name) || IP6_ARPA_1.zone_of(name);
+    if !pointer && !LOCALHOST.zone_of(name) {
+        return None;
+    }
+    let data = match kind {
+        RecordType::A if !pointer => Some(RData::A(A(Ipv4Addr::LOCALHOST))),
+        RecordType::AAAA if !pointer => Some(RData::AAAA(AAAA(Ipv6Addr::LOCALHOST))),
+        RecordType::PTR if pointer => Some(RData::PTR(PTR(LOCALHOST.name().clone()))),
+        _ => None,
+    };
+    let answers = data.map(|data| Record::from_rdata(name.clone(), LOCAL_TTL, data)).into_iter().collect();
+    Some(Answer { answers, ..Answer::default() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn some_names_are_nobodys() {
+        let told = |name: &str, kind| {
+            let answer = special(&Query::query(Name::from_ascii(name).unwrap(), kind))?;
+            let records = answer.answers.iter().map(|r| r.data.to_string());
+            Some(records.chain([answer.code.to_string()]).collect::<Vec<_>>().join(" "))
         };
-        let connections = ways.iter().map(on).collect();
-        NameServerConfig::new(at.ip(), true, connections)
-    });
-    let config = ResolverConfig::from_parts(None, Vec::new(), servers.collect());
-    let mut builder = Resolver::builder_with_config(config, TokioRuntimeProvider::default());
-    let mut options = ResolverOpts::default();
-    options.timeout = TRY;
-    options.attempts = MORE_TRIES;
-    options.cache_size = cache;
-    options.use_hosts_file = ResolveHosts::Never;
-    options.preserve_intermediates = true;
-    options.try_tcp_on_error = true;
-    options.positive_max_ttl = Some(LONGEST);
-    options.negative_max_ttl = Some(LONGEST_NEGATIVE);
-    options.edns_payload_len = super::message::LARGEST_UDP;
-    options.enable_per_name_server_metrics = true;
-    *builder.options_mut() = options;
-    builder.build()
+        for (name, kind, want) in [
+            ("localhost.", RecordType::A, Some("127.0.0.1 No Error")),
+            ("x.localhost.", RecordType::AAAA, Some("::1 No Error")),
+            ("localhost.", RecordType::MX, Some("No Error")),
+            ("1.0.0.127.in-addr.arpa.", RecordType::PTR, Some("localhost. No Error")),
+            ("1.0.0.127.in-addr.arpa.", RecordType::A, Some("No Error")),
+            ("x.invalid.", RecordType::A, Some("Non-Existent Domain")),
+            ("x.onion.", RecordType::A, Some("Non-Existent Domain")),
+            ("localhost.example.", RecordType::A, None),
+            ("1.0.0.10.in-addr.arpa.", RecordType::PTR, None),
+        ] {
+            assert_eq!(told(name, kind).as_deref(), want, "{name} {kind}");
+        }
+    }
 }

@@ -4,11 +4,12 @@
 //! Snapshot, VIPs ─► records (one service) ─► names (who holds which) ─► Table, swapped whole
 //!                                                                         │
 //! packet ─► handler ─► ours?  answer ─────────────────────────────────────┘
-//!              └─────► else   forward (hickory's resolver, its cache)
+//!              └─────► else   forward (a cache, then upstreams by hickory's resolver)
 //! ```
 
 pub mod answer;
 pub mod ask;
+mod cache;
 pub mod choice;
 mod counted;
 pub mod forward;
@@ -17,6 +18,7 @@ pub mod limit;
 pub mod message;
 pub mod names;
 mod places;
+mod pool;
 pub mod records;
 pub mod server;
 pub mod table;
@@ -24,6 +26,8 @@ mod tcp;
 pub mod upstream;
 pub mod zone;
 
+#[cfg(test)]
+mod forward_tests;
 #[cfg(test)]
 mod handler_tests;
 #[cfg(test)]

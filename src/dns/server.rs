@@ -97,8 +97,8 @@ impl Server {
         let elsewhere = if config.forward.is_empty() {
             None
         } else {
-            // A lookup is up to six sockets: three sendings to two upstreams.
-            let most = (files / 24).clamp(64, 1024);
+            // A lookup is up to twelve sockets: four sendings to each of three upstreams.
+            let most = (files / 48).clamp(64, 1024);
             let forwarder = Forwarder::new(&config.forward, most, probe.clone(), metrics.clone());
             Some(Arc::new(forwarder.map_err(io::Error::other)?))
         };
@@ -192,6 +192,9 @@ impl Server {
         let probe = self.probe.clone();
         let metrics = self.metrics.clone();
         tokio::spawn(async move { probe.watch(&metrics).await });
+        if let Some(elsewhere) = serving.handler.elsewhere.clone() {
+            tokio::spawn(async move { elsewhere.watch().await });
+        }
         let all = listen.into_iter().map(|address| self.keep(address, &serving));
         futures::future::join_all(all).await;
     }

@@ -24,11 +24,11 @@ use super::{
 use crate::metrics::DnsMetrics;
 
 /// An address of loopback for each test: a port that is free now may be another one's in a moment.
-fn at(test: u8) -> SocketAddr {
+pub(super) fn at(test: u8) -> SocketAddr {
     SocketAddr::from(([127, 0, 53, test], 5300))
 }
 
-fn config(listen: SocketAddr) -> Config {
+pub(super) fn config(listen: SocketAddr) -> Config {
     let allow = vec!["127.0.0.0/8".parse().unwrap()];
     Config {
         listen: vec![listen],
@@ -38,7 +38,7 @@ fn config(listen: SocketAddr) -> Config {
     }
 }
 
-fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
+pub(super) fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
     let server = Server::start(config, zone(), BTreeSet::new(), metrics.clone()).unwrap();
     server.publish(names.publish(true, &BTreeSet::new()));
     let begun = Instant::now();
@@ -50,7 +50,7 @@ fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
 }
 
 /// An upstream that answers as `answer` says, or not at all.
-fn upstream_that(answer: impl Fn(Message) -> Option<Message> + Send + 'static) -> SocketAddr {
+pub(super) fn upstream_that(answer: impl Fn(Message) -> Option<Message> + Send + 'static) -> SocketAddr {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let at = socket.local_addr().unwrap();
     thread::spawn(move || {

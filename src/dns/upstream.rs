@@ -4,15 +4,16 @@ use std::{
     collections::{BTreeSet, HashMap},
     net::{IpAddr, SocketAddr},
     sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use hickory_proto::{
-    op::{Message, Query},
+    op::{Header, Message, Query, ResponseCode},
     rr::{Name, RecordType},
+    serialize::binary::{BinDecodable as _, BinDecoder},
 };
 use tokio::net::UdpSocket;
 
@@ -40,15 +41,48 @@ pub struct Probe {
     loops: Mutex<HashMap<IpAddr, Instant>>,
 }
 
+/// What is known of an upstream since it was last looked at.
+#[derive(Default, Debug)]
+pub struct State {
+    down: AtomicBool,
+    /// It says that it can't or won't.
+    unwilling: AtomicBool,
+    /// Microseconds until it answered.
+    took: AtomicU32,
+}
+
+impl State {
+    /// Whether it answers, as far as is known.
+    pub fn is_good(&self) -> bool {
+        let (down, unwilling, _) = self.rank();
+        !down && !unwilling
+    }
+
+    /// The lower the sooner it is asked: the quicker one first, those that answer nothing last.
+    pub fn rank(&self) -> (bool, bool, u32) {
+        let [down, unwilling] = [&self.down, &self.unwilling].map(|is| is.load(Ordering::Relaxed));
+        (down, unwilling, self.took.load(Ordering::Relaxed))
+    }
+
+    fn note(&self, answer: Option<ResponseCode>, took: Duration) {
+        self.down.store(answer.is_none(), Ordering::Relaxed);
+        let unwilling = matches!(answer, Some(ResponseCode::Refused | ResponseCode::ServFail));
+        self.unwilling.store(unwilling, Ordering::Relaxed);
+        self.took.store(u32::try_from(took.as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
+    }
+}
+
 /// One upstream and what it is asked. A question that comes back to us shows a loop.
 #[derive(Debug)]
 struct Watched {
     upstream: SocketAddr,
+    /// The zone that it is asked for.
+    zone: Name,
     name: Name,
     /// The question has come back since it was asked.
     echoed: AtomicBool,
     looped: AtomicBool,
-    down: AtomicBool,
+    state: Arc<State>,
 }
 
 impl Probe {
@@ -57,12 +91,19 @@ impl Probe {
         let mut random = Random::default();
         let watched = upstreams.iter().map(|(zone, upstream)| Watched {
             upstream: *upstream,
+            zone: zone.clone(),
             name: question(zone, random.number()),
             echoed: AtomicBool::new(false),
             looped: AtomicBool::new(false),
-            down: AtomicBool::new(false),
+            state: Arc::default(),
         });
         Self { watched: watched.collect(), loops: Mutex::default() }
+    }
+
+    /// What is known of an upstream that is asked for a zone.
+    pub fn state(&self, zone: &Name, upstream: SocketAddr) -> Arc<State> {
+        let watched = self.watched.iter().find(|w| w.upstream == upstream && w.zone == *zone);
+        watched.map(|w| w.state.clone()).unwrap_or_default()
     }
 
     /// Whether a question is one of these; that it was asked, and by whom, is remembered.
@@ -88,7 +129,7 @@ impl Probe {
         let mut out = BTreeSet::new();
         for watched in &self.watched {
             let upstream = watched.upstream;
-            if watched.down.load(Ordering::Relaxed) {
+            if watched.state.down.load(Ordering::Relaxed) {
                 out.insert(format!("DNS upstream {upstream} does not answer"));
             }
             if watched.looped.load(Ordering::Relaxed) {
@@ -119,16 +160,17 @@ impl Watched {
     async fn watch(&self, metrics: &DnsMetrics) {
         loop {
             self.echoed.store(false, Ordering::Relaxed);
-            let answer = tokio::time::timeout(PATIENCE, self.ask(self.upstream)).await;
-            let up = matches!(answer, Ok(Ok(())));
-            metrics.upstream_up(&self.upstream.to_string(), up);
-            self.down.store(!up, Ordering::Relaxed);
+            let began = Instant::now();
+            let answer =
+                tokio::time::timeout(PATIENCE, self.ask(self.upstream)).await.ok().and_then(Result::ok);
+            metrics.upstream_up(&self.upstream.to_string(), answer.is_some());
+            self.state.note(answer, began.elapsed());
             self.looped.store(self.echoed.load(Ordering::Relaxed), Ordering::Relaxed);
             tokio::time::sleep(EVERY).await;
         }
     }
 
-    async fn ask(&self, upstream: SocketAddr) -> std::io::Result<()> {
+    async fn ask(&self, upstream: SocketAddr) -> std::io::Result<ResponseCode> {
         let mut request = Message::query();
         let id = request.metadata.id;
         request.metadata.recursion_desired = true;
@@ -143,8 +185,11 @@ impl Watched {
             socket.send(&bytes).await?;
             let read = tokio::time::timeout(PATIENCE / 3, socket.recv(&mut buffer)).await;
             match read {
-                Ok(Ok(n)) if n >= 2 && buffer[..2] == id.to_be_bytes() => return Ok(()),
-                Ok(Ok(_)) | Err(_) => {}
+                Ok(Ok(n)) => match Header::read(&mut BinDecoder::new(buffer.get(..n).unwrap_or_default())) {
+                    Ok(header) if header.metadata.id == id => return Ok(header.metadata.response_code),
+                    _ => {}
+                },
+                Err(_) => {}
                 Ok(Err(e)) => return Err(e),
             }
         }

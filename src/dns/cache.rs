@@ -1,0 +1,218 @@
+//! Answers of others, kept for as long as they say. One cache for all zones, so that its size is what was asked for.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use hickory_proto::{
+    op::{Message, MessageType, OpCode, Query, ResponseCode},
+    rr::{RData, Record, RecordType},
+};
+use moka::Expiry;
+
+use super::answer::Answer;
+
+/// A cached answer lives no longer than this, whatever its TTL says (RFC 8767, 4 recommends a cap of days; ours is for nodes).
+const LONGEST: Duration = Duration::from_secs(3600);
+/// The same of negative answers (RFC 2308, 5 recommends one to three hours at most).
+const LONGEST_NEGATIVE: Duration = Duration::from_secs(300);
+/// That nobody has answered is remembered for this long (RFC 9520, 3.2 asks for one second at least): shorter than clients wait
+/// before they ask again (resolv.conf(5): 5 s).
+const FAILURE: Duration = Duration::from_secs(2);
+/// Longer answers, in bytes as they are sent, are not kept: what the cache may take is this for each of its places.
+const LARGEST: usize = 4096;
+
+/// An answer as it was sent: a fraction of what its records take in memory.
+#[derive(Clone)]
+struct Kept {
+    bytes: Arc<[u8]>,
+    at: Instant,
+    until: Instant,
+}
+
+struct Until;
+
+impl Expiry<Query, Kept> for Until {
+    fn expire_after_create(&self, _: &Query, kept: &Kept, now: Instant) -> Option<Duration> {
+        Some(kept.until.saturating_duration_since(now))
+    }
+
+    fn expire_after_update(
+        &self,
+        _: &Query,
+        kept: &Kept,
+        now: Instant,
+        _: Option<Duration>,
+    ) -> Option<Duration> {
+        Some(kept.until.saturating_duration_since(now))
+    }
+}
+
+/// Answers by their questions.
+pub struct Cache(moka::sync::Cache<Query, Kept>);
+
+impl Cache {
+    /// For so many answers.
+    pub fn new(most: u64) -> Self {
+        Self(moka::sync::Cache::builder().max_capacity(most).expire_after(Until).build())
+    }
+
+    /// The answer to a question, its TTLs as they are by now.
+    pub fn get(&self, query: &Query, now: Instant) -> Option<Answer> {
+        let kept = self.0.get(query).filter(|kept| now < kept.until)?;
+        let message = Message::from_vec(&kept.bytes).ok()?;
+        let age = u32::try_from(now.saturating_duration_since(kept.at).as_secs()).unwrap_or(u32::MAX);
+        let aged = |mut record: Record| {
+            record.ttl = record.ttl.min(LONGEST.as_secs() as u32).saturating_sub(age);
+            record
+        };
+        Some(Answer {
+            code: message.metadata.response_code,
+            answers: message.answers.into_iter().map(aged).collect(),
+            authorities: message.authorities.into_iter().map(aged).collect(),
+            additionals: Vec::new(),
+        })
+    }
+
+    /// Keeps an answer for as long as it may be.
+    pub fn put(&self, query: Query, answer: &Answer, now: Instant) {
+        let lifetime = lifetime(query.query_type(), answer);
+        self.keep(query, answer, lifetime, now);
+    }
+
+    /// Remembers that nobody has answered.
+    pub fn put_failure(&self, query: Query, now: Instant) {
+        self.keep(query, &Answer::code(ResponseCode::ServFail), FAILURE, now);
+    }
+
+    /// How many answers there are.
+    pub fn len(&self) -> u64 {
+        // What has expired is taken out now and then only.
+        self.0.run_pending_tasks();
+        self.0.entry_count()
+    }
+
+    fn keep(&self, query: Query, answer: &Answer, lifetime: Duration, now: Instant) {
+        if lifetime.is_zero() {
+            return;
+        }
+        let mut message = Message::new(0, MessageType::Response, OpCode::Query);
+        message.metadata.response_code = answer.code;
+        message.answers.clone_from(&answer.answers);
+        message.authorities.clone_from(&answer.authorities);
+        let Ok(bytes) = message.to_vec() else { return };
+        if bytes.len() <= LARGEST {
+            self.0.insert(query, Kept { bytes: bytes.into(), at: now, until: now + lifetime });
+        }
+    }
+}
+
+/// How long an answer may be kept: nothing where it does not say so itself.
+fn lifetime(kind: RecordType, answer: &Answer) -> Duration {
+    if !matches!(answer.code, ResponseCode::NoError | ResponseCode::NXDomain) {
+        return Duration::ZERO;
+    }
+    let seconds = |n: u32| Duration::from_secs(n.into());
+    let records = answer.answers.iter().map(|record| seconds(record.ttl)).min();
+    let found = answer.answers.iter().any(|record| kind == RecordType::ANY || record.record_type() == kind);
+    if found && answer.code == ResponseCode::NoError {
+        return records.unwrap_or_default().min(LONGEST);
+    }
+    // RFC 2308, 5: what is not there is not there for as long as the zone says, and aliases lead to it for as long as they say.
+    let zone = answer.authorities.iter().find_map(|record| match &record.data {
+        RData::SOA(soa) => Some(seconds(record.ttl.min(soa.minimum))),
+        _ => None,
+    });
+    zone.into_iter().chain(records).min().unwrap_or_default().min(LONGEST_NEGATIVE)
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::rr::{
+        Name,
+        rdata::{A, CNAME, SOA},
+    };
+
+    use super::*;
+
+    fn name(text: &str) -> Name {
+        Name::from_ascii(text).unwrap()
+    }
+
+    fn query(kind: RecordType) -> Query {
+        Query::query(name("www.example."), kind)
+    }
+
+    fn address(ttl: u32) -> Record {
+        Record::from_rdata(name("www.example."), ttl, RData::A(A([192, 0, 2, 1].into())))
+    }
+
+    fn alias(ttl: u32) -> Record {
+        Record::from_rdata(name("www.example."), ttl, RData::CNAME(CNAME(name("far.example."))))
+    }
+
+    fn soa(ttl: u32, minimum: u32) -> Record {
+        let data = SOA::new(name("ns.example."), name("h.example."), 1, 1, 1, 1, minimum);
+        Record::from_rdata(name("example."), ttl, RData::SOA(data))
+    }
+
+    fn answer(code: ResponseCode, answers: &[Record], authorities: &[Record]) -> Answer {
+        Answer { code, answers: answers.into(), authorities: authorities.into(), ..Answer::default() }
+    }
+
+    #[test]
+    fn answers_live_as_long_as_they_say() {
+        use ResponseCode::{NXDomain, NoError, Refused, ServFail};
+        for (code, answers, authorities, seconds) in [
+            (NoError, vec![address(60)], vec![], 60),
+            (NoError, vec![address(100_000)], vec![], 3600),
+            (NoError, vec![address(0)], vec![], 0),
+            (NoError, vec![alias(7), address(60)], vec![soa(5, 5)], 7),
+            (NoError, vec![], vec![soa(60, 30)], 30),
+            (NoError, vec![], vec![soa(900, 900)], 300),
+            (NXDomain, vec![], vec![soa(20, 30)], 20),
+            // Who does not say how long it is not there is asked again.
+            (NXDomain, vec![], vec![], 0),
+            (NoError, vec![alias(60)], vec![soa(20, 30)], 20),
+            (NXDomain, vec![alias(10)], vec![soa(20, 30)], 10),
+            // An alias alone: where it leads to is another's to answer.
+            (NoError, vec![alias(60)], vec![], 60),
+            (ServFail, vec![], vec![soa(20, 30)], 0),
+            (Refused, vec![address(60)], vec![], 0),
+        ] {
+            let got = lifetime(RecordType::A, &answer(code, &answers, &authorities));
+            assert_eq!(got.as_secs(), seconds, "{code} {answers:?} {authorities:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_kept_grows_old_and_goes() {
+        let (cache, start) = (Cache::new(100), Instant::now());
+        let a = query(RecordType::A);
+        cache.put(a.clone(), &answer(ResponseCode::NoError, &[alias(300), address(60)], &[]), start);
+        let got = cache.get(&a, start + Duration::from_secs(10)).unwrap();
+        assert_eq!(got.answers.iter().map(|r| r.ttl).collect::<Vec<_>>(), [290, 50]);
+        assert_eq!(got.answers[1].data, address(60).data);
+        assert!(cache.get(&a, start + Duration::from_secs(60)).is_none());
+        assert!(cache.get(&query(RecordType::AAAA), start).is_none());
+        cache.put_failure(query(RecordType::AAAA), start);
+        let failed = cache.get(&query(RecordType::AAAA), start + Duration::from_secs(1)).unwrap();
+        assert_eq!(failed.code, ResponseCode::ServFail);
+        assert!(cache.get(&query(RecordType::AAAA), start + Duration::from_secs(2)).is_none());
+        assert_eq!(cache.len(), 2);
+    }
+
+    #[test]
+    fn the_cache_has_its_limits() {
+        let (cache, now) = (Cache::new(10), Instant::now());
+        let many = vec![address(60); 1000];
+        cache.put(query(RecordType::A), &answer(ResponseCode::NoError, &many, &[]), now);
+        assert!(cache.get(&query(RecordType::A), now).is_none(), "longer than is kept");
+        for i in 0..100 {
+            let query = Query::query(name(&format!("w{i}.example.")), RecordType::A);
+            cache.put(query, &answer(ResponseCode::NoError, &[address(60)], &[]), now);
+        }
+        assert!((1..=10).contains(&cache.len()), "{}", cache.len());
+    }
+}

@@ -1,0 +1,152 @@
+//! Names of others, with upstreams on loopback that count what they are asked.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, UdpSocket},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::{Name, RData, Record, RecordType, rdata::A},
+};
+
+use super::{
+    server_tests::{at, config, serve, upstream_that},
+    tests::some,
+};
+use crate::metrics::DnsMetrics;
+
+/// How often an upstream was asked for each name.
+type Asked = Arc<Mutex<BTreeMap<String, usize>>>;
+
+/// An upstream that answers as `answer` says, or not at all, and counts; what the server asks to see who is there is not counted.
+fn counting(answer: impl Fn(&Query, &mut Message) -> Option<()> + Send + 'static) -> (SocketAddr, Asked) {
+    let asked = Asked::default();
+    let count = asked.clone();
+    let at = upstream_that(move |question| {
+        let query = question.queries[0].clone();
+        let name = query.name().to_ascii();
+        if !name.starts_with("meshlb-") {
+            *count.lock().unwrap().entry(name).or_default() += 1;
+        }
+        let mut message = question.into_response();
+        answer(&query, &mut message).map(|()| message)
+    });
+    (at, asked)
+}
+
+fn refusing() -> (SocketAddr, Asked) {
+    counting(|_, answer| {
+        answer.metadata.response_code = ResponseCode::Refused;
+        Some(())
+    })
+}
+
+fn silent() -> (SocketAddr, Asked) {
+    counting(|_, _| None)
+}
+
+/// One that answers every name with an address.
+fn good() -> (SocketAddr, Asked) {
+    counting(|query, answer| {
+        answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A([192, 0, 2, 1].into()))));
+        Some(())
+    })
+}
+
+fn packets(asked: &Asked) -> usize {
+    asked.lock().unwrap().values().sum()
+}
+
+fn name(text: &str) -> Name {
+    Name::from_ascii(text).unwrap()
+}
+
+fn question(of: &str, kind: RecordType) -> Message {
+    let mut question = Message::query();
+    question.metadata.recursion_desired = true;
+    question.add_query(Query::query(name(of), kind));
+    question
+}
+
+fn ask(at: SocketAddr, of: &str, kind: RecordType) -> Message {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.connect(at).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket.send(&question(of, kind).to_vec().unwrap()).unwrap();
+    let mut buffer = [0; 4096];
+    let n = socket.recv(&mut buffer).unwrap();
+    Message::from_vec(&buffer[..n]).unwrap()
+}
+
+/// Code if not NOERROR, and the records of an answer, `+` before what is in the authority section.
+fn told(answer: &Message) -> String {
+    let code = Some(answer.metadata.response_code).filter(|code| *code != ResponseCode::NoError);
+    let code = code.map(|code| format!("{code:?}")).into_iter();
+    let record = |r: &Record| format!("{} {}", r.name, r.data);
+    let answers = answer.answers.iter().map(record);
+    let soa = answer.authorities.iter().map(|r| format!("+{}", r.name));
+    code.chain(answers).chain(soa).collect::<Vec<_>>().join(", ")
+}
+
+#[test]
+fn one_that_refuses_and_one_that_is_dead_slow_nobody() {
+    let ((refuses, refused), (dead, unheard), (good, asked)) = (refusing(), silent(), good());
+    let at = at(21);
+    let mut config = config(at);
+    config.forward.upstreams = vec![refuses, dead, good];
+    let server = serve(&config, &mut some(), &DnsMetrics::default());
+    let timed = |name: &str| {
+        let begun = Instant::now();
+        assert_eq!(told(&ask(at, name, RecordType::A)), format!("{name} 192.0.2.1"));
+        begun.elapsed()
+    };
+    // Nothing is known of them yet.
+    assert!(timed("first.example.") < Duration::from_secs(1));
+    let begun = Instant::now();
+    while server.problems() != [format!("DNS upstream {dead} does not answer")] {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", server.problems());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let before = [packets(&refused), packets(&unheard), packets(&asked)];
+    let mut took: Vec<_> = (0..20).map(|i| timed(&format!("w{i}.example."))).collect();
+    took.sort();
+    println!("of 20 lookups the slowest took {:?}", took[19]);
+    assert!(took[19] < Duration::from_millis(300), "{took:?}");
+    let after = [packets(&refused), packets(&unheard), packets(&asked)];
+    assert_eq!(after, [before[0], before[1], before[2] + 20]);
+    for _ in 0..5 {
+        timed("w7.example.");
+    }
+    assert_eq!(
+        [packets(&refused), packets(&unheard), packets(&asked)],
+        after,
+        "what is cached costs nothing"
+    );
+}
+
+#[test]
+fn where_nobody_answers_that_is_said_in_time_and_remembered() {
+    let ((one, first), (other, second)) = (refusing(), silent());
+    let at = at(22);
+    let mut config = config(at);
+    config.forward.upstreams = vec![one, other];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let begun = Instant::now();
+    assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "ServFail");
+    let took = begun.elapsed();
+    assert!(took < Duration::from_millis(4700), "{took:?}");
+    let before = [packets(&first), packets(&second)];
+    assert_eq!(before[0], 1, "who refuses is not asked again");
+    for _ in 0..5 {
+        assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "ServFail");
+    }
+    assert_eq!([packets(&first), packets(&second)], before);
+    // Not for long.
+    thread::sleep(Duration::from_millis(2100));
+    ask(at, "www.example.", RecordType::A);
+    assert_eq!(packets(&first), 2);
+}

@@ -1,0 +1,144 @@
+//! The upstreams of one zone, asked for one answer.
+
+use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::stream::{FuturesUnordered, StreamExt as _};
+use hickory_net::{
+    DnsError, NetError,
+    runtime::TokioRuntimeProvider,
+    xfer::{DnsHandle as _, FirstAnswer as _},
+};
+use hickory_proto::op::{DnsRequestOptions, DnsResponse, Query, ResponseCode};
+use hickory_resolver::{
+    NameServerPool, PoolContext, TlsConfig,
+    config::{ConnectionConfig, NameServerConfig, ResolverOpts},
+};
+
+use super::{answer::Answer, message::LARGEST_UDP, upstream::State};
+
+/// An upstream has this long for one try.
+const TRY: Duration = Duration::from_secs(2);
+/// All tries together: clients wait 5 s (resolv.conf(5)).
+const ALL: Duration = Duration::from_secs(4);
+/// Tries of an upstream that says nothing.
+const TRIES: usize = 2;
+/// Upstreams that are asked at once, the quicker ones first.
+const AT_ONCE: usize = 2;
+/// While none of them says anything one more is asked, after each of these.
+const NEXT: Duration = Duration::from_millis(400);
+/// So many at once and no more.
+const MOST: usize = 3;
+
+/// One of them. A pool of its own, since hickory-resolver takes the first answer of a pool, also one that says no more than
+/// that this upstream can't or won't (`NameServerPool::try_send`, 0.26.3).
+struct Upstream {
+    pool: NameServerPool<TokioRuntimeProvider>,
+    state: Arc<State>,
+}
+
+impl Upstream {
+    /// What it says, at its `n`-th try.
+    async fn ask(&self, query: &Query, n: usize) -> (&Self, usize, Result<Answer, Failed>) {
+        let mut options = DnsRequestOptions::default();
+        options.use_edns = true;
+        options.edns_payload_len = LARGEST_UDP;
+        options.recursion_desired = true;
+        (self, n, told(self.pool.lookup(query.clone(), options).first_answer().await))
+    }
+}
+
+/// Why an upstream gives no answer.
+enum Failed {
+    /// It says that it can't or won't.
+    Unwilling,
+    /// It says nothing.
+    Silent,
+}
+
+/// All of them.
+pub struct Upstreams(Vec<Upstream>);
+
+impl Upstreams {
+    /// Those at these addresses, of which this is known.
+    ///
+    /// # Errors
+    /// The library's.
+    pub fn new(of: impl IntoIterator<Item = (SocketAddr, Arc<State>)>) -> Result<Self, NetError> {
+        let mut options = ResolverOpts::default();
+        options.timeout = TRY;
+        options.try_tcp_on_error = true;
+        options.edns_payload_len = LARGEST_UDP;
+        options.enable_per_name_server_metrics = true;
+        let context = Arc::new(PoolContext::new(options, TlsConfig::new()?));
+        let all = of.into_iter().map(|(at, state)| {
+            // By TCP where an answer is too large for UDP.
+            let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
+                connection.port = at.port();
+                connection
+            });
+            let server = NameServerConfig::new(at.ip(), true, connections.into());
+            let provider = TokioRuntimeProvider::default();
+            Upstream { pool: NameServerPool::from_config([server], context.clone(), provider), state }
+        });
+        Ok(Self(all.collect()))
+    }
+
+    /// The first answer of one that is willing; `None` where there is none in time.
+    pub async fn ask(&self, query: &Query) -> Option<Answer> {
+        tokio::time::timeout(ALL, self.first(query)).await.ok().flatten()
+    }
+
+    async fn first(&self, query: &Query) -> Option<Answer> {
+        let mut order: Vec<&Upstream> = self.0.iter().collect();
+        order.sort_by_cached_key(|upstream| upstream.state.rank());
+        let mut waiting: VecDeque<_> = order.into_iter().map(|upstream| (upstream, 1)).collect();
+        let ask = |(upstream, n)| Upstream::ask(upstream, query, n);
+        let mut asked = FuturesUnordered::new();
+        loop {
+            // One that is known not to answer costs a try only where no other one is left.
+            while asked.len() < AT_ONCE
+                && waiting.front().is_some_and(|(next, _)| asked.is_empty() || next.state.is_good())
+            {
+                asked.extend(waiting.pop_front().map(ask));
+            }
+            tokio::select! {
+                told = asked.next(), if !asked.is_empty() => match told {
+                    Some((_, _, Ok(answer))) => return Some(answer),
+                    Some((upstream, n, Err(Failed::Silent))) if n < TRIES => waiting.push_back((upstream, n + 1)),
+                    _ => {}
+                },
+                () = tokio::time::sleep(NEXT), if !waiting.is_empty() && asked.len() < MOST => {
+                    asked.extend(waiting.pop_front().map(ask));
+                }
+                else => return None,
+            }
+        }
+    }
+}
+
+/// What an upstream has said, as it has said it.
+fn told(answer: Result<DnsResponse, NetError>) -> Result<Answer, Failed> {
+    match answer {
+        Ok(response) => {
+            let message = response.into_message();
+            let code = message.metadata.response_code;
+            if !matches!(code, ResponseCode::NoError | ResponseCode::NXDomain) {
+                return Err(Failed::Unwilling);
+            }
+            let (answers, authorities) = (message.answers, message.authorities);
+            Ok(Answer { code, answers, authorities, additionals: Vec::new() })
+        }
+        Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
+            let mut authorities = none.authorities.map(|a| a.to_vec()).unwrap_or_default();
+            if authorities.is_empty() {
+                authorities.extend(none.soa.map(|soa| soa.into_record_of_rdata()));
+            }
+            Ok(Answer { code: none.response_code, authorities, ..Answer::default() })
+        }
+        Err(NetError::Dns(_)) => Err(Failed::Unwilling),
+        Err(e) => {
+            tracing::debug!("an upstream: {e}");
+            Err(Failed::Silent)
+        }
+    }
+}
