@@ -3,10 +3,10 @@
 use std::{cell::RefCell, net::IpAddr, sync::Arc};
 
 use hickory_proto::{
-    op::ResponseCode,
+    op::{Query, ResponseCode},
     rr::{
         Name, RData, Record, RecordType,
-        rdata::{A, AAAA, HINFO, PTR, SRV},
+        rdata::{A, AAAA, CNAME, HINFO, PTR, SRV},
     },
 };
 
@@ -63,6 +63,33 @@ impl Table {
             return Some(answer);
         }
         self.short(name, kind, client)
+    }
+
+    /// The answer to a question about a name of others whose aliases (CNAME) lead to a name of ours: theirs up to there, ours
+    /// from there on, whatever they know of it. `None` where they do not lead here.
+    pub fn complete(&self, query: &Query, theirs: &Answer) -> Option<Answer> {
+        let kind = query.query_type();
+        if matches!(kind, RecordType::CNAME | RecordType::ANY) {
+            return None;
+        }
+        let mut at = query.name();
+        let mut aliases = Vec::new();
+        // No chain is longer than its records, or it goes round.
+        for _ in &theirs.answers {
+            let (alias, target) = theirs.answers.iter().find_map(|record| match &record.data {
+                RData::CNAME(CNAME(target)) if record.name == *at => Some((record, target)),
+                _ => None,
+            })?;
+            aliases.push(alias.clone());
+            if let Some(mut ours) = self.answer(target, kind, None) {
+                if ours.code != ResponseCode::ServFail {
+                    ours.answers.splice(0..0, aliases);
+                }
+                return Some(ours);
+            }
+            at = target;
+        }
+        None
     }
 
     fn in_zone(&self, name: &Name, labels: &[&[u8]], kind: RecordType) -> Answer {

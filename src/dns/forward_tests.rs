@@ -10,7 +10,10 @@ use std::{
 
 use hickory_proto::{
     op::{Message, Query, ResponseCode},
-    rr::{Name, RData, Record, RecordType, rdata::A},
+    rr::{
+        Name, RData, Record, RecordType,
+        rdata::{A, CNAME, SOA, SRV},
+    },
 };
 
 use super::{
@@ -90,6 +93,111 @@ fn told(answer: &Message) -> String {
     let answers = answer.answers.iter().map(record);
     let soa = answer.authorities.iter().map(|r| format!("+{}", r.name));
     code.chain(answers).chain(soa).collect::<Vec<_>>().join(", ")
+}
+
+/// An authority for `corp.example`, which knows nothing of our zone, whether or not it says so.
+fn corp(query: &Query, answer: &mut Message) -> Option<()> {
+    let alias = |of: &str, to: &str| Record::from_rdata(name(of), 60, RData::CNAME(CNAME(name(to))));
+    let soa = || {
+        let data = SOA::new(name("ns.corp.example."), name("h.corp.example."), 1, 1, 1, 1, 30);
+        Record::from_rdata(name("corp.example."), 30, RData::SOA(data))
+    };
+    let asked = query.name().to_ascii();
+    match asked.as_str() {
+        "vote.corp.example." => {
+            answer.add_answer(alias(&asked, "VOTE.default.mesh.internal."));
+        }
+        // In no order, and as if there were nothing.
+        "far.corp.example." => {
+            answer.add_answer(alias("step.corp.example.", "vote.default.mesh.internal."));
+            answer.add_answer(alias(&asked, "step.corp.example."));
+            answer.metadata.response_code = ResponseCode::NXDomain;
+            answer.add_authority(soa());
+        }
+        "gone.corp.example." => {
+            answer.add_answer(alias(&asked, "gone.default.mesh.internal."));
+        }
+        "_pg._tcp.corp.example." => {
+            answer.add_answer(alias(&asked, "_pg._tcp.db.default.mesh.internal."));
+        }
+        "only4.corp.example." => {
+            answer.add_answer(alias(&asked, "v4.corp.example."));
+            answer.add_authority(soa());
+        }
+        "_x._tcp.corp.example." => {
+            answer.add_answer(alias(&asked, "_y._tcp.corp.example."));
+            let data = SRV::new(0, 1, 80, name("h.corp.example."));
+            answer.add_answer(Record::from_rdata(name("_y._tcp.corp.example."), 60, RData::SRV(data)));
+        }
+        _ => {
+            answer.metadata.response_code = ResponseCode::NXDomain;
+            answer.add_authority(soa());
+        }
+    }
+    Some(())
+}
+
+#[test]
+fn aliases_of_others_lead_to_our_names() {
+    let (upstream, asked) = counting(corp);
+    let (other, _) = good();
+    let at = at(20);
+    let mut config = config(at);
+    config.forward.upstreams = vec![other];
+    config.forward.zones = vec![format!("corp.example={upstream}").parse().unwrap()];
+    let metrics = DnsMetrics::default();
+    let _server = serve(&config, &mut some(), &metrics);
+    use RecordType as T;
+    let ours = "mesh.internal.";
+    let cases = [
+        ("vote", T::A, format!("vote.corp.example. VOTE.default.{ours}, VOTE.default.{ours} 10.200.7.7")),
+        ("vote", T::AAAA, format!("vote.corp.example. VOTE.default.{ours}, +{ours}")),
+        ("vote", T::CNAME, format!("vote.corp.example. VOTE.default.{ours}")),
+        (
+            "far",
+            T::A,
+            format!(
+                "far.corp.example. step.corp.example., step.corp.example. vote.default.{ours}, vote.default.{ours} 10.200.7.7"
+            ),
+        ),
+        ("gone", T::A, format!("NXDomain, gone.corp.example. gone.default.{ours}, +{ours}")),
+        ("only4", T::AAAA, "only4.corp.example. v4.corp.example., +corp.example.".into()),
+        (
+            "_x._tcp",
+            T::SRV,
+            "_x._tcp.corp.example. _y._tcp.corp.example., _y._tcp.corp.example. 0 1 80 h.corp.example."
+                .into(),
+        ),
+        ("nothing", T::A, "NXDomain, +corp.example.".into()),
+    ];
+    for round in 0..2 {
+        for (label, kind, want) in &cases {
+            let answer = ask(at, &format!("{label}.corp.example."), *kind);
+            assert_eq!(told(&answer), *want, "{label} {kind}, round {round}");
+            assert!(!answer.metadata.authoritative);
+        }
+        let srv = ask(at, "_pg._tcp.corp.example.", T::SRV);
+        assert_eq!((srv.answers.len(), srv.additionals.len()), (3, 2), "{}", told(&srv));
+    }
+    // Each was asked once, and nothing besides.
+    let asked = asked.lock().unwrap().clone();
+    let once: Vec<_> = asked.iter().map(|(name, n)| format!("{name} {n}")).collect();
+    assert_eq!(
+        once,
+        [
+            "_pg._tcp.corp.example. 1",
+            "_x._tcp.corp.example. 1",
+            "far.corp.example. 1",
+            "gone.corp.example. 1",
+            "nothing.corp.example. 1",
+            "only4.corp.example. 1",
+            "vote.corp.example. 3",
+        ]
+    );
+    assert_eq!((metrics.cache_hits.get(), metrics.cache_misses.get()), (9, 9));
+    // Of both zones together.
+    assert_eq!(told(&ask(at, "www.example.", T::A)), "www.example. 192.0.2.1");
+    assert_eq!(metrics.cache_entries.get(), 10);
 }
 
 #[test]

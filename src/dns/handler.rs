@@ -166,7 +166,7 @@ impl<E: Elsewhere> Handler<E> {
             return code(ResponseCode::Refused);
         }
         let table = self.shared.table.load();
-        let early = !table.is_synced() && asked.began < self.patient_until;
+        let early = self.is_early(&table, asked);
         // An address of the node is many clients': none of them a pod whose namespace is known.
         let pod = (!self.shared.node.load().contains(&client)).then_some(client);
         if let Some(answer) = table.answer(name, kind, pod) {
@@ -180,21 +180,33 @@ impl<E: Elsewhere> Handler<E> {
         match &self.elsewhere {
             // Who asks us without wanting a lookup elsewhere wants what is ours.
             Some(elsewhere) if asked.request.metadata.recursion_desired => {
-                if elsewhere.is_loop(name, client) || kind == RecordType::ANY || !elsewhere.covers(name) {
+                if elsewhere.is_loop(name, client) || !elsewhere.covers(name) {
                     code(ResponseCode::Refused)
-                } else {
-                    Decision::Elsewhere
                 } else if kind == RecordType::ANY {
                     Decision::Answer(Answer::any(name), "forward")
+                } else {
+                    Decision::Elsewhere
                 }
             }
             _ => code(ResponseCode::Refused),
         }
     }
 
-    /// The answer to a question that was asked elsewhere.
-    pub fn forwarded(&self, asked: &Asked, answer: &Answer) -> Action {
-        self.reply(asked, answer, "forward", false)
+    /// The answer to a question that was asked elsewhere. What aliases of others lead to in our zone we answer ourselves.
+    pub fn forwarded(&self, asked: &Asked, answer: Answer) -> Action {
+        let table = self.shared.table.load();
+        let Some(ours) = table.complete(&asked.query, &answer) else {
+            return self.reply(asked, &answer, "forward", false);
+        };
+        if self.is_early(&table, asked) {
+            return Action::Later;
+        }
+        self.reply(asked, &ours, "forward", false)
+    }
+
+    /// Whether what is not there yet may still come in time.
+    fn is_early(&self, table: &Table, asked: &Asked) -> bool {
+        !table.is_synced() && asked.began < self.patient_until
     }
 
     fn reply(&self, asked: &Asked, answer: &Answer, from: &'static str, empty: bool) -> Action {

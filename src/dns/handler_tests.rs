@@ -10,7 +10,7 @@ use std::{
 use arc_swap::ArcSwap;
 use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
-    rr::{DNSClass, Name, RecordType},
+    rr::{DNSClass, Name, RData, Record, RecordType, rdata::CNAME},
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -273,9 +273,28 @@ fn a_forwarded_answer_is_not_ours() {
     else {
         panic!("not forwarded")
     };
-    let (answer, _) = reply(handler.forwarded(&asked, &Answer::code(ResponseCode::NXDomain)));
+    let (answer, _) = reply(handler.forwarded(&asked, Answer::code(ResponseCode::NXDomain)));
     assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
     assert!(!answer.metadata.authoritative && answer.metadata.recursion_available);
+}
+
+#[test]
+fn an_alias_to_a_name_of_ours_is_early_or_fails_as_the_name_does() {
+    let mut handler = handler(some(), 0);
+    let question = request("vote.example.", RecordType::A);
+    let target = RData::CNAME(CNAME(Name::from_ascii(VOTE).unwrap()));
+    let alias = Record::from_rdata(question.queries[0].name().clone(), 60, target);
+    let forwarded = |handler: &Handler<Others>| {
+        let action = send(handler, &question, "10.244.1.11:4000", Transport::Udp);
+        let Action::Forward(asked) = action else { panic!("not forwarded") };
+        handler.forwarded(&asked, Answer { answers: vec![alias.clone()], ..Answer::default() })
+    };
+    assert_eq!(reply(forwarded(&handler)).0.answers.len(), 2);
+    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    let (answer, _) = reply(forwarded(&handler));
+    assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::ServFail, 0));
+    handler.patient_until = Instant::now() + Duration::from_secs(60);
+    assert!(matches!(forwarded(&handler), Action::Later));
 }
 
 /// Bytes that are almost a query.
@@ -318,7 +337,7 @@ proptest! {
         HANDLER.with(|handler| {
             let action = handler.handle(&bytes, from(client), how);
             let action = match action {
-                Action::Forward(asked) => handler.forwarded(&asked, &Answer::code(ResponseCode::NXDomain)),
+                Action::Forward(asked) => handler.forwarded(&asked, Answer::code(ResponseCode::NXDomain)),
                 other => other,
             };
             if let Action::Reply(reply) = action {

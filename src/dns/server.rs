@@ -302,8 +302,10 @@ impl Asking {
                 self.runtime.spawn(async move {
                     let Some(elsewhere) = &own.handler.elsewhere else { return };
                     let answer = elsewhere.lookup(&asked.query, from.ip()).await;
-                    if let Action::Reply(reply) = own.handler.forwarded(&asked, &answer) {
-                        own.send(&reply, from);
+                    match own.handler.forwarded(&asked, answer) {
+                        Action::Reply(reply) => own.send(&reply, from),
+                        Action::Later => own.handler.metrics.limited("early"),
+                        Action::Ignore | Action::Forward(_) => {}
                     }
                 });
             }

@@ -81,7 +81,7 @@ async fn converse(mut stream: TcpStream, from: SocketAddr, handler: &Handler<For
             Action::Forward(asked) => {
                 let Some(elsewhere) = &handler.elsewhere else { return Ok(()) };
                 let answer = elsewhere.lookup(&asked.query, from.ip()).await;
-                match handler.forwarded(&asked, &answer) {
+                match handler.forwarded(&asked, answer) {
                     Action::Reply(reply) => reply,
                     _ => return Ok(()),
                 }
