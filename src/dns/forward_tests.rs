@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeMap,
-    net::{SocketAddr, UdpSocket},
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream, UdpSocket},
     sync::{Arc, Mutex},
     thread,
     time::{Duration, Instant},
@@ -52,9 +53,12 @@ fn silent() -> (SocketAddr, Asked) {
     counting(|_, _| None)
 }
 
-/// One that answers every name with an address.
+/// One that answers every name with an address; some of them take a while.
 fn good() -> (SocketAddr, Asked) {
     counting(|query, answer| {
+        if query.name().to_ascii().starts_with("slow.") {
+            thread::sleep(Duration::from_millis(1000));
+        }
         answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A([192, 0, 2, 1].into()))));
         Some(())
     })
@@ -257,4 +261,36 @@ fn where_nobody_answers_that_is_said_in_time_and_remembered() {
     thread::sleep(Duration::from_millis(2100));
     ask(at, "www.example.", RecordType::A);
     assert_eq!(packets(&first), 2);
+}
+
+#[test]
+fn a_slow_name_holds_up_no_other_of_its_connection() {
+    let (slow, _) = good();
+    let at = at(23);
+    let mut config = config(at);
+    config.forward.upstreams = vec![slow];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let mut stream = TcpStream::connect(at).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut bytes = Vec::new();
+    for of in ["slow.example.", "vote.default.mesh.internal."] {
+        let question = question(of, RecordType::A).to_vec().unwrap();
+        bytes.extend(u16::try_from(question.len()).unwrap().to_be_bytes());
+        bytes.extend(question);
+    }
+    let begun = Instant::now();
+    stream.write_all(&bytes).unwrap();
+    // What has been asked is answered, though nothing more will be.
+    stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut next = || {
+        let mut length = [0; 2];
+        stream.read_exact(&mut length).unwrap();
+        let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+        stream.read_exact(&mut answer).unwrap();
+        (told(&Message::from_vec(&answer).unwrap()), begun.elapsed())
+    };
+    let (first, at_once) = next();
+    assert_eq!(first, "vote.default.mesh.internal. 10.200.7.7");
+    assert!(at_once < Duration::from_millis(600), "{at_once:?}");
+    assert_eq!(next().0, "slow.example. 192.0.2.1");
 }

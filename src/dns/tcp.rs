@@ -7,10 +7,19 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::stream::{FuturesUnordered, StreamExt as _};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+    sync::{
+        OwnedSemaphorePermit, Semaphore,
+        mpsc::{Receiver, Sender, channel},
+    },
     time::timeout,
+    try_join,
 };
 
 use super::{
@@ -25,6 +34,9 @@ const IDLE: Duration = Duration::from_secs(10);
 const EARLY: Duration = Duration::from_secs(5);
 /// A client that does not take its answer has this long.
 const SLOW: Duration = Duration::from_secs(5);
+
+/// Questions of one connection that are answered at a time.
+const AT_ONCE: usize = 16;
 
 /// Answers connections.
 pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwarder>>, places: Arc<Places>) {
@@ -56,41 +68,88 @@ pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwar
     }
 }
 
+/// Answers the questions of a connection, several at a time and each as soon as it can be (RFC 7766, 6.2.1.1).
 async fn converse(mut stream: TcpStream, from: SocketAddr, handler: &Handler<Forwarder>) -> io::Result<()> {
     // An answer is one write.
     stream.set_nodelay(true)?;
-    let mut packet = Vec::new();
+    let (reader, writer) = stream.split();
+    let (asked, questions) = channel(1);
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    try_join!(read(reader, places, asked), answer(writer, questions, from, handler))?;
+    Ok(())
+}
+
+/// A question, and its place among those of its connection.
+type Question = (Vec<u8>, OwnedSemaphorePermit);
+
+/// Reads until the client ends. Who has asked enough at once is read no further until it has an answer.
+async fn read(mut from: ReadHalf<'_>, places: Arc<Semaphore>, to: Sender<Question>) -> io::Result<()> {
     loop {
-        let length = timeout(IDLE, stream.read_u16()).await??;
-        packet.resize(usize::from(length), 0);
-        timeout(IDLE, stream.read_exact(&mut packet)).await??;
-        let mut action = handler.handle(&packet, from, Transport::Tcp);
-        // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
-        let patience = Instant::now() + EARLY;
-        while matches!(action, Action::Later) && Instant::now() < patience {
-            tokio::time::sleep(EARLY / 50).await;
-            action = handler.handle(&packet, from, Transport::Tcp);
+        let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+        let length = match timeout(IDLE, from.read_u16()).await {
+            Ok(Ok(length)) => length,
+            // What has been asked is answered all the same.
+            Ok(Err(_)) | Err(_) => return Ok(()),
+        };
+        let mut packet = vec![0; usize::from(length)];
+        timeout(IDLE, from.read_exact(&mut packet)).await??;
+        to.send((packet, place)).await.map_err(io::Error::other)?;
+    }
+}
+
+/// Writes answers as they come, until there are no more questions.
+async fn answer(
+    mut to: WriteHalf<'_>,
+    mut questions: Receiver<Question>,
+    from: SocketAddr,
+    handler: &Handler<Forwarder>,
+) -> io::Result<()> {
+    let mut running = FuturesUnordered::new();
+    let mut more = true;
+    loop {
+        tokio::select! {
+            question = questions.recv(), if more => match question {
+                Some((packet, place)) => running.push(async move {
+                    let reply = reply(&packet, from, handler).await;
+                    drop(place);
+                    reply
+                }),
+                None => more = false,
+            },
+            Some(reply) = running.next() => {
+                // What has no answer ends the connection: silence would have the client wait.
+                let reply = reply.ok_or(io::ErrorKind::ConnectionAborted)?;
+                let length = u16::try_from(reply.len()).map_err(io::Error::other)?;
+                let mut bytes = Vec::with_capacity(reply.len() + 2);
+                bytes.extend(length.to_be_bytes());
+                bytes.extend(reply);
+                timeout(SLOW, to.write_all(&bytes)).await??;
+            }
+            else => return Ok(()),
         }
-        let reply = match action {
-            Action::Reply(reply) => reply,
-            Action::Ignore => return Ok(()),
+    }
+}
+
+/// The answer to one question.
+async fn reply(packet: &[u8], from: SocketAddr, handler: &Handler<Forwarder>) -> Option<Vec<u8>> {
+    let patience = Instant::now() + EARLY;
+    loop {
+        let action = match handler.handle(packet, from, Transport::Tcp) {
+            Action::Forward(asked) => {
+                let answer = handler.elsewhere.as_ref()?.lookup(&asked.query, from.ip()).await;
+                handler.forwarded(&asked, answer)
+            }
+            other => other,
+        };
+        match action {
+            Action::Reply(reply) => return Some(reply),
+            // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
+            Action::Later if Instant::now() < patience => tokio::time::sleep(EARLY / 50).await,
             Action::Later => {
                 handler.metrics.limited("early");
-                return Ok(());
+                return None;
             }
-            Action::Forward(asked) => {
-                let Some(elsewhere) = &handler.elsewhere else { return Ok(()) };
-                let answer = elsewhere.lookup(&asked.query, from.ip()).await;
-                match handler.forwarded(&asked, answer) {
-                    Action::Reply(reply) => reply,
-                    _ => return Ok(()),
-                }
-            }
-        };
-        let Ok(length) = u16::try_from(reply.len()) else { return Ok(()) };
-        let mut bytes = Vec::with_capacity(reply.len() + 2);
-        bytes.extend(length.to_be_bytes());
-        bytes.extend(reply);
-        timeout(SLOW, stream.write_all(&bytes)).await??;
+            Action::Ignore | Action::Forward(_) => return None,
+        }
     }
 }
