@@ -10,11 +10,19 @@ use hickory_proto::{
     op::{Message, MessageType, OpCode, Query, ResponseCode},
     rr::{Name, RData, RecordType},
 };
+use nix::sys::socket::{setsockopt, sockopt};
+
+/// Asked of the kernel, which gives twice that, or less.
+const BUFFER: usize = 1 << 20;
 
 /// A socket to ask a server on loopback.
 pub fn open(at: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind((if at.is_ipv4() { "127.0.0.1" } else { "::1" }, 0))?;
     socket.connect(at)?;
+    // Hundreds of answers at once must not be lost here: the default holds fewer than that.
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+    }
     Ok(socket)
 }
 

@@ -5,7 +5,7 @@
 //! | `serve DIR [FLAG…]` | `meshlb agent --source DIR FLAG…` without a kernel: the same source, engine and server |
 //! | `manifests DIR COUNT` | writes COUNT services with virtual IPs and five endpoints each |
 //! | `names COUNT` | their names and addresses, as a hosts file |
-//! | `storm ADDR DIR SERVICES CHANGES QUERIES SECONDS` | so many changes and queries a second: no answer may be wrong or missing |
+//! | `storm ADDR DIR SERVICES CHANGES QUERIES SECONDS` | so many changes and queries a second: no answer may be wrong, old or missing |
 //! | `latency ADDR COUNT QUERIES SECONDS` | asks for the names of COUNT services, so many a second: p50 and p99 in microseconds |
 //! | `memory DIR` | MiB that the names of the services in DIR take |
 //! | `changes ADDR DIR TIMES` | how long a change takes until it is in the answers: p50 and p99 |
