@@ -24,11 +24,14 @@ use serde_json::{Value, json};
 use super::controller::{Controller, NAMESPACE, get, manifest, prepare, until, until_condition};
 use crate::{Case, kubectl::Cluster};
 
-pub const CASES: [Case; 1] = [("requests::counted", counted)];
+pub const CASES: [Case; 2] =
+    [("requests::counted", counted), ("requests::counted_with_selectors", with_selectors)];
 
 const ACCOUNT: &str = "counted";
 const NODES: usize = 1000;
 const SERVICES: usize = 1000;
+/// Those with a selector.
+const SELECTED: usize = 200;
 
 /// Writes by what they are of, and everything else as `reads`.
 fn writes(cluster: &Cluster, from: usize) -> Result<BTreeMap<String, usize>> {
@@ -125,14 +128,42 @@ fn free_port() -> Result<u16> {
     Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-fn counted(cluster: &Cluster) -> Result<()> {
-    prepare(cluster, "counted")?;
+/// Whose requests are counted.
+fn account(cluster: &Cluster) -> Result<()> {
     cluster.apply(&format!(
         "apiVersion: v1\nkind: ServiceAccount\nmetadata: {{name: {ACCOUNT}, namespace: {NAMESPACE}}}\n---\n\
          apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRoleBinding\nmetadata: {{name: {ACCOUNT}}}\n\
          roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: cluster-admin}}\n\
          subjects: [{{kind: ServiceAccount, name: {ACCOUNT}, namespace: {NAMESPACE}}}]\n"
-    ))?;
+    ))
+}
+
+fn all_ready(cluster: &Cluster, namespace: &str, count: usize) -> Result<bool> {
+    let list = get(cluster, &["msvc", "-n", namespace])?;
+    let ready = |i: &&Value| {
+        i["status"]["conditions"]
+            .as_array()
+            .is_some_and(|c| c.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
+    };
+    Ok(list["items"].as_array().is_some_and(|items| items.iter().filter(ready).count() == count))
+}
+
+/// What is written since then, when no more comes. Events come behind.
+fn until_quiet(cluster: &Cluster, from: usize) -> Result<BTreeMap<String, usize>> {
+    let mut all = writes(cluster, from)?;
+    until("it is quiet", Duration::from_secs(120), || {
+        thread::sleep(Duration::from_secs(6));
+        let now = writes(cluster, from)?;
+        let same = others(&now) == others(&all);
+        all = now;
+        Ok(same)
+    })?;
+    Ok(all)
+}
+
+fn counted(cluster: &Cluster) -> Result<()> {
+    prepare(cluster, "counted")?;
+    account(cluster)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let access = meshlb::source::kube::config(Some(&cluster.kubeconfig()))?;
     let client = runtime.block_on(async { Client::try_from(access) })?;
@@ -154,25 +185,9 @@ fn counted(cluster: &Cluster) -> Result<()> {
         .map(|i| manifest("counted", &format!("s{i}"), "{ports: [{port: 80, publish: {}}]}"))
         .collect();
     cluster.kubectl(&["create", "-f", "-"], &all)?.good()?;
-    until("all are served", Duration::from_secs(240), || {
-        let list = get(cluster, &["msvc", "-n", "counted"])?;
-        let ready = |i: &&Value| {
-            i["status"]["conditions"]
-                .as_array()
-                .is_some_and(|c| c.iter().any(|c| c["type"] == "Ready" && c["status"] == "True"))
-        };
-        Ok(list["items"].as_array().is_some_and(|items| items.iter().filter(ready).count() == SERVICES))
-    })?;
+    until("all are served", Duration::from_secs(240), || all_ready(cluster, "counted", SERVICES))?;
     let took = begun.elapsed();
-    // Events come behind.
-    let mut creates = writes(cluster, from)?;
-    until("it is quiet", Duration::from_secs(120), || {
-        thread::sleep(Duration::from_secs(6));
-        let now = writes(cluster, from)?;
-        let same = others(&now) == others(&creates);
-        creates = now;
-        Ok(same)
-    })?;
+    let creates = until_quiet(cluster, from)?;
     println!("  1,000 services at once, 1,000 nodes: {creates:?}, all ready after {took:.1?}");
     ensure!(others(&creates) <= 2 * SERVICES + 20, "more than two writes a service: {creates:?}");
     ensure!(creates.get("patch meshservices/status") == Some(&SERVICES), "{creates:?}");
@@ -251,6 +266,85 @@ fn counted(cluster: &Cluster) -> Result<()> {
         .kubectl(&["delete", "--raw", "/apis/meshlb.dev/v1alpha1/namespaces/counted/meshservices"], "")?
         .good()?;
     clear(cluster)?;
+    cluster.kubectl(&["delete", "clusterrolebinding", ACCOUNT], "")?.good()?;
+    Ok(())
+}
+
+/// All of them, to be deleted at once: there is no kubelet that would end them.
+const PODS: &str = "/api/v1/namespaces/selected/pods?gracePeriodSeconds=0";
+
+/// Pods that run, one for each service.
+async fn make_pods(client: &Client, namespace: &str) -> Result<()> {
+    let pods: Api<k8s_openapi::api::core::v1::Pod> = Api::namespaced(client.clone(), namespace);
+    stream::iter(0..SELECTED)
+        .map(|i| {
+            let pods = &pods;
+            async move {
+                let name = format!("s{i}");
+                let pod = json!({"metadata": {"name": name, "labels": {"app": name}},
+                    "spec": {"nodeName": "serves", "containers": [{"name": "c", "image": "c"}]}});
+                pods.create(&PostParams::default(), &serde_json::from_value(pod)?).await?;
+                let ip = format!("10.244.{}.{}", i / 250, i % 250 + 1);
+                let status = json!({"status": {"phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}],
+                    "conditions": [{"type": "Ready", "status": "True"}]}});
+                pods.patch_status(&name, &PatchParams::default(), &Patch::Strategic(status)).await?;
+                anyhow::Ok(())
+            }
+        })
+        .buffer_unordered(16)
+        .try_collect()
+        .await
+}
+
+/// Services whose headless Services the controller makes, and whose EndpointSlices Kubernetes makes for these.
+fn with_selectors(cluster: &Cluster) -> Result<()> {
+    prepare(cluster, "selected")?;
+    account(cluster)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let access = meshlb::source::kube::config(Some(&cluster.kubeconfig()))?;
+    let client = runtime.block_on(async { Client::try_from(access) })?;
+    let kubeconfig = cluster.kubeconfig_of(NAMESPACE, ACCOUNT, &[])?;
+    let controller = start(cluster, kubeconfig.path(), "leader", free_port()?)?;
+    controller.until_it_says("everything has been read")?;
+    // Of a run that failed.
+    cluster.kubectl(&["delete", "--raw", PODS], "")?.good()?;
+    runtime.block_on(make_pods(&client, "selected"))?;
+
+    let from = cluster.audited();
+    let begun = Instant::now();
+    let spec = |i: usize| format!("{{selector: {{app: s{i}}}, ports: [{{port: 80, publish: {{}}}}]}}");
+    let all: String = (0..SELECTED).map(|i| manifest("selected", &format!("s{i}"), &spec(i))).collect();
+    cluster.kubectl(&["create", "-f", "-"], &all)?.good()?;
+    until("all are served", Duration::from_secs(120), || all_ready(cluster, "selected", SELECTED))?;
+    let took = begun.elapsed();
+    let creates = until_quiet(cluster, from)?;
+    println!("  200 services with a selector at once: {creates:?}, all ready after {took:.1?}");
+    ensure!(creates.get("create services") == Some(&SELECTED), "{creates:?}");
+    ensure!(!creates.contains_key("patch services"), "what was made is changed again: {creates:?}");
+    let statuses = creates.get("patch meshservices/status").copied().unwrap_or_default();
+    ensure!((SELECTED..=2 * SELECTED).contains(&statuses), "{creates:?}");
+    // Its Service, two statuses (without endpoints and with them), and the Event that the first endpoint is there.
+    ensure!(2 * others(&creates) <= 9 * SELECTED, "more than four writes and a half a service: {creates:?}");
+
+    // A label more, which the pods do not have: one Service, and the status that says so.
+    let from = cluster.audited();
+    let more = "{selector: {app: s7, tier: x}, ports: [{port: 80, publish: {}}]}";
+    cluster.apply(&manifest("selected", "s7", more))?;
+    until_condition(cluster, "selected", "s7", "Ready", "False NoEndpoints")?;
+    let change = until_quiet(cluster, from)?;
+    println!("  another selector: {change:?}");
+    ensure!(change.get("patch services") == Some(&1), "{change:?}");
+
+    // All at rest.
+    let from = cluster.audited();
+    thread::sleep(Duration::from_secs(20));
+    let rest = writes(cluster, from)?;
+    ensure!(others(&rest) == 0, "{rest:?}");
+    drop(controller);
+    cluster
+        .kubectl(&["delete", "--raw", "/apis/meshlb.dev/v1alpha1/namespaces/selected/meshservices"], "")?
+        .good()?;
+    cluster.kubectl(&["delete", "--raw", PODS], "")?.good()?;
     cluster.kubectl(&["delete", "clusterrolebinding", ACCOUNT], "")?.good()?;
     Ok(())
 }
