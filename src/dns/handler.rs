@@ -237,7 +237,8 @@ impl<E: Elsewhere> Handler<E> {
 fn may_be_ours(name: &Name, kind: RecordType) -> bool {
     let labels: Vec<&[u8]> = name.iter().take(4).collect();
     match labels[..] {
-        [_] => true,
+        // RFC 6761, 6.3: never a service's.
+        [only] => !only.eq_ignore_ascii_case(b"localhost"),
         [first, _] => first.eq_ignore_ascii_case(b"tasks"),
         [port, protocol, _] => port.starts_with(b"_") && protocol.starts_with(b"_"),
         _ => kind == RecordType::PTR && name.parse_arpa_name().is_ok(),
