@@ -110,7 +110,8 @@ impl Keeper {
             self.stale |= put(&mut state.allocations, engine.allocator().allocations());
             let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
             self.stale |= put(&mut state.served, runs.collect());
-            let dir = self.source.dir().filter(|_| self.generation.is_none());
+            // Once it is known: of a folder that was empty at the start it is when there is something in it.
+            let dir = self.source.dir().filter(|_| self.generation.is_none() || state.folder.is_none());
             if let Some(folder) = dir.and_then(crate::source::watch::filled) {
                 self.stale |= put(&mut state.folder, Some(folder));
             }
@@ -209,6 +210,11 @@ pub fn open_state(options: &Options, purpose: Purpose) -> Result<Left> {
         }
         Left { dir, stale: state.node.is_empty(), state, drains }
     };
+    // What sysctls were before us is of that start of the machine: since then they are what it makes them.
+    if !left.state.is_of_boot(&boot_id()) {
+        left.state.sysctls.clear();
+        left.state.ipvs_timeouts = None;
+    }
     left.stale |= Record::new(&options.run_dir).complete(&mut left.state);
     Ok(left)
 }

@@ -265,6 +265,7 @@ fn publish(
         compiled.not_published = Some(format!("{} {held} is held by a socket of this host", port.protocol));
         return;
     }
+    let (mut elsewhere, mut here) = (false, false);
     for &family in families {
         let Some(ingress) = inputs.config.ingress(family) else { continue };
         add_virtual_server(
@@ -280,9 +281,10 @@ fn publish(
         let empty = out.virtual_servers.get(&key).is_none_or(|vs| vs.reals.is_empty());
         if publish.mode == PublishMode::Host && empty {
             out.virtual_servers.remove(&key);
-            compiled.not_published.get_or_insert_with(|| "no endpoint on this node (mode Host)".into());
+            elsewhere = true;
             continue;
         }
+        here = true;
         let wanted = |addr: &IpAddr| publish.addresses.is_empty() || publish.addresses.contains(addr);
         let loopback: IpAddr = match family {
             Family::V4 => Ipv4Addr::LOCALHOST.into(),
@@ -305,6 +307,9 @@ fn publish(
                 out.elements.insert(Element::Loopback(family, port.protocol, n), Some(leads_to));
             }
         }
+    }
+    if elsewhere && !here {
+        compiled.not_published.get_or_insert_with(|| "no endpoint on this node (mode Host)".into());
     }
 }
 

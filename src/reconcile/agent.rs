@@ -226,7 +226,7 @@ impl<O: Observer> Agent<O> {
         if self.node_dirty {
             match self.engine.refresh_node() {
                 Ok(changed) => {
-                    self.node_dirty = false;
+                    self.node_dirty = self.engine.misses_family();
                     if changed {
                         info!(addresses = ?self.engine.facts().published_addresses, "node addresses");
                     }

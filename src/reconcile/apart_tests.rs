@@ -1,6 +1,6 @@
 //! One thing that is wrong, or can't be done, leaves all others as they should be.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use jiff::SignedDuration;
 
@@ -150,7 +150,7 @@ fn what_fails_each_time_keeps_nothing_else_from_being_done_or_looked_at() {
     assert_eq!(engine.turn(false, now()).unwrap().failures, vec![]);
     assert!(!engine.allocator().has_retired_marks());
     // What is looked at is as it was left.
-    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
+    let mut rotation = super::rotation::Rotation::new(4, 32, Duration::from_secs(1));
     assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
     kernel.lock().impossible.clear();
     turn(&mut engine, true);
@@ -190,12 +190,14 @@ fn a_family_without_an_address_of_the_node_is_not_served_and_fails_nothing() {
     let kernel = FakeKernel::default();
     let mut engine = engine(&kernel, Allocations::default());
     let v4 = facts().primary.v4;
-    {
+    let lose = |kernel: &FakeKernel| {
         let mut inner = kernel.lock();
         inner.facts.primary = PerFamily { v4, v6: None };
         inner.facts.published_addresses = v4.into_iter().collect();
         inner.facts.all_addresses = v4.into_iter().collect();
-    }
+    };
+    lose(&kernel);
+    engine.family_grace = Duration::ZERO;
     engine.refresh_node().unwrap();
     let both = Service {
         ports: vec![published(80, 8080, Some(30080))],
@@ -217,6 +219,13 @@ fn a_family_without_an_address_of_the_node_is_not_served_and_fails_nothing() {
     engine.refresh_node().unwrap();
     turn(&mut engine, true);
     assert!(addresses(&kernel).contains("fd00:244:1::11"));
+    // And is away for a moment.
+    engine.family_grace = Duration::from_secs(60);
+    lose(&kernel);
+    assert!(!engine.refresh_node().unwrap() && engine.misses_family());
+    assert_eq!(turn(&mut engine, true), Vec::<String>::new());
+    kernel.lock().facts = facts();
+    assert!(!engine.refresh_node().unwrap() && !engine.misses_family());
 }
 
 /// Connections by published ports end with the destination where nothing is to drain, and with the port.
@@ -239,7 +248,7 @@ fn published_connections_end_with_what_they_came_by() {
         let mut engine = engine(&kernel, Allocations::default());
         let vote = Service {
             ports: vec![published(80, 8080, Some(30080))],
-            drain: std::time::Duration::from_secs(drain),
+            drain: Duration::from_secs(drain),
             ..service("vote")
         };
         engine.feed([Event::Service(vote.into()), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);

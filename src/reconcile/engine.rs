@@ -14,6 +14,7 @@ mod unread;
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashSet},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -90,6 +91,10 @@ pub struct Engine {
     recover: Option<Lock>,
     merged: Merged,
     facts: NodeFacts,
+    /// Since when there has been no address of a family that there was.
+    lost: PerFamily<Instant>,
+    /// How long such a family is served on.
+    pub(super) family_grace: Duration,
     bridges: Bridges,
     /// What we wrote or read last. Only worth something while `trusted`.
     known: KernelState,
@@ -131,6 +136,8 @@ pub struct Engine {
     ours: BTreeSet<Mark>,
 }
 
+/// Addresses of IPv6 are gone while their link is down, and for a moment after it: their family is served on for so long.
+const FAMILY_GRACE: Duration = Duration::from_secs(5);
 /// After so many changes what we know of the kernel and what it should be are put together in memory again.
 const SHARE_AFTER: usize = 100;
 
@@ -158,6 +165,8 @@ impl Engine {
             snapshot: Snapshot::default(),
             merged: Merged::default(),
             facts: NodeFacts::default(),
+            lost: PerFamily::default(),
+            family_grace: FAMILY_GRACE,
             bridges: Bridges::default(),
             known: KernelState::default(),
             trusted: false,
@@ -330,7 +339,8 @@ impl Engine {
     /// # Errors
     /// When they can't be read.
     pub fn refresh_node(&mut self) -> Result<bool, Error> {
-        let facts = self.dataplane.host.facts(&self.settings.addresses)?;
+        let mut facts = self.dataplane.host.facts(&self.settings.addresses)?;
+        self.keep_families(&mut facts);
         if facts == self.facts {
             return Ok(false);
         }
@@ -339,6 +349,30 @@ impl Engine {
         self.set_base();
         self.trusted = false;
         Ok(true)
+    }
+
+    /// Whether a family that was lost may yet come back: it is to be asked for again.
+    pub fn misses_family(&self) -> bool {
+        !self.lost.is_empty()
+    }
+
+    fn keep_families(&mut self, facts: &mut NodeFacts) {
+        for family in Family::ALL {
+            let (Some(had), None) = (self.facts.primary.get(family), facts.primary.get(family)) else {
+                self.lost.set(family, None);
+                continue;
+            };
+            let since = self.lost.get(family).copied().unwrap_or_else(Instant::now);
+            if since.elapsed() >= self.family_grace {
+                self.lost.set(family, None);
+                continue;
+            }
+            self.lost.set(family, Some(since));
+            let of_family = |addr: &&IpAddr| Family::of(addr) == family;
+            facts.primary.set(family, Some(*had));
+            facts.published_addresses.extend(self.facts.published_addresses.iter().filter(of_family));
+            facts.all_addresses.extend(self.facts.all_addresses.iter().filter(of_family));
+        }
     }
 
     fn set_base(&mut self) {

@@ -121,7 +121,11 @@ impl Compiling<'_> {
         self.overdue.retain(|flows| !flows.to.iter().any(|to| goes_on(flows.protocol, flows.real, to)));
         let Some(old) = self.merged.services().get(key) else { return };
         for ((protocol, real), to) in published_flows(old) {
-            let to: BTreeSet<_> = to.into_iter().filter(|to| !goes_on(protocol, real, to)).collect();
+            // Of an address that the node has lost they go on if it comes back.
+            let here =
+                |to: &(IpAddr, u16)| to.0.is_loopback() || self.facts.published_addresses.contains(&to.0);
+            let to: BTreeSet<_> =
+                to.into_iter().filter(|to| here(to) && !goes_on(protocol, real, to)).collect();
             if protocol != Protocol::Udp && !to.is_empty() {
                 self.overdue.insert(PublishedFlows { protocol, real, to });
             }

@@ -10,7 +10,7 @@ use super::guard::sh;
 use super::healing::{full_turns, within};
 use super::support::{ADMIN, http, metric, served, start, vip, wait_until, web_on_one_node};
 use crate::check;
-use crate::client::Probe;
+use crate::client::{Flows, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::Topology;
 
@@ -20,6 +20,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("apart::left_alone_through_new_rules", &Matrix::pair(), left_alone);
     let nftables = Matrix::once().with_renderers(&[Renderer::Nftables]);
     suite.add("apart::one_family_begins_to_drop", &nftables, one_family);
+    suite.add("apart::link_down_and_up", &Matrix::pair(), link);
     suite.add("apart::cleanup_without_its_memory", &Matrix::pair(), forgotten);
 }
 
@@ -163,6 +164,38 @@ fn one_family(cx: &mut Cx) -> Result<()> {
         "for i in iptables ip6tables; do $i -P INPUT ACCEPT; $i -P FORWARD ACCEPT; $i -F INPUT; $i -F FORWARD; done",
     )?;
     Ok(())
+}
+
+/// The node's link is set down, by which its IPv6 addresses go, and up again: connections between its own pods go on.
+fn link(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone().flag("--node-ip=");
+    let (t, mut m) = web_on_one_node(cx, &["p11"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    cx.taint();
+    let mut agent = start(cx, &meshlb, &t, &m)?;
+    let flows = Family::ALL
+        .into_iter()
+        .map(|family| {
+            let probe = Probe::new(Proto::Tcp, vip(family, 80)?).within(Duration::from_secs(4));
+            Flows::start(&t.pod("p12").ns, &probe, 2, Duration::from_millis(100))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    sleep(Duration::from_millis(500));
+    sh(cx, n1, "ip link set eth0 down")?;
+    sleep(Duration::from_millis(1500));
+    let address = n1.v6;
+    sh(cx, n1, &format!("ip link set eth0 up; ip addr add {address}/64 dev eth0 nodad 2>/dev/null || true"))?;
+    sleep(Duration::from_secs(6));
+    for flow in flows.into_iter().map(Flows::stop).collect::<Result<Vec<_>>>()?.iter().flatten() {
+        ensure!(flow.errors.is_empty() && flow.exchanges > 20, "{flow:?}\n{}", agent.log_text());
+    }
+    for family in Family::ALL {
+        check::only(&t.pod("p12").connect(Proto::Tcp, vip(family, 80)?, 2)?, "p11")?;
+    }
+    ensure!(agent.alive(), "{}", agent.log_text());
+    agent.kill();
+    cx.cleanup(&t)
 }
 
 /// New connections from a pod and from outside, in both families.

@@ -282,6 +282,31 @@ fn unread(cx: &mut Cx) -> Result<()> {
     ready(n1, &mut agent)?;
     sleep(Duration::from_secs(1));
     check::same(&before, &n1.snapshot()?, "the folder is back")?;
+    served(&t, &["p11", "p12"])?;
+    agent.kill();
+    // An agent that was started before anything was in its folder knows it as well.
+    cx.cleanup(&t)?;
+    fs::remove_dir_all(n1.state_dir())?;
+    cx.will_clean(n1);
+    let late = cx.dir.join("late");
+    fs::create_dir(&late)?;
+    let mut agent = meshlb.agent(n1, &late)?;
+    agent.wait_for_log("source synced", Duration::from_secs(20))?;
+    for file in fs::read_dir(&m.dir)? {
+        let file = file?;
+        if file.file_type()?.is_file() {
+            fs::copy(file.path(), late.join(file.file_name()))?;
+        }
+    }
+    wait_until("it is served", Duration::from_secs(20), || Ok(served(&t, &["p11", "p12"]).is_ok()))?;
+    let filled = n1.snapshot()?;
+    agent.kill();
+    fs::rename(&late, cx.dir.join("late-away"))?;
+    fs::create_dir(&late)?;
+    let mut agent = meshlb.agent(n1, &late)?;
+    agent.wait_for_log("was replaced by an empty folder", Duration::from_secs(10))?;
+    sleep(Duration::from_secs(2));
+    check::same(&filled, &n1.snapshot()?, "with an empty folder in the place of one that was filled later")?;
     served(&t, &["p11", "p12"])
 }
 
