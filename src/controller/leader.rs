@@ -81,8 +81,8 @@ const WATCHED: [&str; 6] = [
     "nodes",
     "daemonsets.apps",
 ];
-/// The agents' DaemonSet has this label.
-const AGENTS: &str = "app.kubernetes.io/component=agent";
+/// The agents' DaemonSet has these labels.
+const AGENTS: &str = "app.kubernetes.io/part-of=meshlb,app.kubernetes.io/component=agent";
 
 /// Until when this controller may act as the leader.
 #[derive(Clone)]

@@ -109,6 +109,10 @@ impl Nodes {
         if before == deserted { Touched::Some(BTreeSet::new()) } else { Touched::All }
     }
 
+    fn nothing_fails(&self) -> bool {
+        self.failing.is_empty() && self.by_service.is_empty()
+    }
+
     /// Names of all MeshNodes.
     pub fn said_names(&self) -> impl Iterator<Item = &String> {
         self.said.keys()
@@ -149,6 +153,7 @@ impl Nodes {
     fn change(&mut self, name: &str, change: impl FnOnce(&mut Self)) -> Touched {
         let before = self.counts(name).cloned();
         let any = !self.counted.is_empty();
+        let well = self.nothing_fails();
         change(self);
         let after = self.counts(name).cloned();
         if before == after {
@@ -171,6 +176,7 @@ impl Nodes {
         let mut all = put(&mut self.failing, name, is(|said| said.state == State::Failing));
         all |= put(&mut self.more, name, is(|said| said.more));
         put(&mut self.counted, name, after.is_some());
+        let all = all || (self.deserted && well != self.nothing_fails());
         if all || any == self.counted.is_empty() {
             return Touched::All;
         }
@@ -180,11 +186,6 @@ impl Nodes {
 
     /// What a service's condition is to say.
     pub fn programmed(&self, key: &ServiceKey) -> Programmed {
-        if self.deserted {
-            let message =
-                "no agent is ready, so nobody programs the nodes: see the agents' DaemonSet".to_owned();
-            return Programmed { status: "Unknown", reason: "NoAgents".to_owned(), message };
-        }
         let named = self.by_service.get(key);
         let count = named.map_or(0, |names| names.difference(&self.failing).count()) + self.failing.len();
         if count > 0 {
@@ -202,6 +203,12 @@ impl Nodes {
             let s = if count == 1 { " does" } else { "s do" };
             let message = format!("{count} node{s} not serve it as it should be: {}", parts.join("; "));
             return Programmed { status: "False", reason: reason.to_owned(), message };
+        }
+        // One that says what fails is there, though it is not ready for that.
+        if self.deserted && self.nothing_fails() {
+            let message =
+                "no agent is ready, so nobody programs the nodes: see the agents' DaemonSet".to_owned();
+            return Programmed { status: "Unknown", reason: "NoAgents".to_owned(), message };
         }
         if self.counted.is_empty() {
             let message = "no agent has reported yet: kubectl get meshnodes".to_owned();
@@ -329,6 +336,11 @@ mod tests {
         assert_eq!(nodes.set_deserted(true), Touched::All);
         assert!(text(&nodes, "a").starts_with("Unknown NoAgents: no agent is ready"));
         assert_eq!(nodes.set_deserted(true), some(&[]));
+        // Not ready, since something fails: it is there.
+        assert_eq!(nodes.put_said("n2", said("n2", Whole::Serving, &["b"])), Touched::All);
+        assert!(text(&nodes, "b").starts_with("False PublishedPortHeld"));
+        assert!(text(&nodes, "a").starts_with("True"));
+        assert_eq!(nodes.put_said("n2", said("n2", Whole::Serving, &[])), Touched::All);
         assert_eq!(nodes.set_deserted(false), Touched::All);
         assert!(text(&nodes, "a").starts_with("True"));
     }

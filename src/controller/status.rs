@@ -196,8 +196,12 @@ fn served(
 /// Whether it is served, by the conditions so far and by what is known of its endpoints and nodes.
 fn ready(headless_problem: Option<&str>, conditions: &mut Conditions<'_>, known: &Known<'_>) {
     let (endpoints, programmed) = (&known.endpoints, &known.programmed);
-    let allocated = conditions.new.iter().find(|c| c.type_ == "Allocated" && c.status == "False");
-    if let Some(reason) = allocated.map(|c| c.reason.clone()) {
+    let allocated = conditions.new.iter().find(|c| c.type_ == "Allocated");
+    let missing = match allocated {
+        None => Some("NotAllocated".to_owned()),
+        Some(c) => (c.status != "True").then(|| c.reason.clone()),
+    };
+    if let Some(reason) = missing {
         conditions.set("Ready", false, &reason, "not all that was asked for is allocated");
     } else if let Some(problem) = headless_problem {
         conditions.set("Ready", false, "HeadlessServiceFailed", problem);

@@ -83,6 +83,8 @@ const REALS_TIME: Duration = Duration::from_millis(3);
 /// notice those that come later.
 const BLOCKED_EVERY: u32 = 5;
 const LATE_EVERY: u32 = 30;
+/// What is found changed again so soon after it was put back is somebody's who goes on.
+const AT_ONCE_AGAIN: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
@@ -97,6 +99,10 @@ pub struct Agent<O> {
     oldest: Option<Instant>,
     backoff: Duration,
     retry_at: Option<Instant>,
+    /// What others have changed is to be put back now, whatever fails besides.
+    heal_now: bool,
+    /// What was healed last, and when: what comes back at once has to wait for the next retry.
+    healed: Option<(String, Instant)>,
     next_resync: Instant,
     next_probe: Instant,
     probes: u32,
@@ -129,6 +135,8 @@ impl<O: Observer> Agent<O> {
             oldest: None,
             backoff: BACKOFF_FIRST,
             retry_at: None,
+            heal_now: false,
+            healed: None,
             next_resync: now + pace.resync,
             next_probe: now + pace.probe,
             probes: 0,
@@ -254,7 +262,8 @@ impl<O: Observer> Agent<O> {
         if self.retry_at.is_some() && may_retry && !self.engine.failing().is_empty() {
             self.engine.distrust();
         }
-        if (self.engine.is_dirty() || self.engine.needs_full()) && (may_retry || self.engine.is_dirty()) {
+        let now = std::mem::take(&mut self.heal_now) || may_retry || self.engine.is_dirty();
+        if (self.engine.is_dirty() || self.engine.needs_full()) && now {
             self.turn();
         }
     }
@@ -313,7 +322,8 @@ impl<O: Observer> Agent<O> {
                 self.complain(&format!("and {} more changes failed", lines.len() - 10));
             }
             // What others change does not put it off.
-            if full || self.engine.needs_full() || self.retry_at.is_none() {
+            let due = self.retry_at.is_none_or(|at| start >= at);
+            if self.engine.needs_full() || due {
                 self.back_off();
             }
         }
@@ -394,6 +404,12 @@ impl<O: Observer> Agent<O> {
             Ok(Some(what)) => {
                 warn!("healing: {what}");
                 self.observer.drift(&what);
+                let again = self
+                    .healed
+                    .as_ref()
+                    .is_some_and(|(last, at)| *last == what && at.elapsed() < AT_ONCE_AGAIN);
+                self.heal_now = !again;
+                self.healed = Some((what, Instant::now()));
                 self.engine.distrust();
             }
             Err(e) => {

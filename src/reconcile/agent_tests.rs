@@ -171,3 +171,34 @@ fn what_the_cheap_look_finds_is_healed_and_a_failed_look_is_repeated() {
     }
     agent.stop();
 }
+
+#[test]
+fn what_is_taken_away_is_put_back_at_once_though_something_fails_each_time() {
+    let kernel = FakeKernel::default();
+    kernel.lock().impossible.push("scheduler lc".into());
+    let agent = run(&kernel, vote);
+    let odd = crate::model::service::Service {
+        ports: vec![crate::model::fixtures::port(90, 8080)],
+        scheduler: crate::model::service::Scheduler { name: "lc".into(), flags: 0 },
+        ..crate::model::fixtures::service("odd")
+    };
+    let events = vec![crate::model::snapshot::Event::Service(odd.into()), endpoints("odd", &["10.244.1.15"])];
+    agent.inputs.send(Input::Events(events, Instant::now())).unwrap();
+    agent.inputs.send(Input::Synced(Unread::default())).unwrap();
+    // By then the next try of what fails is seconds away.
+    agent.until("several tries", |told| {
+        told.turns.iter().filter(|(_, _, failures)| *failures > 0).count() >= 6
+    });
+    let whole = kernel.lock().state.elements.clone();
+    {
+        let mut inner = kernel.lock();
+        inner.state.elements.clear();
+        inner.changed = Some("all of it".into());
+    }
+    let begun = Instant::now();
+    while kernel.lock().state.elements != whole {
+        assert!(begun.elapsed() < Duration::from_millis(1500), "not put back");
+        thread::sleep(Duration::from_millis(5));
+    }
+    agent.stop();
+}

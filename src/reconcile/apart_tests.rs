@@ -194,7 +194,7 @@ fn a_family_without_an_address_of_the_node_is_not_served_and_fails_nothing() {
         let mut inner = kernel.lock();
         inner.facts.primary = PerFamily { v4, v6: None };
         inner.facts.published_addresses = v4.into_iter().collect();
-        inner.facts.all_addresses = v4.into_iter().collect();
+        inner.facts.all_addresses.retain(std::net::IpAddr::is_ipv4);
     };
     lose(&kernel);
     engine.family_grace = Duration::ZERO;
@@ -232,7 +232,25 @@ fn a_family_without_an_address_of_the_node_is_not_served_and_fails_nothing() {
 #[test]
 fn published_connections_end_with_what_they_came_by() {
     type Edit = fn(&mut Engine);
-    let edits: [(&str, u64, Edit, bool); 4] = [
+    let local = |e: &mut Engine| {
+        let vote = Service {
+            ports: vec![published(80, 8080, Some(30080))],
+            external_policy: crate::model::service::TrafficPolicy::Local,
+            ..service("vote")
+        };
+        e.feed([Event::Service(vote.into())]);
+    };
+    let renamed = |e: &mut Engine| {
+        e.feed([
+            Event::ServiceGone(key("vote")),
+            service_with("aaa", published(80, 8080, Some(30080))),
+            endpoints("aaa", &["10.244.1.11", "10.244.1.12"]),
+        ]);
+    };
+    let edits: [(&str, u64, Edit, bool); 7] = [
+        ("the external policy", 30, local, false),
+        ("the name", 30, renamed, false),
+        ("the number", 30, |e| e.feed([service_with("vote", published(80, 8080, Some(30081)))]), false),
         ("an endpoint without a drain", 0, |e| e.feed([endpoints("vote", &["10.244.1.11"])]), true),
         ("the service", 30, |e| e.feed([Event::ServiceGone(key("vote"))]), true),
         ("another endpoint", 0, |e| e.feed([endpoints("vote", &["10.244.1.12"])]), false),
@@ -271,4 +289,32 @@ fn published_connections_end_with_what_they_came_by() {
         // Once.
         assert!(!engine.turn(true, now()).unwrap().ops.iter().any(|op| matches!(op, Op::CutFlows(_))));
     }
+}
+
+/// The same where it went while no agent ran.
+#[test]
+fn published_connections_end_that_an_earlier_run_left() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let cut = |ops: &[Op]| -> Vec<String> {
+        let flows = ops.iter().filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None });
+        flows.map(|flows| flows.real.to_string()).collect()
+    };
+    let mut second = after_a_restart(&kernel, &first);
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30080))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+    ]);
+    second.synced(Unread::default());
+    assert_eq!(cut(&second.turn(true, now()).unwrap().ops), Vec::<String>::new());
+    let mut third = after_a_restart(&kernel, &second);
+    let no_drain =
+        Service { ports: vec![published(80, 8080, Some(30080))], drain: Duration::ZERO, ..service("vote") };
+    third.feed([Event::Service(no_drain.into()), endpoints("vote", &["10.244.1.11"])]);
+    third.synced(Unread::default());
+    assert_eq!(cut(&third.turn(true, now()).unwrap().ops), ["10.244.1.12:8080"]);
+    let mut last = after_a_restart(&kernel, &third);
+    last.synced(Unread::default());
+    assert_eq!(cut(&last.turn(true, now()).unwrap().ops), ["10.244.1.11:8080"]);
 }

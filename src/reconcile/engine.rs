@@ -8,6 +8,7 @@ mod known;
 mod lasting;
 mod marks;
 mod ports;
+mod published;
 mod recover;
 mod unread;
 
@@ -471,6 +472,9 @@ impl Engine {
         }
         self.share();
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
+        if first {
+            self.note_unwanted(seen.as_ref().unwrap_or(&observed));
+        }
         // First of all: the rules that guard their addresses may be about to go.
         let mut ops = self.earlier_routes()?;
         ops.extend(plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed)));
@@ -581,7 +585,7 @@ impl Engine {
         if ops.len() > SHARE_AFTER {
             self.share();
         }
-        if !failures.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
+        if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
             self.dirty.extend(self.allocator.commit());
             self.generation += 1;
         }

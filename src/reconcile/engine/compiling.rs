@@ -11,7 +11,11 @@ use std::{
 use jiff::Timestamp;
 use tracing::debug;
 
-use super::{Engine, Served, Settings, drains::published_flows, marks::Others};
+use super::{
+    Engine, Served, Settings,
+    marks::Others,
+    published::{Published, let_go, published},
+};
 use crate::{
     allocate::Allocator,
     compile::{
@@ -69,13 +73,14 @@ impl Compiling<'_> {
 
     fn run(mut self, dirty: BTreeSet<ServiceKey>, now: Timestamp) -> Touched {
         let mut touched = Touched::default();
-        for key in dirty {
-            let compiled = self.compile(&key, now);
-            self.remember_drains(&key, compiled.as_deref());
-            self.cut(&key, compiled.as_deref());
+        for key in &dirty {
+            let compiled = self.compile(key, now);
+            self.remember_drains(key, compiled.as_deref());
+            self.cut(key, compiled.as_deref());
             self.let_go(compiled.as_deref());
-            self.merged.replace(&key, compiled, &mut touched);
+            self.merged.replace(key, compiled, &mut touched);
         }
+        self.spare(&dirty);
         touched
     }
 
@@ -111,25 +116,34 @@ impl Compiling<'_> {
         }
     }
 
-    /// Connections by published ports to a destination that the service let go of, or by a number that it no longer has, are cut
-    /// with the next changes. UDP flows are found by the plan.
+    /// Connections by published ports to a destination that the service let go of, or by a port that is no longer published, are
+    /// cut with the next changes. UDP flows are found by the plan.
     fn cut(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
-        let now = new.map(published_flows).unwrap_or_default();
-        let goes_on = |protocol, real, to: &(IpAddr, u16)| {
-            now.get(&(protocol, real)).is_some_and(|still| still.contains(to))
-        };
-        self.overdue.retain(|flows| !flows.to.iter().any(|to| goes_on(flows.protocol, flows.real, to)));
         let Some(old) = self.merged.services().get(key) else { return };
-        for ((protocol, real), to) in published_flows(old) {
-            // Of an address that the node has lost they go on if it comes back.
-            let here =
-                |to: &(IpAddr, u16)| to.0.is_loopback() || self.facts.published_addresses.contains(&to.0);
-            let to: BTreeSet<_> =
-                to.into_iter().filter(|to| here(to) && !goes_on(protocol, real, to)).collect();
-            if protocol != Protocol::Udp && !to.is_empty() {
-                self.overdue.insert(PublishedFlows { protocol, real, to });
-            }
+        // Of an address that the node has lost they go on if it comes back.
+        let here = |to: &(IpAddr, u16)| to.0.is_loopback() || self.facts.published_addresses.contains(&to.0);
+        let flows = let_go(old, new).into_iter().filter_map(|flows| {
+            let to: BTreeSet<_> = flows.to.into_iter().filter(here).collect();
+            (!to.is_empty()).then_some(PublishedFlows { to, ..flows })
+        });
+        let flows: Vec<_> = flows.collect();
+        self.overdue.extend(flows);
+    }
+
+    /// What these services go on with is not cut, though another one has let go of it.
+    fn spare(&mut self, compiled: &BTreeSet<ServiceKey>) {
+        if self.overdue.is_empty() {
+            return;
         }
+        let services = compiled.iter().filter_map(|key| self.merged.services().get(key));
+        let published: Vec<Published> = services.flat_map(|service| published(service)).collect();
+        let all = std::mem::take(self.overdue);
+        self.overdue.extend(all.into_iter().filter_map(|flows| {
+            let goes_on =
+                |to: &(IpAddr, u16)| published.iter().any(|p| p.has(flows.protocol, &flows.real, to));
+            let to: BTreeSet<_> = flows.to.iter().filter(|to| !goes_on(to)).copied().collect();
+            (!to.is_empty()).then_some(PublishedFlows { to, ..flows })
+        }));
     }
 
     fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {

@@ -1,22 +1,16 @@
 //! Endpoints that are gone finish their connections.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
-use super::Engine;
+use super::{Engine, published::published};
 use crate::{
-    compile::{
-        CompiledService,
-        service::{Drains, ports_from},
-    },
+    compile::service::{Drains, ports_from},
     dataplane::{Error, executor::Failure},
     model::{
         ids::{Family, Protocol, Scope},
-        kernel::{Element, PublishedFlows, RealServerKey, UdpFlows, VirtualServerKey},
+        kernel::{PublishedFlows, RealServerKey, UdpFlows, VirtualServerKey},
     },
     plan::Op,
 };
@@ -115,9 +109,9 @@ impl Engine {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
-        for (protocol, to) in published_by(service, vs) {
-            flows.protocol = protocol;
-            flows.to.insert(to);
+        for port in published(service).into_iter().filter(|port| port.mark == Some(vs.mark)) {
+            flows.protocol = port.protocol;
+            flows.to.extend(port.to.into_iter().filter(|(addr, _)| Family::of(addr) == family));
         }
         for port in &service.ports {
             let leads = |scope| port.marks.get(&scope) == Some(&vs.mark);
@@ -138,42 +132,4 @@ impl Engine {
     pub fn next_drain(&self) -> Option<Timestamp> {
         self.drains.values().min().copied()
     }
-}
-
-/// What clients from outside connect to that leads to an IPVS service, by the entries and not by where they lead now: without a
-/// destination that takes new connections that is nowhere.
-fn published_by(
-    service: &CompiledService,
-    vs: VirtualServerKey,
-) -> impl Iterator<Item = (Protocol, (IpAddr, u16))> {
-    let ports: Vec<_> =
-        service.ports.iter().filter(|port| port.marks.get(&Scope::Ingress) == Some(&vs.mark)).collect();
-    let elements = service.elements.keys().filter(move |element| element.family() == vs.family);
-    elements.filter_map(move |element| {
-        let (addr, protocol, port) = match element {
-            Element::Published(t) => (t.addr, t.protocol, t.port),
-            Element::Loopback(Family::V4, protocol, port) => (Ipv4Addr::LOCALHOST.into(), *protocol, *port),
-            Element::Loopback(Family::V6, protocol, port) => (Ipv6Addr::LOCALHOST.into(), *protocol, *port),
-            _ => return None,
-        };
-        ports.iter().any(|of| of.publishes(element)).then_some((protocol, (addr, port)))
-    })
-}
-
-/// Connections by published ports, by the real server that they may be to.
-pub(super) fn published_flows(
-    service: &CompiledService,
-) -> BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> {
-    let mut out: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
-    if service.ports.iter().all(|port| port.published.is_none()) {
-        return out;
-    }
-    let mut by_server = BTreeMap::new();
-    for (vs, real) in service.reals.keys() {
-        let to = by_server.entry(*vs).or_insert_with(|| published_by(service, *vs).collect::<Vec<_>>());
-        for (protocol, to) in to.iter() {
-            out.entry((*protocol, *real)).or_default().insert(*to);
-        }
-    }
-    out
 }

@@ -39,8 +39,10 @@ fn is_apart(op: &Op) -> bool {
         | Op::PutRoute(_)
         | Op::DelRoute(..)
         | Op::Ipvs(_)
-        | Op::Element(_) => true,
-        Op::Install { .. } | Op::RemoveLeftovers(_) | Op::ForgetUdp(_) | Op::CutFlows(_) => false,
+        | Op::Element(_)
+        // Nothing of it is in what is looked at.
+        | Op::RemoveLeftovers(_) => true,
+        Op::Install { .. } | Op::ForgetUdp(_) | Op::CutFlows(_) => false,
     }
 }
 

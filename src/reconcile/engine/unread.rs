@@ -59,12 +59,13 @@ impl Engine {
 
     /// What is in the kernel for services that are left alone, where these are the IPVS services that it has.
     fn left_alone(&self, servers: &HashMap<VirtualServerKey, VirtualServer>) -> LeftAlone {
-        let marks: BTreeSet<Mark> =
-            self.held.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
+        // One that has turned up elsewhere meanwhile is held no longer.
+        let held = || self.held.iter().filter(|key| !self.snapshot.services().contains_key(*key));
+        let marks: BTreeSet<Mark> = held().flat_map(|key| self.allocator.remembered_marks(key)).collect();
         let theirs = servers.iter().filter(|(key, _)| marks.contains(&key.mark));
         let endpoints = theirs.flat_map(|(_, server)| server.reals.keys().map(|real| real.addr)).collect();
-        let remembered = self.held.iter().flat_map(|key| self.allocator.remembered_ports(key));
-        let served = self.held.iter().filter_map(|key| self.served.get(key)).flatten().copied();
+        let remembered = held().flat_map(|key| self.allocator.remembered_ports(key));
+        let served = held().filter_map(|key| self.served.get(key)).flatten().copied();
         LeftAlone { marks, endpoints, ports: remembered.chain(served).collect() }
     }
 

@@ -194,6 +194,10 @@ fn beside(cx: &mut Cx, mode: &'static str) -> Result<()> {
     let mut bed = Bed::without_agents(cx)?;
     bed.add_flag("--resync=10");
     let t = bed.t.clone();
+    // As by a default route, which the bed's nodes have not: a node's own connection to a ClusterIP needs one before NAT sees it.
+    for node in &t.nodes {
+        node.run(&["ip", "route", "add", "10.96.0.0/16", "dev", "eth0"])?.ok()?;
+    }
     let objects = [
         core_service("web", NODE_PORT, "Cluster"),
         core_service("near", LOCAL_NODE_PORT, "Local"),
