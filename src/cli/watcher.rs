@@ -172,7 +172,10 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
-        self.dns.begin(engine);
+        // After a restart what is answered is there already; on a kernel without anything of ours it has yet to come.
+        if !engine.found_nothing() {
+            self.dns.begin(engine);
+        }
         match self.save(engine) {
             // Endpoints that are gone must not stay because a disk is full.
             Err(_) if self.keeper.on_disk() => Ok(()),

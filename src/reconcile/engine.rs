@@ -35,7 +35,7 @@ use crate::{
         service::{Drains, Kept},
     },
     dataplane::{
-        AddressRules, Error,
+        AddressRules, Error, ProgramState,
         executor::{Dataplane, Failure},
         host::{REQUIRED, Required, When},
     },
@@ -114,6 +114,8 @@ pub struct Engine {
     full: bool,
     /// Whether the kernel has been looked at.
     looked: bool,
+    /// Whether there was nothing of ours in it then.
+    bare: bool,
     /// Connections by published ports that a service has let go of, and that conntrack would go on with.
     overdue: BTreeSet<PublishedFlows>,
     /// What could not be taken out of conntrack; no comparison finds it again.
@@ -179,6 +181,7 @@ impl Engine {
             failing: Vec::new(),
             full: false,
             looked: false,
+            bare: false,
             overdue: BTreeSet::new(),
             flows_left: Vec::new(),
             flows_tried: 0,
@@ -264,6 +267,11 @@ impl Engine {
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// Whether the kernel had nothing of ours when it was first looked at, as after a start of the machine.
+    pub fn found_nothing(&self) -> bool {
+        self.bare
     }
 
     /// Takes in what the source knows of this node, as far as it was not given. The next [`Self::refresh_node`] goes by its
@@ -537,8 +545,11 @@ impl Engine {
         } else {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
-        if !std::mem::replace(&mut self.looked, true) && !self.unread.is_empty() {
-            self.keep_unread(observed);
+        if !std::mem::replace(&mut self.looked, true) {
+            self.bare = matches!(observed.program, ProgramState::Absent);
+            if !self.unread.is_empty() {
+                self.keep_unread(observed);
+            }
         }
         for (key, server) in &observed.virtual_servers {
             let Some(owner) = self.merged.owner(key.mark) else { continue };
