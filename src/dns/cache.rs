@@ -81,9 +81,15 @@ impl Cache {
         self.keep(query, answer, lifetime, now);
     }
 
-    /// Remembers that nobody has answered.
-    pub fn put_failure(&self, query: Query, now: Instant) {
-        self.keep(query, &Answer::code(ResponseCode::ServFail), FAILURE, now);
+    /// What is answered where nobody has answered a lookup, which is remembered: what another lookup has found meanwhile, as long
+    /// as that may be kept, else a failure.
+    pub fn put_failure(&self, query: Query, now: Instant) -> Answer {
+        if let Some(good) = self.get(&query, now).filter(|answer| answer.code != ResponseCode::ServFail) {
+            return good;
+        }
+        let failure = Answer::code(ResponseCode::ServFail);
+        self.keep(query, &failure, FAILURE, now);
+        failure
     }
 
     /// How many answers there are.
@@ -201,6 +207,25 @@ mod tests {
         assert_eq!(failed.code, ResponseCode::ServFail);
         assert!(cache.get(&query(RecordType::AAAA), start + Duration::from_secs(2)).is_none());
         assert_eq!(cache.len(), 2);
+    }
+
+    #[test]
+    fn a_failure_takes_the_place_of_no_answer_that_still_holds() {
+        let (cache, start) = (Cache::new(100), Instant::now());
+        let after = |seconds| start + Duration::from_secs(seconds);
+        let a = || query(RecordType::A);
+        assert_eq!(cache.put_failure(a(), start).code, ResponseCode::ServFail);
+        cache.put(a(), &answer(ResponseCode::NoError, &[address(60)], &[]), after(1));
+        // Another lookup of the same name fails later.
+        assert_eq!(cache.put_failure(a(), after(3)).answers[0].data, address(60).data);
+        assert_eq!(cache.get(&a(), after(4)).unwrap().answers.len(), 1);
+        assert_eq!(cache.put_failure(a(), after(61)).code, ResponseCode::ServFail);
+        assert_eq!(cache.get(&a(), after(62)).unwrap().code, ResponseCode::ServFail);
+        // That there is nothing is an answer, too.
+        let none = || query(RecordType::AAAA);
+        cache.put(none(), &answer(ResponseCode::NXDomain, &[], &[soa(20, 30)]), start);
+        assert_eq!(cache.put_failure(none(), after(1)).code, ResponseCode::NXDomain);
+        assert_eq!(cache.get(&none(), after(2)).unwrap().code, ResponseCode::NXDomain);
     }
 
     #[test]

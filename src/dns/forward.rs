@@ -176,8 +176,8 @@ impl Forwarder {
             }
             None => {
                 tracing::debug!("{}: no upstream answers", query.name());
-                self.cache.put_failure(query, now);
-                Answer::code(ResponseCode::ServFail)
+                // Another lookup of it may have had more luck.
+                self.cache.put_failure(query, now)
             }
         };
         self.count();

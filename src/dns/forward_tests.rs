@@ -294,3 +294,38 @@ fn a_slow_name_holds_up_no_other_of_its_connection() {
     assert!(at_once < Duration::from_millis(600), "{at_once:?}");
     assert_eq!(next().0, "slow.example. 192.0.2.1");
 }
+
+/// Of two lookups of a name the first fails last.
+#[test]
+fn a_late_failure_is_not_the_answer_where_there_is_one() {
+    let refused = Mutex::new(false);
+    let (moody, asked) = counting(move |query, answer| {
+        // It will not, the first time.
+        if query.name().to_ascii() == "www.example." && !std::mem::replace(&mut *refused.lock().unwrap(), true) {
+            answer.metadata.response_code = ResponseCode::Refused;
+            return Some(());
+        }
+        answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A([192, 0, 2, 1].into()))));
+        Some(())
+    });
+    let (dead, _) = silent();
+    let at = at(24);
+    let mut config = config(at);
+    config.forward.upstreams = vec![moody, dead];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let www = || told(&ask(at, "www.example.", RecordType::A));
+    let good = "www.example. 192.0.2.1";
+    thread::scope(|scope| {
+        let begun = Instant::now();
+        let first = scope.spawn(www);
+        while packets(&asked) == 0 {
+            assert!(begun.elapsed() < Duration::from_secs(3), "the upstream is not asked");
+            thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(www(), good);
+        assert_eq!(first.join().unwrap(), good);
+        assert!(begun.elapsed() > Duration::from_secs(3), "the first one did not fail");
+    });
+    assert_eq!(www(), good);
+    assert_eq!(packets(&asked), 2);
+}
