@@ -14,7 +14,7 @@ use super::{
     choice::{Addresses, Random},
     records::{Main, PortNames, ServiceNames},
     table::{Table, name_key},
-    zone::{NEGATIVE_TTL, Zone},
+    zone::{NEGATIVE_TTL, Zone, is_localhost, is_of_top_level},
 };
 use crate::model::{ids::Family, service::DnsAnswer};
 
@@ -283,11 +283,11 @@ impl Table {
     }
 
     /// Names without the zone, as a pod of a namespace may use them for services of that namespace: only those that are
-    /// there, since every other one belongs to the rest of the world.
+    /// there, since every other one belongs to the rest of the world, as some do whatever is there.
     fn short(&self, name: &Name, kind: RecordType, client: Option<IpAddr>) -> Option<Answer> {
         let labels: Vec<&[u8]> = name.iter().take(4).collect();
         let (service, before) = labels.split_last()?;
-        if before.len() > 2 || !self.synced {
+        if before.len() > 2 || !self.synced || is_localhost(name) || is_of_top_level(name, kind) {
             return None;
         }
         let namespace = self.namespace_of(client?)?;

@@ -12,14 +12,20 @@ use hickory_proto::{
     op::{Query, ResponseCode},
     rr::{
         Name, RData, Record, RecordType,
-        domain::usage::{IN_ADDR_ARPA_127, INVALID, IP6_ARPA_1, LOCALHOST, ONION},
+        domain::usage::{INVALID, LOCALHOST, ONION},
         rdata::{A, AAAA, PTR},
     },
 };
 
 use super::{
-    answer::Answer, cache::Cache, counted::Counted, handler::Elsewhere, places::Places, pool::Upstreams,
+    answer::Answer,
+    cache::Cache,
+    counted::Counted,
+    handler::Elsewhere,
+    places::Places,
+    pool::Upstreams,
     upstream::Probe,
+    zone::{is_localhost, is_loopback},
 };
 use crate::metrics::DnsMetrics;
 
@@ -213,8 +219,8 @@ fn special(query: &Query) -> Option<Answer> {
     if INVALID.zone_of(name) || ONION.zone_of(name) {
         return Some(Answer::code(ResponseCode::NXDomain));
     }
-    let pointer = IN_ADDR_ARPA_127.zone_of(name) || IP6_ARPA_1.zone_of(name);
-    if !pointer && !LOCALHOST.zone_of(name) {
+    let pointer = is_loopback(name);
+    if !pointer && !is_localhost(name) {
         return None;
     }
     let data = match kind {

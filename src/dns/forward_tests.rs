@@ -301,7 +301,9 @@ fn a_late_failure_is_not_the_answer_where_there_is_one() {
     let refused = Mutex::new(false);
     let (moody, asked) = counting(move |query, answer| {
         // It will not, the first time.
-        if query.name().to_ascii() == "www.example." && !std::mem::replace(&mut *refused.lock().unwrap(), true) {
+        if query.name().to_ascii() == "www.example."
+            && !std::mem::replace(&mut *refused.lock().unwrap(), true)
+        {
             answer.metadata.response_code = ResponseCode::Refused;
             return Some(());
         }

@@ -18,6 +18,7 @@ use super::{
     limit::{Allowed, Rate},
     message::{self, LARGEST_UDP, PLAIN_UDP, Packet, Shape},
     table::Table,
+    zone::{is_localhost, is_loopback, is_of_top_level},
 };
 use crate::metrics::DnsMetrics;
 
@@ -172,7 +173,7 @@ impl<E: Elsewhere> Handler<E> {
         if let Some(answer) = table.answer(name, kind, pod) {
             return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
         }
-        if !table.is_synced() && may_be_ours(name, kind) {
+        if !table.is_synced() && may_be_ours(name, kind, pod.is_some()) {
             // What others say of it would be taken for the truth, too.
             let failed = || Decision::Answer(Answer::code(ResponseCode::ServFail), "mesh");
             return if early { Decision::TooEarly } else { failed() };
@@ -232,15 +233,17 @@ impl<E: Elsewhere> Handler<E> {
     }
 }
 
-/// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name, as far as it
-/// can't be one of the world's, or the name of a pod's address.
-fn may_be_ours(name: &Name, kind: RecordType) -> bool {
+/// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name that `a_pod` may
+/// have asked for, as far as it can't be one of the world's, or the name of a pod's address.
+fn may_be_ours(name: &Name, kind: RecordType, a_pod: bool) -> bool {
+    if is_localhost(name) || is_loopback(name) || is_of_top_level(name, kind) {
+        return false;
+    }
     let labels: Vec<&[u8]> = name.iter().take(4).collect();
     match labels[..] {
-        // RFC 6761, 6.3: never a service's.
-        [only] => !only.eq_ignore_ascii_case(b"localhost"),
-        [first, _] => first.eq_ignore_ascii_case(b"tasks"),
-        [port, protocol, _] => port.starts_with(b"_") && protocol.starts_with(b"_"),
+        [_] => a_pod,
+        [first, _] => a_pod && first.eq_ignore_ascii_case(b"tasks"),
+        [port, protocol, _] => a_pod && port.starts_with(b"_") && protocol.starts_with(b"_"),
         _ => kind == RecordType::PTR && name.parse_arpa_name().is_ok(),
     }
 }

@@ -21,6 +21,7 @@ use super::{
     limit::{Allowed, PRIVATE, Rate},
     names::Names,
     tests::{dnsrr, put, some},
+    zone::{is_localhost, is_loopback},
 };
 use crate::{
     metrics::DnsMetrics,
@@ -34,7 +35,11 @@ struct Others;
 
 impl Elsewhere for Others {
     fn covers(&self, name: &Name) -> bool {
+        // Single labels are the root zone's.
         name.to_ascii().ends_with("example.")
+            || name.iter().count() == 1
+            || is_localhost(name)
+            || is_loopback(name)
     }
     fn is_loop(&self, name: &Name, _: std::net::IpAddr) -> bool {
         name.to_ascii().starts_with("echo.")
@@ -263,6 +268,58 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
     handler.shared.table.store(some().publish(true, &BTreeSet::new()));
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::NoError);
+}
+
+/// What is never ours is looked up elsewhere from the start, and what may be ours waits for who may have asked for that.
+#[test]
+fn before_the_source_has_been_read_only_what_may_be_ours_waits() {
+    let mut handler = handler(some(), 0);
+    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    use RecordType as T;
+    let (pod, node) = ("10.244.1.11:4000", "203.0.113.1:4000");
+    let one = Name::from("::1".parse::<std::net::IpAddr>().unwrap()).to_ascii();
+    let cases = [
+        ("localhost.", T::A, pod, false),
+        ("LocalHost.", T::HTTPS, pod, false),
+        ("tasks.localhost.", T::A, pod, false),
+        ("_http._tcp.localhost.", T::SRV, pod, false),
+        ("1.0.0.127.in-addr.arpa.", T::PTR, pod, false),
+        ("53.0.127.in-addr.arpa.", T::PTR, pod, false),
+        (&one, T::PTR, pod, false),
+        ("1.0.0.10.in-addr.arpa.", T::PTR, pod, true),
+        ("1.0.0.10.in-addr.arpa.", T::PTR, node, true),
+        ("vote.", T::A, pod, true),
+        ("vote.", T::A, node, false),
+        ("vote.", T::MX, pod, true),
+        ("com.", T::DS, pod, false),
+        ("com.", T::DNSKEY, pod, false),
+        ("com.", T::NS, pod, false),
+        ("com.", T::SOA, pod, false),
+        ("tasks.example.", T::A, pod, true),
+        ("tasks.example.", T::DS, pod, true),
+        ("tasks.example.", T::A, node, false),
+        ("_http._tcp.example.", T::SRV, pod, true),
+        ("_http._tcp.example.", T::SRV, node, false),
+    ];
+    for patient in [true, false] {
+        let wait = Duration::from_secs(if patient { 60 } else { 0 });
+        handler.patient_until = Instant::now() + wait;
+        for (name, kind, client, waits) in cases {
+            let action = send(&handler, &request(name, kind), client, Transport::Udp);
+            match action {
+                Action::Forward(_) => assert!(!waits, "{name} {kind} {client}"),
+                Action::Later => assert!(waits && patient, "{name} {kind} {client}"),
+                other => {
+                    assert_eq!(
+                        reply(other).0.metadata.response_code,
+                        ResponseCode::ServFail,
+                        "{name} {kind}"
+                    );
+                    assert!(waits && !patient, "{name} {kind} {client}");
+                }
+            }
+        }
+    }
 }
 
 #[test]

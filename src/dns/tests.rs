@@ -373,6 +373,28 @@ fn short_names_are_for_pods_that_are_known() {
     assert_eq!(a("192.168.50.1", "vote."), "not ours", "an address in two namespaces tells nothing");
 }
 
+#[test]
+fn a_service_hides_neither_a_zone_of_the_world_nor_localhost() {
+    let mut names = some();
+    for name in ["com", "localhost"] {
+        put(&mut names, &service(name), &[], vip("10.200.8.10"));
+    }
+    let table = published(&mut names);
+    let of = |name: &str, kind| {
+        ask_as(&table, Some("10.244.1.11"), name, kind).map_or("not ours".into(), |a| told(&a))
+    };
+    use RecordType as T;
+    for kind in [T::DS, T::DNSKEY, T::NS, T::SOA] {
+        assert_eq!(of("com.", kind), "not ours", "{kind}");
+    }
+    assert_eq!(of("com.", T::A), "10.200.8.10");
+    assert_eq!(of("com.", T::MX), "SOA mesh.internal. 5");
+    for name in ["localhost.", "tasks.localhost."] {
+        assert_eq!(of(name, T::A), "not ours", "{name}");
+    }
+    assert_eq!(of("localhost.default.mesh.internal.", T::A), "10.200.8.10");
+}
+
 /// So many services with two endpoints each.
 pub(super) fn crowd(n: u32) -> Names {
     let mut names = Names::new(zone());

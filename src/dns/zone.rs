@@ -5,7 +5,8 @@ use std::{net::IpAddr, sync::Arc};
 use hickory_proto::{
     ProtoError,
     rr::{
-        Name, RData, Record,
+        Name, RData, Record, RecordType,
+        domain::usage::{IN_ADDR_ARPA_127, IP6_ARPA_1, LOCALHOST},
         rdata::{NS, SOA},
     },
 };
@@ -115,6 +116,23 @@ impl Zone {
         let owner = Name::from(addr).trim_to(depth.min(labels) + 2);
         Some(self.soa_of(owner, serial, NEGATIVE_TTL))
     }
+}
+
+/// Whether it is a name of whichever machine asks (RFC 6761, 6.3), never a service's.
+pub fn is_localhost(name: &Name) -> bool {
+    LOCALHOST.zone_of(name)
+}
+
+/// Whether it is the name of an address of whichever machine asks: 127.0.0.0/8 and `::1`.
+pub fn is_loopback(name: &Name) -> bool {
+    IN_ADDR_ARPA_127.zone_of(name) || IP6_ARPA_1.zone_of(name)
+}
+
+/// Whether what is asked of a name without dots is what only a zone has: who walks down from the root asks it of `com`. No
+/// service has one, whatever it is called.
+pub fn is_of_top_level(name: &Name, kind: RecordType) -> bool {
+    use RecordType::{DNSKEY, DS, NS, SOA};
+    matches!(kind, DS | DNSKEY | NS | SOA) && name.iter().count() == 1
 }
 
 #[cfg(test)]
