@@ -7,7 +7,7 @@ use std::{
 
 use hickory_proto::{
     op::{Message, MessageType, OpCode, Query, ResponseCode},
-    rr::{RData, Record, RecordType},
+    rr::{Name, RData, Record, RecordType, rdata::CNAME},
 };
 use moka::Expiry;
 
@@ -50,17 +50,22 @@ impl Expiry<Query, Kept> for Until {
 }
 
 /// Answers by their questions.
-pub struct Cache(moka::sync::Cache<Query, Kept>);
+pub struct Cache {
+    kept: moka::sync::Cache<Query, Kept>,
+    /// The zone that is ours.
+    zone: Name,
+}
 
 impl Cache {
-    /// For so many answers.
-    pub fn new(most: u64) -> Self {
-        Self(moka::sync::Cache::builder().max_capacity(most).expire_after(Until).build())
+    /// For so many answers of others than this zone.
+    pub fn new(most: u64, zone: Name) -> Self {
+        let kept = moka::sync::Cache::builder().max_capacity(most).expire_after(Until).build();
+        Self { kept, zone }
     }
 
     /// The answer to a question, its TTLs as they are by now.
     pub fn get(&self, query: &Query, now: Instant) -> Option<Answer> {
-        let kept = self.0.get(query).filter(|kept| now < kept.until)?;
+        let kept = self.kept.get(query).filter(|kept| now < kept.until)?;
         let message = Message::from_vec(&kept.bytes).ok()?;
         let age = u32::try_from(now.saturating_duration_since(kept.at).as_secs()).unwrap_or(u32::MAX);
         let aged = |mut record: Record| {
@@ -77,7 +82,7 @@ impl Cache {
 
     /// Keeps an answer for as long as it may be.
     pub fn put(&self, query: Query, answer: &Answer, now: Instant) {
-        let lifetime = lifetime(query.query_type(), answer);
+        let lifetime = lifetime(query.query_type(), answer, &self.zone);
         self.keep(query, answer, lifetime, now);
     }
 
@@ -95,8 +100,8 @@ impl Cache {
     /// How many answers there are.
     pub fn len(&self) -> u64 {
         // What has expired is taken out now and then only.
-        self.0.run_pending_tasks();
-        self.0.entry_count()
+        self.kept.run_pending_tasks();
+        self.kept.entry_count()
     }
 
     fn keep(&self, query: Query, answer: &Answer, lifetime: Duration, now: Instant) {
@@ -109,13 +114,13 @@ impl Cache {
         message.authorities.clone_from(&answer.authorities);
         let Ok(bytes) = message.to_vec() else { return };
         if bytes.len() <= LARGEST {
-            self.0.insert(query, Kept { bytes: bytes.into(), at: now, until: now + lifetime });
+            self.kept.insert(query, Kept { bytes: bytes.into(), at: now, until: now + lifetime });
         }
     }
 }
 
-/// How long an answer may be kept: nothing where it does not say so itself.
-fn lifetime(kind: RecordType, answer: &Answer) -> Duration {
+/// How long an answer may be kept: nothing where it does not say so itself. Aliases into `ours` need no more than themselves.
+fn lifetime(kind: RecordType, answer: &Answer, ours: &Name) -> Duration {
     if !matches!(answer.code, ResponseCode::NoError | ResponseCode::NXDomain) {
         return Duration::ZERO;
     }
@@ -130,14 +135,23 @@ fn lifetime(kind: RecordType, answer: &Answer) -> Duration {
         RData::SOA(soa) => Some(seconds(record.ttl.min(soa.minimum))),
         _ => None,
     });
-    zone.into_iter().chain(records).min().unwrap_or_default().min(LONGEST_NEGATIVE)
+    let leads_here = || {
+        let mut targets = answer.answers.iter().filter_map(|record| match &record.data {
+            RData::CNAME(CNAME(target)) => Some(target),
+            _ => None,
+        });
+        targets.any(|target| ours.zone_of(target))
+    };
+    // Where nobody says that there is nothing, the upstream has failed to find out where the aliases lead.
+    let longest = if zone.is_some() || leads_here() { LONGEST_NEGATIVE } else { FAILURE };
+    zone.into_iter().chain(records).min().unwrap_or_default().min(longest)
 }
 
 #[cfg(test)]
 mod tests {
     use hickory_proto::rr::{
         Name,
-        rdata::{A, CNAME, SOA},
+        rdata::{A, SOA},
     };
 
     use super::*;
@@ -154,8 +168,16 @@ mod tests {
         Record::from_rdata(name("www.example."), ttl, RData::A(A([192, 0, 2, 1].into())))
     }
 
+    fn alias_to(target: &str, ttl: u32) -> Record {
+        Record::from_rdata(name("www.example."), ttl, RData::CNAME(CNAME(name(target))))
+    }
+
     fn alias(ttl: u32) -> Record {
-        Record::from_rdata(name("www.example."), ttl, RData::CNAME(CNAME(name("far.example."))))
+        alias_to("far.example.", ttl)
+    }
+
+    fn cache(most: u64) -> Cache {
+        Cache::new(most, name("mesh.internal."))
     }
 
     fn soa(ttl: u32, minimum: u32) -> Record {
@@ -182,19 +204,25 @@ mod tests {
             (NXDomain, vec![], vec![], 0),
             (NoError, vec![alias(60)], vec![soa(20, 30)], 20),
             (NXDomain, vec![alias(10)], vec![soa(20, 30)], 10),
-            // An alias alone: where it leads to is another's to answer.
-            (NoError, vec![alias(60)], vec![], 60),
+            // An alias alone, and nobody knows where it leads: that may be known in a moment.
+            (NoError, vec![alias(60)], vec![], 2),
+            (NoError, vec![alias(1)], vec![], 1),
+            (NXDomain, vec![alias(60)], vec![], 2),
+            // Where it leads to us, there is no more to know.
+            (NoError, vec![alias_to("vote.default.Mesh.internal.", 60)], vec![], 60),
+            (NXDomain, vec![alias(60), alias_to("mesh.internal.", 900)], vec![], 60),
+            (NoError, vec![alias_to("vote.default.mesh.internal.", 900)], vec![], 300),
             (ServFail, vec![], vec![soa(20, 30)], 0),
             (Refused, vec![address(60)], vec![], 0),
         ] {
-            let got = lifetime(RecordType::A, &answer(code, &answers, &authorities));
+            let got = lifetime(RecordType::A, &answer(code, &answers, &authorities), &name("mesh.internal."));
             assert_eq!(got.as_secs(), seconds, "{code} {answers:?} {authorities:?}");
         }
     }
 
     #[test]
     fn what_is_kept_grows_old_and_goes() {
-        let (cache, start) = (Cache::new(100), Instant::now());
+        let (cache, start) = (cache(100), Instant::now());
         let a = query(RecordType::A);
         cache.put(a.clone(), &answer(ResponseCode::NoError, &[alias(300), address(60)], &[]), start);
         let got = cache.get(&a, start + Duration::from_secs(10)).unwrap();
@@ -211,7 +239,7 @@ mod tests {
 
     #[test]
     fn a_failure_takes_the_place_of_no_answer_that_still_holds() {
-        let (cache, start) = (Cache::new(100), Instant::now());
+        let (cache, start) = (cache(100), Instant::now());
         let after = |seconds| start + Duration::from_secs(seconds);
         let a = || query(RecordType::A);
         assert_eq!(cache.put_failure(a(), start).code, ResponseCode::ServFail);
@@ -230,7 +258,7 @@ mod tests {
 
     #[test]
     fn the_cache_has_its_limits() {
-        let (cache, now) = (Cache::new(10), Instant::now());
+        let (cache, now) = (cache(10), Instant::now());
         let many = vec![address(60); 1000];
         cache.put(query(RecordType::A), &answer(ResponseCode::NoError, &many, &[]), now);
         assert!(cache.get(&query(RecordType::A), now).is_none(), "longer than is kept");

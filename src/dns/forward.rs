@@ -117,12 +117,13 @@ impl fmt::Debug for Forwarder {
 }
 
 impl Forwarder {
-    /// A forwarder with at most `most` lookups at once, half of them for one client.
+    /// A forwarder of names outside `ours`, with at most `most` lookups at once, half of them for one client.
     ///
     /// # Errors
     /// A text for people.
     pub fn new(
         config: &ForwardConfig,
+        ours: &Name,
         most: usize,
         probe: Arc<Probe>,
         metrics: DnsMetrics,
@@ -142,7 +143,7 @@ impl Forwarder {
             zones.push(build(&Name::root(), &config.upstreams)?);
         }
         zones.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.iter().count()));
-        let cache = Cache::new(config.cache);
+        let cache = Cache::new(config.cache, ours.clone());
         Ok(Self { zones, cache, running: Places::new(most, 2), probe, metrics })
     }
 

@@ -331,3 +331,30 @@ fn a_late_failure_is_not_the_answer_where_there_is_one() {
     assert_eq!(www(), good);
     assert_eq!(packets(&asked), 2);
 }
+
+#[test]
+fn an_alias_that_leads_nowhere_yet_is_asked_for_again_soon() {
+    let found = Mutex::new(false);
+    let (upstream, asked) = counting(move |query, answer| {
+        let (www, far) = (query.name().clone(), name("far.example."));
+        answer.add_answer(Record::from_rdata(www, 60, RData::CNAME(CNAME(far.clone()))));
+        if query.name().to_ascii() == "www.example." && std::mem::replace(&mut *found.lock().unwrap(), true) {
+            answer.add_answer(Record::from_rdata(far, 60, RData::A(A([192, 0, 2, 1].into()))));
+        }
+        Some(())
+    });
+    let at = at(25);
+    let mut config = config(at);
+    config.forward.upstreams = vec![upstream];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let www = || told(&ask(at, "www.example.", RecordType::A));
+    for _ in 0..2 {
+        assert_eq!(www(), "www.example. far.example.");
+    }
+    assert_eq!(packets(&asked), 1);
+    thread::sleep(Duration::from_millis(2100));
+    for _ in 0..2 {
+        assert_eq!(www(), "www.example. far.example., far.example. 192.0.2.1");
+    }
+    assert_eq!(packets(&asked), 2);
+}

@@ -99,7 +99,7 @@ impl Server {
         } else {
             // A lookup is up to twelve sockets: four sendings to each of three upstreams.
             let most = (files / 48).clamp(64, 1024);
-            let forwarder = Forwarder::new(&config.forward, most, probe.clone(), metrics.clone());
+            let forwarder = Forwarder::new(&config.forward, &zone.name, most, probe.clone(), metrics.clone());
             Some(Arc::new(forwarder.map_err(io::Error::other)?))
         };
         let shared = Arc::new(Shared {
