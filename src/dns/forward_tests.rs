@@ -1,7 +1,7 @@
 //! Names of others, with upstreams on loopback that count what they are asked.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream, UdpSocket},
     sync::{Arc, Mutex},
@@ -18,10 +18,17 @@ use hickory_proto::{
 };
 
 use super::{
-    server_tests::{at, config, serve, upstream_that},
-    tests::some,
+    server::Server,
+    server_tests::{at, config, connect, serve, upstream_that},
+    tests::{dnsrr, put, some, zone},
 };
-use crate::metrics::DnsMetrics;
+use crate::{
+    metrics::DnsMetrics,
+    model::{
+        fixtures::{endpoint, slice},
+        ids::PerFamily,
+    },
+};
 
 /// How often an upstream was asked for each name.
 type Asked = Arc<Mutex<BTreeMap<String, usize>>>;
@@ -263,6 +270,21 @@ fn where_nobody_answers_that_is_said_in_time_and_remembered() {
     assert_eq!(packets(&first), 2);
 }
 
+/// A question as it is sent by TCP.
+fn by_tcp(of: &str) -> Vec<u8> {
+    let question = question(of, RecordType::A).to_vec().unwrap();
+    [&u16::try_from(question.len()).unwrap().to_be_bytes()[..], &question].concat()
+}
+
+/// The next answer of a connection, if there is one.
+fn next_of(stream: &mut TcpStream) -> Option<Message> {
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).ok()?;
+    let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
+    stream.read_exact(&mut answer).unwrap();
+    Some(Message::from_vec(&answer).unwrap())
+}
+
 #[test]
 fn a_slow_name_holds_up_no_other_of_its_connection() {
     let (slow, _) = good();
@@ -272,23 +294,12 @@ fn a_slow_name_holds_up_no_other_of_its_connection() {
     let _server = serve(&config, &mut some(), &DnsMetrics::default());
     let mut stream = TcpStream::connect(at).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    let mut bytes = Vec::new();
-    for of in ["slow.example.", "vote.default.mesh.internal."] {
-        let question = question(of, RecordType::A).to_vec().unwrap();
-        bytes.extend(u16::try_from(question.len()).unwrap().to_be_bytes());
-        bytes.extend(question);
-    }
+    let bytes = ["slow.example.", "vote.default.mesh.internal."].map(by_tcp).concat();
     let begun = Instant::now();
     stream.write_all(&bytes).unwrap();
     // What has been asked is answered, though nothing more will be.
     stream.shutdown(std::net::Shutdown::Write).unwrap();
-    let mut next = || {
-        let mut length = [0; 2];
-        stream.read_exact(&mut length).unwrap();
-        let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
-        stream.read_exact(&mut answer).unwrap();
-        (told(&Message::from_vec(&answer).unwrap()), begun.elapsed())
-    };
+    let mut next = || (told(&next_of(&mut stream).unwrap()), begun.elapsed());
     let (first, at_once) = next();
     assert_eq!(first, "vote.default.mesh.internal. 10.200.7.7");
     assert!(at_once < Duration::from_millis(600), "{at_once:?}");
@@ -357,4 +368,86 @@ fn an_alias_that_leads_nowhere_yet_is_asked_for_again_soon() {
         assert_eq!(www(), "www.example. far.example., far.example. 192.0.2.1");
     }
     assert_eq!(packets(&asked), 2);
+}
+
+#[test]
+fn what_is_no_question_ends_a_connection_and_takes_no_answer_away() {
+    let (slow, _) = good();
+    let at = at(26);
+    let mut config = config(at);
+    config.forward.upstreams = vec![slow];
+    let metrics = DnsMetrics::default();
+    let _server = serve(&config, &mut some(), &metrics);
+    let no_query = {
+        let mut answer = by_tcp("www.example.");
+        answer[4] |= 0x80;
+        answer
+    };
+    // Too long, of which the rest comes too; cut, by the client's end; an answer; none at all.
+    let too_long = [&5000_u16.to_be_bytes()[..], &[7; 5000]].concat();
+    for (i, bad) in [too_long, vec![0, 50, 1], no_query, vec![0, 0]].into_iter().enumerate() {
+        let mut stream = TcpStream::connect(at).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let slow = format!("slow.w{i}.example.");
+        let more = if i == 1 { Vec::new() } else { by_tcp("vote.default.mesh.internal.") };
+        stream.write_all(&[by_tcp(&slow), bad, more].concat()).unwrap();
+        if i == 1 {
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+        }
+        let answers: Vec<_> = std::iter::from_fn(|| next_of(&mut stream)).map(|a| told(&a)).collect();
+        assert_eq!(answers, [format!("{slow} 192.0.2.1")], "{i}");
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0, "it ends, and is not reset");
+    }
+}
+
+/// An answer that its client does not take is no reason not to look another one up.
+#[test]
+fn lookups_go_on_while_an_answer_is_not_taken() {
+    let (slow, _) = good();
+    let at = at(27);
+    let mut config = config(at);
+    config.forward.upstreams = vec![slow];
+    let metrics = DnsMetrics::default();
+    let mut names = some();
+    let many =
+        (0..3000_u16).map(|i| endpoint(&format!("10.245.{}.{}", i / 250, i % 250 + 1), "n1")).collect();
+    put(&mut names, &dnsrr("many"), &[slice("many", many)], PerFamily::default());
+    let _server = serve(&config, &mut names, &metrics);
+    let mut stream = TcpStream::connect(at).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    stream.write_all(&by_tcp("slow.example.")).unwrap();
+    // More than sockets hold.
+    stream.write_all(&by_tcp("many.default.mesh.internal.").repeat(150)).unwrap();
+    let begun = Instant::now();
+    while metrics.cache_entries.get() == 0 {
+        assert!(begun.elapsed() < Duration::from_secs(4), "the lookup stands still");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert!(begun.elapsed() > Duration::from_millis(500), "{:?}", begun.elapsed());
+    // Who takes them after all has all of them.
+    let answers: Vec<_> = (0..151).map(|_| next_of(&mut stream).unwrap().answers.len()).collect();
+    assert_eq!(answers.iter().filter(|n| **n == 3000).count(), 150);
+    assert_eq!(answers.iter().filter(|n| **n <= 1).count(), 1);
+}
+
+#[test]
+fn what_waits_for_the_source_is_looked_up_once() {
+    let (upstream, asked) = counting(|query, answer| {
+        let target = RData::CNAME(CNAME(name("vote.default.mesh.internal.")));
+        // Nobody keeps it.
+        answer.add_answer(Record::from_rdata(query.name().clone(), 0, target));
+        Some(())
+    });
+    let at = at(28);
+    let mut config = config(at);
+    config.forward.upstreams = vec![upstream];
+    let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+    let mut stream = connect(at);
+    stream.write_all(&by_tcp("vote.corp.example.")).unwrap();
+    thread::sleep(Duration::from_millis(700));
+    assert_eq!(packets(&asked), 1);
+    server.publish(some().publish(true, &BTreeSet::new()));
+    let answer = next_of(&mut stream).unwrap();
+    assert_eq!(answer.answers.len(), 2, "{}", told(&answer));
+    assert_eq!(packets(&asked), 1);
 }

@@ -63,20 +63,21 @@ pub enum Action {
     /// Nothing.
     Ignore,
     /// Nothing yet: the source has not told everything.
-    Later,
+    Later(Box<Asked>),
     /// This is sent back.
     Reply(Vec<u8>),
     /// Someone else has to be asked.
     Forward(Box<Asked>),
 }
 
-/// A question that has to be asked elsewhere.
+/// A question that is not answered at once.
 #[derive(Debug)]
 pub struct Asked {
     /// The request.
     pub request: Message,
     /// Its question.
     pub query: Query,
+    client: IpAddr,
     transport: Transport,
     limit: u16,
     began: Instant,
@@ -136,7 +137,7 @@ impl<E: Elsewhere> Handler<E> {
             Transport::Udp => payload.clamp(PLAIN_UDP, LARGEST_UDP),
             Transport::Tcp => u16::MAX,
         };
-        let asked = Asked { request, query, transport, limit, began };
+        let asked = Box::new(Asked { request, query, client, transport, limit, began });
         if !allowed {
             self.metrics.limited("client");
             return self.reply(&asked, &Answer::code(ResponseCode::Refused), "refused", false);
@@ -145,14 +146,20 @@ impl<E: Elsewhere> Handler<E> {
             self.metrics.limited("rate");
             return self.reply(&asked, &Answer::default(), "refused", true);
         }
-        match self.decide(&asked, client) {
+        self.look(asked)
+    }
+
+    /// What is done with a question by now.
+    pub fn look(&self, asked: Box<Asked>) -> Action {
+        match self.decide(&asked) {
             Decision::Answer(answer, from) => self.reply(&asked, &answer, from, false),
-            Decision::Elsewhere => Action::Forward(Box::new(asked)),
-            Decision::TooEarly => Action::Later,
+            Decision::Elsewhere => Action::Forward(asked),
+            Decision::TooEarly => Action::Later(asked),
         }
     }
 
-    fn decide(&self, asked: &Asked, client: IpAddr) -> Decision {
+    fn decide(&self, asked: &Asked) -> Decision {
+        let client = asked.client;
         let code = |code| Decision::Answer(Answer::code(code), "refused");
         if asked.request.metadata.op_code != OpCode::Query {
             return code(ResponseCode::NotImp);
@@ -167,7 +174,7 @@ impl<E: Elsewhere> Handler<E> {
             return code(ResponseCode::Refused);
         }
         let table = self.shared.table.load();
-        let early = self.is_early(&table, asked);
+        let early = self.is_early(&table);
         // An address of the node is many clients': none of them a pod whose namespace is known.
         let pod = (!self.shared.node.load().contains(&client)).then_some(client);
         if let Some(answer) = table.answer(name, kind, pod) {
@@ -194,20 +201,20 @@ impl<E: Elsewhere> Handler<E> {
     }
 
     /// The answer to a question that was asked elsewhere. What aliases of others lead to in our zone we answer ourselves.
-    pub fn forwarded(&self, asked: &Asked, answer: Answer) -> Action {
+    pub fn forwarded(&self, asked: Box<Asked>, answer: &Answer) -> Action {
         let table = self.shared.table.load();
-        let Some(ours) = table.complete(&asked.query, &answer) else {
-            return self.reply(asked, &answer, "forward", false);
+        let Some(ours) = table.complete(&asked.query, answer) else {
+            return self.reply(&asked, answer, "forward", false);
         };
-        if self.is_early(&table, asked) {
-            return Action::Later;
+        if self.is_early(&table) {
+            return Action::Later(asked);
         }
-        self.reply(asked, &ours, "forward", false)
+        self.reply(&asked, &ours, "forward", false)
     }
 
     /// Whether what is not there yet may still come in time.
-    fn is_early(&self, table: &Table, asked: &Asked) -> bool {
-        !table.is_synced() && asked.began < self.patient_until
+    fn is_early(&self, table: &Table) -> bool {
+        !table.is_synced() && Instant::now() < self.patient_until
     }
 
     fn reply(&self, asked: &Asked, answer: &Answer, from: &'static str, empty: bool) -> Action {

@@ -237,7 +237,7 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     let question = request(VOTE, RecordType::A);
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::ServFail);
     handler.patient_until = Instant::now() + Duration::from_secs(60);
-    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Later));
+    assert!(matches!(send(&handler, &question, "10.0.0.1:4000", Transport::Udp), Action::Later(_)));
     // Names that may turn out to be ours wait too; the world's don't.
     for (name, kind, later) in [
         ("vote.", RecordType::A, true),
@@ -248,7 +248,7 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
         ("a.b.example.", RecordType::A, false),
     ] {
         let action = send(&handler, &request(name, kind), "10.0.0.1:4000", Transport::Udp);
-        assert_eq!(matches!(action, Action::Later), later, "{name}");
+        assert_eq!(matches!(action, Action::Later(_)), later, "{name}");
     }
     // When patience ends they fail: what others say of them would be taken for the truth.
     handler.patient_until = Instant::now();
@@ -308,7 +308,7 @@ fn before_the_source_has_been_read_only_what_may_be_ours_waits() {
             let action = send(&handler, &request(name, kind), client, Transport::Udp);
             match action {
                 Action::Forward(_) => assert!(!waits, "{name} {kind} {client}"),
-                Action::Later => assert!(waits && patient, "{name} {kind} {client}"),
+                Action::Later(_) => assert!(waits && patient, "{name} {kind} {client}"),
                 other => {
                     assert_eq!(
                         reply(other).0.metadata.response_code,
@@ -330,7 +330,7 @@ fn a_forwarded_answer_is_not_ours() {
     else {
         panic!("not forwarded")
     };
-    let (answer, _) = reply(handler.forwarded(&asked, Answer::code(ResponseCode::NXDomain)));
+    let (answer, _) = reply(handler.forwarded(asked, &Answer::code(ResponseCode::NXDomain)));
     assert_eq!(answer.metadata.response_code, ResponseCode::NXDomain);
     assert!(!answer.metadata.authoritative && answer.metadata.recursion_available);
 }
@@ -344,14 +344,14 @@ fn an_alias_to_a_name_of_ours_is_early_or_fails_as_the_name_does() {
     let forwarded = |handler: &Handler<Others>| {
         let action = send(handler, &question, "10.244.1.11:4000", Transport::Udp);
         let Action::Forward(asked) = action else { panic!("not forwarded") };
-        handler.forwarded(&asked, Answer { answers: vec![alias.clone()], ..Answer::default() })
+        handler.forwarded(asked, &Answer { answers: vec![alias.clone()], ..Answer::default() })
     };
     assert_eq!(reply(forwarded(&handler)).0.answers.len(), 2);
     handler.shared.table.store(some().publish(false, &BTreeSet::new()));
     let (answer, _) = reply(forwarded(&handler));
     assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::ServFail, 0));
     handler.patient_until = Instant::now() + Duration::from_secs(60);
-    assert!(matches!(forwarded(&handler), Action::Later));
+    assert!(matches!(forwarded(&handler), Action::Later(_)));
 }
 
 /// Bytes that are almost a query.
@@ -394,7 +394,7 @@ proptest! {
         HANDLER.with(|handler| {
             let action = handler.handle(&bytes, from(client), how);
             let action = match action {
-                Action::Forward(asked) => handler.forwarded(&asked, Answer::code(ResponseCode::NXDomain)),
+                Action::Forward(asked) => handler.forwarded(asked, &Answer::code(ResponseCode::NXDomain)),
                 other => other,
             };
             if let Action::Reply(reply) = action {

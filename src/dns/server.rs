@@ -295,16 +295,16 @@ impl Asking {
     fn answer(self: &Arc<Self>, bytes: &[u8], from: SocketAddr) {
         match self.handler.handle(bytes, from, Transport::Udp) {
             Action::Ignore => {}
-            Action::Later => self.handler.metrics.limited("early"),
+            Action::Later(_) => self.handler.metrics.limited("early"),
             Action::Reply(reply) => self.send(&reply, from),
             Action::Forward(asked) => {
                 let own = Arc::clone(self);
                 self.runtime.spawn(async move {
                     let Some(elsewhere) = &own.handler.elsewhere else { return };
                     let answer = elsewhere.lookup(&asked.query, from.ip()).await;
-                    match own.handler.forwarded(&asked, answer) {
+                    match own.handler.forwarded(asked, &answer) {
                         Action::Reply(reply) => own.send(&reply, from),
-                        Action::Later => own.handler.metrics.limited("early"),
+                        Action::Later(_) => own.handler.metrics.limited("early"),
                         Action::Ignore | Action::Forward(_) => {}
                     }
                 });

@@ -177,7 +177,7 @@ fn two_that_forward_to_each_other_are_a_loop() {
 }
 
 /// A connection, as soon as there is someone.
-fn connect(at: SocketAddr) -> TcpStream {
+pub(super) fn connect(at: SocketAddr) -> TcpStream {
     let begun = Instant::now();
     loop {
         match TcpStream::connect(at) {

@@ -1,13 +1,19 @@
 //! DNS over TCP (RFC 7766).
 
 use std::{
+    collections::VecDeque,
     io,
     net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
+use hickory_proto::op::ResponseCode;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -18,11 +24,11 @@ use tokio::{
         OwnedSemaphorePermit, Semaphore,
         mpsc::{Receiver, Sender, channel},
     },
-    time::timeout,
-    try_join,
+    time::{Instant, timeout, timeout_at},
 };
 
 use super::{
+    answer::Answer,
     forward::Forwarder,
     handler::{Action, Handler, Transport},
     places::Places,
@@ -35,8 +41,16 @@ const EARLY: Duration = Duration::from_secs(5);
 /// A client that does not take its answer has this long.
 const SLOW: Duration = Duration::from_secs(5);
 
+/// Who has been answered has this long to close a connection that ends.
+const LINGER: Duration = Duration::from_secs(1);
+
 /// Questions of one connection that are answered at a time.
 const AT_ONCE: usize = 16;
+/// No question is longer: a name has 255 bytes, and what comes with it (RFC 6891) not many more.
+const LONGEST: u16 = 4096;
+/// Bytes of answers that wait for their client. Who takes so few of them is asked nothing more for, so that what a connection
+/// holds in memory is little, however much it asks.
+const WAITING: usize = 128 << 10;
 
 /// Answers connections.
 pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwarder>>, places: Arc<Places>) {
@@ -72,84 +86,158 @@ pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwar
 async fn converse(mut stream: TcpStream, from: SocketAddr, handler: &Handler<Forwarder>) -> io::Result<()> {
     // An answer is one write.
     stream.set_nodelay(true)?;
-    let (reader, writer) = stream.split();
+    let (mut reader, mut writer) = stream.split();
     let (asked, questions) = channel(1);
-    let places = Arc::new(Semaphore::new(AT_ONCE));
-    try_join!(read(reader, places, asked), answer(writer, questions, from, handler))?;
+    {
+        let mut answering = pin!(answer(&mut writer, questions, from, handler));
+        tokio::select! {
+            answered = &mut answering => answered?,
+            // What has been asked is answered all the same.
+            () = read(&mut reader, asked, handler) => answering.await?,
+        }
+    }
+    writer.shutdown().await?;
+    // What is closed with something unread is reset, and answers that are still on their way are lost.
+    let mut rest = [0; 512];
+    let unread = async { while reader.read(&mut rest).await.is_ok_and(|n| n > 0) {} };
+    let _ = timeout(LINGER, unread).await;
     Ok(())
 }
 
 /// A question, and its place among those of its connection.
 type Question = (Vec<u8>, OwnedSemaphorePermit);
 
-/// Reads until the client ends. Who has asked enough at once is read no further until it has an answer.
-async fn read(mut from: ReadHalf<'_>, places: Arc<Semaphore>, to: Sender<Question>) -> io::Result<()> {
+/// Reads until the client ends, or says what can't be a question. Who has asked enough at once is read no further until it has an
+/// answer.
+async fn read(from: &mut ReadHalf<'_>, to: Sender<Question>, handler: &Handler<Forwarder>) {
+    let places = Arc::new(Semaphore::new(AT_ONCE));
     loop {
-        let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-        let length = match timeout(IDLE, from.read_u16()).await {
-            Ok(Ok(length)) => length,
-            // What has been asked is answered all the same.
-            Ok(Err(_)) | Err(_) => return Ok(()),
-        };
+        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Ok(Ok(length)) = timeout(IDLE, from.read_u16()).await else { return };
+        if length > LONGEST {
+            handler.metrics.limited("noise");
+            return;
+        }
         let mut packet = vec![0; usize::from(length)];
-        timeout(IDLE, from.read_exact(&mut packet)).await??;
-        to.send((packet, place)).await.map_err(io::Error::other)?;
+        let Ok(Ok(_)) = timeout(IDLE, from.read_exact(&mut packet)).await else { return };
+        if to.send((packet, place)).await.is_err() {
+            return;
+        }
     }
 }
 
-/// Writes answers as they come, until there are no more questions.
+/// Writes answers as they come, until there are no more questions. Lookups go on while a client takes its time to read: what they
+/// hold is not its own alone.
 async fn answer(
-    mut to: WriteHalf<'_>,
+    to: &mut WriteHalf<'_>,
     mut questions: Receiver<Question>,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
 ) -> io::Result<()> {
+    let waiting = &AtomicUsize::new(0);
     let mut running = FuturesUnordered::new();
+    let mut ready = Ready { waiting, replies: VecDeque::new(), sent: 0, until: Instant::now() };
     let mut more = true;
     loop {
         tokio::select! {
-            question = questions.recv(), if more => match question {
-                Some((packet, place)) => running.push(async move {
-                    let reply = reply(&packet, from, handler).await;
-                    drop(place);
-                    reply
-                }),
+            // What is ready goes before what is new, or it would heap up.
+            biased;
+            written = ready.write(to), if !ready.replies.is_empty() => written?,
+            Some((reply, place)) = running.next() => match reply {
+                Some(reply) => ready.push(reply, place)?,
+                // What has no answer ends the connection, since silence would have the client wait; but not for the others.
                 None => more = false,
             },
-            Some(reply) = running.next() => {
-                // What has no answer ends the connection: silence would have the client wait.
-                let reply = reply.ok_or(io::ErrorKind::ConnectionAborted)?;
-                let length = u16::try_from(reply.len()).map_err(io::Error::other)?;
-                let mut bytes = Vec::with_capacity(reply.len() + 2);
-                bytes.extend(length.to_be_bytes());
-                bytes.extend(reply);
-                timeout(SLOW, to.write_all(&bytes)).await??;
-            }
+            question = questions.recv(), if more && waiting.load(Ordering::Relaxed) <= WAITING => match question {
+                Some((packet, place)) => {
+                    running.push(async move { (reply(packet, from, handler, waiting).await, place) });
+                }
+                None => more = false,
+            },
             else => return Ok(()),
         }
     }
 }
 
-/// The answer to one question.
-async fn reply(packet: &[u8], from: SocketAddr, handler: &Handler<Forwarder>) -> Option<Vec<u8>> {
+/// Answers that their client has not taken yet.
+struct Ready<'a> {
+    /// Bytes of all of them.
+    waiting: &'a AtomicUsize,
+    /// As they are written, each with its place.
+    replies: VecDeque<(Vec<u8>, OwnedSemaphorePermit)>,
+    /// Bytes of the first that have been written.
+    sent: usize,
+    /// Until when it has to be taken.
+    until: Instant,
+}
+
+impl Ready<'_> {
+    fn push(&mut self, reply: Vec<u8>, place: OwnedSemaphorePermit) -> io::Result<()> {
+        let length = u16::try_from(reply.len()).map_err(io::Error::other)?;
+        if self.replies.is_empty() {
+            self.until = Instant::now() + SLOW;
+        }
+        let mut bytes = Vec::with_capacity(reply.len() + 2);
+        bytes.extend(length.to_be_bytes());
+        bytes.extend(reply);
+        self.waiting.fetch_add(bytes.len(), Ordering::Relaxed);
+        self.replies.push_back((bytes, place));
+        Ok(())
+    }
+
+    /// Writes what can be written of the first one. Nothing is lost where this is dropped.
+    async fn write(&mut self, to: &mut WriteHalf<'_>) -> io::Result<()> {
+        let Some((reply, _)) = self.replies.front() else { return Ok(()) };
+        let n = timeout_at(self.until, to.write(reply.get(self.sent..).unwrap_or_default())).await??;
+        if n == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.sent += n;
+        let length = reply.len();
+        if self.sent >= length {
+            self.replies.pop_front();
+            self.waiting.fetch_sub(length, Ordering::Relaxed);
+            self.sent = 0;
+            self.until = Instant::now() + SLOW;
+        }
+        Ok(())
+    }
+}
+
+/// The answer to one question, where so many bytes of answers wait before it.
+async fn reply(
+    packet: Vec<u8>,
+    from: SocketAddr,
+    handler: &Handler<Forwarder>,
+    waiting: &AtomicUsize,
+) -> Option<Vec<u8>> {
     let patience = Instant::now() + EARLY;
+    let mut action = handler.handle(&packet, from, Transport::Tcp);
+    drop(packet);
+    let mut found = None;
     loop {
-        let action = match handler.handle(packet, from, Transport::Tcp) {
+        action = match action {
+            Action::Reply(reply) => return Some(reply),
+            Action::Ignore => return None,
             Action::Forward(asked) => {
                 let answer = handler.elsewhere.as_ref()?.lookup(&asked.query, from.ip()).await;
-                handler.forwarded(&asked, answer)
+                let full = waiting.load(Ordering::Relaxed) > WAITING;
+                let answer = if full { Answer::code(ResponseCode::ServFail) } else { answer };
+                handler.forwarded(asked, found.insert(answer))
             }
-            other => other,
-        };
-        match action {
-            Action::Reply(reply) => return Some(reply),
             // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
-            Action::Later if Instant::now() < patience => tokio::time::sleep(EARLY / 50).await,
-            Action::Later => {
+            Action::Later(asked) if Instant::now() < patience => {
+                tokio::time::sleep(EARLY / 50).await;
+                match &found {
+                    // What others say of it is not asked again.
+                    Some(answer) => handler.forwarded(asked, answer),
+                    None => handler.look(asked),
+                }
+            }
+            Action::Later(_) => {
                 handler.metrics.limited("early");
                 return None;
             }
-            Action::Ignore | Action::Forward(_) => return None,
         }
     }
 }
