@@ -10,7 +10,10 @@ use std::{
 use arc_swap::ArcSwap;
 use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
-    rr::{DNSClass, Name, RData, Record, RecordType, rdata::CNAME},
+    rr::{
+        DNSClass, Name, RData, Record, RecordType,
+        rdata::{CNAME, opt::EdnsOption},
+    },
 };
 use ipnet::IpNet;
 use proptest::prelude::*;
@@ -19,6 +22,7 @@ use super::{
     answer::Answer,
     handler::{Action, Elsewhere, Handler, Shared, Transport},
     limit::{Allowed, PRIVATE, Rate},
+    message::{self, Packet},
     names::Names,
     tests::{dnsrr, put, some},
     zone::{is_localhost, is_loopback},
@@ -104,6 +108,23 @@ fn the_question_is_repeated_letter_by_letter() {
     assert_eq!(answer.answers[0].name.to_ascii(), odd);
     assert!(answer.metadata.authoritative && answer.metadata.recursion_available);
     assert!(answer.metadata.recursion_desired && !answer.metadata.authentic_data);
+}
+
+#[test]
+fn of_a_question_no_more_is_kept_than_is_needed() {
+    let mut much = request(VOTE, RecordType::A);
+    let record = || Record::from_rdata(Name::root(), 0, RData::CNAME(CNAME(Name::root())));
+    much.add_answers((0..9).map(|_| record())).add_additionals((0..9).map(|_| record()));
+    much.add_authorities((0..9).map(|_| record()));
+    let mut edns = Edns::new();
+    edns.set_max_payload(1000).options_mut().insert(EdnsOption::Unknown(65_001, vec![7; 2000]));
+    much.set_edns(edns);
+    let bytes = much.to_vec().unwrap();
+    assert!(bytes.len() > 2300);
+    let Packet::Question(kept, query) = message::read(&bytes) else { panic!("it is one") };
+    assert!(kept.to_vec().unwrap().len() <= 12 + 11);
+    assert_eq!(kept.edns.unwrap().max_payload(), 1000);
+    assert_eq!(query, much.queries[0]);
 }
 
 #[test]

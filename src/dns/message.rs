@@ -3,7 +3,7 @@
 use hickory_proto::{
     ProtoError,
     op::{Edns, EmitAndCount, Header, HeaderCounts, Message, MessageType, Metadata, Query, ResponseCode},
-    rr::Record,
+    rr::{Record, rdata::OPT},
     serialize::binary::{BinDecodable, BinDecoder, BinEncodable, BinEncoder},
 };
 
@@ -25,7 +25,7 @@ pub enum Packet {
     Noise,
     /// A header with something else behind it than what it says.
     Malformed(Metadata),
-    /// A message that has one question.
+    /// A message that had one question, without what else it said: it may be kept for seconds.
     Question(Box<Message>, Query),
 }
 
@@ -46,7 +46,14 @@ pub fn read(bytes: &[u8]) -> Packet {
     }
     match Message::from_vec(bytes) {
         Ok(mut message) => match message.queries.pop() {
-            Some(query) => Packet::Question(Box::new(message), query),
+            Some(query) => {
+                (message.answers, message.authorities) = (Vec::new(), Vec::new());
+                (message.additionals, message.signature) = (Vec::new(), None);
+                if let Some(edns) = &mut message.edns {
+                    *edns.options_mut() = OPT::default();
+                }
+                Packet::Question(Box::new(message), query)
+            }
             None => Packet::Malformed(metadata),
         },
         Err(_) => Packet::Malformed(metadata),

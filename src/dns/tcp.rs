@@ -222,7 +222,12 @@ async fn reply(
             Action::Forward(asked) => {
                 let answer = handler.elsewhere.as_ref()?.lookup(&asked.query, from.ip()).await;
                 let full = waiting.load(Ordering::Relaxed) > WAITING;
-                let answer = if full { Answer::code(ResponseCode::ServFail) } else { answer };
+                let answer = if full {
+                    handler.metrics.limited("send");
+                    Answer::code(ResponseCode::ServFail)
+                } else {
+                    answer
+                };
                 handler.forwarded(asked, found.insert(answer))
             }
             // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
