@@ -29,8 +29,10 @@ pub(super) fn full_turns(node: &Node) -> f64 {
 }
 
 /// Whether something was seen too late, in seconds. It is a look each second, whatever the machine; putting it back takes time.
-fn seen_late(seen: f32) -> bool {
-    seen > WITHIN.as_secs_f32()
+/// The rules of iptables-legacy are read by a program, and so rarely that it costs little (docs/how-it-works.md).
+fn seen_late(seen: f32, renderer: Renderer) -> bool {
+    let limit = if renderer == Renderer::IptablesLegacy { within() } else { WITHIN };
+    seen > limit.as_secs_f32()
 }
 
 /// Waits until the agent has ended another such turn, for as long as no healing takes. Looking at its tables meanwhile would
@@ -164,7 +166,7 @@ fn heals(cx: &mut Cx) -> Result<()> {
         let now = drifts(n1)?;
         let (seen, all) = (seen.as_secs_f32(), took.as_secs_f32());
         cx.note(format!("{what}: seen after {seen:.1} s, healed after {all:.1} s, drift {counted} -> {now}"));
-        if took > within() || seen_late(seen) {
+        if took > within() || seen_late(seen, cx.renderer()) {
             late.push(format!("{what}: seen after {seen:.1} s, healed after {all:.1} s"));
         }
         times.push(took);
