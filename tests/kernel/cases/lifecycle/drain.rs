@@ -406,7 +406,8 @@ fn udp_moves(cx: &mut Cx) -> Result<()> {
         )?;
     ensure!(turned < patience(Duration::from_millis(1500)), "the agent acts only after {turned:?}");
     // A client that was waiting for an answer sends again when its patience is over.
-    let allowed = Duration::from_secs(2).max(turned + UDP_PATIENCE);
+    // And the slices of the two families are in two files, which may be two turns.
+    let allowed = Duration::from_secs(2).max(turned + patience(UDP_PATIENCE));
     std::thread::sleep(allowed.saturating_sub(wrote.elapsed()));
     let in_time: Vec<Vec<FlowReport>> = kinds.iter().map(|(_, flows, _)| flows.now()).collect();
     cx.note(format!("the agent turned after {turned:?}, looked at {:?} after the change", wrote.elapsed()));
