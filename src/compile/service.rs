@@ -254,7 +254,7 @@ fn publish(
     compiled.published = Some(number);
     compiled.marks.insert(Scope::Ingress, mark);
     if !publish.addresses.is_empty() {
-        let own = |addr: &IpAddr| addr.is_loopback() || inputs.facts.published_addresses.contains(addr);
+        let own = |addr: &IpAddr| inputs.facts.publishes_at(addr);
         if !publish.addresses.iter().any(own) {
             compiled.not_published =
                 Some("none of publish.addresses is an address that this node publishes on".into());

@@ -176,7 +176,7 @@ impl Mesh {
             }
         };
         if let Some(service) = &service {
-            self.users.entry(slices_of(service)).or_default().insert(key.clone());
+            self.users.entry(service.group()).or_default().insert(key.clone());
         }
         self.changed.insert(key.clone());
         let entry = Entry {
@@ -222,7 +222,7 @@ impl Mesh {
 
     fn take_out(&mut self, key: &ServiceKey) -> Option<Entry> {
         let entry = self.entries.remove(key)?;
-        let name = entry.service.as_deref().map(slices_of);
+        let name = entry.service.as_deref().map(Service::group);
         if let Some(users) = name.and_then(|name| self.users.get_mut(&name)) {
             users.remove(key);
         }
@@ -481,11 +481,6 @@ impl Mesh {
             &entry.status,
         ))
     }
-}
-
-/// The name that its slices carry.
-fn slices_of(service: &Service) -> ServiceKey {
-    ServiceKey::new(service.key.namespace.clone(), service.service_name.clone())
 }
 
 /// Whether a version is surely older: they are decimal numbers that grow (KEP-5504).

@@ -92,6 +92,13 @@ pub struct NodeFacts {
     pub uplinks: BTreeSet<String>,
 }
 
+impl NodeFacts {
+    /// Whether published ports answer at an address here.
+    pub fn publishes_at(&self, addr: &IpAddr) -> bool {
+        addr.is_loopback() || self.published_addresses.contains(addr)
+    }
+}
+
 /// Ports that can't be published: one number or a range, for one protocol or for all.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ReservedPorts {

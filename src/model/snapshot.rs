@@ -42,7 +42,7 @@ impl Snapshot {
                     return;
                 }
                 self.unlink_service(&key);
-                let group = ServiceKey::new(key.namespace.clone(), service.service_name.clone());
+                let group = service.group();
                 self.users_of.entry(group).or_default().insert(key.clone());
                 self.services.insert(key.clone(), service);
                 dirty.insert(key);
@@ -75,7 +75,7 @@ impl Snapshot {
 
     fn unlink_service(&mut self, key: &ServiceKey) {
         let Some(old) = self.services.get(key) else { return };
-        let group = ServiceKey::new(key.namespace.clone(), old.service_name.clone());
+        let group = old.group();
         if let Some(users) = self.users_of.get_mut(&group) {
             users.remove(key);
             if users.is_empty() {
@@ -113,7 +113,7 @@ impl Snapshot {
             slice.endpoints.iter_mut().for_each(|e| e.ready = true);
             Arc::new(slice)
         };
-        let group = ServiceKey::new(service.key.namespace.clone(), service.service_name.clone());
+        let group = service.group();
         self.slices_of
             .get(&group)
             .into_iter()

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Entry, Mesh, slices_of};
+use super::{Entry, Mesh};
 use crate::{
     api::{SERVICE_NAME_LABEL, status::EndpointCounts},
     compile::endpoints::target_port,
@@ -74,7 +74,7 @@ impl Mesh {
 
     /// What can't be used of a service's EndpointSlices: one clear line.
     pub(super) fn unusable_of(&self, entry: &Entry) -> Option<String> {
-        let named = slices_of(entry.service.as_ref()?);
+        let named = entry.service.as_ref()?.group();
         let mut of = self.unusable.iter().filter(|(_, (name, _))| *name == named);
         let (slice, (_, problem)) = of.next()?;
         let more = of.count();
@@ -85,7 +85,7 @@ impl Mesh {
     /// Why a service can't have endpoints, where the core Service that it names says so.
     pub(super) fn why_no_endpoints(&self, entry: &Entry) -> Option<String> {
         let service = entry.service.as_ref()?;
-        let named = slices_of(service);
+        let named = service.group();
         match self.cores.get(&named) {
             Some(core) if core.external_name => Some(format!(
                 "the Service {named} is of type ExternalName and never has endpoints: clients resolve its name instead"
@@ -110,7 +110,7 @@ impl Mesh {
         let Some(service) = &entry.service else { return (EndpointCounts::default(), Vec::new()) };
         let mut unmatched: Vec<&ServicePort> = service.ports.iter().collect();
         let mut some_ready = false;
-        let keys = self.by_service.get(&slices_of(service));
+        let keys = self.by_service.get(&service.group());
         let slices = keys.into_iter().flatten().filter_map(|key| self.slices.get(key));
         for slice in slices.filter(|slice| service.families.contains(&slice.family)) {
             let has = |port: &ServicePort| target_port(port, &slice.ports).is_some();

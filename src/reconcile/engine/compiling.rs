@@ -121,7 +121,7 @@ impl Compiling<'_> {
     fn cut(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
         let Some(old) = self.merged.services().get(key) else { return };
         // Of an address that the node has lost they go on if it comes back.
-        let here = |to: &(IpAddr, u16)| to.0.is_loopback() || self.facts.published_addresses.contains(&to.0);
+        let here = |to: &(IpAddr, u16)| self.facts.publishes_at(&to.0);
         let flows = let_go(old, new).into_iter().filter_map(|flows| {
             let to: BTreeSet<_> = flows.to.into_iter().filter(here).collect();
             (!to.is_empty()).then_some(PublishedFlows { to, ..flows })

@@ -84,7 +84,7 @@ impl Engine {
         let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
         for (element, mark) in &observed.elements {
             let (protocol, Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
-            let here = to.0.is_loopback() || self.facts.published_addresses.contains(&to.0);
+            let here = self.facts.publishes_at(&to.0);
             if protocol.is_none_or(|p| p == Protocol::Udp) || !here {
                 continue;
             }
