@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 
 use super::guard::sh;
-use super::healing::{WITHIN, drifts, full_turns, turned, within};
+use super::healing::{Pace, drifts, full_turns, turned, within};
 use super::support::{served, start, vip, web_on_one_node};
 use crate::client::{Flows, Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
@@ -118,7 +118,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     // What a published number leads to where nothing of ours is left.
     n1.serve_as(LATE, &everywhere(&[30080], false))?;
     let ours = n1.snapshot()?.ours();
-    let (mut late, mut times) = (Vec::new(), Vec::new());
+    let (mut late, mut times, mut pace) = (Vec::new(), Vec::new(), Pace::default());
     for way in ways(cx.renderer()) {
         let what = way.what;
         let flow = |ns, dst| Flows::start(ns, &Probe::new(Proto::Tcp, dst), 1, Duration::from_millis(100));
@@ -134,7 +134,7 @@ fn reloads(cx: &mut Cx) -> Result<()> {
         sh(cx, n1, &way.script).context(what)?;
         let loaded = begun.elapsed();
         turned(n1, turns);
-        let whole = healed(cx, n1, &ours, &way, begun)?;
+        let whole = healed(cx, n1, &ours, &way, begun, &mut pace)?;
         let worked: Vec<usize> = flows.iter().flat_map(Flows::now).map(|f| f.exchanges).collect();
         let (mut first, mut last, mut window) = (Duration::MAX, Duration::ZERO, Duration::ZERO);
         let since = |at: Duration| at.saturating_sub(begun.duration_since(started));
@@ -204,20 +204,22 @@ fn reloads(cx: &mut Cx) -> Result<()> {
     )?;
     ensure!(late.is_empty(), "{}", late.join("\n"));
     // As of healing: not half of the time.
-    times.sort_unstable();
-    ensure!(
-        times.get(times.len() / 2).is_some_and(|half| *half <= WITHIN),
-        "half of it took longer: {times:?}"
-    );
-    Ok(())
+    pace.demand(cx, times)
 }
 
 /// Waits until ours is as it was, and demands that theirs is there.
-fn healed(cx: &Cx, n1: &Node, ours: &Snapshot, way: &Reload, begun: Instant) -> Result<Duration> {
+fn healed(
+    cx: &Cx,
+    n1: &Node,
+    ours: &Snapshot,
+    way: &Reload,
+    begun: Instant,
+    pace: &mut Pace,
+) -> Result<Duration> {
     let took = loop {
         sleep(Duration::from_millis(400));
         let took = begun.elapsed();
-        let mut diff = ours.diff(&n1.snapshot()?.ours());
+        let mut diff = ours.diff(&pace.look(n1)?.ours());
         if cx.renderer() == Renderer::Nftables && way.what.starts_with("iptables") {
             // More than there was before: what lets our packets in where iptables drops.
             let more = |l: &String| l.starts_with("+[iptables") || l.starts_with("+[ip6tables");
