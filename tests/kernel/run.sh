@@ -10,7 +10,8 @@
 #
 # MESHLB_KERNEL_PROGRAM=reference  programs the nodes by tests/kernel/reference.rs instead of meshlb
 # MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
-# MESHLB_KERNEL_FULL=1             also without a FILTER every case with both flavours of iptables, not with one of them
+# MESHLB_KERNEL_FULL=1             also without a FILTER every case with both flavours of iptables, not with one of them, and
+#                                  the heavy cases with each renderer
 # MESHLB_KERNEL_SECONDS            the limit for the whole run (4300)
 # MESHLB_KERNEL_VMS=N              the whole run in so many VMs at once (one a core, at most 4); one if the VM is up already
 # MESHLB_KERNEL_UNLOAD=1           on a host: also the tests that unload ip_vs

@@ -48,6 +48,8 @@ struct Case {
     run: Function,
     /// Where several machines share the cases: those of one group run on one of them.
     group: String,
+    /// Of a heavy one, whether a whole run takes it that does not take all.
+    thin: Option<bool>,
 }
 
 /// The limit of cases that are not slow ones.
@@ -72,7 +74,18 @@ impl Suite {
             let full = format!("{name}{suffix}");
             // Quick ones may share what their nodes are programmed with.
             let group = if limit > QUICK { full.clone() } else { name.to_owned() };
-            self.cases.push(Case { name: full, params, limit, run, group });
+            self.cases.push(Case { name: full, params, limit, run, group, thin: None });
+        }
+    }
+
+    /// Adds cases so long that a whole run takes one renderer for each of them, as long as MESHLB_KERNEL_FULL is not 1.
+    pub fn add_heavy(&mut self, name: &str, matrix: &Matrix, limit: Duration, run: Function) {
+        let first = self.cases.len();
+        self.add_slow(name, matrix, limit, run);
+        let added = self.cases.len() - first;
+        let sum: usize = name.bytes().map(usize::from).sum();
+        for (i, case) in self.cases.iter_mut().skip(first).enumerate() {
+            case.thin = Some(i == sum % added);
         }
     }
 
@@ -368,10 +381,14 @@ pub fn main(suite: Suite) -> ExitCode {
 }
 
 /// Of cases that there are with both flavours of iptables one, as [`Matrix::pair`] takes one: which it is differs between
-/// families and protocols, so that each flavour meets each of them somewhere. MESHLB_KERNEL_FULL=1 and filters run all.
+/// families and protocols, so that each flavour meets each of them somewhere. Of heavy cases one renderer, likewise.
+/// MESHLB_KERNEL_FULL=1 and filters run all.
 fn one_flavour(cases: Vec<Case>) -> Vec<Case> {
     let names: BTreeSet<String> = cases.iter().map(|c| c.name.clone()).collect();
     let wanted = |case: &Case| {
+        if let Some(thin) = case.thin {
+            return thin;
+        }
         let renderer = case.params.renderer;
         let other = match renderer {
             Renderer::IptablesNft => Renderer::IptablesLegacy,

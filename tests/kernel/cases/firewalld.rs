@@ -18,10 +18,8 @@ use crate::runner::{Cx, Matrix, Proto, Renderer, Skip, Suite};
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
-    for renderer in [Renderer::IptablesNft, Renderer::Nftables] {
-        let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add_slow("firewalld::reloads", &one, Duration::from_secs(400), reloads);
-    }
+    let two = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
+    suite.add_heavy("firewalld::reloads", &two, Duration::from_secs(400), reloads);
 }
 
 /// firewalld and a bus for it, in a node's namespace and with a configuration of its own.

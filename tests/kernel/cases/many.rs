@@ -28,7 +28,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("many::rules_do_not_grow", &all, rules_do_not_grow);
     suite.add_slow("many::port_range", &all, brief, port_range);
     suite.add_slow("many::ranges_exhausted", &all, brief, exhausted);
-    suite.add_slow("many::added_under_load", &all, slow, added_under_load);
+    suite.add_heavy("many::added_under_load", &all, slow, added_under_load);
 }
 
 /// `meshlb show -o json`.

@@ -30,17 +30,17 @@ const LATE: &str = "HOST-late";
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(240);
     let two = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
-    suite.add_slow("step::scale", &two, limit, scale);
-    suite.add_slow("step::port_edit", &two, limit, port_edit);
-    suite.add_slow("step::handover", &two, limit, |cx| handover(cx, false));
-    suite.add_slow("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
-    suite.add_slow("step::external_policy", &two, limit, external_policy);
-    suite.add_slow("step::last_endpoint_goes", &two, limit, |cx| walk(cx, &[WEB], &[EMPTY], false));
-    suite.add_slow("step::first_endpoint_comes", &two, limit, |cx| walk(cx, &[EMPTY], &[WEB], false));
-    suite.add_slow("step::renderer_change", &two, limit, renderer_change);
+    suite.add_heavy("step::scale", &two, limit, scale);
+    suite.add_heavy("step::port_edit", &two, limit, port_edit);
+    suite.add_heavy("step::handover", &two, limit, |cx| handover(cx, false));
+    suite.add_heavy("step::handover_of_marks", &two, limit, |cx| handover(cx, true));
+    suite.add_heavy("step::external_policy", &two, limit, external_policy);
+    suite.add_heavy("step::last_endpoint_goes", &two, limit, |cx| walk(cx, &[WEB], &[EMPTY], false));
+    suite.add_heavy("step::first_endpoint_comes", &two, limit, |cx| walk(cx, &[EMPTY], &[WEB], false));
+    suite.add_heavy("step::renderer_change", &two, limit, renderer_change);
     let all = Matrix::once().with_renderers(&Renderer::ALL);
-    suite.add_slow("step::first_install", &all, limit, first_install);
-    suite.add_slow("step::cleanup", &all, limit, cleanup);
+    suite.add_heavy("step::first_install", &all, limit, first_install);
+    suite.add_heavy("step::cleanup", &all, limit, cleanup);
 }
 
 /// A service with one port, over TCP and UDP.
