@@ -7,7 +7,7 @@ limit=600; [ "${1:-}" = -t ] && { limit=$2; shift 2; }
 vm_up || die "the VM is not up: tests/vm/up.sh (or: make vm-up)"
 job=$queue/$(date +%s%N)
 {
-  for v in ${MESHLB_VM_ENV:-}; do echo "export $v=$(printf %q "${!v:-}")"; done
+  for v in ${MESHLB_VM_ENV:-}; do [ -z "${!v+set}" ] || echo "export $v=$(printf %q "${!v}")"; done
   if [ $# -gt 0 ]; then printf '%q ' "$@"; echo; else cat; fi
 } >"$job.tmp"
 trap 'touch "$job.cancel"; exit 130' INT TERM
