@@ -164,6 +164,8 @@ pub struct StateDir {
     /// Hashes of what the files hold, as far as we know. (The text of thousands of services takes megabytes.)
     state_hash: Option<u64>,
     drains_hash: Option<u64>,
+    /// Locked as long as it is open; `None` to look only.
+    _lock: Option<fs::File>,
 }
 
 impl State {
@@ -174,19 +176,26 @@ impl State {
 }
 
 impl StateDir {
-    /// Opens the directory and makes it if need be.
+    /// Opens the directory, makes it if need be, and keeps it from others: agents in several network namespaces of a machine
+    /// would take each other's marks and addresses for their own.
     ///
     /// # Errors
-    /// It can't be made.
+    /// It can't be made, or another process has it.
     pub fn open(path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
         fs::create_dir_all(&path)?;
-        Ok(Self { path, state_hash: None, drains_hash: None })
+        let lock = fs::File::open(&path)?;
+        if matches!(lock.try_lock(), Err(fs::TryLockError::WouldBlock)) {
+            return Err(io::Error::other(
+                "another meshlb uses it, in another network namespace: give each a --state-dir of its own",
+            ));
+        }
+        Ok(Self { path, state_hash: None, drains_hash: None, _lock: Some(lock) })
     }
 
     /// The directory as it is, to look at: it is not made.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), state_hash: None, drains_hash: None }
+        Self { path: path.into(), state_hash: None, drains_hash: None, _lock: None }
     }
 
     /// The state, and a message where the file had to be set aside. Without a file the state is empty.
@@ -356,6 +365,9 @@ mod tests {
         };
         assert!(files.save_drains(std::slice::from_ref(&drain)).unwrap());
 
+        let taken = StateDir::open(dir.path().join("sub")).unwrap_err().to_string();
+        assert!(taken.contains("another meshlb uses it"), "{taken}");
+        drop(files);
         let mut again = StateDir::open(dir.path().join("sub")).unwrap();
         assert_eq!(again.load().unwrap(), (state.clone(), None));
         assert_eq!(again.load_drains().unwrap(), (vec![drain], None));

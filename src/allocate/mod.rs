@@ -237,6 +237,9 @@ impl Allocator {
             if old.is_none() {
                 // From here on its claims speak for it: who keeps a number goes before who looks for one.
                 self.for_kept_numbers(key, |pool, number, who| pool.forget(number, &who));
+                if let Some(new) = new.filter(|_| !self.without_marks) {
+                    self.release_remembered_marks(new);
+                }
             }
             self.state_claims(key, old.as_deref(), new.map(Arc::as_ref));
             if let Some(old) = old.filter(|_| !self.without_marks) {
@@ -260,6 +263,17 @@ impl Allocator {
             }
         }
         different
+    }
+
+    /// Marks that a service had in an earlier run and needs no more, since it was edited meanwhile.
+    fn release_remembered_marks(&mut self, service: &Service) {
+        let Some(kept) = self.previous.services.get(&service.key) else { return };
+        let wanted = wants::marks(service, &self.config);
+        let had = [(Scope::Vip, &kept.marks), (Scope::Ingress, &kept.ingress_marks)];
+        let had = had.into_iter().flat_map(|(scope, marks)| marks.keys().map(move |port| (scope, *port)));
+        let owners = had.map(|(scope, port)| MarkOwner { service: service.key.clone(), port, scope });
+        let unwanted: Vec<_> = owners.filter(|had| !wanted.iter().any(|(_, owner)| owner == had)).collect();
+        unwanted.iter().for_each(|owner| self.marks.release(owner));
     }
 
     fn pools_mut(&mut self) -> impl Iterator<Item = &mut Pool> {
@@ -464,6 +478,11 @@ impl Allocator {
     /// Whether [`Self::commit`] has anything to do.
     pub fn has_retired_marks(&self) -> bool {
         !self.marks.retired().is_empty()
+    }
+
+    /// Marks that were given back, and that the kernel may still have.
+    pub fn retired_marks(&self) -> &BTreeSet<Mark> {
+        self.marks.retired()
     }
 
     /// Marks of services in the kernel that are not ours, as far as known.

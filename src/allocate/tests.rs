@@ -289,6 +289,26 @@ fn a_retired_mark_waits_for_the_kernel_and_then_for_all_others() {
 }
 
 #[test]
+fn marks_that_an_edit_made_idle_while_no_agent_ran_are_given_back() {
+    let publish = |s: &mut Service| s.ports = vec![port(80, Some(Some(8080)))];
+    let local = with("s", |s| {
+        publish(s);
+        s.external_policy = TrafficPolicy::Local;
+    });
+    let other = with("t", |s| s.ports = vec![port(80, None)]);
+    let first = fresh(&all([local, other.clone()]), &wide());
+    let kept = first.allocations();
+    assert_eq!(kept.known_marks().len(), 3);
+    // The policies are one again, and the other has another port.
+    let moved = with("t", |s| s.ports = vec![port(81, None)]);
+    let services = all([with("s", publish), moved]);
+    let mut again = allocate(&services, &wide(), kept, Lock::default(), BTreeSet::new());
+    assert_eq!(again.retired_marks().len(), 2);
+    again.commit();
+    assert_eq!(again.allocations().known_marks().len(), 2);
+}
+
+#[test]
 fn survives_a_restart_and_marks_of_others() {
     let config = wide();
     let mut services = all((0..50).map(|i| with(&format!("s{i}"), |s| s.ports = vec![port(80, Some(None))])));

@@ -8,7 +8,7 @@ use std::{
 use super::{ElementChange, Error, Host, Ipvs, IpvsChange, Netfilter};
 use crate::{
     model::{
-        ids::{Mark, PerFamily},
+        ids::{Family, Mark, PerFamily},
         kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
     },
     plan::{Observed, Op},
@@ -139,7 +139,17 @@ impl Dataplane {
             if run.is_empty() {
                 continue;
             }
-            for (op, result) in run.iter().zip(self.apply_run(run, desired, &mut unguarded)) {
+            // New rules bring all entries with them: not those that would have to wait as changes of their own.
+            let without;
+            let mut with = desired;
+            if matches!(first, Op::Install { .. })
+                && let Some((rest, waiting)) = stuck.put_off_entries(desired)
+            {
+                failures.extend(waiting);
+                without = rest;
+                with = &without;
+            }
+            for (op, result) in run.iter().zip(self.apply_run(run, with, &mut unguarded)) {
                 if let Err(error) = result {
                     let follows = matches!(op, Op::PutRoute(_)) && unguarded.is_some();
                     stuck.failed(op, leads_to);
@@ -200,11 +210,11 @@ impl Dataplane {
                 result
             }
             Op::PutRoute(route) => match unguarded {
-                Some(error) => Err(Error::Failed {
+                Some(error) if !self.netfilter.stands(Family::of(&route.source)) => Err(Error::Failed {
                     object: format!("route local {}", route.range),
                     reason: format!("not added, as its rules could not be installed ({error})"),
                 }),
-                None => self.host.put_vip_route(route),
+                _ => self.host.put_vip_route(route),
             },
             Op::DelRoute(family, range) => self.host.del_vip_route(*family, range),
             Op::ForgetUdp(flows) => self.host.forget_udp(flows).map(drop),
@@ -233,11 +243,36 @@ impl Stuck {
             Op::Element(ElementChange::Del(element) | ElementChange::Put(element, Some(Mark::NOWHERE))) => {
                 self.entered.extend(leads_to(element));
             }
-            Op::Ipvs(IpvsChange::DelService(key) | IpvsChange::DelReal(key, _)) => {
+            Op::Ipvs(
+                IpvsChange::DelService(key) | IpvsChange::DelReal(key, _) | IpvsChange::SetReal(key, ..),
+            ) => {
                 self.untrimmed.insert(key.mark);
             }
             _ => {}
         }
+    }
+
+    /// What is desired without the entries that have to wait, and these; `None` where none has to. What is published is refused
+    /// meanwhile.
+    fn put_off_entries(&self, desired: &KernelState) -> Option<(KernelState, Vec<Failure>)> {
+        let puts = desired.elements.iter().map(|(e, mark)| Op::Element(ElementChange::Put(*e, *mark)));
+        let waiting: Vec<_> = puts
+            .filter_map(|op| self.put_off(&op).map(|error| Failure { op, error, follows: true }))
+            .collect();
+        if waiting.is_empty() {
+            return None;
+        }
+        let mut rest = desired.clone();
+        for failure in &waiting {
+            if let Op::Element(ElementChange::Put(element, _)) = &failure.op {
+                if element.is_published() {
+                    rest.elements.insert(*element, Some(Mark::NOWHERE));
+                } else {
+                    rest.elements.remove(element);
+                }
+            }
+        }
+        Some((rest, waiting))
     }
 
     /// Why this has to wait, if it has to.
@@ -295,6 +330,10 @@ mod tests {
         VirtualServerKey { family: Family::V4, mark: Mark(mark) }
     }
 
+    fn target(last: u8) -> Target {
+        Target { addr: [192, 168, 50, last].into(), protocol: Protocol::Tcp, port: 30080 }
+    }
+
     fn real(last: u8) -> RealServerKey {
         RealServerKey { addr: [10, 244, 1, last].into(), port: 8080 }
     }
@@ -321,7 +360,9 @@ mod tests {
             netfilter: Box::new(kernel.clone()),
             host: Box::new(kernel.clone()),
         };
-        let desired = KernelState { program: Some(program()), ..KernelState::default() };
+        let published = Element::Published(target(1));
+        let elements = [(entry, Some(Mark(257))), (published, Some(Mark(257)))].into_iter().collect();
+        let desired = KernelState { program: Some(program()), elements, ..KernelState::default() };
         let leads_to = |element: &Element| (*element == entry).then_some(Mark(256));
         let failures = dataplane.apply(ops, &desired, &leads_to);
         failures.iter().map(|f| (f.follows, f.op.to_string())).collect()
@@ -339,6 +380,22 @@ mod tests {
         assert_eq!((reals(256), reals(257)), (1, 2));
         assert_eq!(apply(&kernel, entry, &ops), []);
         assert_eq!((reals(256), reals(257)), (2, 2));
+    }
+
+    #[test]
+    fn new_rules_bring_no_entry_to_destinations_that_had_to_go() {
+        let (kernel, entry) = kernel();
+        kernel.lock().faults.push("10.244.1.1".into());
+        let install = Op::Install { program: Box::new(program()), reasons: vec![] };
+        let ops = [Op::Ipvs(IpvsChange::DelReal(key(257), real(1))), install];
+        let failures = apply(&kernel, entry, &ops);
+        assert_eq!(failures.len(), 3, "{failures:?}");
+        assert!(failures[1..].iter().all(|(follows, op)| *follows && op.contains("0x101")), "{failures:?}");
+        let elements = kernel.lock().state.elements.clone();
+        assert_eq!(elements.get(&entry), None);
+        assert_eq!(elements.get(&Element::Published(target(1))), Some(&Some(Mark::NOWHERE)));
+        assert_eq!(apply(&kernel, entry, &ops), []);
+        assert_eq!(kernel.lock().state.elements[&entry], Some(Mark(257)));
     }
 
     #[test]

@@ -318,10 +318,13 @@ impl Host for FakeKernel {
         Ok(0)
     }
 
-    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
+    fn open_flows(&mut self, flows: &[PublishedFlows]) -> Result<Vec<bool>, Error> {
         let inner = self.may_fail("read flows")?;
-        let same = |open: &&PublishedFlows| (open.protocol, open.real) == (flows.protocol, flows.real);
-        Ok(inner.flows.iter().filter(same).any(|open| !open.to.is_disjoint(&flows.to)))
+        let is_open = |flows: &PublishedFlows| {
+            let same = |open: &&PublishedFlows| (open.protocol, open.real) == (flows.protocol, flows.real);
+            inner.flows.iter().filter(same).any(|open| !open.to.is_disjoint(&flows.to))
+        };
+        Ok(flows.iter().map(is_open).collect())
     }
 
     fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error> {

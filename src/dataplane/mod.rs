@@ -179,6 +179,10 @@ pub trait Netfilter {
     /// Makes the whole program, and exactly these elements, be there. Atomic per table: at no moment
     /// does a packet meet half of it. Also when other state of ours is present in any condition.
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error>;
+    /// Whether all rules of a family are there, although the last [`Netfilter::install`] has failed.
+    fn stands(&self, _family: Family) -> bool {
+        false
+    }
     /// Changes elements of an installed program, in order where order matters to packets. The results
     /// line up with the changes.
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>>;
@@ -253,8 +257,8 @@ pub trait Host {
     fn listeners(&mut self) -> Result<Vec<Listener>, Error>;
     /// Deletes conntrack entries of UDP flows to these real servers that came by the given addresses. Returns how many.
     fn forget_udp(&mut self, flows: &UdpFlows) -> Result<usize, Error>;
-    /// Whether one of these connections is open.
-    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error>;
+    /// Which of these have a connection that is open.
+    fn open_flows(&mut self, flows: &[PublishedFlows]) -> Result<Vec<bool>, Error>;
     /// Ends these connections: their next packet is refused. Says how many there were.
     fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error>;
     /// Writing commands since the start.

@@ -311,7 +311,7 @@ mod tests {
         fn forget_udp(&mut self, _: &crate::model::kernel::UdpFlows) -> Result<usize, Error> {
             unreachable!()
         }
-        fn has_flows(&mut self, _: &PublishedFlows) -> Result<bool, Error> {
+        fn open_flows(&mut self, _: &[PublishedFlows]) -> Result<Vec<bool>, Error> {
             unreachable!()
         }
         fn cut_flows(&mut self, _: &[PublishedFlows]) -> Result<usize, Error> {

@@ -142,7 +142,12 @@ impl Element {
 
     /// Whether the element leads packets into IPVS (its value is a mark).
     pub fn is_mark(&self) -> bool {
-        matches!(self, Self::Vip(_) | Self::Published(_) | Self::Loopback(..))
+        matches!(self, Self::Vip(_)) || self.is_published()
+    }
+
+    /// Whether it is of a published port.
+    pub fn is_published(&self) -> bool {
+        matches!(self, Self::Published(_) | Self::Loopback(..))
     }
 }
 

@@ -88,6 +88,23 @@ const AT_ONCE_AGAIN: Duration = Duration::from_secs(10);
 const BACKOFF_FIRST: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(30);
 
+/// How long to wait before the next try, ever longer.
+struct Backoff(Duration);
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self(BACKOFF_FIRST)
+    }
+}
+
+impl Backoff {
+    fn next(&mut self) -> Duration {
+        let now = self.0;
+        self.0 = (now * 2).min(BACKOFF_MAX);
+        now
+    }
+}
+
 /// The loop.
 pub struct Agent<O> {
     engine: Engine,
@@ -97,7 +114,9 @@ pub struct Agent<O> {
     in_sync: bool,
     node_dirty: bool,
     oldest: Option<Instant>,
-    backoff: Duration,
+    backoff: Backoff,
+    /// The same for a kernel, or notes on disk, that can't be read or written at all.
+    unreadable: Backoff,
     retry_at: Option<Instant>,
     /// What others have changed is to be put back now, whatever fails besides.
     heal_now: bool,
@@ -133,7 +152,8 @@ impl<O: Observer> Agent<O> {
             in_sync: false,
             node_dirty: true,
             oldest: None,
-            backoff: BACKOFF_FIRST,
+            backoff: Backoff::default(),
+            unreadable: Backoff::default(),
             retry_at: None,
             heal_now: false,
             healed: None,
@@ -304,7 +324,7 @@ impl<O: Observer> Agent<O> {
             self.in_sync = false;
         } else if turn.failures.is_empty() {
             self.in_sync = true;
-            self.backoff = BACKOFF_FIRST;
+            self.backoff = Backoff::default();
             self.retry_at = None;
             self.logged.clear();
         } else {
@@ -321,10 +341,14 @@ impl<O: Observer> Agent<O> {
             if lines.len() > 10 {
                 self.complain(&format!("and {} more changes failed", lines.len() - 10));
             }
+            // What fails each time has its own pace; another failure may be over at once.
+            if self.engine.failed_anew() {
+                self.backoff = Backoff::default();
+            }
             // What others change does not put it off.
             let due = self.retry_at.is_none_or(|at| start >= at);
             if self.engine.needs_full() || due {
-                self.back_off();
+                self.retry_at = Some(Instant::now() + self.backoff.next());
             }
         }
         if !turn.ops.is_empty() {
@@ -350,12 +374,7 @@ impl<O: Observer> Agent<O> {
         self.in_sync = false;
         self.complain(error);
         self.observer.turn_failed(error);
-        self.back_off();
-    }
-
-    fn back_off(&mut self) {
-        self.retry_at = Some(Instant::now() + self.backoff);
-        self.backoff = (self.backoff * 2).min(BACKOFF_MAX);
+        self.retry_at = Some(Instant::now() + self.unreadable.next());
     }
 
     /// The same line again only after a minute.
@@ -400,8 +419,9 @@ impl<O: Observer> Agent<O> {
             return;
         }
         match self.look() {
-            Ok(None) => {}
+            Ok(None) => self.unreadable = Backoff::default(),
             Ok(Some(what)) => {
+                self.unreadable = Backoff::default();
                 warn!("healing: {what}");
                 self.observer.drift(&what);
                 let again = self
@@ -409,13 +429,16 @@ impl<O: Observer> Agent<O> {
                     .as_ref()
                     .is_some_and(|(last, at)| *last == what && at.elapsed() < AT_ONCE_AGAIN);
                 self.heal_now = !again;
+                // It has to wait, but not as long as what fails each time.
+                let soon = Instant::now() + AT_ONCE_AGAIN / 2;
+                self.retry_at = self.retry_at.map(|at| at.min(soon));
                 self.healed = Some((what, Instant::now()));
                 self.engine.distrust();
             }
             Err(e) => {
                 self.complain(&e);
                 self.engine.distrust();
-                self.back_off();
+                self.retry_at = Some(Instant::now() + self.unreadable.next());
             }
         }
     }

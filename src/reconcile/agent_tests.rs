@@ -189,6 +189,22 @@ fn what_is_taken_away_is_put_back_at_once_though_something_fails_each_time() {
     agent.until("several tries", |told| {
         told.turns.iter().filter(|(_, _, failures)| *failures > 0).count() >= 6
     });
+    // Another change that fails once, and a look, have not to wait for that.
+    for fault in ["-> 10.244.1.16:8080", "probe"] {
+        kernel.lock().faults.push(fault.into());
+        let events = vec![endpoints("vote", &["10.244.1.11", "10.244.1.12", "10.244.1.16"])];
+        agent.inputs.send(Input::Events(events, Instant::now())).unwrap();
+        let begun = Instant::now();
+        let there = |kernel: &FakeKernel| {
+            let inner = kernel.lock();
+            let mut reals = inner.state.virtual_servers.values().flat_map(|server| server.reals.keys());
+            inner.faults.is_empty() && reals.any(|real| real.addr.to_string() == "10.244.1.16")
+        };
+        while !there(&kernel) {
+            assert!(begun.elapsed() < Duration::from_millis(1500), "{fault}: not made good");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
     let whole = kernel.lock().state.elements.clone();
     {
         let mut inner = kernel.lock();

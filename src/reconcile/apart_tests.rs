@@ -95,6 +95,62 @@ fn endpoints_that_cannot_be_read_keep_nothing_of_other_services() {
     assert_eq!(addresses(&kernel), ["10.244.1.12"].map(String::from).into());
 }
 
+/// The last readable service with the same endpoints goes.
+#[test]
+fn endpoints_of_what_is_left_alone_stay_when_another_service_lets_go_of_them() {
+    let kernel = FakeKernel::default();
+    let first = three(&kernel);
+    let mut second = after_a_restart(&kernel, &first);
+    second.feed([service_with("vote", port(80, 8080)), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+    second.feed([service_with("same", port(85, 8080)), endpoints("same", &["10.244.1.13"])]);
+    second.synced(Unread { services: [key("bad"), key("gone")].into(), ..Unread::default() });
+    turn(&mut second, true);
+    let of = |kernel: &FakeKernel| -> BTreeSet<Element> {
+        let addr: std::net::IpAddr = "10.244.1.13".parse().unwrap();
+        let all = kernel.lock().state.elements.clone();
+        all.iter()
+            .map(|(e, _)| *e)
+            .filter(|e| matches!(e, Element::Endpoint(a) | Element::Local(a) if *a == addr))
+            .collect()
+    };
+    let before = of(&kernel);
+    assert!(!before.is_empty());
+    second.feed([Event::ServiceGone(key("same"))]);
+    turn(&mut second, false);
+    assert_eq!(of(&kernel), before);
+    // Nobody has them any more when it can be read, and is gone.
+    second.synced(Unread::default());
+    turn(&mut second, true);
+    assert_eq!(of(&kernel), BTreeSet::new());
+}
+
+/// Both a service and its endpoints could not be read; the service is mended first.
+#[test]
+fn destinations_stay_while_only_the_service_can_be_read_again() {
+    let kernel = FakeKernel::default();
+    let first = three(&kernel);
+    let mut second = after_a_restart(&kernel, &first);
+    second
+        .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
+    let both =
+        Unread { services: [key("bad")].into(), endpoints_of: [key("bad")].into(), ..Unread::default() };
+    second.synced(both);
+    turn(&mut second, true);
+    second.feed([service_with("bad", published(81, 8080, Some(30081)))]);
+    second.synced(Unread { endpoints_of: [key("bad")].into(), ..Unread::default() });
+    turn(&mut second, false);
+    let weights = |kernel: &FakeKernel| -> Vec<u32> {
+        let inner = kernel.lock();
+        let reals = inner.state.virtual_servers.values().flat_map(|server| server.reals.iter());
+        reals.filter(|(real, _)| real.addr.to_string() == "10.244.1.13").map(|(_, c)| c.weight).collect()
+    };
+    assert_eq!(weights(&kernel), [1]);
+    // Said to be gone, it goes.
+    second.synced(Unread::default());
+    turn(&mut second, false);
+    assert_eq!(weights(&kernel), [0]);
+}
+
 #[test]
 fn rules_that_are_installed_anew_bring_the_entries_of_what_is_left_alone() {
     for unread in

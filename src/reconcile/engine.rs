@@ -35,7 +35,7 @@ use crate::{
         service::{Drains, Kept},
     },
     dataplane::{
-        AddressRules, Error, ProgramState,
+        AddressRules, ElementChange, Error, ProgramState,
         executor::{Dataplane, Failure},
         host::{REQUIRED, Required, When},
     },
@@ -110,10 +110,14 @@ pub struct Engine {
     unread: Unread,
     /// What failed when it was last tried.
     failing: Vec<Failure>,
+    /// Whether one of them had not failed in the turn before.
+    failed_anew: bool,
     /// Whether the kernel was read for the changes that were prepared last.
     full: bool,
     /// Whether the kernel has been looked at.
     looked: bool,
+    /// Whether what an earlier run left was looked through for connections that nobody wants any more.
+    swept: bool,
     /// Whether there was nothing of ours in it then.
     bare: bool,
     /// Connections by published ports that a service has let go of, and that conntrack would go on with.
@@ -179,8 +183,10 @@ impl Engine {
             kept: Kept::new(),
             unread: Unread::default(),
             failing: Vec::new(),
+            failed_anew: false,
             full: false,
             looked: false,
+            swept: false,
             bare: false,
             overdue: BTreeSet::new(),
             flows_left: Vec::new(),
@@ -440,6 +446,7 @@ impl Engine {
             return Ok(None);
         }
         let mut ops = plan(self.merged.state(), &self.known, &touched);
+        self.spare_held(&mut ops);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         ops.extend(self.flows_to_retry());
         Ok(Some(ops))
@@ -480,7 +487,7 @@ impl Engine {
         }
         self.share();
         let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
-        if first {
+        if !std::mem::replace(&mut self.swept, true) {
             self.note_unwanted(seen.as_ref().unwrap_or(&observed));
         }
         // First of all: the rules that guard their addresses may be about to go.
@@ -590,6 +597,16 @@ impl Engine {
                 self.overdue.remove(flows);
             }
         }
+        // New rules have come without these.
+        for failure in failures.iter().filter(|failure| installs && failure.follows) {
+            if let Op::Element(ElementChange::Put(element, _)) = &failure.op {
+                if element.is_published() {
+                    self.known.elements.insert(*element, Some(Mark::NOWHERE));
+                } else {
+                    self.known.elements.remove(element);
+                }
+            }
+        }
         self.keep_flows(&failures);
         self.trusted = self.note_failures(ops, &failures);
         self.known_good = self.trusted;
@@ -597,6 +614,10 @@ impl Engine {
             self.share();
         }
         if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
+            // From now on they are anybody's: who is given one again asks the kernel first.
+            for mark in self.allocator.retired_marks() {
+                self.ours.remove(mark);
+            }
             self.dirty.extend(self.allocator.commit());
             self.generation += 1;
         }

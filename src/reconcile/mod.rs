@@ -5,6 +5,8 @@ pub mod agent;
 mod agent_tests;
 #[cfg(test)]
 mod apart_tests;
+#[cfg(test)]
+mod connections_tests;
 pub mod engine;
 pub mod listeners;
 pub mod rotation;

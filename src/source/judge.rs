@@ -29,7 +29,7 @@ pub struct Judgement {
 pub fn judge(kind: Kind, value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
     match kind {
         Kind::Service => service(value, config, in_kubernetes),
-        Kind::Slice => slice(value, config),
+        Kind::Slice => slice(value, config, in_kubernetes),
     }
 }
 
@@ -53,10 +53,11 @@ fn service(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Ju
     }
 }
 
-/// A node does what it can with a slice; without one it is `check`, which says what an API server would.
-fn slice(value: Value, config: Option<&NodeConfig>) -> Judgement {
+/// What an API server would refuse is refused in a folder too, whose last good version stays in force. With what an API server
+/// let through a node does what it can.
+fn slice(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
     let parsed = api::parse_endpoint_slice(value).and_then(|object| {
-        let broken = if config.is_none() { api::broken_slice_rules(&object) } else { Vec::new() };
+        let broken = if in_kubernetes { Vec::new() } else { api::broken_slice_rules(&object) };
         if broken.is_empty() { Ok(object) } else { Err(broken) }
     });
     match parsed {
@@ -87,7 +88,11 @@ mod tests {
             "metadata": {"name": "s", "labels": {api::SERVICE_NAME_LABEL: "vote"}},
             "endpoints": [{"addresses": [address]}],
         });
-        let judged = judge(Kind::Slice, value, Some(&config()), false);
+        // In a folder what an API server refuses is refused too, and the last good version stays.
+        let in_folder = judge(Kind::Slice, value.clone(), Some(&config()), false).verdict;
+        let refused = !api::broken_slice_rules(&api::parse_endpoint_slice(value.clone()).unwrap()).is_empty();
+        assert_eq!(matches!(in_folder, Verdict::Wrong), refused, "{address}");
+        let judged = judge(Kind::Slice, value, Some(&config()), true);
         assert_eq!(judged.severity, Severity::Warning);
         match judged.verdict {
             Verdict::Good(Object::Slice(slice)) => {

@@ -190,7 +190,9 @@ pub(crate) fn facts(
         let chosen = kernel_choice.get(family).filter(|a| candidates.contains(a));
         primary.set(family, rules.node_ips.get(family).or(chosen).or(candidates.first()).copied());
     }
-    let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).collect();
+    // Link-local ones can be no endpoint's; they come and go with each pod's link, and would have everything looked at again.
+    let can_be_endpoint = |addr: &IpAddr| !matches!(addr, IpAddr::V6(a) if a.is_unicast_link_local());
+    let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).filter(can_be_endpoint).collect();
     let uplinks = uplinks(links, &own, &primary);
     NodeFacts { primary, published_addresses, all_addresses, uplinks }
 }
@@ -289,7 +291,14 @@ mod tests {
                 "fd00:50::5"
             ]
         );
-        assert_eq!(facts.all_addresses.len(), addresses.len());
+        assert_eq!(
+            facts.all_addresses.len(),
+            addresses.len()
+                - addresses
+                    .iter()
+                    .filter(|a| matches!(a.addr, IpAddr::V6(ip) if ip.is_unicast_link_local()))
+                    .count()
+        );
     }
 
     #[test]

@@ -6,7 +6,10 @@
 //! A connection by a published port is translated by conntrack alone after its first packet, since its destination
 //! was changed before IPVS. Whether such connections are open, and ending them at the end of a drain, is asked here.
 
-use std::{collections::HashMap, net::IpAddr};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::IpAddr,
+};
 
 use netlink_packet_core::NLM_F_DUMP;
 use netlink_packet_netfilter::{
@@ -160,10 +163,10 @@ fn deletion(head: &[u8], entry: &[u8]) -> Vec<u8> {
     request
 }
 
-/// Whether one of these connections is open.
-pub(crate) fn has_flows(conn: &mut Conn, flows: &PublishedFlows) -> Result<bool, Error> {
-    let mut open = false;
-    dump_flows(conn, flows, &mut |entry, _| open |= !has_ended(entry))?;
+/// Which of these have a connection that is open.
+pub(crate) fn open_flows(conn: &mut Conn, all: &[PublishedFlows]) -> Result<Vec<bool>, Error> {
+    let mut open = vec![false; all.len()];
+    each_flow(conn, all, &mut |at, entry, _| open[at] |= !has_ended(entry))?;
     Ok(open)
 }
 
@@ -172,16 +175,29 @@ const ASKED_SINGLY: usize = 8;
 
 /// Deletes the entries of these connections and counts them. Their next packet is one of an unknown connection.
 pub(crate) fn cut_flows(conn: &mut Conn, all: &[PublishedFlows], writes: &mut u64) -> Result<usize, Error> {
-    let mut requests = Vec::new();
+    // An entry that is one of several flows is deleted once.
+    let mut requests = BTreeSet::new();
+    each_flow(conn, all, &mut |_, entry, head| {
+        requests.insert(deletion(head, entry));
+    })?;
+    delete(conn, &requests.into_iter().collect::<Vec<_>>(), writes)
+}
+
+/// Gives each entry of these connections, with its message's header and which of them it is one of.
+fn each_flow(
+    conn: &mut Conn,
+    all: &[PublishedFlows],
+    f: &mut dyn FnMut(usize, &[u8], &[u8]),
+) -> Result<(), Error> {
     if all.len() <= ASKED_SINGLY {
-        for flows in all {
-            dump_flows(conn, flows, &mut |entry, head| requests.push(deletion(head, entry)))?;
+        for (at, flows) in all.iter().enumerate() {
+            dump_flows(conn, flows, &mut |entry, head| f(at, entry, head))?;
         }
-        return delete(conn, &requests, writes);
+        return Ok(());
     }
-    let mut by_server: HashMap<IpAddr, Vec<&PublishedFlows>> = HashMap::new();
-    for flows in all {
-        by_server.entry(flows.real.addr).or_default().push(flows);
+    let mut by_server: HashMap<IpAddr, Vec<usize>> = HashMap::new();
+    for (at, flows) in all.iter().enumerate() {
+        by_server.entry(flows.real.addr).or_default().push(at);
     }
     for family in Family::ALL.into_iter().filter(|f| by_server.keys().any(|addr| Family::of(addr) == *f)) {
         let request = dump_request(family, false);
@@ -191,13 +207,14 @@ pub(crate) fn cut_flows(conn: &mut Conn, all: &[PublishedFlows], writes: &mut u6
             };
             let reply = attrs(entry).find(|(kind, _)| *kind == CTA_TUPLE_REPLY).map(|(_, value)| value);
             let server = reply.and_then(|reply| end_of(reply, SOURCE)).map(|(_, addr, _)| addr);
-            let of = server.and_then(|server| by_server.get(&server));
-            if of.into_iter().flatten().any(|flows| is_flow(entry, flows)) {
-                requests.push(deletion(head, entry));
+            for &at in server.and_then(|server| by_server.get(&server)).into_iter().flatten() {
+                if is_flow(entry, &all[at]) {
+                    f(at, entry, head);
+                }
             }
         })?;
     }
-    delete(conn, &requests, writes)
+    Ok(())
 }
 
 /// Goes through the entries of these connections: attributes, and the message's header.

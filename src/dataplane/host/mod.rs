@@ -204,8 +204,8 @@ impl Host for LinuxHost {
         conntrack::forget_udp(&mut self.netfilter, flows, &mut self.writes)
     }
 
-    fn has_flows(&mut self, flows: &PublishedFlows) -> Result<bool, Error> {
-        conntrack::has_flows(&mut self.netfilter, flows)
+    fn open_flows(&mut self, flows: &[PublishedFlows]) -> Result<Vec<bool>, Error> {
+        conntrack::open_flows(&mut self.netfilter, flows)
     }
 
     fn cut_flows(&mut self, flows: &[PublishedFlows]) -> Result<usize, Error> {

@@ -46,6 +46,8 @@ pub struct Iptables {
     /// The nf_tables generation up to which all is known to be ours.
     generation: Option<u32>,
     legacy: LegacyPace,
+    /// The family whose rules stand, though those of the other could not be written.
+    stands: Option<Family>,
 }
 
 impl Iptables {
@@ -79,6 +81,7 @@ impl Iptables {
             counts: None,
             generation: None,
             legacy: LegacyPace::default(),
+            stands: None,
         }
     }
 
@@ -181,6 +184,7 @@ impl Iptables {
         self.known = None;
         self.counts = None;
         self.generation = None;
+        self.stands = None;
         self.fill_sets(program, elements)?;
         // The guard first: it only refuses what IPVS did not take. But where a table stands, it may be the
         // other renderer's, which does all the work until our rules do it too.
@@ -188,10 +192,17 @@ impl Iptables {
         if self.stores.nft && !guarded {
             self.put_table(program, elements)?;
         }
+        // A family that this kernel or host has no means for keeps the other from nothing.
+        let mut unwritten = None;
         for family in Family::ALL {
             let rules = rules(program, family, self.options);
-            let saved = self.variant.saved(family)?;
-            self.runs += u64::from(self.variant.put(family, &rules, &saved)?);
+            let written =
+                self.variant.saved(family).and_then(|saved| self.variant.put(family, &rules, &saved));
+            match written {
+                Ok(wrote) => self.runs += u64::from(wrote),
+                Err(e) if unwritten.is_none() => unwritten = Some((family, e)),
+                Err(e) => return Err(e),
+            }
         }
         if guarded {
             let whole = self.reader.table_parts(&["unmark".to_owned()])?;
@@ -210,6 +221,10 @@ impl Iptables {
             if !wanted {
                 self.ipset.destroy(&header.name)?;
             }
+        }
+        if let Some((family, e)) = unwritten {
+            self.stands = Family::ALL.into_iter().find(|other| *other != family);
+            return Err(e);
         }
         let generation = self.reader.generation().ok();
         let parts = self.parts(Some(program))?;
@@ -474,6 +489,10 @@ impl Netfilter for Iptables {
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
         super::until_complete(|| self.install_once(program, elements))
+    }
+
+    fn stands(&self, family: Family) -> bool {
+        self.stands == Some(family)
     }
 
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {

@@ -167,6 +167,11 @@ fn strangers_text(family: Family) -> String {
     )
 }
 
+/// What of published ports is refused where IPVS did not take it: what begins something, since a client may have got a
+/// published number as its own port and is answered there; and each datagram, since a flow of UDP that IPVS took until it
+/// lost all its services is none that begins.
+const BEGINS: [&str; 2] = ["ct state new", "meta l4proto udp ct direction original"];
+
 const STRANGERS: &str = "lo-strangers-";
 
 fn strangers(family: Family) -> String {
@@ -257,7 +262,10 @@ impl Names {
         let (map, published) = (self.set(Kind::Loopback), self.set(Kind::Published));
         let strangers = strangers(self.family);
         vec![
-            // First: answers of ours look the same once they are turned back.
+            // Only the guard's own refusals, and the host's, are resets: who is refused is no stranger, and may ask again by
+            // the same port.
+            format!("{ip} saddr {lo} {ip} daddr {lo} tcp flags & rst == rst return"),
+            // Before the other: answers of ours look the same once they are turned back.
             format!(
                 "{ip} saddr {lo} {ip} daddr {lo} {ip} saddr . meta l4proto . th sport {published} \
                  update @{strangers} {{ meta l4proto . th dport . th sport }}"
@@ -324,21 +332,24 @@ impl Names {
     fn guard(&self, whole: bool) -> Vec<String> {
         let Self { ip, range, digit, .. } = self;
         let (target, own) = (self.target(), self.set(Kind::Own));
-        let mut rules = vec![format!("{ip} daddr {range} jump guard-{digit}"), self.refuse_published()];
+        let mut rules = vec![format!("{ip} daddr {range} jump guard-{digit}")];
+        rules.extend(self.refuse_published());
         if whole {
             let marks = self.set(Kind::PublishedMarks);
             // The mark is the map's way of telling a hit; the packet ends here.
-            rules.push(format!(
-                "ct state new {target} != {own} meta mark set {target} map {marks} meta mark set 0 jump refuse"
-            ));
+            rules.extend(BEGINS.map(|begins| {
+                format!(
+                    "{begins} {target} != {own} meta mark set {target} map {marks} meta mark set 0 jump refuse"
+                )
+            }));
         }
         rules
     }
 
-    /// What IPVS did not take of published ports. Only new ones: a client may have got a published number as its own port.
-    fn refuse_published(&self) -> String {
+    /// What IPVS did not take of published ports.
+    fn refuse_published(&self) -> [String; 2] {
         let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
-        format!("{target} {published} {target} != {own} ct state new jump refuse")
+        BEGINS.map(|begins| format!("{begins} {target} {published} {target} != {own} jump refuse"))
     }
 
     /// The same for 127.0.0.1, already on the way out: the error for a packet whose source was rewritten would
@@ -346,16 +357,16 @@ impl Names {
     fn guard_loopback(&self) -> Vec<String> {
         let Self { ip, lo, node, .. } = self;
         let map = self.set(Kind::Loopback);
-        vec![
-            // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
-            // that the error finds its socket.
+        // The mark is the map's way of telling a hit; the packet ends here. With its own source again, so
+        // that the error finds its socket.
+        let loopback = BEGINS.map(|begins| {
             format!(
-                "{ip} saddr {node} {ip} daddr {lo} ct state new meta mark set meta l4proto . th dport map {map} {ip} saddr set {lo} jump refuse"
-            ),
-            // What the node sends to a published port of its own: conntrack must not remember it as settled without a
-            // masquerade, or a client that goes on asking would not hear of an endpoint elsewhere that comes later.
-            self.refuse_published(),
-        ]
+                "{ip} saddr {node} {ip} daddr {lo} {begins} meta mark set meta l4proto . th dport map {map} {ip} saddr set {lo} jump refuse"
+            )
+        });
+        // And what the node sends to a published port of its own: conntrack must not remember it as settled without a
+        // masquerade, or a client that goes on asking would not hear of an endpoint elsewhere that comes later.
+        loopback.into_iter().chain(self.refuse_published()).collect()
     }
 
     fn guard_vip(&self) -> Vec<String> {

@@ -6,10 +6,13 @@ use jiff::Timestamp;
 
 use super::{Engine, published::published};
 use crate::{
-    compile::service::{Drains, ports_from},
+    compile::{
+        RealState,
+        service::{Drains, ports_from},
+    },
     dataplane::{Error, executor::Failure},
     model::{
-        ids::{Family, Protocol, Scope},
+        ids::{Family, Mark, Protocol, Scope},
         kernel::{PublishedFlows, RealServerKey, UdpFlows, VirtualServerKey},
     },
     plan::Op,
@@ -28,6 +31,7 @@ impl Engine {
     pub fn expire_drains(&mut self, now: Timestamp) -> Result<(), Error> {
         let mut unread = None;
         let mut looked: BTreeMap<_, BTreeMap<RealServerKey, u32>> = BTreeMap::new();
+        let (mut over_now, mut asked) = (Vec::new(), Vec::new());
         let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
         for ((vs, real), until) in keys {
             let mut over = until <= now;
@@ -47,25 +51,28 @@ impl Engine {
                 };
                 over = active.get(&real).copied().unwrap_or(0) == 0;
             }
-            // IPVS calls a connection inactive when the first of its two sides is closed (tcp_state_active_table), and knows
-            // nothing of those by published ports: conntrack knows both kinds.
-            if over
-                && until > now
-                && let Some(flows) = self.flows(vs, real)
-            {
-                over = match self.dataplane.host.has_flows(&flows) {
-                    Ok(any) => !any,
-                    Err(e) => {
-                        unread.get_or_insert(e);
-                        false
-                    }
-                };
+            match self.flows(vs, real) {
+                // IPVS calls a connection inactive when the first of its two sides is closed (tcp_state_active_table), and
+                // knows nothing of those by published ports: conntrack knows both kinds.
+                Some(flows) if over && until > now => asked.push(((vs, real), flows)),
+                _ if over => over_now.push((vs, real)),
+                _ => {}
             }
-            if over {
-                self.drains.insert((vs, real), now);
-                if let Some(owner) = self.merged.owner(vs.mark) {
-                    self.dirty.insert(owner.clone());
-                }
+        }
+        // All at once: the table may be long.
+        let (asked, flows): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
+        match if flows.is_empty() { Ok(Vec::new()) } else { self.dataplane.host.open_flows(&flows) } {
+            Ok(open) => {
+                over_now.extend(asked.into_iter().zip(open).filter(|(_, open)| !open).map(|(key, _)| key))
+            }
+            Err(e) => {
+                unread.get_or_insert(e);
+            }
+        }
+        for (vs, real) in over_now {
+            self.drains.insert((vs, real), now);
+            if let Some(owner) = self.merged.owner(vs.mark) {
+                self.dirty.insert(owner.clone());
             }
         }
         unread.map_or(Ok(()), Err)
@@ -109,7 +116,13 @@ impl Engine {
         let service = self.merged.services().get(self.merged.owner(vs.mark)?)?;
         let mut flows = PublishedFlows { protocol: Protocol::Tcp, real, to: BTreeSet::new() };
         let family = Family::of(&real.addr);
-        for port in published(service).into_iter().filter(|port| port.mark == Some(vs.mark)) {
+        // By whatever mark: connections go on where they are when a policy changes it. But not where it still takes new ones.
+        let goes_on = |mark: Option<Mark>| {
+            let by = mark.map(|mark| (VirtualServerKey { family: vs.family, mark }, real));
+            by.is_some_and(|by| service.reals.get(&by).is_some_and(|info| info.state == RealState::Ready))
+        };
+        for port in published(service).into_iter().filter(|port| port.has_real(&real) && !goes_on(port.mark))
+        {
             flows.protocol = port.protocol;
             flows.to.extend(port.to.into_iter().filter(|(addr, _)| Family::of(addr) == family));
         }

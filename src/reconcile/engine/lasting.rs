@@ -11,15 +11,22 @@ impl Engine {
         &self.failing
     }
 
+    /// Whether something failed in the last turn that had not failed in the one before.
+    pub fn failed_anew(&self) -> bool {
+        self.failed_anew
+    }
+
     /// Takes in how changes ended. Whether the kernel is known all the same: what fails a second time, after the kernel was read,
     /// has changed nothing, and each look and each change of anything else may go by that.
     pub(super) fn note_failures(&mut self, ops: &[Op], failures: &[Failure]) -> bool {
         if failures.is_empty() && (self.failing.is_empty() || self.full) {
             self.failing.clear();
+            self.failed_anew = false;
             return true;
         }
         let before: HashSet<String> = self.failing.iter().map(|failure| failure.op.to_string()).collect();
         let lasting = failures.iter().all(|f| is_apart(&f.op) && before.contains(&f.op.to_string()));
+        self.failed_anew = failures.iter().any(|f| !before.contains(&f.op.to_string()));
         if self.full {
             self.failing.clear();
         } else {

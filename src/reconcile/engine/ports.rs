@@ -1,15 +1,22 @@
 //! Published ports and sockets of the host: who was there first keeps the port.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{Engine, Served, compiling::Compiling};
 use crate::{
-    compile::service::served_families,
+    compile::{
+        endpoints::{Place, serving},
+        service::served_families,
+    },
     dataplane::{Error, Listener, executor::Dataplane},
     model::{
-        ids::{Protocol, ServiceKey},
+        endpoints::Slice,
+        ids::{Family, Protocol, ServiceKey},
         kernel::{Element, Target},
-        service::{Publish, ServicePort},
+        service::{Publish, PublishMode, Service, ServicePort},
     },
     reconcile::listeners::{answering, held},
 };
@@ -33,8 +40,14 @@ impl Compiling<'_> {
             else {
                 continue;
             };
+            let families = served_families(service, &allocation.vips, &self.settings.node, self.facts);
+            let slices = self.snapshot.slices_for(service);
             for port in &service.ports {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
+                // A number that is not published here is anybody's: who has it when it is to be is asked then.
+                if !self.is_published_here(service, port, &slices, &families) {
+                    continue;
+                }
                 let last = first.saturating_add(port.span().saturating_sub(1));
                 let numbers: BTreeSet<_> = (first..=last).map(|number| (port.protocol, number)).collect();
                 for number in &numbers {
@@ -74,6 +87,27 @@ impl Compiling<'_> {
             }
         }
         Ok(true)
+    }
+
+    /// Whether a published port is anything to this node: it has one of its addresses and, where only nodes with an endpoint
+    /// publish it, an endpoint.
+    fn is_published_here(
+        &self,
+        service: &Service,
+        port: &ServicePort,
+        slices: &[Arc<Slice>],
+        families: &[Family],
+    ) -> bool {
+        let Some(publish) = &port.publish else { return false };
+        let wanted = &publish.addresses;
+        if !wanted.is_empty() && !wanted.iter().any(|addr| self.facts.publishes_at(addr)) {
+            return false;
+        }
+        if publish.mode != PublishMode::Host {
+            return true;
+        }
+        let (place, reach) = (Place::of(&self.settings.node), service.external(publish.mode));
+        families.iter().any(|family| !serving(service, port, slices, *family, place, reach).is_empty())
     }
 
     /// Those of these ports that a socket of the host holds, where the service answers; not its own endpoint's.

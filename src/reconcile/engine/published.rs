@@ -1,7 +1,7 @@
 //! Connections by published ports: conntrack goes on with them, whatever becomes of the IPVS service that led them first.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -10,7 +10,7 @@ use crate::{
     compile::{CompiledPort, CompiledService},
     model::{
         ids::{Family, Mark, PortId, Protocol, Scope},
-        kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
+        kernel::{Element, PublishedFlows, RealServerKey},
     },
     plan::Observed,
 };
@@ -26,6 +26,11 @@ pub(super) struct Published {
 }
 
 impl Published {
+    /// Whether this destination is one of its.
+    pub(super) fn has_real(&self, real: &RealServerKey) -> bool {
+        self.reals.contains(real)
+    }
+
     /// Whether such connections are this port's.
     pub(super) fn has(&self, protocol: Protocol, real: &RealServerKey, to: &(IpAddr, u16)) -> bool {
         self.protocol == protocol && self.to.contains(to) && self.reals.contains(real)
@@ -80,37 +85,69 @@ pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Ve
 impl Engine {
     /// At the first look: connections that an earlier run left, by published ports to destinations that are wanted no longer.
     pub(super) fn note_unwanted(&mut self, observed: &Observed) {
-        let desired = self.merged.state();
-        let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
+        let desired = &self.merged.state();
+        // Entries by where they lead. Those that lead nowhere had destinations once, of which some may be draining.
+        let mut entries: HashMap<(Family, Mark), Vec<(&Element, Protocol, (IpAddr, u16))>> = HashMap::new();
         for (element, mark) in &observed.elements {
-            let (protocol, Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
-            let here = self.facts.publishes_at(&to.0);
-            if protocol.is_none_or(|p| p == Protocol::Udp) || !here {
-                continue;
+            let (Some(protocol), Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
+            if let Some(mark) = mark.filter(|_| protocol != Protocol::Udp && self.facts.publishes_at(&to.0)) {
+                entries.entry((element.family(), mark)).or_default().push((element, protocol, to));
             }
-            let server =
-                |mark: &Option<Mark>| mark.map(|mark| VirtualServerKey { family: element.family(), mark });
-            let Some(have) = server(mark).and_then(|key| observed.virtual_servers.get(&key)) else {
-                continue;
+        }
+        let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
+        for (key, have) in &observed.virtual_servers {
+            let want = desired.virtual_servers.get(key);
+            let unwanted = |real: &&RealServerKey| want.is_none_or(|want| !want.reals.contains_key(*real));
+            let by_mark = entries.get(&(key.family, key.mark)).map_or(&[][..], Vec::as_slice);
+            let nowhere = entries.get(&(key.family, Mark::NOWHERE)).map_or(&[][..], Vec::as_slice);
+            let leads_as_it_did = |element: &Element| {
+                desired.elements.get(element) == Some(&Some(key.mark))
+                    && want.is_some_and(|want| want.reals == have.reals)
             };
-            let wanted = desired.elements.get(element);
-            let want = wanted.and_then(server).and_then(|key| desired.virtual_servers.get(&key));
-            if want.is_some_and(|want| want.reals == have.reals) {
-                continue;
+            for (element, protocol, to) in by_mark.iter().filter(|(element, ..)| !leads_as_it_did(element)) {
+                let service = self.goes_on_in(element, key.mark);
+                for real in have.reals.keys().filter(|real| !has_real(service, real)) {
+                    out.entry((*protocol, *real)).or_default().insert(*to);
+                }
             }
-            let owner = wanted.copied().flatten().and_then(|mark| self.merged.owner(mark));
-            let owner = owner.or_else(|| wanted.and_then(|_| self.merged.owner_of(element)));
-            let service = owner.and_then(|key| self.merged.services().get(key));
-            let goes_on = |real: &RealServerKey| {
-                service.is_some_and(|service| service.reals.keys().any(|(_, other)| other == real))
-            };
-            for real in have.reals.keys().filter(|real| !goes_on(real)) {
-                out.entry((protocol.unwrap_or(Protocol::Tcp), *real)).or_default().insert(to);
+            let gone: Vec<_> = have.reals.keys().filter(unwanted).collect();
+            for (element, protocol, to) in nowhere.iter().filter(|_| !gone.is_empty()) {
+                let service = self.goes_on_in(element, key.mark);
+                for real in gone.iter().filter(|real| !has_real(service, real)) {
+                    out.entry((*protocol, **real)).or_default().insert(*to);
+                }
             }
         }
         let flows = out.into_iter().map(|((protocol, real), to)| PublishedFlows { protocol, real, to });
         self.overdue.extend(flows);
     }
+
+    /// The service that goes on with connections by an entry that an earlier run left: the one that has the entry, or the one
+    /// whose port had the mark and is published by another number now.
+    fn goes_on_in(&self, element: &Element, mark: Mark) -> Option<&CompiledService> {
+        let services = self.merged.services();
+        let wanted = self.merged.state().elements.get(element);
+        let owner = match wanted {
+            Some(Some(mark)) if *mark != Mark::NOWHERE => self.merged.owner(*mark),
+            Some(_) => self.merged.owner_of(element),
+            None => None,
+        };
+        let by_mark = || {
+            let service = services.get(self.merged.owner(mark)?)?;
+            let has =
+                |port: &CompiledPort| port.published.is_some() && port.marks.values().any(|m| *m == mark);
+            service.ports.iter().any(has).then_some(service)
+        };
+        match owner {
+            Some(owner) => services.get(owner).map(|service| &**service),
+            None if wanted.is_none() => by_mark().map(|service| &**service),
+            None => None,
+        }
+    }
+}
+
+fn has_real(service: Option<&CompiledService>, real: &RealServerKey) -> bool {
+    service.is_some_and(|service| service.reals.keys().any(|(_, other)| other == real))
 }
 
 fn protocol_of(element: &Element) -> Option<Protocol> {

@@ -9,12 +9,13 @@ use std::{
 use super::Engine;
 use crate::{
     compile::{RealState, service::Kept},
+    dataplane::ElementChange,
     model::{
         ids::{Mark, Protocol, ServiceKey},
         kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
         unread::Unread,
     },
-    plan::Observed,
+    plan::{Observed, Op},
 };
 
 impl Engine {
@@ -25,8 +26,9 @@ impl Engine {
         let (held, gone): (BTreeSet<_>, BTreeSet<_>) = unseen.cloned().partition(|key| unread.may_have(key));
         // What of theirs has no mark was overlooked so far, and is to be compared now.
         self.trusted &= self.held.is_subset(&held);
-        self.held = held;
+        let before = std::mem::replace(&mut self.held, held);
         self.unread = unread;
+        self.keep_of_turned_up(&before);
         let groups = self.unread_marks();
         for (key, local) in std::mem::take(&mut self.kept) {
             let (server, _) = key;
@@ -36,10 +38,33 @@ impl Engine {
                 self.dirty.extend(self.merged.owner(server.mark).cloned());
             }
         }
+        // Nobody is there to end them.
+        let marks: BTreeSet<Mark> =
+            gone.iter().flat_map(|key| self.allocator.remembered_marks(key)).collect();
+        self.drains.retain(|(server, _), _| !marks.contains(&server.mark));
         self.allocator.forget(&gone);
         self.served.retain(|key, _| !gone.contains(key));
         self.generation += u64::from(!gone.is_empty());
         self.trusted &= gone.is_empty();
+    }
+
+    /// Services that were left alone and can be read now, while some of their endpoints can't: these stay.
+    fn keep_of_turned_up(&mut self, before: &BTreeSet<ServiceKey>) {
+        let mut marks = BTreeSet::new();
+        for key in before {
+            let unread = self.snapshot.services().get(key).is_some_and(|service| {
+                self.unread.anything || self.unread.may_have_endpoints(&service.group())
+            });
+            if unread {
+                marks.extend(self.allocator.remembered_marks(key));
+            }
+        }
+        for (key, server) in self.known.virtual_servers.iter().filter(|(key, _)| marks.contains(&key.mark)) {
+            for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
+                let local = self.known.elements.contains_key(&Element::Local(real.addr));
+                self.kept.insert((*key, *real), local);
+            }
+        }
     }
 
     /// Marks of services some of whose endpoints can't be read; `None` is all.
@@ -78,6 +103,23 @@ impl Engine {
         out.virtual_servers.retain(|key, _| !left.marks.contains(&key.mark));
         out.elements.retain(|element, mark| wanted.contains_key(element) || !left.has(element, *mark));
         out
+    }
+
+    /// Entries of theirs go with nobody else's: the last readable service that had the same endpoints, say.
+    pub(super) fn spare_held(&self, ops: &mut Vec<Op>) {
+        let deleted = |op: &Op| match op {
+            Op::Element(ElementChange::Del(element)) => Some(*element),
+            _ => None,
+        };
+        if self.held.is_empty() || !ops.iter().any(|op| deleted(op).is_some()) {
+            return;
+        }
+        let left = self.left_alone(&self.known.virtual_servers);
+        ops.retain(|op| {
+            deleted(op).is_none_or(|element| {
+                !left.has(&element, self.known.elements.get(&element).copied().flatten())
+            })
+        });
     }
 
     /// What the rules are installed with, which replaces all entries: the desired state, and the entries of what is left alone.

@@ -30,6 +30,8 @@ pub fn register(suite: &mut Suite) {
     let legacy = Matrix::once().with_renderers(&[Renderer::IptablesLegacy]);
     suite.add_slow("errors::busy_lock", &legacy, Duration::from_secs(90), busy_lock);
     suite.add("errors::no_ip_vs", &once, no_ip_vs);
+    let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
+    suite.add_slow("errors::one_family_cannot_be_written", &iptables, Duration::from_secs(150), one_family);
 }
 
 /// As another user, and as root without CAP_NET_ADMIN.
@@ -199,6 +201,47 @@ fn no_program(cx: &mut Cx) -> Result<()> {
         let flavour = if renderer == Renderer::IptablesNft { nft } else { legacy };
         without_nft(cx, &t, &mut m, &flavour)?;
     }
+    Ok(())
+}
+
+/// As on a kernel without ip6tables' nat: IPv4 is served all the same, and the reason is told.
+fn one_family(cx: &mut Cx) -> Result<()> {
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    let flavour = if cx.renderer() == Renderer::IptablesNft { "nft" } else { "legacy" };
+    let names =
+        ["iptables", "ip6tables"].map(|p| ["", "-save", "-restore"].map(|w| format!("{p}-{flavour}{w}")));
+    let names: Vec<&str> = names.iter().flatten().map(String::as_str).chain(["nft", "ipset"]).collect();
+    let half = container(cx, "half", &names)?;
+    let broken = cx.dir.join("half-sbin").join(format!("ip6tables-{flavour}-restore"));
+    fs::remove_file(&broken)?;
+    fs::write(
+        &broken,
+        "#!/bin/sh\necho \"ip6tables: can't initialize ip6tables table 'nat'\" >&2; exit 3\n",
+    )?;
+    fs::set_permissions(&broken, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    m.write()?;
+    cx.will_clean(n1);
+    let mut agent = half.agent(n1, &m.dir)?;
+    agent.wait_for_log("can't initialize ip6tables table 'nat'", Duration::from_secs(20))?;
+    let v4 = |servers: &[&str]| -> Result<()> {
+        for (from, dst) in [(t.pod("p11"), vip(Family::V4, 80)?), (&t.ext, n1.at(Family::V4, 30080))] {
+            check::even(&from.connect(Proto::Tcp, dst, 2 * servers.len())?, servers)?;
+        }
+        Ok(())
+    };
+    wait_until("IPv4 is served", Duration::from_secs(15), || Ok(v4(&["p11", "p12"]).is_ok()))?;
+    let routes = sh(cx, n1, "ip -6 route show table local dev lo")?.stdout;
+    ensure!(!routes.contains("fd00:200::/112"), "a route that nothing guards: {routes}");
+    m.endpoints("web", &[t.pod("p12")]);
+    m.write()?;
+    wait_until("IPv4 follows", Duration::from_secs(40), || Ok(v4(&["p12"]).is_ok()))?;
+    let (status, body) = http(n1, ADMIN, "/readyz")?;
+    ensure!(status == 503 && body.contains("ip6tables"), "/readyz: {status} {body}");
+    // It can be written: all is well.
+    fs::copy(fs::canonicalize(format!("/usr/sbin/ip6tables-{flavour}-restore"))?, &broken)?;
+    wait_until("all is served", Duration::from_secs(45), || Ok(served(&t, &["p12"]).is_ok()))?;
+    ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
     Ok(())
 }
 

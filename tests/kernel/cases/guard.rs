@@ -218,7 +218,16 @@ fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
 fn deletions(cx: &mut Cx) -> Result<()> {
     let (t, m) = set_up(cx)?;
     for (what, script) in scripts(cx.renderer()) {
+        let flows = udp_of_the_node(&t);
+        for tally in ask(&flows)? {
+            check::among(&tally, &t.pod_names()).with_context(|| format!("before: {what}"))?;
+        }
         sh(cx, t.node(1), &script).context(what)?;
+        // Conntrack knows these already: nothing about them is new.
+        for tally in ask(&flows)? {
+            let host = tally.servers.keys().any(|server| server.starts_with("HOST"));
+            ensure!(!host, "{what}: a datagram of a flow under way came to a socket of the host: {tally}");
+        }
         let result = check_refused(&t, cx.renderer(), what, &BOTH);
         result.with_context(|| what.to_owned())?;
         let answered = by_nobody_else(&t).with_context(|| what.to_owned())?;
@@ -238,6 +247,20 @@ fn deletions(cx: &mut Cx) -> Result<()> {
     works(&t, &BOTH).context("after the last apply")?;
     [LATE, OWN].iter().for_each(|server| t.node(1).stop_serving(server));
     Ok(())
+}
+
+/// Flows of UDP from the node to its own published port, which the next call goes on with.
+fn udp_of_the_node(t: &Topology) -> Vec<(&Host, Probe)> {
+    let mut out: Vec<(&Host, Probe)> = Vec::new();
+    for family in Family::ALL {
+        for (dst, port) in
+            [(t.node(1).at(family, 30080), 46_001), (SocketAddr::new(family.localhost(), 30080), 46_002)]
+        {
+            let probe = Probe::new(Proto::Udp, dst).bound_port(port).within(Duration::from_millis(1500));
+            out.push((t.node(1), probe));
+        }
+    }
+    out
 }
 
 fn check_refused(t: &Topology, renderer: Renderer, what: &str, protos: &[Proto]) -> Result<()> {

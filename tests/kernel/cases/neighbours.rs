@@ -1,5 +1,6 @@
 //! Beside other programs: nothing of theirs is touched, and they do not break us.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -194,6 +195,34 @@ fn mark_taken(cx: &mut Cx) -> Result<()> {
     sleep(Duration::from_secs(6));
     ensure!(theirs()? == before, "before: {before:#?}\nafter: {:#?}", theirs()?);
     works(&t, &[Proto::Tcp])?;
+    // Marks that were ours and are given back are anybody's, too.
+    let marks = || -> Result<BTreeSet<String>> {
+        let all = n1.ns.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+        let words =
+            all.lines().filter(|l| l.starts_with("-A -f")).filter_map(|l| l.split_whitespace().nth(2));
+        Ok(words.map(str::to_owned).collect())
+    };
+    let had = marks()?;
+    m.remove("more");
+    m.write()?;
+    support::wait_until("its marks are given back", Duration::from_secs(15), || {
+        Ok(marks()?.len() < had.len())
+    })?;
+    let free: Vec<_> = had.difference(&marks()?).cloned().collect();
+    sleep(Duration::from_secs(2));
+    for mark in &free {
+        sh(cx, n1, &format!("ipvsadm -A -f {mark} -s lblc; ipvsadm -a -f {mark} -r 10.99.0.1:81 -m"))?;
+    }
+    let before = theirs()?;
+    sleep(Duration::from_secs(6));
+    m.service("again").vips(&["10.200.0.8"])?.port(Proto::Tcp, 82, 8080, Some(30082));
+    m.endpoints("again", &[t.pod("p12")]);
+    m.write()?;
+    let to = SocketAddr::new([10, 200, 0, 8].into(), 82);
+    support::wait_until("another service is served", Duration::from_secs(10), || {
+        Ok(t.pod("p11").connect(Proto::Tcp, to, 1)?.failed() == 0)
+    })?;
+    ensure!(theirs()? == before, "marks {free:?}, before: {before:#?}\nafter: {:#?}", theirs()?);
     // They go before we do: what a foreign service may depend on would stay otherwise.
     sh(
         cx,

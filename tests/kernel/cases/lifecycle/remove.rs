@@ -6,6 +6,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use super::{Cluster, PROTOS, serve_from, two_nodes, vip, web};
 use crate::check;
+use crate::client::Probe;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::server::everywhere;
 use crate::topology::{Host, Topology};
@@ -76,10 +77,20 @@ fn no_endpoints(cx: &mut Cx) -> Result<()> {
     let late = everywhere(&[30080], false);
     c.t.nodes.iter().try_for_each(|node| node.serve_as(LATE, &late))?;
     published_is_refused(&c)?;
+    // Who is refused may ask again, by the same port.
+    let by_lo = |family: Family| {
+        Probe::new(Proto::Tcp, SocketAddr::new(family.localhost(), 30080)).bound_port(45_678)
+    };
+    for family in Family::ALL {
+        check::refused(&by_lo(family).run(&c.t.node(1).ns)?)?;
+    }
     c.change(|t, m| {
         serve_from(t, m, "web", &["p21"]);
         Ok(())
     })?;
+    for family in Family::ALL {
+        check::only(&by_lo(family).run(&c.t.node(1).ns)?, "p21").context("by the port that was refused")?;
+    }
     for proto in PROTOS {
         check::only(&c.t.pod("p11").connect(proto, vip(Family::V4, 80)?, 2)?, "p21")?;
         check::only(&c.t.ext.connect(proto, c.t.node(1).at(Family::V6, 30080), 2)?, "p21")?;

@@ -1,0 +1,236 @@
+//! Connections by published ports, which conntrack goes on with: none is cut that has a right to go on, and none goes on for ever.
+
+use std::collections::BTreeSet;
+
+use jiff::SignedDuration;
+
+use super::{
+    Engine,
+    tests::{endpoints, engine, now, service_with, turn, vote},
+};
+use crate::{
+    allocate::Allocations,
+    dataplane::{Listener, fake::FakeKernel},
+    model::{
+        fixtures::{endpoint, port, published, service, slice},
+        ids::{Family, Protocol, ServiceKey},
+        kernel::{Element, PublishedFlows, RealServerKey},
+        service::{Publish, PublishMode, Service, ServicePort, TrafficPolicy},
+        snapshot::Event,
+        unread::Unread,
+    },
+    plan::Op,
+};
+
+fn real(addr: &str) -> RealServerKey {
+    RealServerKey { addr: addr.parse().unwrap(), port: 8080 }
+}
+
+fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
+    let mut second = engine(kernel, first.allocator().allocations());
+    second.set_served(first.served().clone());
+    second
+}
+
+fn cut(ops: &[Op]) -> BTreeSet<String> {
+    let flows = ops.iter().filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None });
+    flows.map(|flows| flows.real.to_string()).collect()
+}
+
+/// What clients connect to for this service now.
+fn connected_to(engine: &Engine) -> BTreeSet<(std::net::IpAddr, u16)> {
+    let elements = engine.merged().state().elements.keys();
+    let of = |element: &Element| match element {
+        Element::Published(t) if Family::of(&t.addr) == Family::V4 => Some((t.addr, t.port)),
+        Element::Loopback(Family::V4, _, port) => Some(("127.0.0.1".parse().unwrap(), *port)),
+        _ => None,
+    };
+    elements.filter_map(of).collect()
+}
+
+#[test]
+fn a_drain_waits_for_connections_that_came_before_a_policy_was_edited() {
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let with = |policy| Service {
+        ports: vec![published(80, 8080, Some(30080))],
+        external_policy: policy,
+        ..service("vote")
+    };
+    let near = endpoint("10.244.1.11", "n1");
+    let far = endpoint("10.244.2.12", "n2");
+    engine.feed([
+        Event::Service(with(TrafficPolicy::Cluster).into()),
+        Event::Slice(slice("vote", vec![near.clone(), far])),
+    ]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    let flows =
+        PublishedFlows { protocol: Protocol::Tcp, real: real("10.244.2.12"), to: connected_to(&engine) };
+    kernel.lock().flows.insert(flows);
+    engine.feed([Event::Service(with(TrafficPolicy::Local).into())]);
+    assert_eq!(cut(&engine.turn(false, now()).unwrap().ops), BTreeSet::new());
+    engine.feed([Event::Slice(slice("vote", vec![near]))]);
+    assert_eq!(cut(&engine.turn(false, now()).unwrap().ops), BTreeSet::new());
+    let drains = |engine: &Engine| engine.drains().keys().any(|(_, drained)| *drained == real("10.244.2.12"));
+    let soon = now() + SignedDuration::from_secs(2);
+    engine.expire_drains(soon).unwrap();
+    assert_eq!(cut(&engine.turn(false, soon).unwrap().ops), BTreeSet::new());
+    assert!(drains(&engine), "a connection is open");
+    let deadline = now() + SignedDuration::from_secs(31);
+    engine.expire_drains(deadline).unwrap();
+    assert_eq!(cut(&engine.turn(false, deadline).unwrap().ops), ["10.244.2.12:8080".to_owned()].into());
+    assert!(!drains(&engine));
+}
+
+#[test]
+fn a_number_that_was_edited_while_no_agent_ran_ends_no_connection() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let mut second = after_a_restart(&kernel, &first);
+    second.feed([
+        service_with("vote", published(80, 8080, Some(30081))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+    ]);
+    second.synced(Unread::default());
+    assert_eq!(cut(&second.turn(true, now()).unwrap().ops), BTreeSet::new());
+    // No longer published is another thing.
+    let mut third = after_a_restart(&kernel, &second);
+    third.feed([service_with("vote", port(80, 8080)), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+    third.synced(Unread::default());
+    let both = ["10.244.1.11:8080", "10.244.1.12:8080"].map(str::to_owned);
+    assert_eq!(cut(&third.turn(true, now()).unwrap().ops), both.into());
+}
+
+#[test]
+fn what_was_draining_when_the_agent_ended_is_cut_though_its_entries_lead_nowhere() {
+    for service_is_gone in [false, true] {
+        let kernel = FakeKernel::default();
+        let mut first = vote(&kernel, Allocations::default());
+        turn(&mut first, true);
+        first.feed([endpoints("vote", &[])]);
+        assert_eq!(cut(&first.turn(false, now()).unwrap().ops), BTreeSet::new());
+        assert!(!first.drains().is_empty());
+        // Its deadline has passed when the next one starts, or its service is gone.
+        let mut second = after_a_restart(&kernel, &first);
+        if !service_is_gone {
+            let no_drain = Service {
+                ports: vec![published(80, 8080, Some(30080))],
+                drain: std::time::Duration::ZERO,
+                ..service("vote")
+            };
+            second.feed([Event::Service(no_drain.into()), endpoints("vote", &[])]);
+        }
+        second.synced(Unread::default());
+        let both = ["10.244.1.11:8080", "10.244.1.12:8080"].map(str::to_owned);
+        assert_eq!(cut(&second.turn(true, now()).unwrap().ops), both.into(), "gone: {service_is_gone}");
+    }
+}
+
+#[test]
+fn a_first_look_that_fails_is_made_good_by_the_second() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let mut second = after_a_restart(&kernel, &first);
+    let no_drain = Service {
+        ports: vec![published(80, 8080, Some(30080))],
+        drain: std::time::Duration::ZERO,
+        ..service("vote")
+    };
+    second.feed([Event::Service(no_drain.into()), endpoints("vote", &["10.244.1.11"])]);
+    second.synced(Unread::default());
+    kernel.lock().faults.push("read services".into());
+    assert!(second.turn(true, now()).is_err());
+    assert_eq!(cut(&second.turn(true, now()).unwrap().ops), ["10.244.1.12:8080".to_owned()].into());
+}
+
+#[test]
+fn drains_of_a_service_that_is_gone_at_a_restart_are_over() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    first.feed([endpoints("vote", &["10.244.1.11"])]);
+    turn(&mut first, false);
+    let settings = super::Settings {
+        node: crate::model::fixtures::config(),
+        addresses: crate::dataplane::AddressRules::default(),
+        timeouts: None,
+    };
+    let dataplane = crate::dataplane::executor::Dataplane {
+        ipvs: Box::new(kernel.clone()),
+        netfilter: Box::new(kernel.clone()),
+        host: Box::new(kernel.clone()),
+    };
+    let (kept, drains) = (first.allocator().allocations(), first.drains().clone());
+    assert!(!drains.is_empty());
+    let mut second = Engine::new(settings, dataplane, kept, crate::allocate::Lock::default(), drains);
+    second.refresh_node().unwrap();
+    second.synced(Unread::default());
+    second.turn(true, now()).unwrap();
+    second.expire_drains(now()).unwrap();
+    assert!(second.drains().is_empty());
+}
+
+/// Published on nodes that have an endpoint: elsewhere the number is anybody's.
+#[test]
+fn a_number_that_only_nodes_with_an_endpoint_publish_is_free_on_the_others() {
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let publish = Publish { mode: PublishMode::Host, port: Some(8080), addresses: Vec::new() };
+    let host = ServicePort { publish: Some(publish), ..port(80, 8080) };
+    let at = |node: &str, addr: &str| Event::Slice(slice("vote", vec![endpoint(addr, node)]));
+    engine.feed([service_with("vote", host), at("n2", "10.244.2.11")]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    let led = |engine: &Engine| !connected_to(engine).is_empty();
+    assert!(engine.served().is_empty() && !led(&engine));
+    // A socket of the host takes it, rightly.
+    let socket = Listener { addr: "0.0.0.0".parse().unwrap(), port: 8080, protocol: Protocol::Tcp };
+    kernel.lock().listeners = vec![socket];
+    engine.recheck_listeners().unwrap();
+    assert!(engine.late_listeners().is_empty() && engine.blocked().is_empty());
+    // An endpoint comes: it has to wait.
+    engine.feed([at("n1", "10.244.1.11")]);
+    turn(&mut engine, false);
+    assert_eq!(engine.blocked().len(), 1);
+    assert!(!led(&engine));
+    kernel.lock().listeners.clear();
+    engine.recheck_listeners().unwrap();
+    turn(&mut engine, false);
+    assert!(led(&engine) && engine.blocked().is_empty());
+    // It goes, and with it the claim.
+    engine.feed([at("n2", "10.244.2.11")]);
+    turn(&mut engine, false);
+    assert!(engine.served().is_empty());
+}
+
+/// Marks that were given back are anybody's.
+#[test]
+fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
+    use crate::model::kernel::{VirtualServer, VirtualServerConfig, VirtualServerKey};
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    engine.feed([service_with("gone", port(82, 8080)), endpoints("gone", &["10.244.1.14"])]);
+    turn(&mut engine, true);
+    let key = ServiceKey::new("default", "gone");
+    let mark = *engine.allocator().get(&key).unwrap().marks.values().next().unwrap();
+    engine.feed([Event::ServiceGone(key)]);
+    turn(&mut engine, false);
+    let foreign = VirtualServerKey { family: Family::V4, mark };
+    let theirs = VirtualServer {
+        config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
+        protocol: None,
+        reals: std::sync::Arc::default(),
+    };
+    assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
+    kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());
+    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
+    assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
+    for (name, full) in [("more", false), ("most", true)] {
+        engine.feed([service_with(name, port(83, 8080)), endpoints(name, &["10.244.1.15"])]);
+        turn(&mut engine, full);
+        assert_eq!(kernel.lock().state.virtual_servers[&foreign], theirs, "{name}");
+    }
+}
