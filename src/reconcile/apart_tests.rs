@@ -108,8 +108,8 @@ fn endpoints_of_what_is_left_alone_stay_when_another_service_lets_go_of_them() {
     let of = |kernel: &FakeKernel| -> BTreeSet<Element> {
         let addr: std::net::IpAddr = "10.244.1.13".parse().unwrap();
         let all = kernel.lock().state.elements.clone();
-        all.iter()
-            .map(|(e, _)| *e)
+        all.keys()
+            .copied()
             .filter(|e| matches!(e, Element::Endpoint(a) | Element::Local(a) if *a == addr))
             .collect()
     };

@@ -183,12 +183,11 @@ pub(crate) fn cut_flows(conn: &mut Conn, all: &[PublishedFlows], writes: &mut u6
     delete(conn, &requests.into_iter().collect::<Vec<_>>(), writes)
 }
 
-/// Gives each entry of these connections, with its message's header and which of them it is one of.
-fn each_flow(
-    conn: &mut Conn,
-    all: &[PublishedFlows],
-    f: &mut dyn FnMut(usize, &[u8], &[u8]),
-) -> Result<(), Error> {
+/// Takes an entry: which of the connections it is one of, its attributes, and its message's header.
+type Taker<'a> = &'a mut dyn FnMut(usize, &[u8], &[u8]);
+
+/// Gives each entry of these connections.
+fn each_flow(conn: &mut Conn, all: &[PublishedFlows], f: Taker<'_>) -> Result<(), Error> {
     if all.len() <= ASKED_SINGLY {
         for (at, flows) in all.iter().enumerate() {
             dump_flows(conn, flows, &mut |entry, head| f(at, entry, head))?;

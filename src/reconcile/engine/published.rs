@@ -56,6 +56,9 @@ pub(super) fn published(service: &CompiledService) -> Vec<Published> {
     service.ports.iter().filter(|port| port.published.is_some()).map(of).collect()
 }
 
+/// An entry of a published port: itself, its protocol, and what clients connect to.
+type Entry<'a> = (&'a Element, Protocol, (IpAddr, u16));
+
 fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
     match element {
         Element::Published(to) => Some((to.addr, to.port)),
@@ -87,7 +90,7 @@ impl Engine {
     pub(super) fn note_unwanted(&mut self, observed: &Observed) {
         let desired = &self.merged.state();
         // Entries by where they lead. Those that lead nowhere had destinations once, of which some may be draining.
-        let mut entries: HashMap<(Family, Mark), Vec<(&Element, Protocol, (IpAddr, u16))>> = HashMap::new();
+        let mut entries: HashMap<(Family, Mark), Vec<Entry<'_>>> = HashMap::new();
         for (element, mark) in &observed.elements {
             let (Some(protocol), Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
             if let Some(mark) = mark.filter(|_| protocol != Protocol::Udp && self.facts.publishes_at(&to.0)) {
