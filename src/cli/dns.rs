@@ -21,12 +21,14 @@ use crate::{
         names::Names,
         records::{Context, ServiceNames},
         server::{Config, Server},
+        unknown::Unknown,
         zone::Zone,
     },
     metrics::Metrics,
     model::{
         ids::{PerFamily, ServiceKey},
         node::nth_address,
+        unread::Unread,
     },
     reconcile::Engine,
 };
@@ -196,7 +198,9 @@ pub struct Feed {
     names: Names,
     server: Option<Server>,
     metrics: Metrics,
-    held: BTreeSet<ServiceKey>,
+    /// What could not be read of the source when it was read first, and has not been since: of what became wrong later the last
+    /// good version is in force.
+    never_read: Option<Unread>,
     published: bool,
     /// What [`Self::begin`] has taken over already, until the turn that it was for is over.
     begun: BTreeMap<ServiceKey, Arc<CompiledService>>,
@@ -231,15 +235,19 @@ impl Feed {
                 }
             },
         };
-        Ok(Self {
+        Ok(Self::new(zone, server, metrics))
+    }
+
+    fn new(zone: Arc<Zone>, server: Option<Server>, metrics: &Metrics) -> Self {
+        Self {
             names: Names::new(zone),
             server,
             metrics: metrics.clone(),
-            held: BTreeSet::new(),
+            never_read: None,
             published: false,
             begun: BTreeMap::new(),
             problems: Vec::new(),
-        })
+        }
     }
 
     /// Takes over services that were compiled. Gives others that won or lost an alias by it.
@@ -260,19 +268,44 @@ impl Feed {
             let new = names_of(engine, key, &self.names);
             others.extend(self.names.set(key, new));
         }
-        let held = engine.held().clone();
+        let changed = self.note_unread(engine);
         if let Some(server) = &self.server {
             server.set_node(engine.facts().all_addresses.clone());
-            if !keys.is_empty() || held != self.held || !self.published {
-                self.published = true;
-                server.publish(self.names.publish(true, &held));
-                self.held = held;
+            if !keys.is_empty() || changed || !self.published {
+                self.publish();
                 if let Some(since) = since {
                     self.metrics.dns().changed(since.elapsed());
                 }
             }
         }
         others
+    }
+
+    fn publish(&mut self) {
+        if let Some(server) = &self.server {
+            self.published = true;
+            server.publish(self.names.publish(true));
+        }
+    }
+
+    /// Takes over what the source can't speak for; whether that is something else now.
+    fn note_unread(&mut self, engine: &Engine) -> bool {
+        let now = engine.unread();
+        let unread = self.never_read.as_ref().map_or_else(|| now.clone(), |before| before.and(now));
+        let meant = engine.held().iter().chain(&unread.services);
+        let unnamed = meant.filter(|key| self.names.get(key).is_none()).cloned().collect();
+        let unknown = Unknown::new(&unread, &unnamed);
+        self.never_read = Some(unread);
+        self.names.set_unknown(unknown)
+    }
+
+    /// Takes over that something of the source can be read at last where nothing else has come of that, as when it was deleted:
+    /// no turn follows.
+    pub fn look(&mut self, engine: &Engine) {
+        let all_read = self.never_read.as_ref().is_some_and(Unread::is_empty);
+        if self.published && !all_read && engine.untold().next().is_none() && self.note_unread(engine) {
+            self.publish();
+        }
     }
 
     /// Takes over all services that were compiled, where that has not been done yet: an agent that starts again answers as
@@ -302,5 +335,178 @@ impl Feed {
         self.metrics.problems("dns", now.len());
         self.problems = now;
         &self.problems
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::{
+        op::ResponseCode,
+        rr::{Name, RecordType},
+    };
+
+    use super::*;
+    use crate::{
+        allocate::Allocations,
+        dataplane::fake::FakeKernel,
+        model::{
+            fixtures::{endpoint, port, service, slice},
+            service::{Mode, Service},
+            snapshot::Event,
+        },
+        reconcile::tests::{endpoints, engine, now, service_with},
+    };
+
+    fn key(name: &str) -> ServiceKey {
+        ServiceKey::new("default", name)
+    }
+
+    fn dnsrr(name: &str) -> Event {
+        let mut ports = vec![port(80, 8080)];
+        ports[0].name = Some("pg".into());
+        Event::Service(Service { mode: Mode::Dnsrr, ports, ..service(name) }.into())
+    }
+
+    fn feed(engine: &Engine) -> Feed {
+        let zone = Zone::new("mesh.internal", engine.settings().node.ranges).unwrap();
+        Feed::new(zone, None, &Metrics::default())
+    }
+
+    impl Feed {
+        fn turned(&mut self, engine: &mut Engine) {
+            let turn = engine.turn(true, now()).unwrap();
+            self.update(engine, &turn.services, None);
+        }
+
+        fn told(&mut self, client: Option<&str>, name: &str, kind: RecordType) -> String {
+            let name = Name::from_ascii(name).unwrap();
+            let table = self.names.publish(true);
+            let Some(answer) = table.answer(&name, kind, client.map(|ip| ip.parse().unwrap())) else {
+                return "not ours".into();
+            };
+            match answer.code {
+                ResponseCode::NoError => {
+                    let mut all: Vec<_> = answer.answers.iter().map(|r| r.data.to_string()).collect();
+                    all.sort();
+                    all.join(" ")
+                }
+                code => format!("{code:?}"),
+            }
+        }
+
+        fn a(&mut self, name: &str) -> String {
+            self.told(None, &format!("{name}.mesh.internal."), RecordType::A)
+        }
+    }
+
+    #[test]
+    fn what_was_never_read_is_not_said_to_be_missing() {
+        let kernel = FakeKernel::default();
+        let mut engine = engine(&kernel, Allocations::default());
+        engine.feed([service_with("vote", port(80, 8080)), endpoints("vote", &["10.244.1.11"]), dnsrr("db")]);
+        engine.synced(Unread {
+            services: [key("lost"), ServiceKey::new("far", "x")].into(),
+            ..Unread::default()
+        });
+        let mut feed = feed(&engine);
+        feed.turned(&mut engine);
+        feed.published = true;
+        // Itself, what belongs to it, and what may be an alias of it.
+        for name in
+            ["lost.default", "tasks.lost.default", "_a._b.lost.default", "poll.default", "far", "x.far"]
+        {
+            assert_eq!(feed.a(name), "ServFail", "{name}");
+        }
+        // What no service has, where nothing is missing, or what is there.
+        for name in ["www.example.lost.default", "lost.other", "other", "x.vote.default", "a.b.c.d.e"] {
+            assert_eq!(feed.a(name), "NXDomain", "{name}");
+        }
+        assert!(feed.a("vote.default").starts_with("10.200."));
+        assert_eq!((feed.a("default"), feed.a("db.default")), (String::new(), String::new()));
+        for (name, want) in [
+            ("9.9.200.10.in-addr.arpa.", "ServFail"),
+            ("9.200.10.in-addr.arpa.", ""),
+            ("x.9.200.10.in-addr.arpa.", "NXDomain"),
+            ("9.9.9.10.in-addr.arpa.", "not ours"),
+        ] {
+            assert_eq!(feed.told(None, name, RecordType::PTR), want, "{name}");
+        }
+        let pod = Some("10.244.1.11");
+        for (name, want) in [
+            ("lost.", "ServFail"),
+            ("tasks.lost.", "ServFail"),
+            ("a.lost.", "ServFail"),
+            ("poll.", "ServFail"),
+            ("poll.example.", "not ours"),
+            ("www.lost.example.", "not ours"),
+        ] {
+            assert_eq!(feed.told(pod, name, RecordType::A), want, "{name}");
+        }
+        // It can be read; nothing else is missing.
+        engine.feed([service_with("lost", port(81, 8080))]);
+        engine.synced(Unread::default());
+        feed.look(&engine);
+        assert_eq!(feed.a("lost.default"), "ServFail", "it is there, and not programmed yet");
+        feed.turned(&mut engine);
+        assert!(feed.a("lost.default").starts_with("10.200."));
+        assert_eq!((feed.a("poll.default").as_str(), feed.a("far").as_str()), ("NXDomain", "NXDomain"));
+        // Of what is wrong from now on the last good version is in force, and nobody has been told of what is new.
+        engine.synced(Unread::anything());
+        feed.turned(&mut engine);
+        assert_eq!(feed.a("poll.default"), "NXDomain");
+    }
+
+    #[test]
+    fn what_is_deleted_before_it_was_read_is_missing_without_a_turn() {
+        let mut engine = engine(&FakeKernel::default(), Allocations::default());
+        engine.synced(Unread::anything());
+        let mut feed = feed(&engine);
+        feed.turned(&mut engine);
+        feed.published = true;
+        assert_eq!((feed.a("x.default").as_str(), feed.a("default").as_str()), ("ServFail", "ServFail"));
+        engine.synced(Unread::default());
+        feed.look(&engine);
+        assert_eq!((feed.a("x.default").as_str(), feed.a("default").as_str()), ("NXDomain", "NXDomain"));
+    }
+
+    #[test]
+    fn endpoints_that_were_never_read_are_not_said_to_be_none() {
+        let kernel = FakeKernel::default();
+        let mut engine = engine(&kernel, Allocations::default());
+        engine.feed([service_with("vote", port(80, 8080)), dnsrr("db"), dnsrr("part"), dnsrr("none")]);
+        engine.feed([Event::Slice(slice("part", vec![endpoint("10.244.1.12", "n1")]))]);
+        let unread = Unread { endpoints_of: ["vote", "db", "part"].map(key).into(), ..Unread::default() };
+        engine.synced(unread);
+        let mut feed = feed(&engine);
+        feed.turned(&mut engine);
+        for (name, want) in [
+            ("db", "ServFail"),
+            ("tasks.db", "ServFail"),
+            ("db-0.db", "ServFail"),
+            ("tasks.vote", "ServFail"),
+            ("part", "10.244.1.12"),
+            ("tasks.part", "10.244.1.12"),
+            ("10-244-1-12.part", "10.244.1.12"),
+            ("10-244-1-13.part", "ServFail"),
+            ("none", ""),
+            ("tasks.none", ""),
+            ("x.none", "NXDomain"),
+            ("nothing", "NXDomain"),
+        ] {
+            assert_eq!(feed.a(&format!("{name}.default")), want, "{name}");
+        }
+        assert!(feed.a("vote.default").starts_with("10.200."));
+        let srv = |feed: &mut Feed, name: &str| {
+            feed.told(None, &format!("_pg._tcp.{name}.default.mesh.internal."), RecordType::SRV)
+        };
+        assert_eq!(srv(&mut feed, "db"), "ServFail");
+        assert_eq!(srv(&mut feed, "none"), "");
+        assert!(srv(&mut feed, "part").starts_with("0 1 8080"));
+        // A family that the service does not have is not missing.
+        assert_eq!(feed.told(None, "db.default.mesh.internal.", RecordType::AAAA), "");
+        // Who asks may be a pod that is in what can't be read.
+        let mut short = |name: &str| feed.told(Some("10.244.1.99"), name, RecordType::A);
+        assert_eq!((short("vote.").as_str(), short("a.db.").as_str()), ("ServFail", "ServFail"));
+        assert_eq!((short("com.").as_str(), short("www.example.").as_str()), ("not ours", "not ours"));
     }
 }

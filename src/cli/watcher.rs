@@ -247,6 +247,7 @@ impl Observer for Watcher {
         self.health.set_synced(synced);
         self.health.set_in_sync(in_sync, self.reason.as_str());
         self.metrics.in_sync(in_sync);
+        self.dns.look(engine);
         self.health.set_notes(self.dns.problems());
         self.look_at_firewall(engine);
         self.report(engine);

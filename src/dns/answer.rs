@@ -16,7 +16,10 @@ use super::{
     table::{Table, name_key},
     zone::{NEGATIVE_TTL, Zone, is_localhost, is_of_top_level},
 };
-use crate::model::{ids::Family, service::DnsAnswer};
+use crate::model::{
+    ids::{Family, PerFamily},
+    service::DnsAnswer,
+};
 
 /// PTR records of one answer: an address may be an endpoint of many services.
 const MOST_POINTERS: usize = 16;
@@ -94,26 +97,35 @@ impl Table {
 
     fn in_zone(&self, name: &Name, labels: &[&[u8]], kind: RecordType) -> Answer {
         if !self.synced {
-            return Answer::code(ResponseCode::ServFail);
+            return failure();
         }
         match labels {
             [] => self.apex(name, kind),
             [namespace] => match self.namespaces.get(namespace.to_ascii_lowercase().as_slice()) {
                 Some(_) => self.no_data(NEGATIVE_TTL),
+                None if self.unknown.may_be_in(namespace) => failure(),
                 None => self.no_name(),
             },
             [before @ .., service, namespace] if before.len() <= 2 => {
                 let key = name_key(service, namespace);
-                match self.names.get(key.as_slice()) {
-                    Some(entry) => {
-                        self.of_service(name, before, kind, &entry.service).unwrap_or_else(|| self.no_name())
+                match self.service(&key) {
+                    Some(service) => {
+                        self.of_service(name, before, kind, service).unwrap_or_else(|| self.no_name())
                     }
-                    None if self.unknown.contains(&key) => Answer::code(ResponseCode::ServFail),
+                    None if self.unknown.may_be_in(namespace) && may_stand_before_a_service(before) => {
+                        failure()
+                    }
                     None => self.no_name(),
                 }
             }
             _ => self.no_name(),
         }
+    }
+
+    /// The service that has a name. What is known of another's alias is nothing where a service of that name is unread.
+    fn service(&self, key: &[u8]) -> Option<&ServiceNames> {
+        let entry = self.names.get(key)?;
+        (!entry.alias || !self.unknown.has(key)).then_some(&*entry.service)
     }
 
     /// `before` are the labels before the service's; `None` where there is no such name.
@@ -124,8 +136,16 @@ impl Table {
         kind: RecordType,
         service: &ServiceNames,
     ) -> Option<Answer> {
+        // That there are none can be told only where all of them have been read; where there are some, those are told.
+        let unread = self.unknown.may_have_endpoints(&service.group);
+        let lacks = |of: &PerFamily<Addresses>| {
+            unread && family(kind).and_then(|family| of.get(family)).is_some_and(Addresses::is_empty)
+        };
         match before {
             [] => {
+                if matches!(&service.main, Main::Endpoints(_, of) if lacks(of)) {
+                    return Some(failure());
+                }
                 let addrs = |family| match &service.main {
                     Main::Vips(vips) => vips.get(family).copied().into_iter().collect(),
                     Main::Endpoints(DnsAnswer::Shuffle, of) => shuffled(of.get(family)),
@@ -136,6 +156,9 @@ impl Table {
                 Some(self.addresses(name, kind, service.ttl, &addrs))
             }
             [label] if label.eq_ignore_ascii_case(b"tasks") => {
+                if lacks(&service.tasks) {
+                    return Some(failure());
+                }
                 Some(self.addresses(name, kind, service.ttl, &|f| shuffled(service.tasks.get(f))))
             }
             [label] if label.starts_with(b"_") => {
@@ -144,9 +167,15 @@ impl Table {
             }
             [label] => {
                 let label = std::str::from_utf8(label).ok()?.to_ascii_lowercase();
-                service.labelled(&label).next()?;
-                let of = |family| service.labelled(&label).filter(|ip| Family::of(ip) == family).collect();
-                Some(self.addresses(name, kind, service.ttl, &of))
+                let of = |family| -> Vec<_> {
+                    service.labelled(&label).filter(|ip| Family::of(ip) == family).collect()
+                };
+                let wanted = family(kind).filter(|family| service.tasks.get(*family).is_some());
+                let known = service.labelled(&label).next().is_some();
+                if unread && (!known || wanted.is_some_and(|family| of(family).is_empty())) {
+                    return Some(failure());
+                }
+                known.then(|| self.addresses(name, kind, service.ttl, &of))
             }
             [port, protocol] => {
                 let port = service.ports.iter().find(|p| is_protocol(p, protocol) && is_port(p, port))?;
@@ -163,11 +192,7 @@ impl Table {
         ttl: u32,
         of: &dyn Fn(Family) -> Vec<IpAddr>,
     ) -> Answer {
-        let family = match kind {
-            RecordType::A => Family::V4,
-            RecordType::AAAA => Family::V6,
-            _ => return self.other(name, kind, ttl),
-        };
+        let Some(family) = family(kind) else { return self.other(name, kind, ttl) };
         let answers: Vec<_> = of(family).into_iter().map(|ip| address(name.clone(), ttl, ip)).collect();
         if answers.is_empty() { self.no_data(ttl) } else { Answer { answers, ..Answer::default() } }
     }
@@ -177,7 +202,7 @@ impl Table {
             return self.other(name, kind, service.ttl);
         }
         let mut out = Answer::default();
-        let Some(own) = self.name_of(service) else { return Answer::code(ResponseCode::ServFail) };
+        let Some(own) = self.name_of(service) else { return failure() };
         for target in &port.targets {
             let (host, addrs) = match &target.label {
                 None => (own.clone(), service.addresses()),
@@ -192,7 +217,11 @@ impl Table {
             let data = SRV::new(0, target.weight, target.port, host);
             out.answers.push(Record::from_rdata(name.clone(), service.ttl, RData::SRV(data)));
         }
-        if out.answers.is_empty() { self.no_data(service.ttl) } else { out }
+        match out.answers.is_empty() {
+            true if self.unknown.may_have_endpoints(&service.group) => failure(),
+            true => self.no_data(service.ttl),
+            false => out,
+        }
     }
 
     fn apex(&self, name: &Name, kind: RecordType) -> Answer {
@@ -223,7 +252,7 @@ impl Table {
             return None;
         }
         if !self.synced {
-            return soa.map(|_| Answer::code(ResponseCode::ServFail));
+            return soa.map(|_| failure());
         }
         let pointers: Vec<_> = if whole { self.pointers(addr) } else { Vec::new() };
         if pointers.is_empty() {
@@ -234,6 +263,8 @@ impl Table {
                     let ns = self.zone.ns(name.clone(), NEGATIVE_TTL);
                     Answer { answers: vec![ns], ..Answer::default() }
                 }
+                // A virtual IP of a service that can't be read.
+                _ if whole && self.unknown.may_have_services() => failure(),
                 _ => {
                     let code = if whole { ResponseCode::NXDomain } else { ResponseCode::NoError };
                     Answer { code, authorities: vec![soa], ..Answer::default() }
@@ -277,7 +308,7 @@ impl Table {
             return None;
         }
         if !self.synced {
-            return Some(Answer::code(ResponseCode::ServFail));
+            return Some(failure());
         }
         Some(Answer { code: ResponseCode::NXDomain, authorities: vec![soa], ..Answer::default() })
     }
@@ -287,14 +318,27 @@ impl Table {
     fn short(&self, name: &Name, kind: RecordType, client: Option<IpAddr>) -> Option<Answer> {
         let labels: Vec<&[u8]> = name.iter().take(4).collect();
         let (service, before) = labels.split_last()?;
-        if before.len() > 2 || !self.synced || is_localhost(name) || is_of_top_level(name, kind) {
+        let fits = before.len() <= 2 && may_stand_before_a_service(before);
+        if !fits || !self.synced || is_localhost(name) || is_of_top_level(name, kind) {
             return None;
         }
-        let namespace = self.namespace_of(client?)?;
-        let key = name_key(service, namespace.as_bytes());
-        match self.names.get(key.as_slice()) {
-            Some(entry) => self.of_service(name, before, kind, &entry.service),
-            None => self.unknown.contains(&key).then(|| Answer::code(ResponseCode::ServFail)),
+        let client = client?;
+        let may_be_here = |namespace: &str| {
+            let key = name_key(service, namespace.as_bytes());
+            // Of an alias nothing is known: that may be any name without dots.
+            let alias = || is_short(&labels) && self.unknown.may_be_in(namespace.as_bytes());
+            self.unknown.has(&key) || alias()
+        };
+        let Some(namespace) = self.namespace_of(client) else {
+            let has = |namespace: &str| {
+                self.service(&name_key(service, namespace.as_bytes())).is_some() || may_be_here(namespace)
+            };
+            let stranger = self.addresses.get(&client).is_none();
+            return (stranger && self.unknown.may_have_pod(has, is_short(&labels))).then(failure);
+        };
+        match self.service(&name_key(service, namespace.as_bytes())) {
+            Some(service) => self.of_service(name, before, kind, service),
+            None => may_be_here(namespace).then(failure),
         }
     }
 
@@ -318,6 +362,36 @@ impl Table {
 
     fn no_name(&self) -> Answer {
         Answer { code: ResponseCode::NXDomain, ..self.no_data(NEGATIVE_TTL) }
+    }
+}
+
+/// What nobody can answer now.
+fn failure() -> Answer {
+    Answer::code(ResponseCode::ServFail)
+}
+
+/// The family of addresses that a type asks for.
+fn family(kind: RecordType) -> Option<Family> {
+    match kind {
+        RecordType::A => Some(Family::V4),
+        RecordType::AAAA => Some(Family::V6),
+        _ => None,
+    }
+}
+
+/// Whether a service may have a name of these labels below its own: one of an endpoint, `tasks`, or of a port. What searches
+/// append the zone to, `www.example.com`, is none.
+fn may_stand_before_a_service(labels: &[&[u8]]) -> bool {
+    labels.len() < 2 || labels.iter().all(|label| label.starts_with(b"_"))
+}
+
+/// Whether a name outside the zone is most likely one without it: the world has few of that kind.
+pub(super) fn is_short(labels: &[&[u8]]) -> bool {
+    match labels {
+        [_] => true,
+        [first, _] => first.eq_ignore_ascii_case(b"tasks"),
+        [port, protocol, _] => port.starts_with(b"_") && protocol.starts_with(b"_"),
+        _ => false,
     }
 }
 

@@ -453,7 +453,7 @@ fn what_waits_for_the_source_is_looked_up_once() {
     stream.write_all(&by_tcp("vote.corp.example.")).unwrap();
     thread::sleep(Duration::from_millis(700));
     assert_eq!(packets(&asked), 1);
-    server.publish(some().publish(true, &BTreeSet::new()));
+    server.publish(some().publish(true));
     let answer = next_of(&mut stream).unwrap();
     assert_eq!(answer.answers.len(), 2, "{}", told(&answer));
     assert_eq!(packets(&asked), 1);

@@ -14,7 +14,7 @@ use hickory_proto::{
 };
 
 use super::{
-    answer::Answer,
+    answer::{Answer, is_short},
     limit::{Allowed, Rate},
     message::{self, LARGEST_UDP, PLAIN_UDP, Packet, Shape},
     table::Table,
@@ -247,12 +247,7 @@ fn may_be_ours(name: &Name, kind: RecordType, a_pod: bool) -> bool {
         return false;
     }
     let labels: Vec<&[u8]> = name.iter().take(4).collect();
-    match labels[..] {
-        [_] => a_pod,
-        [first, _] => a_pod && first.eq_ignore_ascii_case(b"tasks"),
-        [port, protocol, _] => a_pod && port.starts_with(b"_") && protocol.starts_with(b"_"),
-        _ => kind == RecordType::PTR && name.parse_arpa_name().is_ok(),
-    }
+    a_pod && is_short(&labels) || kind == RecordType::PTR && name.parse_arpa_name().is_ok()
 }
 
 enum Decision {

@@ -55,7 +55,7 @@ fn handler(mut names: Names, rate: u32) -> Handler<Others> {
     put(&mut names, &dnsrr("many"), &[slice("many", many)], PerFamily::default());
     let private: Vec<IpNet> = PRIVATE.iter().map(|r| r.parse().unwrap()).collect();
     let shared = Shared {
-        table: ArcSwap::new(names.publish(true, &BTreeSet::new())),
+        table: ArcSwap::new(names.publish(true)),
         node: ArcSwap::from_pointee(BTreeSet::from(["203.0.113.1".parse().unwrap()])),
     };
     Handler {
@@ -254,7 +254,7 @@ fn too_fast_is_told_to_come_by_tcp_in_no_more_bytes() {
 #[test]
 fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     let mut handler = handler(some(), 0);
-    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    handler.shared.table.store(some().publish(false));
     let question = request(VOTE, RecordType::A);
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::ServFail);
     handler.patient_until = Instant::now() + Duration::from_secs(60);
@@ -287,7 +287,7 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     // What is not ours does not have to wait.
     let other = request("www.example.", RecordType::A);
     assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
-    handler.shared.table.store(some().publish(true, &BTreeSet::new()));
+    handler.shared.table.store(some().publish(true));
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::NoError);
 }
 
@@ -295,7 +295,7 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
 #[test]
 fn before_the_source_has_been_read_only_what_may_be_ours_waits() {
     let mut handler = handler(some(), 0);
-    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    handler.shared.table.store(some().publish(false));
     use RecordType as T;
     let (pod, node) = ("10.244.1.11:4000", "203.0.113.1:4000");
     let one = Name::from("::1".parse::<std::net::IpAddr>().unwrap()).to_ascii();
@@ -368,7 +368,7 @@ fn an_alias_to_a_name_of_ours_is_early_or_fails_as_the_name_does() {
         handler.forwarded(asked, &Answer { answers: vec![alias.clone()], ..Answer::default() })
     };
     assert_eq!(reply(forwarded(&handler)).0.answers.len(), 2);
-    handler.shared.table.store(some().publish(false, &BTreeSet::new()));
+    handler.shared.table.store(some().publish(false));
     let (answer, _) = reply(forwarded(&handler));
     assert_eq!((answer.metadata.response_code, answer.answers.len()), (ResponseCode::ServFail, 0));
     handler.patient_until = Instant::now() + Duration::from_secs(60);

@@ -1,13 +1,14 @@
 //! Keeps the [`Table`] as the services are, change by change.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
 };
 
 use super::{
     records::ServiceNames,
     table::{Entry, Table, name_key},
+    unknown::Unknown,
     zone::Zone,
 };
 use crate::{
@@ -121,16 +122,21 @@ impl Names {
         self.claims.conflicts(key, &names.aliases, &|name| self.services.contains_key(name))
     }
 
-    /// The table as of now. `unknown`: services of which the source says nothing that can be read.
-    pub fn publish(&mut self, synced: bool, unknown: &BTreeSet<ServiceKey>) -> Arc<Table> {
+    /// Replaces what may be there besides; whether it is something else now.
+    pub fn set_unknown(&mut self, unknown: Unknown) -> bool {
+        let changed = *self.table.unknown != unknown;
+        if changed {
+            self.table.unknown = Arc::new(unknown);
+        }
+        changed
+    }
+
+    /// The table as of now.
+    pub fn publish(&mut self, synced: bool) -> Arc<Table> {
         // Seconds since 1970, so that it grows over restarts too (RFC 1912, 2.2 allows any that grows).
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         self.table.serial = self.table.serial.wrapping_add(1).max(now.as_secs() as u32);
         self.table.synced = synced;
-        if self.table.unknown.len() != unknown.len() || !unknown.is_empty() {
-            let keys = unknown.iter().map(|key| name_key(key.name.as_bytes(), key.namespace.as_bytes()));
-            self.table.unknown = Arc::new(keys.collect::<HashSet<_>>());
-        }
         Arc::new(self.table.clone())
     }
 }

@@ -17,6 +17,8 @@ use crate::{
 pub struct ServiceNames {
     /// The service.
     pub key: ServiceKey,
+    /// The name that it takes its endpoints by.
+    pub group: ServiceKey,
     /// Seconds that its answers may be kept.
     pub ttl: u32,
     /// Seconds since 1970 when it was created: of two that claim an alias the older has it.
@@ -143,6 +145,7 @@ impl ServiceNames {
         };
         Self {
             key: service.key.clone(),
+            group: service.group(),
             ttl: service.dns.ttl,
             created: service.created,
             aliases: service.dns.aliases.clone(),

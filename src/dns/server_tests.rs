@@ -40,7 +40,7 @@ pub(super) fn config(listen: SocketAddr) -> Config {
 
 pub(super) fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) -> Server {
     let server = Server::start(config, zone(), BTreeSet::new(), metrics.clone()).unwrap();
-    server.publish(names.publish(true, &BTreeSet::new()));
+    server.publish(names.publish(true));
     let begun = Instant::now();
     while ask::addresses(config.listen[0], "mesh.internal.", RecordType::A).is_err() {
         assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", server.problems());
@@ -201,7 +201,7 @@ fn what_comes_too_early_waits_over_tcp_too() {
     stream.write_all(&u16::try_from(bytes.len()).unwrap().to_be_bytes()).unwrap();
     stream.write_all(&bytes).unwrap();
     thread::sleep(Duration::from_millis(300));
-    server.publish(some().publish(true, &BTreeSet::new()));
+    server.publish(some().publish(true));
     let mut length = [0; 2];
     stream.read_exact(&mut length).unwrap();
     let mut answer = vec![0; usize::from(u16::from_be_bytes(length))];
@@ -224,7 +224,7 @@ fn who_may_not_ask_has_no_place() {
     let mut config = config(at);
     config.allow = vec!["127.0.53.11/32".parse().unwrap()];
     let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
-    server.publish(some().publish(true, &BTreeSet::new()));
+    server.publish(some().publish(true));
     let mut stream = connect(at);
     let begun = Instant::now();
     // It is closed before anything is asked: the source address is 127.0.0.1's.
@@ -269,7 +269,7 @@ fn a_port_that_is_taken_is_told_and_had_later() {
     let at = at(3);
     let taken = UdpSocket::bind(at).unwrap();
     let server = Server::start(&config(at), zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
-    server.publish(some().publish(true, &BTreeSet::new()));
+    server.publish(some().publish(true));
     let begun = Instant::now();
     while server.problems().is_empty() {
         assert!(begun.elapsed() < Duration::from_secs(5));
@@ -338,7 +338,7 @@ fn answers_hold_while_everything_changes() {
                 change(&mut names, changes * 31 % SERVICES, (changes / SERVICES % 2) as u8 + 1);
                 changes += 1;
             }
-            server.publish(names.publish(true, &BTreeSet::new()));
+            server.publish(names.publish(true));
             thread::sleep(Duration::from_millis(8));
         }
         stop.store(true, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{records::ServiceNames, zone::Zone};
+use super::{records::ServiceNames, unknown::Unknown, zone::Zone};
 use crate::model::{ids::ServiceKey, small::SmallSet};
 
 /// Parts of each index. A change copies one of them.
@@ -86,8 +86,8 @@ pub struct Table {
     pub(super) addresses: Parts<IpAddr, SmallSet<ServiceKey>>,
     /// Namespaces with how many names each has.
     pub(super) namespaces: Parts<Vec<u8>, u32>,
-    /// Services that nobody can say anything about: what the source says of them can't be read.
-    pub(super) unknown: Arc<std::collections::HashSet<Vec<u8>>>,
+    /// What may be there besides.
+    pub(super) unknown: Arc<Unknown>,
     /// Whether the source has told everything.
     pub(super) synced: bool,
     /// Of the SOA record: grows with every change.

@@ -12,6 +12,7 @@ use super::{
     names::Names,
     records::{Context, ServiceNames},
     table::Table,
+    unknown::Unknown,
     zone::Zone,
 };
 use crate::compile::endpoints::Place;
@@ -20,6 +21,7 @@ use crate::model::{
     fixtures::{config, endpoint, port, service, slice},
     ids::{Family, PerFamily, ServiceKey},
     service::{DnsAnswer, Mode, Service, TargetPort, TrafficDistribution, TrafficPolicy},
+    unread::Unread,
 };
 
 pub(super) fn zone() -> Arc<Zone> {
@@ -97,7 +99,7 @@ fn told(answer: &Answer) -> String {
 }
 
 fn published(names: &mut Names) -> Arc<Table> {
-    names.publish(true, &BTreeSet::new())
+    names.publish(true)
 }
 
 #[test]
@@ -178,12 +180,13 @@ fn what_names_answer() {
 #[test]
 fn nothing_is_said_before_the_source_has_told_everything() {
     let mut names = some();
-    let table = names.publish(false, &BTreeSet::new());
+    let table = names.publish(false);
     for name in ["vote.default.mesh.internal.", "mesh.internal.", "7.7.200.10.in-addr.arpa."] {
         assert_eq!(told(&ask(&table, name, RecordType::PTR)), "ServFail", "{name}");
     }
-    let unknown = BTreeSet::from([ServiceKey::new("default", "lost")]);
-    let table = names.publish(true, &unknown);
+    names
+        .set_unknown(Unknown::new(&Unread::default(), &BTreeSet::from([ServiceKey::new("default", "lost")])));
+    let table = names.publish(true);
     assert_eq!(told(&ask(&table, "lost.default.mesh.internal.", RecordType::A)), "ServFail");
     assert_eq!(told(&ask(&table, "vote.default.mesh.internal.", RecordType::A)), "10.200.7.7");
 }
@@ -342,6 +345,16 @@ fn aliases_come_and_go_and_have_one_owner() {
     assert!(told(&ask(&table, "default.mesh.internal.", RecordType::A)).starts_with("NXDomain"));
     assert!(table.is_empty());
     assert!(ask_as(&table, None, "11.1.244.10.in-addr.arpa.", RecordType::PTR).is_none());
+}
+
+#[test]
+fn an_alias_does_not_speak_for_a_service_that_can_not_be_read() {
+    let mut names = some();
+    let of = |names: &mut Names| told(&ask(&published(names), "poll.default.mesh.internal.", RecordType::A));
+    assert_eq!(of(&mut names), "10.200.7.7");
+    names
+        .set_unknown(Unknown::new(&Unread::default(), &BTreeSet::from([ServiceKey::new("default", "poll")])));
+    assert_eq!(of(&mut names), "ServFail");
 }
 
 #[test]

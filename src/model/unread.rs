@@ -49,6 +49,23 @@ impl Unread {
         self.anything || self.endpoints_of.contains(group)
     }
 
+    /// What is in both.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        fn both<'a>(
+            (one, all): (&'a BTreeSet<ServiceKey>, bool),
+            (other, all_others): (&'a BTreeSet<ServiceKey>, bool),
+        ) -> BTreeSet<ServiceKey> {
+            let first = one.iter().filter(|key| all_others || other.contains(*key));
+            first.chain(other.iter().filter(|_| all)).cloned().collect()
+        }
+        Self {
+            anything: self.anything && other.anything,
+            services: both((&self.services, self.anything), (&other.services, other.anything)),
+            endpoints_of: both((&self.endpoints_of, self.anything), (&other.endpoints_of, other.anything)),
+        }
+    }
+
     /// Whether all that is in it is in another one too.
     pub fn is_within(&self, other: &Self) -> bool {
         other.anything
@@ -70,5 +87,29 @@ impl<'a> FromIterator<&'a Hides> for Unread {
             }
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_in_both() {
+        let key = |name: &str| ServiceKey::new("default", name);
+        let of =
+            |names: &[&str]| Unread { services: names.iter().map(|n| key(n)).collect(), ..Unread::default() };
+        let endpoints = Unread { endpoints_of: [key("a")].into(), ..Unread::default() };
+        let cases = [
+            (of(&["a", "b"]), of(&["b", "c"]), of(&["b"])),
+            (of(&["a"]), Unread::anything(), of(&["a"])),
+            (endpoints.clone(), Unread::anything(), endpoints.clone()),
+            (endpoints, of(&["a"]), Unread::default()),
+            (Unread::anything(), Unread::anything(), Unread::anything()),
+        ];
+        for (one, other, want) in cases {
+            assert_eq!(one.and(&other), want);
+            assert_eq!(other.and(&one), want);
+        }
     }
 }

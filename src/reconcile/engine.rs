@@ -506,6 +506,11 @@ impl Engine {
         Ok((ops, observed))
     }
 
+    /// Services of which no turn has told yet: they have changed, or were compiled and not programmed.
+    pub fn untold(&self) -> impl Iterator<Item = &ServiceKey> {
+        self.dirty.union(&self.settled)
+    }
+
     /// Services that were compiled since the last call.
     pub fn take_settled(&mut self) -> BTreeSet<ServiceKey> {
         std::mem::take(&mut self.settled)

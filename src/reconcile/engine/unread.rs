@@ -142,6 +142,11 @@ impl Engine {
         Cow::Owned(out)
     }
 
+    /// What of the source can't be read.
+    pub fn unread(&self) -> &Unread {
+        &self.unread
+    }
+
     /// Services that are left alone because the source can't be read completely.
     pub fn held(&self) -> &BTreeSet<ServiceKey> {
         &self.held

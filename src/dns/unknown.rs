@@ -1,0 +1,59 @@
+//! What nobody can say anything about, since what the source says of it can't be read: that it is not there would be taken for
+//! the truth.
+
+use std::collections::{BTreeSet, HashSet};
+
+use super::table::name_key;
+use crate::model::{ids::ServiceKey, unread::Unread};
+
+/// What may be there besides what is known.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct Unknown {
+    /// It can't be told what.
+    anything: bool,
+    /// Names of services that are meant to be there.
+    services: HashSet<Vec<u8>>,
+    /// Namespaces of those: any further name there may be an alias of theirs.
+    namespaces: HashSet<Vec<u8>>,
+    /// Services some of whose endpoints may be missing, by the names that they take them by.
+    endpoints_of: BTreeSet<ServiceKey>,
+}
+
+impl Unknown {
+    /// What of the source can't be read, and the services that are meant to be there all the same.
+    pub fn new(unread: &Unread, services: &BTreeSet<ServiceKey>) -> Self {
+        let name = |key: &ServiceKey| name_key(key.name.as_bytes(), key.namespace.as_bytes());
+        Self {
+            anything: unread.anything,
+            services: services.iter().map(name).collect(),
+            namespaces: services.iter().map(|key| key.namespace.to_ascii_lowercase().into_bytes()).collect(),
+            endpoints_of: unread.endpoints_of.clone(),
+        }
+    }
+
+    /// Whether there may be services besides those that are known.
+    pub(super) fn may_have_services(&self) -> bool {
+        self.anything || !self.services.is_empty()
+    }
+
+    /// Whether a service of this name is meant to be there, by its key in the table.
+    pub(super) fn has(&self, name: &[u8]) -> bool {
+        self.services.contains(name)
+    }
+
+    /// Whether a namespace may have names besides those that are known.
+    pub(super) fn may_be_in(&self, namespace: &[u8]) -> bool {
+        self.anything || self.namespaces.contains(namespace.to_ascii_lowercase().as_slice())
+    }
+
+    /// Whether a service may have more endpoints; `group` is the name that it takes them by.
+    pub(super) fn may_have_endpoints(&self, group: &ServiceKey) -> bool {
+        self.anything || self.endpoints_of.contains(group)
+    }
+
+    /// Whether a pod that nobody knows may be of a namespace in which `has` something; where it can't be told of which one,
+    /// `any` decides.
+    pub(super) fn may_have_pod(&self, has: impl Fn(&str) -> bool, any: bool) -> bool {
+        self.anything && any || self.endpoints_of.iter().any(|group| has(&group.namespace))
+    }
+}
