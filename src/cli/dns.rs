@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
 };
@@ -14,7 +14,7 @@ use tracing::{error, info, warn};
 
 use super::options::Options;
 use crate::{
-    compile::{CompiledService, endpoints::Place},
+    compile::{CompiledService, endpoints::Place, service::is_served},
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
@@ -26,7 +26,7 @@ use crate::{
     },
     metrics::Metrics,
     model::{
-        ids::{PerFamily, ServiceKey},
+        ids::{Family, PerFamily, ServiceKey},
         node::nth_address,
         unread::Unread,
     },
@@ -185,10 +185,21 @@ pub fn all_names(zone: Arc<Zone>, engine: &Engine) -> Names {
     names
 }
 
+/// The addresses of families that this node serves: to another one there is no route.
+fn of_served(addresses: &PerFamily<IpAddr>, engine: &Engine) -> PerFamily<IpAddr> {
+    let served = |family: Family| is_served(family, &engine.settings().node, engine.facts());
+    let mut out = PerFamily::default();
+    for (family, address) in addresses.iter().filter(|(family, _)| served(*family)) {
+        out.set(family, Some(*address));
+    }
+    out
+}
+
 fn names_of(engine: &Engine, key: &ServiceKey, names: &Names) -> Option<ServiceNames> {
     let service = engine.snapshot().services().get(key)?;
     let compiled = engine.merged().services().get(key)?;
-    let context = Context { place: Place::of(&engine.settings().node), vips: compiled.vips };
+    let context =
+        Context { place: Place::of(&engine.settings().node), vips: of_served(&compiled.vips, engine) };
     let slices = engine.snapshot().slices_for(service);
     Some(ServiceNames::new(service, &slices, context, names.get(key).map(|old| &**old)))
 }
@@ -268,7 +279,8 @@ impl Feed {
             let new = names_of(engine, key, &self.names);
             others.extend(self.names.set(key, new));
         }
-        let changed = self.note_unread(engine);
+        let servers = of_served(&self.names.zone().servers, engine);
+        let changed = self.note_unread(engine) | self.names.set_servers(servers);
         if let Some(server) = &self.server {
             server.set_node(engine.facts().all_addresses.clone());
             if !keys.is_empty() || changed || !self.published {
@@ -351,7 +363,7 @@ mod tests {
         dataplane::fake::FakeKernel,
         model::{
             fixtures::{endpoint, port, service, slice},
-            service::{Mode, Service},
+            service::{FamilyPolicy, Mode, Service},
             snapshot::Event,
         },
         reconcile::tests::{endpoints, engine, now, service_with},
@@ -454,6 +466,40 @@ mod tests {
         engine.synced(Unread::anything());
         feed.turned(&mut engine);
         assert_eq!(feed.a("poll.default"), "NXDomain");
+    }
+
+    #[test]
+    fn addresses_of_a_family_that_the_node_does_not_serve_are_not_answered() {
+        let kernel = FakeKernel::default();
+        let mut engine = engine(&kernel, Allocations::default());
+        let both = Service {
+            ports: vec![port(80, 8080)],
+            family_policy: FamilyPolicy::RequireDualStack,
+            ..service("both")
+        };
+        engine.feed([Event::Service(both.into())]);
+        engine.synced(Unread::default());
+        let mut feed = feed(&engine);
+        feed.turned(&mut engine);
+        let all = |feed: &mut Feed| {
+            ["both.default.mesh.internal.", "mesh.internal."]
+                .map(|name| feed.told(None, name, RecordType::AAAA))
+        };
+        let [vip, own] = all(&mut feed);
+        assert!(vip.starts_with("fd00:200::") && own == "fd00:200::2", "{vip} {own}");
+        kernel.lock().facts.primary.v6 = None;
+        engine.end_family_grace();
+        assert!(engine.refresh_node().unwrap());
+        feed.turned(&mut engine);
+        assert_eq!(all(&mut feed), ["", ""]);
+        assert!(feed.a("both.default").starts_with("10.200."));
+        assert_eq!(feed.told(None, "mesh.internal.", RecordType::A), "10.200.0.2");
+        let ns = feed.names.publish(true).answer(
+            &Name::from_ascii("mesh.internal.").unwrap(),
+            RecordType::NS,
+            None,
+        );
+        assert_eq!(ns.unwrap().additionals.len(), 1);
     }
 
     #[test]

@@ -220,15 +220,21 @@ pub fn ports_from(first: u16, span: u16) -> RangeInclusive<u16> {
     first..=first.saturating_add(span.saturating_sub(1))
 }
 
+/// Whether the node serves a family: it has a range for it and an address of its own, without which there are no rules
+/// (`compile_base`).
+pub fn is_served(family: Family, config: &NodeConfig, facts: &NodeFacts) -> bool {
+    config.ranges.get(family).is_some() && facts.primary.get(family).is_some()
+}
+
 /// Families that the service is served in on this node: those of its VIPs, or for DNSRR those that it asks for, as far as the
-/// node has a range for them and an address of its own, without which there are no rules (`compile_base`).
+/// node serves them.
 pub fn served_families(
     service: &Service,
     vips: &PerFamily<IpAddr>,
     config: &NodeConfig,
     facts: &NodeFacts,
 ) -> Vec<Family> {
-    let here = |f: &Family| config.ranges.get(*f).is_some() && facts.primary.get(*f).is_some();
+    let here = |f: &Family| is_served(*f, config, facts);
     match service.mode {
         Mode::Vip => vips.iter().map(|(f, _)| f).filter(here).collect(),
         Mode::Dnsrr => service.families.iter().copied().filter(here).collect(),

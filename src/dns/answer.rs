@@ -230,13 +230,13 @@ impl Table {
         match kind {
             RecordType::SOA => answer(zone.soa(self.serial, NEGATIVE_TTL)),
             RecordType::NS => {
-                let additionals = zone.servers.iter();
+                let additionals = self.servers.iter();
                 let additionals =
                     additionals.map(|(_, ip)| address(zone.name.clone(), NEGATIVE_TTL, *ip)).collect();
                 Answer { additionals, ..answer(zone.ns(name.clone(), NEGATIVE_TTL)) }
             }
             _ => self.addresses(name, kind, NEGATIVE_TTL, &|family| {
-                zone.servers.get(family).copied().into_iter().collect()
+                self.servers.get(family).copied().into_iter().collect()
             }),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::{
     allocate::aliases::{Asked, Claims},
-    model::ids::ServiceKey,
+    model::ids::{PerFamily, ServiceKey},
 };
 
 /// All names and who claims them.
@@ -129,6 +130,11 @@ impl Names {
             self.table.unknown = Arc::new(unknown);
         }
         changed
+    }
+
+    /// Replaces the zone's own addresses; whether they are others now.
+    pub fn set_servers(&mut self, servers: PerFamily<IpAddr>) -> bool {
+        std::mem::replace(&mut self.table.servers, servers) != servers
     }
 
     /// The table as of now.

@@ -9,7 +9,10 @@ use std::{
 };
 
 use super::{records::ServiceNames, unknown::Unknown, zone::Zone};
-use crate::model::{ids::ServiceKey, small::SmallSet};
+use crate::model::{
+    ids::{PerFamily, ServiceKey},
+    small::SmallSet,
+};
 
 /// Parts of each index. A change copies one of them.
 pub(super) const PARTS: usize = 256;
@@ -81,6 +84,8 @@ pub(super) fn name_key(label: &[u8], namespace: &[u8]) -> Vec<u8> {
 pub struct Table {
     /// The zone they are in.
     pub(super) zone: Arc<Zone>,
+    /// Where it is served, of its addresses.
+    pub(super) servers: PerFamily<IpAddr>,
     pub(super) names: Parts<Vec<u8>, Entry>,
     /// Services that have an address, as a virtual IP or an endpoint's.
     pub(super) addresses: Parts<IpAddr, SmallSet<ServiceKey>>,
@@ -98,6 +103,7 @@ impl Table {
     /// Without names; it answers SERVFAIL until the source has told everything.
     pub fn new(zone: Arc<Zone>) -> Self {
         Self {
+            servers: zone.servers,
             zone,
             names: Parts::new(),
             addresses: Parts::new(),

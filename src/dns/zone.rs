@@ -34,7 +34,7 @@ pub struct Zone {
     labels: Vec<Box<[u8]>>,
     /// Ranges of virtual IPs, whose reverse zones are ours.
     ranges: PerFamily<IpNet>,
-    /// Addresses that it is served at.
+    /// Addresses that it is served at, on a node that serves both families.
     pub servers: PerFamily<IpAddr>,
 }
 

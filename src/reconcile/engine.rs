@@ -366,6 +366,12 @@ impl Engine {
         Ok(true)
     }
 
+    /// A family that is lost is lost at once.
+    #[cfg(test)]
+    pub(crate) fn end_family_grace(&mut self) {
+        self.family_grace = Duration::ZERO;
+    }
+
     /// Whether a family that was lost may yet come back: it is to be asked for again.
     pub fn misses_family(&self) -> bool {
         !self.lost.is_empty()
