@@ -196,10 +196,19 @@ fn of_served(addresses: &PerFamily<IpAddr>, engine: &Engine) -> PerFamily<IpAddr
 }
 
 fn names_of(engine: &Engine, key: &ServiceKey, names: &Names) -> Option<ServiceNames> {
-    let service = engine.snapshot().services().get(key)?;
     let compiled = engine.merged().services().get(key)?;
-    let context =
-        Context { place: Place::of(&engine.settings().node), vips: of_served(&compiled.vips, engine) };
+    names_with(engine, key, compiled.vips, names)
+}
+
+/// The names of a service with these virtual IPs.
+fn names_with(
+    engine: &Engine,
+    key: &ServiceKey,
+    vips: PerFamily<IpAddr>,
+    names: &Names,
+) -> Option<ServiceNames> {
+    let service = engine.snapshot().services().get(key)?;
+    let context = Context { place: Place::of(&engine.settings().node), vips: of_served(&vips, engine) };
     let slices = engine.snapshot().slices_for(service);
     Some(ServiceNames::new(service, &slices, context, names.get(key).map(|old| &**old)))
 }
@@ -215,6 +224,8 @@ pub struct Feed {
     published: bool,
     /// What [`Self::begin`] has taken over already, until the turn that it was for is over.
     begun: BTreeMap<ServiceKey, Arc<CompiledService>>,
+    /// Services whose aliases may have been won or lost in turns that failed, to be told of with the next one.
+    others: BTreeSet<ServiceKey>,
     problems: Vec<String>,
 }
 
@@ -257,6 +268,7 @@ impl Feed {
             never_read: None,
             published: false,
             begun: BTreeMap::new(),
+            others: BTreeSet::new(),
             problems: Vec::new(),
         }
     }
@@ -268,7 +280,7 @@ impl Feed {
         keys: &BTreeSet<ServiceKey>,
         since: Option<Instant>,
     ) -> BTreeSet<ServiceKey> {
-        let mut others = BTreeSet::new();
+        let mut others = std::mem::take(&mut self.others);
         let begun = std::mem::take(&mut self.begun);
         let services = engine.merged().services();
         let is_new = |key: &&ServiceKey| match (begun.get(*key), services.get(*key)) {
@@ -291,6 +303,33 @@ impl Feed {
             }
         }
         others
+    }
+
+    /// A turn can't be prepared, and the next one may not be, for as long as the kernel can't be read: what does not depend on it
+    /// is answered as the source says all the same. The rest follows with the turn that can be.
+    pub fn turn_failed(&mut self, engine: &Engine) {
+        if !self.published {
+            // The first turn is waited for: of most services nothing is known before it.
+            return;
+        }
+        let mut changed = false;
+        for key in engine.untold() {
+            let before = self.names.get(key).cloned();
+            let vips = engine.merged().services().get(key).map(|compiled| compiled.vips).unwrap_or_default();
+            let new = names_with(engine, key, vips, &self.names);
+            let free = match (&new, &before) {
+                (Some(new), before) => new.is_free_of_kernel(before.as_deref()),
+                // The kernel still has what is gone, unless there was nothing.
+                (None, before) => before.as_ref().is_some_and(|before| before.is_free_of_kernel(None)),
+            };
+            if free {
+                self.others.extend(self.names.set(key, new));
+                changed = true;
+            }
+        }
+        if changed {
+            self.publish();
+        }
     }
 
     fn publish(&mut self) {
@@ -363,7 +402,7 @@ mod tests {
         dataplane::fake::FakeKernel,
         model::{
             fixtures::{endpoint, port, service, slice},
-            service::{FamilyPolicy, Mode, Service},
+            service::{FamilyPolicy, Mode, Service, ServicePort},
             snapshot::Event,
         },
         reconcile::tests::{endpoints, engine, now, service_with},
@@ -500,6 +539,62 @@ mod tests {
             None,
         );
         assert_eq!(ns.unwrap().additionals.len(), 1);
+    }
+
+    #[test]
+    fn names_that_need_no_kernel_follow_the_source_while_it_can_not_be_read() {
+        let kernel = FakeKernel::default();
+        let mut engine = engine(&kernel, Allocations::default());
+        let of = |name: &str, address: &str| endpoints(name, &[address]);
+        let vote = |port: ServicePort| service_with("vote", ServicePort { name: Some("pg".into()), ..port });
+        engine.feed([vote(port(80, 8080)), of("vote", "10.244.1.1"), dnsrr("db"), of("db", "10.244.1.2")]);
+        engine.feed([dnsrr("gone"), of("gone", "10.244.1.3"), service_with("stays", port(82, 8080))]);
+        engine.synced(Unread::default());
+        let mut feed = feed(&engine);
+        feed.turned(&mut engine);
+        feed.published = true;
+        let srv = |feed: &mut Feed, name: &str| {
+            feed.told(None, &format!("_pg._tcp.{name}.default.mesh.internal."), RecordType::SRV)
+        };
+        let (vip, stays) = (feed.a("vote.default"), feed.a("stays.default"));
+        let moved = |engine: &mut Engine| {
+            engine.feed([of("vote", "10.244.2.1"), of("db", "10.244.2.2")]);
+            engine.feed([dnsrr("new"), of("new", "10.244.2.4"), service_with("later", port(83, 8080))]);
+            engine.feed(["gone", "stays"].map(|name| Event::ServiceGone(key(name))));
+        };
+        moved(&mut engine);
+        let fail = |engine: &mut Engine, feed: &mut Feed| {
+            engine.distrust();
+            kernel.lock().faults.push("read services".into());
+            assert!(engine.prepare(true, now()).is_err());
+            feed.turn_failed(engine);
+        };
+        fail(&mut engine, &mut feed);
+        for (name, want) in [
+            ("tasks.vote", "10.244.2.1"),
+            ("vote", &vip),
+            ("db", "10.244.2.2"),
+            ("10-244-2-2.db", "10.244.2.2"),
+            ("new", "10.244.2.4"),
+            ("gone", "NXDomain"),
+            ("stays", &stays),
+            ("later", "NXDomain"),
+        ] {
+            assert_eq!(feed.a(&format!("{name}.default")), want, "{name}");
+        }
+        assert_eq!(srv(&mut feed, "db"), "0 1 8080 10-244-2-2.db.default.mesh.internal.");
+        // A port that is not programmed is not told of, nor what comes with it.
+        engine.feed([vote(port(90, 8080)), of("vote", "10.244.2.9")]);
+        fail(&mut engine, &mut feed);
+        assert_eq!(srv(&mut feed, "vote"), "0 1 80 vote.default.mesh.internal.");
+        assert_eq!(feed.a("tasks.vote.default"), "10.244.2.1");
+        feed.turned(&mut engine);
+        assert_eq!(srv(&mut feed, "vote"), "0 1 90 vote.default.mesh.internal.");
+        assert_eq!(
+            (feed.a("tasks.vote.default").as_str(), feed.a("stays.default").as_str()),
+            ("10.244.2.9", "NXDomain")
+        );
+        assert!(feed.a("later.default").starts_with("10.200."));
     }
 
     #[test]

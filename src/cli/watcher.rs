@@ -233,7 +233,8 @@ impl Observer for Watcher {
         };
     }
 
-    fn turn_failed(&mut self, error: &str) {
+    fn turn_failed(&mut self, engine: &Engine, error: &str) {
+        self.dns.turn_failed(engine);
         self.reason = error.to_owned();
         self.faults.failed(error, Instant::now());
     }

@@ -77,7 +77,7 @@ impl Turns {
 }
 
 /// A named port: `_name._protocol` below the service's name.
-#[derive(Debug)]
+#[derive(PartialEq, Eq, Debug)]
 pub struct PortNames {
     /// The port's name.
     pub name: Arc<str>,
@@ -155,6 +155,16 @@ impl ServiceNames {
             known,
             by_label,
             turns: before.map(|names| names.turns.clone()).unwrap_or_default(),
+        }
+    }
+
+    /// Whether all that it answers holds whatever the kernel has for it by now: it has no virtual IP, or none but those that
+    /// it was programmed with, as far as `before` tells, and no port besides.
+    pub fn is_free_of_kernel(&self, before: Option<&Self>) -> bool {
+        match (&self.main, before.map(|before| (&before.main, &before.ports))) {
+            (Main::Endpoints(..), _) => true,
+            (Main::Vips(vips), Some((Main::Vips(had), ports))) => vips == had && self.ports == *ports,
+            (Main::Vips(_), _) => false,
         }
     }
 

@@ -51,7 +51,7 @@ pub trait Observer {
     /// After a turn. `since` is when the oldest event that it handled was seen.
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>);
     /// A turn could not even be prepared.
-    fn turn_failed(&mut self, error: &str);
+    fn turn_failed(&mut self, engine: &Engine, error: &str);
     /// The cheap look found something of ours changed: a turn follows.
     fn drift(&mut self, what: &str);
     /// What a full look found changed by others, by kind.
@@ -373,7 +373,7 @@ impl<O: Observer> Agent<O> {
     fn failed(&mut self, error: &str) {
         self.in_sync = false;
         self.complain(error);
-        self.observer.turn_failed(error);
+        self.observer.turn_failed(&self.engine, error);
         self.retry_at = Some(Instant::now() + self.unreadable.next());
     }
 

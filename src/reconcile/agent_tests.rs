@@ -44,7 +44,7 @@ impl Observer for Ear {
         self.0.lock().unwrap().turns.push((turn.full, turn.ops.len(), turn.failures.len()));
     }
 
-    fn turn_failed(&mut self, error: &str) {
+    fn turn_failed(&mut self, _: &Engine, error: &str) {
         self.0.lock().unwrap().failed.push(error.into());
     }
 

@@ -36,13 +36,17 @@ impl Observer for Served {
         self.0.update(engine, &turn.services, since);
     }
 
-    fn turn_failed(&mut self, _: &str) {}
+    fn turn_failed(&mut self, engine: &Engine, _: &str) {
+        self.0.turn_failed(engine);
+    }
 
     fn drift(&mut self, _: &str) {}
 
     fn drifted(&mut self, _: &Drift) {}
 
-    fn heartbeat(&mut self, _: &Engine, _: bool, _: bool) {}
+    fn heartbeat(&mut self, engine: &Engine, _: bool, _: bool) {
+        self.0.look(engine);
+    }
 }
 
 /// Until it is killed.
