@@ -62,6 +62,10 @@ pub struct State {
     /// Where an agent answers names, as `--dns-listen` takes it; empty where none does.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub dns_listen: Vec<String>,
+    /// First labels of the names that services answer, besides those of services in `allocations`: aliases, and names of services
+    /// that have nothing there. As of when those changed last.
+    #[serde(skip_serializing_if = "BTreeSet::is_empty")]
+    pub labels: BTreeSet<String>,
     /// Who has what.
     pub allocations: Allocations,
     /// Values of sysctls before we changed them, by name.

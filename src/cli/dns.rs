@@ -1,7 +1,7 @@
 //! The DNS server's flags, and what it is fed with.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
@@ -14,6 +14,7 @@ use tracing::{error, info, warn};
 
 use super::options::Options;
 use crate::{
+    allocate::Allocations,
     compile::{CompiledService, endpoints::Place, service::is_served},
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
@@ -146,7 +147,7 @@ impl DnsOptions {
         }
         let private = || PRIVATE.iter().filter_map(|range| range.parse().ok()).collect();
         let allow = if self.dns_allow.is_empty() { private() } else { self.dns_allow.clone() };
-        Ok(Some(Config { listen, allow, rate: self.dns_rate, forward }))
+        Ok(Some(Config { listen, allow, rate: self.dns_rate, forward, remembered: HashSet::new() }))
     }
 
     fn listen(&self, ranges: PerFamily<IpNet>) -> Result<Vec<SocketAddr>> {
@@ -213,6 +214,16 @@ fn names_with(
     Some(ServiceNames::new(service, &slices, context, names.get(key).map(|old| &**old)))
 }
 
+/// First labels of the names of all services, besides those of services that have something allocated.
+pub fn labels(engine: &Engine, allocations: &Allocations) -> BTreeSet<String> {
+    let services = engine.snapshot().services().values();
+    let labels = services.flat_map(|service| {
+        let own = Some(&service.key.name).filter(|_| !allocations.services.contains_key(&service.key));
+        own.into_iter().chain(&service.dns.aliases)
+    });
+    labels.map(|label| label.to_ascii_lowercase()).collect()
+}
+
 /// Keeps the server's names as the engine's services are.
 pub struct Feed {
     names: Names,
@@ -239,23 +250,32 @@ impl Drop for Feed {
 }
 
 impl Feed {
-    /// Starts the server, where one is wanted. That it can't be is told; it is no reason not to balance.
+    /// Starts the server, where one is wanted. That it can't be is told; it is no reason not to balance. `labels` are services
+    /// and aliases of earlier runs.
     ///
     /// # Errors
     /// Flags that can't be.
-    pub fn start(options: &Options, engine: &Engine, metrics: &Metrics) -> Result<Self> {
+    pub fn start<'a>(
+        options: &Options,
+        engine: &Engine,
+        labels: impl Iterator<Item = &'a str>,
+        metrics: &Metrics,
+    ) -> Result<Self> {
         let ranges = engine.settings().node.ranges;
         let zone = options.dns.zone(ranges)?;
         let node = engine.facts().all_addresses.clone();
         let server = match options.dns.config(ranges)? {
             None => None,
-            Some(config) => match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {
-                Ok(server) => Some(server),
-                Err(e) => {
-                    error!("DNS can't be served: {e}; everything else goes on");
-                    None
+            Some(mut config) => {
+                config.remembered = labels.map(|label| label.to_ascii_lowercase().into_bytes()).collect();
+                match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {
+                    Ok(server) => Some(server),
+                    Err(e) => {
+                        error!("DNS can't be served: {e}; everything else goes on");
+                        None
+                    }
                 }
-            },
+            }
         };
         Ok(Self::new(zone, server, metrics))
     }
@@ -398,7 +418,6 @@ mod tests {
 
     use super::*;
     use crate::{
-        allocate::Allocations,
         dataplane::fake::FakeKernel,
         model::{
             fixtures::{endpoint, port, service, slice},
@@ -595,6 +614,21 @@ mod tests {
             ("10.244.2.9", "NXDomain")
         );
         assert!(feed.a("later.default").starts_with("10.200."));
+    }
+
+    #[test]
+    fn services_that_have_nothing_allocated_are_remembered_by_name() {
+        let mut engine = engine(&FakeKernel::default(), Allocations::default());
+        let mut vote = Service { ports: vec![port(80, 8080)], ..service("vote") };
+        vote.dns.aliases = vec!["Poll".into()];
+        engine.feed([Event::Service(vote.into()), dnsrr("db")]);
+        engine.synced(Unread::default());
+        let before = engine.generation();
+        engine.turn(true, now()).unwrap();
+        assert!(engine.generation() > before, "it is when the state is written");
+        let allocations = engine.allocator().allocations();
+        assert!(allocations.services.contains_key(&key("vote")));
+        assert_eq!(labels(&engine, &allocations), ["db", "poll"].map(String::from).into());
     }
 
     #[test]

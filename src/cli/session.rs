@@ -91,6 +91,12 @@ impl Keeper {
         }
     }
 
+    /// First labels of the names that services answered when the state was written.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        let own = self.state.allocations.services.keys().map(|key| &*key.name);
+        own.chain(self.state.labels.iter().map(String::as_str))
+    }
+
     /// Whether an earlier state is on disk. Where a newer one can't be written, it is better to go on with that than to
     /// leave the kernel with endpoints that are dead: what a restart then does not find is which automatic values
     /// depended on history, and drains.
@@ -110,6 +116,7 @@ impl Keeper {
             self.stale |= put(&mut state.allocations, engine.allocator().allocations());
             let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
             self.stale |= put(&mut state.served, runs.collect());
+            self.stale |= put(&mut state.labels, super::dns::labels(engine, &state.allocations));
             // Once it is known: of a folder that was empty at the start it is when there is something in it.
             let dir = self.source.dir().filter(|_| self.generation.is_none() || state.folder.is_none());
             if let Some(folder) = dir.and_then(crate::source::watch::filled) {

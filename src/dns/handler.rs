@@ -1,7 +1,7 @@
 //! What is done with a packet: the manners of the protocol. No input makes it panic.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Instant,
@@ -98,6 +98,8 @@ pub struct Handler<E> {
     /// Until when questions about our names wait for the source to be read: they get no answer, since a client asks again
     /// after silence (resolv.conf(5): after 5 s) and takes a SERVFAIL as final.
     pub patient_until: Instant,
+    /// Services and aliases of earlier runs, in lower case, by which names of endpoints are told from the world's until then.
+    pub remembered: HashSet<Vec<u8>>,
 }
 
 impl<E> Handler<E> {
@@ -180,7 +182,7 @@ impl<E: Elsewhere> Handler<E> {
         if let Some(answer) = table.answer(name, kind, pod) {
             return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
         }
-        if !table.is_synced() && may_be_ours(name, kind, pod.is_some()) {
+        if !table.is_synced() && self.may_be_ours(name, kind, pod.is_some()) {
             // What others say of it would be taken for the truth, too.
             let failed = || Decision::Answer(Answer::code(ResponseCode::ServFail), "mesh");
             return if early { Decision::TooEarly } else { failed() };
@@ -212,6 +214,20 @@ impl<E: Elsewhere> Handler<E> {
         self.reply(&asked, &ours, "forward", false)
     }
 
+    /// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name that `a_pod`
+    /// may have asked for, as far as it can't be one of the world's, or the name of a pod's address. Of two labels, as those of
+    /// endpoints (`db-0.db`), most are the world's.
+    fn may_be_ours(&self, name: &Name, kind: RecordType, a_pod: bool) -> bool {
+        if is_localhost(name) || is_loopback(name) || is_of_top_level(name, kind) {
+            return false;
+        }
+        let labels: Vec<&[u8]> = name.iter().take(4).collect();
+        let below_one =
+            || matches!(labels[..], [_, of] if self.remembered.contains(&of.to_ascii_lowercase()));
+        a_pod && (is_short(&labels) || below_one())
+            || kind == RecordType::PTR && name.parse_arpa_name().is_ok()
+    }
+
     /// Whether what is not there yet may still come in time.
     fn is_early(&self, table: &Table) -> bool {
         !table.is_synced() && Instant::now() < self.patient_until
@@ -238,16 +254,6 @@ impl<E: Elsewhere> Handler<E> {
         self.metrics.answered(kind, code_label(code), asked.transport.label(), from, took);
         Action::Reply(reply)
     }
-}
-
-/// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name that `a_pod` may
-/// have asked for, as far as it can't be one of the world's, or the name of a pod's address.
-fn may_be_ours(name: &Name, kind: RecordType, a_pod: bool) -> bool {
-    if is_localhost(name) || is_loopback(name) || is_of_top_level(name, kind) {
-        return false;
-    }
-    let labels: Vec<&[u8]> = name.iter().take(4).collect();
-    a_pod && is_short(&labels) || kind == RecordType::PTR && name.parse_arpa_name().is_ok()
 }
 
 enum Decision {

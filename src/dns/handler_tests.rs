@@ -42,6 +42,7 @@ impl Elsewhere for Others {
         // Single labels are the root zone's.
         name.to_ascii().ends_with("example.")
             || name.iter().count() == 1
+            || name.to_ascii().ends_with("db.")
             || is_localhost(name)
             || is_loopback(name)
     }
@@ -65,6 +66,7 @@ fn handler(mut names: Names, rate: u32) -> Handler<Others> {
         rate: Rate::new(rate),
         metrics: DnsMetrics::default(),
         patient_until: Instant::now(),
+        remembered: [b"db".to_vec()].into(),
     }
 }
 
@@ -319,6 +321,11 @@ fn before_the_source_has_been_read_only_what_may_be_ours_waits() {
         ("tasks.example.", T::A, pod, true),
         ("tasks.example.", T::DS, pod, true),
         ("tasks.example.", T::A, node, false),
+        ("db-0.db.", T::A, pod, true),
+        ("db-0.DB.", T::AAAA, pod, true),
+        ("db-0.db.", T::A, node, false),
+        ("www.db-0.db.", T::A, pod, false),
+        ("db.example.", T::A, pod, false),
         ("_http._tcp.example.", T::SRV, pod, true),
         ("_http._tcp.example.", T::SRV, node, false),
     ];

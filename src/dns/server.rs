@@ -1,7 +1,7 @@
 //! The sockets and the thread that serves them. Whatever goes wrong here is told and tried again; the rest of the agent goes on.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     io,
     net::{IpAddr, SocketAddr},
     sync::{
@@ -58,6 +58,8 @@ pub struct Config {
     pub rate: u32,
     /// What is looked up elsewhere.
     pub forward: ForwardConfig,
+    /// Services and aliases that there were when names were answered last, in lower case.
+    pub remembered: HashSet<Vec<u8>>,
 }
 
 /// A running server.
@@ -121,6 +123,7 @@ impl Server {
             rate: Rate::new(config.rate),
             metrics,
             patient_until: Instant::now() + WAIT_FOR_SOURCE,
+            remembered: config.remembered.clone(),
         });
         let serving = Serving {
             handler,

@@ -35,6 +35,7 @@ pub(super) fn config(listen: SocketAddr) -> Config {
         allow,
         rate: 0,
         forward: ForwardConfig { cache: 100, ..Default::default() },
+        remembered: Default::default(),
     }
 }
 

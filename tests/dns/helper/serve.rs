@@ -72,7 +72,7 @@ pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
     let (sender, messages) = mpsc::channel();
     let _watch = source::watch::watch(Path::new(dir), settings.node.clone(), sender, None)?;
     let engine = Engine::new(settings, dataplane, Allocations::default(), Lock::default(), Drains::new());
-    let feed = Feed::start(&parsed.options, &engine, &metrics)?;
+    let feed = Feed::start(&parsed.options, &engine, std::iter::empty(), &metrics)?;
     let (sender, inputs) = mpsc::channel();
     agent::forward(messages, metrics.clone(), None, sender)?;
     let pace = Pace { resync: Duration::from_secs(3600), probe: Duration::from_secs(1) };
