@@ -31,6 +31,8 @@ use crate::metrics::DnsMetrics;
 
 /// So often the cache is looked at.
 const COUNT: Duration = Duration::from_secs(10);
+/// Lookups that a zone may have at once, however many zones there are.
+const FEWEST: usize = 4;
 /// Seconds that the names of the machine itself may be kept.
 const LOCAL_TTL: u32 = 3600;
 
@@ -100,24 +102,32 @@ impl ForwardConfig {
 
 /// Looks names up elsewhere.
 pub struct Forwarder {
-    /// By zone, the longest first; the root zone last, where there are upstreams for it.
-    zones: Vec<(Name, Upstreams)>,
+    /// The longest name first; the root zone last, where there are upstreams for it.
+    zones: Vec<Zone>,
     /// What they have answered.
     cache: Cache,
-    /// Lookups that run. Each takes sockets, and the agent has other uses for those.
-    running: Arc<Places>,
     probe: Arc<Probe>,
     metrics: DnsMetrics,
 }
 
+/// A zone of others.
+struct Zone {
+    name: Name,
+    upstreams: Upstreams,
+    /// Lookups that run. Each takes sockets, and the agent has other uses for those; and one zone whose upstreams say nothing
+    /// must not keep others from being asked.
+    running: Arc<Places>,
+}
+
 impl fmt::Debug for Forwarder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.zones.iter().map(|(zone, _)| zone)).finish()
+        f.debug_list().entries(self.zones.iter().map(|zone| &zone.name)).finish()
     }
 }
 
 impl Forwarder {
-    /// A forwarder of names outside `ours`, with at most `most` lookups at once, half of them for one client.
+    /// A forwarder of names outside `ours`, with at most `most` lookups at once, as many for each zone, half of those for one
+    /// client.
     ///
     /// # Errors
     /// A text for people.
@@ -129,10 +139,12 @@ impl Forwarder {
         metrics: DnsMetrics,
     ) -> Result<Self, String> {
         let counted = Counted(metrics.clone());
+        let zones = config.zones.len() + usize::from(!config.upstreams.is_empty());
+        let each = (most / zones.max(1)).max(FEWEST);
         let build = |zone: &Name, upstreams: &[SocketAddr]| {
             let known = upstreams.iter().map(|at| (*at, probe.state(zone, *at)));
             ::metrics::with_local_recorder(&counted, || Upstreams::new(known))
-                .map(|built| (zone.clone(), built))
+                .map(|upstreams| Zone { name: zone.clone(), upstreams, running: Places::new(each, 2) })
                 .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
         };
         let mut zones = Vec::new();
@@ -142,39 +154,39 @@ impl Forwarder {
         if !config.upstreams.is_empty() {
             zones.push(build(&Name::root(), &config.upstreams)?);
         }
-        zones.sort_by_key(|(zone, _)| std::cmp::Reverse(zone.iter().count()));
+        zones.sort_by_key(|zone| std::cmp::Reverse(zone.name.iter().count()));
         let cache = Cache::new(config.cache, ours.clone());
-        Ok(Self { zones, cache, running: Places::new(most, 2), probe, metrics })
+        Ok(Self { zones, cache, probe, metrics })
     }
 
-    fn upstreams(&self, name: &Name) -> Option<&Upstreams> {
-        self.zones.iter().find(|(zone, _)| zone.zone_of(name)).map(|(_, upstreams)| upstreams)
+    fn zone(&self, name: &Name) -> Option<&Zone> {
+        self.zones.iter().find(|zone| zone.name.zone_of(name))
     }
 
     /// Looks a client's question up. Aliases are answered as they were told, and not followed: where they lead to is what
     /// the upstream has to know, but for names that are ours, which are never asked elsewhere
-    /// ([`super::handler::Handler::forwarded`]).
-    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Answer {
-        let Some(upstreams) = self.upstreams(query.name()) else {
-            return Answer::code(ResponseCode::Refused);
+    /// ([`super::handler::Handler::forwarded`]). `None` where so many run already that there is no place for one more.
+    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Option<Answer> {
+        let Some(zone) = self.zone(query.name()) else {
+            return Some(Answer::code(ResponseCode::Refused));
         };
         let mut name = query.name().clone();
         name.set_fqdn(true);
         let query = Query::query(name, query.query_type());
         if let Some(answer) = special(&query) {
-            return answer;
+            return Some(answer);
         }
         // What is in the cache takes no place.
         if let Some(answer) = self.cache.get(&query, Instant::now()) {
             self.metrics.cache_hits.inc();
-            return answer;
+            return Some(answer);
         }
         self.metrics.cache_misses.inc();
-        let Some(_place) = self.running.take(client) else {
+        let Some(_place) = zone.running.take(client) else {
             self.metrics.limited("forwards");
-            return Answer::code(ResponseCode::ServFail);
+            return None;
         };
-        let found = upstreams.ask(&query).await;
+        let found = zone.upstreams.ask(&query).await;
         let now = Instant::now();
         let answer = match found {
             Some(answer) => {
@@ -188,7 +200,7 @@ impl Forwarder {
             }
         };
         self.count();
-        answer
+        Some(answer)
     }
 
     fn count(&self) {
@@ -206,7 +218,7 @@ impl Forwarder {
 
 impl Elsewhere for Forwarder {
     fn covers(&self, name: &Name) -> bool {
-        self.upstreams(name).is_some()
+        self.zone(name).is_some()
     }
 
     fn is_loop(&self, name: &Name, client: IpAddr) -> bool {

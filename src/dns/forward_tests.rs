@@ -18,9 +18,11 @@ use hickory_proto::{
 };
 
 use super::{
+    forward::{ForwardConfig, Forwarder},
     server::Server,
     server_tests::{at, config, connect, serve, upstream_that},
     tests::{dnsrr, put, some, zone},
+    upstream::Probe,
 };
 use crate::{
     metrics::DnsMetrics,
@@ -457,4 +459,54 @@ fn what_waits_for_the_source_is_looked_up_once() {
     let answer = next_of(&mut stream).unwrap();
     assert_eq!(answer.answers.len(), 2, "{}", told(&answer));
     assert_eq!(packets(&asked), 1);
+}
+
+#[test]
+fn a_zone_whose_upstream_is_dead_takes_no_place_from_others() {
+    let ((dead, _), (good, _)) = (silent(), good());
+    let config = ForwardConfig {
+        upstreams: vec![good],
+        zones: vec![format!("corp.example={dead}").parse().unwrap()],
+        cache: 100,
+    };
+    let metrics = DnsMetrics::default();
+    let probe = Arc::new(Probe::new(&config.all()));
+    let forwarder = Forwarder::new(&config, &zone().name, 8, probe, metrics.clone()).unwrap();
+    let lookup = async |i: u8, of: &str| {
+        forwarder.lookup(&Query::query(name(of), RecordType::A), [10, 0, 0, i].into()).await
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let names: Vec<_> = (0..8).map(|i| format!("w{i}.corp.example.")).collect();
+        let waiting = futures::future::join_all((0..8).zip(&names).map(|(i, of)| lookup(i, of)));
+        let others = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            futures::future::join_all((0..4).map(|i| lookup(i, "www.example."))).await
+        };
+        let (dead, others) = futures::future::join(waiting, others).await;
+        assert!(
+            others.iter().all(|answer| answer.as_ref().is_some_and(|a| a.answers.len() == 1)),
+            "{others:?}"
+        );
+        // Half of the places are its own; who has none gets no answer, and may ask again.
+        assert_eq!(dead.iter().filter(|answer| answer.is_none()).count(), 4);
+        assert!(dead.iter().flatten().all(|answer| answer.code == ResponseCode::ServFail));
+    });
+}
+
+#[test]
+fn upstreams_that_are_known_to_be_dead_are_not_waited_for() {
+    let (dead, _) = silent();
+    let at = at(29);
+    let mut config = config(at);
+    config.forward.upstreams = vec![dead];
+    let server = serve(&config, &mut some(), &DnsMetrics::default());
+    let begun = Instant::now();
+    while server.problems().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(50));
+    }
+    let begun = Instant::now();
+    assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "ServFail");
+    assert!(begun.elapsed() < Duration::from_millis(1900), "{:?}", begun.elapsed());
 }

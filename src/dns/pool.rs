@@ -20,6 +20,8 @@ use super::{answer::Answer, message::LARGEST_UDP, upstream::State};
 const TRY: Duration = Duration::from_secs(2);
 /// All tries together: clients wait 5 s (resolv.conf(5)).
 const ALL: Duration = Duration::from_secs(4);
+/// The same where none of them has answered when it was last looked at: who waits for them is in the way of others.
+const ALL_DOWN: Duration = Duration::from_secs(1);
 /// Tries of an upstream that says nothing.
 const TRIES: usize = 2;
 /// Upstreams that are asked at once, the quicker ones first.
@@ -85,7 +87,8 @@ impl Upstreams {
 
     /// The first answer of one that is willing; `None` where there is none in time.
     pub async fn ask(&self, query: &Query) -> Option<Answer> {
-        tokio::time::timeout(ALL, self.first(query)).await.ok().flatten()
+        let down = self.0.iter().all(|upstream| upstream.state.is_down());
+        tokio::time::timeout(if down { ALL_DOWN } else { ALL }, self.first(query)).await.ok().flatten()
     }
 
     async fn first(&self, query: &Query) -> Option<Answer> {

@@ -304,7 +304,9 @@ impl Asking {
                 let own = Arc::clone(self);
                 self.runtime.spawn(async move {
                     let Some(elsewhere) = &own.handler.elsewhere else { return };
-                    let answer = elsewhere.lookup(&asked.query, from.ip()).await;
+                    // A resolver asks again after silence, when there may be a place; SERVFAIL it takes as final, or it asks
+                    // again at once, and that of everyone would be a storm.
+                    let Some(answer) = elsewhere.lookup(&asked.query, from.ip()).await else { return };
                     match own.handler.forwarded(asked, &answer) {
                         Action::Reply(reply) => own.send(&reply, from),
                         Action::Later(_) => own.handler.metrics.limited("early"),

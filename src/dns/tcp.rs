@@ -222,12 +222,10 @@ async fn reply(
             Action::Forward(asked) => {
                 let answer = handler.elsewhere.as_ref()?.lookup(&asked.query, from.ip()).await;
                 let full = waiting.load(Ordering::Relaxed) > WAITING;
-                let answer = if full {
+                if full {
                     handler.metrics.limited("send");
-                    Answer::code(ResponseCode::ServFail)
-                } else {
-                    answer
-                };
+                }
+                let answer = answer.filter(|_| !full).unwrap_or_else(|| Answer::code(ResponseCode::ServFail));
                 handler.forwarded(asked, found.insert(answer))
             }
             // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.

@@ -58,6 +58,11 @@ impl State {
         !down && !unwilling
     }
 
+    /// Whether it said nothing at all.
+    pub fn is_down(&self) -> bool {
+        self.down.load(Ordering::Relaxed)
+    }
+
     /// The lower the sooner it is asked: the quicker one first, those that answer nothing last.
     pub fn rank(&self) -> (bool, bool, u32) {
         let [down, unwilling] = [&self.down, &self.unwilling].map(|is| is.load(Ordering::Relaxed));
