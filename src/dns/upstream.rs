@@ -1,7 +1,7 @@
 //! Looks whether upstreams answer, and whether one of them is ourselves.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, VecDeque},
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
@@ -32,6 +32,8 @@ const ZONE: &str = "meshlb-probe.";
 const LOOPS_FOR: Duration = Duration::from_secs(120);
 /// So many of them are remembered.
 const MOST_LOOPS: usize = 64;
+/// Names of so many looks at an upstream are remembered.
+const LAST_NAMES: usize = 3;
 
 /// Looks at all upstreams.
 #[derive(Debug)]
@@ -83,7 +85,9 @@ struct Watched {
     upstream: SocketAddr,
     /// The zone that it is asked for.
     zone: Name,
-    name: Name,
+    /// The names that it was asked for last, the newest at the end: another one each time, since what it remembers it does not
+    /// send on. A question may come back late.
+    names: Mutex<VecDeque<Name>>,
     /// The question has come back since it was asked.
     echoed: AtomicBool,
     looped: AtomicBool,
@@ -93,11 +97,10 @@ struct Watched {
 impl Probe {
     /// Of these upstreams, each with the zone that it is asked for.
     pub fn new(upstreams: &[(Name, SocketAddr)]) -> Self {
-        let mut random = Random::default();
         let watched = upstreams.iter().map(|(zone, upstream)| Watched {
             upstream: *upstream,
             zone: zone.clone(),
-            name: question(zone, random.number()),
+            names: Mutex::default(),
             echoed: AtomicBool::new(false),
             looped: AtomicBool::new(false),
             state: Arc::default(),
@@ -113,7 +116,7 @@ impl Probe {
 
     /// Whether a question is one of these; that it was asked, and by whom, is remembered.
     pub fn is_echo(&self, name: &Name, client: IpAddr) -> bool {
-        let Some(watched) = self.watched.iter().find(|w| w.name == *name) else { return false };
+        let Some(watched) = self.watched.iter().find(|w| w.has_asked(name)) else { return false };
         watched.echoed.store(true, Ordering::Relaxed);
         let mut loops = self.loops.lock().unwrap_or_else(PoisonError::into_inner);
         loops.retain(|_, at| at.elapsed() < LOOPS_FOR);
@@ -162,6 +165,21 @@ fn question(zone: &Name, random: u64) -> Name {
 }
 
 impl Watched {
+    /// A name to ask for.
+    fn next_name(&self) -> Name {
+        let name = question(&self.zone, Random::default().number());
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if names.len() >= LAST_NAMES {
+            names.pop_front();
+        }
+        names.push_back(name.clone());
+        name
+    }
+
+    fn has_asked(&self, name: &Name) -> bool {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
+    }
+
     async fn watch(&self, metrics: &DnsMetrics) {
         loop {
             self.echoed.store(false, Ordering::Relaxed);
@@ -179,7 +197,7 @@ impl Watched {
         let mut request = Message::query();
         let id = request.metadata.id;
         request.metadata.recursion_desired = true;
-        request.add_query(Query::query(self.name.clone(), RecordType::A));
+        request.add_query(Query::query(self.next_name(), RecordType::A));
         let bytes = request.to_vec().map_err(std::io::Error::other)?;
         let any: SocketAddr = if upstream.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0; 16], 0).into() };
         let socket = UdpSocket::bind(any).await?;
@@ -199,5 +217,31 @@ impl Watched {
             }
         }
         Err(std::io::ErrorKind::TimedOut.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An upstream that has an answer to a name keeps it, and so hides a loop that is made later.
+    #[test]
+    fn each_look_asks_for_another_name() {
+        let upstream = ([192, 0, 2, 1], 53).into();
+        let probe =
+            Probe::new(&[(Name::root(), upstream), (Name::from_ascii("corp.example.").unwrap(), upstream)]);
+        let asked: Vec<Name> = (0..4).map(|_| probe.watched[1].next_name()).collect();
+        assert_eq!(asked.iter().collect::<std::collections::HashSet<_>>().len(), 4);
+        assert!(asked.iter().all(|name| probe.watched[1].zone.zone_of(name)));
+        let client = [10, 0, 0, 1].into();
+        assert!(!probe.is_echo(&asked[0], client), "long ago");
+        assert!(!probe.is_loop(client));
+        for name in &asked[1..] {
+            probe.watched[1].echoed.store(false, Ordering::Relaxed);
+            assert!(probe.is_echo(name, client));
+            assert!(probe.watched[1].echoed.load(Ordering::Relaxed));
+        }
+        assert!(probe.is_loop(client));
+        assert!(!probe.watched[0].echoed.load(Ordering::Relaxed));
     }
 }
