@@ -337,7 +337,14 @@ impl Table {
             return (stranger && self.unknown.may_have_pod(has, is_short(&labels))).then(failure);
         };
         match self.service(&name_key(service, namespace.as_bytes())) {
-            Some(service) => self.of_service(name, before, kind, service),
+            Some(service) => {
+                let mut answer = self.of_service(name, before, kind, service)?;
+                // Who may keep that there is nothing does not believe a zone that the name is not in.
+                for soa in &mut answer.authorities {
+                    soa.name.clone_from(name);
+                }
+                Some(answer)
+            }
             None => may_be_here(namespace).then(failure),
         }
     }

@@ -12,20 +12,14 @@ use hickory_proto::{
     op::{Query, ResponseCode},
     rr::{
         Name, RData, Record, RecordType,
-        domain::usage::{INVALID, LOCALHOST, ONION},
-        rdata::{A, AAAA, PTR},
+        domain::usage::{IN_ADDR_ARPA_127, INVALID, IP6_ARPA_1, LOCALHOST, ONION},
+        rdata::{A, AAAA, PTR, SOA},
     },
 };
 
 use super::{
-    answer::Answer,
-    cache::Cache,
-    counted::Counted,
-    handler::Elsewhere,
-    places::Places,
-    pool::Upstreams,
-    upstream::Probe,
-    zone::{is_localhost, is_loopback},
+    answer::Answer, cache::Cache, counted::Counted, handler::Elsewhere, places::Places, pool::Upstreams,
+    upstream::Probe, zone::is_loopback,
 };
 use crate::metrics::DnsMetrics;
 
@@ -226,24 +220,33 @@ impl Elsewhere for Forwarder {
     }
 }
 
-/// Names that every resolver answers by itself (RFC 6761, 6.3 and 6.4; RFC 7686, 2).
+/// Names that every resolver answers by itself (RFC 6761, 6.3 and 6.4; RFC 7686, 2). Each of their zones is served here, so it is
+/// here that is said for how long there is nothing (RFC 2308, 3).
 fn special(query: &Query) -> Option<Answer> {
     let (name, kind) = (query.name(), query.query_type());
+    let zones = [&INVALID, &ONION, &LOCALHOST, &IN_ADDR_ARPA_127, &IP6_ARPA_1];
+    let zone = zones.into_iter().find(|zone| zone.zone_of(name))?.name();
+    let none = |code| Answer { code, authorities: vec![soa(zone)], ..Answer::default() };
     if INVALID.zone_of(name) || ONION.zone_of(name) {
-        return Some(Answer::code(ResponseCode::NXDomain));
+        return Some(none(ResponseCode::NXDomain));
     }
     let pointer = is_loopback(name);
-    if !pointer && !is_localhost(name) {
-        return None;
-    }
     let data = match kind {
         RecordType::A if !pointer => Some(RData::A(A(Ipv4Addr::LOCALHOST))),
         RecordType::AAAA if !pointer => Some(RData::AAAA(AAAA(Ipv6Addr::LOCALHOST))),
         RecordType::PTR if pointer => Some(RData::PTR(PTR(LOCALHOST.name().clone()))),
         _ => None,
     };
-    let answers = data.map(|data| Record::from_rdata(name.clone(), LOCAL_TTL, data)).into_iter().collect();
+    let Some(data) = data else { return Some(none(ResponseCode::NoError)) };
+    let answers = vec![Record::from_rdata(name.clone(), LOCAL_TTL, data)];
     Some(Answer { answers, ..Answer::default() })
+}
+
+/// The SOA record of a zone that nobody else has.
+fn soa(zone: &Name) -> Record {
+    let nobody = INVALID.prepend_label("nobody").unwrap_or_default();
+    let data = SOA::new(zone.clone(), nobody, 1, 3600, 1200, 604_800, LOCAL_TTL);
+    Record::from_rdata(zone.clone(), LOCAL_TTL, RData::SOA(data))
 }
 
 #[cfg(test)]
@@ -255,16 +258,17 @@ mod tests {
         let told = |name: &str, kind| {
             let answer = special(&Query::query(Name::from_ascii(name).unwrap(), kind))?;
             let records = answer.answers.iter().map(|r| r.data.to_string());
-            Some(records.chain([answer.code.to_string()]).collect::<Vec<_>>().join(" "))
+            let soa = answer.authorities.iter().map(|r| format!("{} {}", r.record_type(), r.name));
+            Some(records.chain(soa).chain([answer.code.to_string()]).collect::<Vec<_>>().join(" "))
         };
         for (name, kind, want) in [
             ("localhost.", RecordType::A, Some("127.0.0.1 No Error")),
             ("x.localhost.", RecordType::AAAA, Some("::1 No Error")),
-            ("localhost.", RecordType::MX, Some("No Error")),
+            ("x.localhost.", RecordType::MX, Some("SOA localhost. No Error")),
             ("1.0.0.127.in-addr.arpa.", RecordType::PTR, Some("localhost. No Error")),
-            ("1.0.0.127.in-addr.arpa.", RecordType::A, Some("No Error")),
-            ("x.invalid.", RecordType::A, Some("Non-Existent Domain")),
-            ("x.onion.", RecordType::A, Some("Non-Existent Domain")),
+            ("1.0.0.127.in-addr.arpa.", RecordType::A, Some("SOA 127.in-addr.arpa. No Error")),
+            ("x.invalid.", RecordType::A, Some("SOA invalid. Non-Existent Domain")),
+            ("x.onion.", RecordType::A, Some("SOA onion. Non-Existent Domain")),
             ("localhost.example.", RecordType::A, None),
             ("1.0.0.10.in-addr.arpa.", RecordType::PTR, None),
         ] {

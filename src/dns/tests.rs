@@ -401,7 +401,8 @@ fn a_service_hides_neither_a_zone_of_the_world_nor_localhost() {
         assert_eq!(of("com.", kind), "not ours", "{kind}");
     }
     assert_eq!(of("com.", T::A), "10.200.8.10");
-    assert_eq!(of("com.", T::MX), "SOA mesh.internal. 5");
+    assert_eq!(of("com.", T::MX), "SOA com. 5");
+    assert_eq!(of("db-0.db.", T::AAAA), "SOA db-0.db. 5");
     for name in ["localhost.", "tasks.localhost."] {
         assert_eq!(of(name, T::A), "not ours", "{name}");
     }
