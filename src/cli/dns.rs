@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Result, bail};
 use clap::Args;
+use hickory_proto::rr::Name;
 use ipnet::IpNet;
 use tracing::{error, info, warn};
 
@@ -128,11 +129,7 @@ impl DnsOptions {
         if listen.is_empty() {
             return Ok(None);
         }
-        let forward = ForwardConfig {
-            upstreams: self.dns_upstream.clone(),
-            zones: self.dns_forward.clone(),
-            cache: self.dns_cache,
-        };
+        let forward = self.forward();
         for (_, upstream) in forward.all() {
             if upstream.ip().is_unspecified() || upstream.port() == 0 {
                 bail!("DNS upstream {upstream} is no address that can be asked");
@@ -145,9 +142,30 @@ impl DnsOptions {
         if let Some(own) = self.dns_forward.iter().find(|f| zone.name.zone_of(&f.zone)) {
             bail!("--dns-forward {}: names in --zone {} are answered here", own.zone, self.zone);
         }
+        if let Some(own) = self.dns_forward.iter().find(|f| zone.has_reverse(&f.zone)) {
+            bail!("--dns-forward {}: names of virtual IPs (--vip-cidr) are answered here", own.zone);
+        }
         let private = || PRIVATE.iter().filter_map(|range| range.parse().ok()).collect();
         let allow = if self.dns_allow.is_empty() { private() } else { self.dns_allow.clone() };
         Ok(Some(Config { listen, allow, rate: self.dns_rate, forward, remembered: HashSet::new() }))
+    }
+
+    /// What is looked up where. A zone that is named more than once has all of its upstreams, as the root zone has those of
+    /// `--dns-upstream` too.
+    fn forward(&self) -> ForwardConfig {
+        let mut all: BTreeMap<&Name, Vec<SocketAddr>> = BTreeMap::new();
+        let root = Name::root();
+        let of_root = self.dns_upstream.iter().map(|upstream| (&root, upstream));
+        let of_zones = self.dns_forward.iter().flat_map(|f| f.upstreams.iter().map(move |up| (&f.zone, up)));
+        for (zone, upstream) in of_root.chain(of_zones) {
+            let upstreams = all.entry(zone).or_default();
+            if !upstreams.contains(upstream) {
+                upstreams.push(*upstream);
+            }
+        }
+        let upstreams = all.remove(&root).unwrap_or_default();
+        let zones = all.into_iter().map(|(zone, upstreams)| ZoneForward { zone: zone.clone(), upstreams });
+        ForwardConfig { upstreams, zones: zones.collect(), cache: self.dns_cache }
     }
 
     fn listen(&self, ranges: PerFamily<IpNet>) -> Result<Vec<SocketAddr>> {
@@ -411,10 +429,7 @@ impl Feed {
 
 #[cfg(test)]
 mod tests {
-    use hickory_proto::{
-        op::ResponseCode,
-        rr::{Name, RecordType},
-    };
+    use hickory_proto::{op::ResponseCode, rr::RecordType};
 
     use super::*;
     use crate::{
@@ -629,6 +644,64 @@ mod tests {
         let allocations = engine.allocator().allocations();
         assert!(allocations.services.contains_key(&key("vote")));
         assert_eq!(labels(&engine, &allocations), ["db", "poll"].map(String::from).into());
+    }
+
+    fn options(flags: &[&str]) -> DnsOptions {
+        #[derive(clap::Parser)]
+        struct Flags {
+            #[command(flatten)]
+            dns: DnsOptions,
+        }
+        <Flags as clap::Parser>::parse_from([&["x"], flags].concat()).dns
+    }
+
+    #[test]
+    fn upstreams_of_a_zone_that_is_named_twice_are_all_asked() {
+        let dns = options(&[
+            "--dns-upstream=192.0.2.1",
+            "--dns-forward=corp.example=10.0.0.1,Corp.Example=10.0.0.2+10.0.0.1,.=192.0.2.2",
+        ]);
+        let forward = dns.forward();
+        let at = |text: &str| parse_upstream(text).unwrap();
+        assert_eq!(forward.upstreams, [at("192.0.2.1"), at("192.0.2.2")]);
+        assert_eq!(forward.zones, ["corp.example=10.0.0.1+10.0.0.2".parse().unwrap()]);
+    }
+
+    #[test]
+    fn zones_of_virtual_ips_are_not_forwarded() {
+        let ranges = PerFamily {
+            v4: Some("10.200.32.0/20".parse().unwrap()),
+            v6: Some("fd00:200::/112".parse().unwrap()),
+        };
+        let v6 = Name::from("fd00:200::1".parse::<IpAddr>().unwrap());
+        let refused = |zone: &str| {
+            let flag = format!("--dns-forward={zone}=10.0.0.1");
+            options(&[&flag]).config(ranges).err().map(|e| e.to_string())
+        };
+        for zone in [
+            "33.200.10.in-addr.arpa",
+            "1.33.200.10.in-addr.arpa",
+            "x.1.33.200.10.in-addr.arpa",
+            &v6.trim_to(30).to_ascii(),
+        ] {
+            let told = refused(zone).unwrap_or_default();
+            assert!(
+                told.contains(zone.trim_end_matches('.')) && told.contains("--vip-cidr"),
+                "{zone}: {told}"
+            );
+        }
+        // Of these some addresses are ours, and only those are answered here.
+        for zone in [
+            "200.10.in-addr.arpa",
+            "10.in-addr.arpa",
+            "48.200.10.in-addr.arpa",
+            "corp.example",
+            "arpa",
+            "x.arpa",
+        ] {
+            assert_eq!(refused(zone), None, "{zone}");
+        }
+        assert_eq!(refused(&v6.trim_to(29).to_ascii()), None);
     }
 
     #[test]

@@ -106,6 +106,15 @@ impl Zone {
         Record::from_rdata(owner, ttl, RData::NS(NS(self.name.clone())))
     }
 
+    /// Whether all names in a zone are names of addresses in the ranges, or below those.
+    pub fn has_reverse(&self, name: &Name) -> bool {
+        let parents = (0..=name.iter().count()).rev().map(|n| name.trim_to(n));
+        let net = parents.filter_map(|parent| parent.parse_arpa_name().ok()).next();
+        net.is_some_and(|net| {
+            self.ranges.get(Family::of(&net.addr())).is_some_and(|range| range.contains(&net))
+        })
+    }
+
     /// Where an address that is asked for by name (`4.3.2.1.in-addr.arpa`) is in a reverse zone of ours, that zone's SOA
     /// record.
     pub fn reverse_soa(&self, addr: IpAddr, serial: u32) -> Option<Record> {
