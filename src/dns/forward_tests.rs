@@ -510,3 +510,32 @@ fn upstreams_that_are_known_to_be_dead_are_not_waited_for() {
     assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "ServFail");
     assert!(begun.elapsed() < Duration::from_millis(1900), "{:?}", begun.elapsed());
 }
+
+/// However many names there are none of.
+#[test]
+fn a_datagram_that_is_lost_is_sent_again_soon() {
+    let lost = Mutex::new(BTreeSet::new());
+    let (lossy, asked) = counting(move |query, answer| {
+        let of = query.name().to_ascii();
+        if !of.starts_with("lost.") {
+            return corp(query, answer);
+        }
+        if lost.lock().unwrap().insert(of) {
+            return None;
+        }
+        answer.add_answer(Record::from_rdata(query.name().clone(), 60, RData::A(A([192, 0, 2, 1].into()))));
+        Some(())
+    });
+    let at = at(30);
+    let mut config = config(at);
+    config.forward.upstreams = vec![lossy];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    for i in 0..40 {
+        assert_eq!(told(&ask(at, &format!("w{i}.corp.example."), RecordType::A)), "NXDomain, +corp.example.");
+    }
+    let begun = Instant::now();
+    assert_eq!(told(&ask(at, "lost.example.", RecordType::A)), "lost.example. 192.0.2.1");
+    let took = begun.elapsed();
+    assert!((Duration::from_millis(500)..Duration::from_millis(1600)).contains(&took), "{took:?}");
+    assert_eq!(asked.lock().unwrap()["lost.example."], 2);
+}

@@ -1,16 +1,22 @@
 //! The upstreams of one zone, asked for one answer.
 
-use std::{collections::VecDeque, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    net::{IpAddr, SocketAddr},
+    pin::Pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use hickory_net::{
     DnsError, NetError,
     runtime::TokioRuntimeProvider,
-    xfer::{DnsHandle as _, FirstAnswer as _},
+    xfer::{DnsExchange, DnsHandle, FirstAnswer as _},
 };
-use hickory_proto::op::{DnsRequestOptions, DnsResponse, Query, ResponseCode};
+use hickory_proto::op::{DnsRequest, DnsRequestOptions, DnsResponse, Query, ResponseCode};
 use hickory_resolver::{
-    NameServerPool, PoolContext, TlsConfig,
+    ConnectionProvider, NameServerPool, PoolContext, TlsConfig,
     config::{ConnectionConfig, NameServerConfig, ResolverOpts},
 };
 
@@ -18,6 +24,8 @@ use super::{answer::Answer, message::LARGEST_UDP, upstream::State};
 
 /// An upstream has this long for one try.
 const TRY: Duration = Duration::from_secs(2);
+/// A datagram may get lost: without an answer it is sent again after this long, twice in a try.
+const AGAIN: Duration = Duration::from_millis(600);
 /// All tries together: clients wait 5 s (resolv.conf(5)).
 const ALL: Duration = Duration::from_secs(4);
 /// The same where none of them has answered when it was last looked at: who waits for them is in the way of others.
@@ -31,10 +39,49 @@ const NEXT: Duration = Duration::from_millis(400);
 /// So many at once and no more.
 const MOST: usize = 3;
 
+/// hickory-resolver connects, and a question is sent again when it is time. By its own measure that is after many seconds where an
+/// upstream has said of some names that there are none: it takes that for a failure, and slower (`NameServer::send_inner`, 0.26.3).
+#[derive(Clone, Default)]
+struct Connect(TokioRuntimeProvider);
+
+/// A connection by which questions are sent again after [`AGAIN`].
+#[derive(Clone)]
+struct Connection(DnsExchange<TokioRuntimeProvider>);
+
+impl ConnectionProvider for Connect {
+    type Conn = Connection;
+    type FutureConn = Pin<Box<dyn Future<Output = Result<Connection, NetError>> + Send>>;
+    type RuntimeProvider = TokioRuntimeProvider;
+
+    fn new_connection(
+        &self,
+        ip: IpAddr,
+        config: &ConnectionConfig,
+        context: &PoolContext,
+    ) -> Result<Self::FutureConn, NetError> {
+        let connecting = self.0.new_connection(ip, config, context)?;
+        Ok(Box::pin(async move { connecting.await.map(Connection) }))
+    }
+
+    fn runtime_provider(&self) -> &TokioRuntimeProvider {
+        &self.0
+    }
+}
+
+impl DnsHandle for Connection {
+    type Response = <DnsExchange<TokioRuntimeProvider> as DnsHandle>::Response;
+    type Runtime = TokioRuntimeProvider;
+
+    fn send(&self, mut request: DnsRequest) -> Self::Response {
+        request.options_mut().retry_interval = AGAIN;
+        self.0.send(request)
+    }
+}
+
 /// One of them. A pool of its own, since hickory-resolver takes the first answer of a pool, also one that says no more than
 /// that this upstream can't or won't (`NameServerPool::try_send`, 0.26.3).
 struct Upstream {
-    pool: NameServerPool<TokioRuntimeProvider>,
+    pool: NameServerPool<Connect>,
     state: Arc<State>,
 }
 
@@ -79,8 +126,8 @@ impl Upstreams {
                 connection
             });
             let server = NameServerConfig::new(at.ip(), true, connections.into());
-            let provider = TokioRuntimeProvider::default();
-            Upstream { pool: NameServerPool::from_config([server], context.clone(), provider), state }
+            let pool = NameServerPool::from_config([server], context.clone(), Connect::default());
+            Upstream { pool, state }
         });
         Ok(Self(all.collect()))
     }
