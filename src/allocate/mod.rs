@@ -439,6 +439,12 @@ impl Allocator {
         kept.into_iter().flat_map(|k| k.marks.values().chain(k.ingress_marks.values()).copied())
     }
 
+    /// The service that had a mark in an earlier run, unless it is known to be gone.
+    pub fn remembered_owner(&self, mark: Mark) -> Option<&ServiceKey> {
+        let has = |kept: &Kept| kept.marks.values().chain(kept.ingress_marks.values()).any(|m| *m == mark);
+        self.previous.services.iter().find(|(_, kept)| has(kept)).map(|(key, _)| key)
+    }
+
     /// Published ports (of a range: the first) that are kept for a service of an earlier run.
     pub fn remembered_ports(&self, key: &ServiceKey) -> impl Iterator<Item = (Protocol, u16)> {
         let kept = self.previous.services.get(key);

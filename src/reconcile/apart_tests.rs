@@ -137,6 +137,8 @@ fn destinations_stay_while_only_the_service_can_be_read_again() {
     second.synced(both);
     turn(&mut second, true);
     second.feed([service_with("bad", published(81, 8080, Some(30081)))]);
+    // What can't be read is told after what can: there may be a turn in between.
+    turn(&mut second, false);
     second.synced(Unread { endpoints_of: [key("bad")].into(), ..Unread::default() });
     turn(&mut second, false);
     let weights = |kernel: &FakeKernel| -> Vec<u32> {
@@ -199,6 +201,11 @@ fn what_fails_each_time_keeps_nothing_else_from_being_done_or_looked_at() {
     let change = engine.turn(false, now()).unwrap();
     assert_eq!((change.full, change.failures), (false, vec![]));
     assert_eq!(kernel.lock().observations, reads);
+    // One endpoint more of the one that fails is nothing new.
+    engine.feed([endpoints("odd", &["10.244.1.15", "10.244.1.17"])]);
+    let more = engine.turn(false, now()).unwrap();
+    assert!(!more.full && !more.failures.is_empty());
+    assert!(!engine.failed_anew() && !engine.needs_full());
     assert!(addresses(&kernel).contains("10.244.1.16"));
     assert!(!engine.failing().is_empty() && !engine.needs_full());
     // A mark that nobody needs any more is free again.

@@ -95,6 +95,35 @@ fn a_number_that_was_edited_while_no_agent_ran_ends_no_connection() {
     ]);
     second.synced(Unread::default());
     assert_eq!(cut(&second.turn(true, now()).unwrap().ops), BTreeSet::new());
+    // Nor does it when another service has got the number, or when the policy was edited with it.
+    let kernel_of_both = FakeKernel::default();
+    let mut both = vote(&kernel_of_both, Allocations::default());
+    turn(&mut both, true);
+    let mut after = after_a_restart(&kernel_of_both, &both);
+    let moved = Service {
+        ports: vec![published(80, 8080, Some(30081))],
+        external_policy: TrafficPolicy::Local,
+        ..service("vote")
+    };
+    after.feed([
+        Event::Service(moved.into()),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+        service_with("other", published(80, 8080, Some(30080))),
+        endpoints("other", &["10.244.1.15"]),
+    ]);
+    after.synced(Unread::default());
+    assert_eq!(cut(&after.turn(true, now()).unwrap().ops), BTreeSet::new());
+    // Back to one policy, with another number again: a mark is given back.
+    let mut back = after_a_restart(&kernel_of_both, &after);
+    back.feed([
+        service_with("vote", published(80, 8080, Some(30082))),
+        endpoints("vote", &["10.244.1.11", "10.244.1.12"]),
+        service_with("other", published(80, 8080, Some(30080))),
+        endpoints("other", &["10.244.1.15"]),
+    ]);
+    back.synced(Unread::default());
+    assert_eq!(cut(&back.turn(true, now()).unwrap().ops), BTreeSet::new());
+    assert!(!back.allocator().has_retired_marks());
     // No longer published is another thing.
     let mut third = after_a_restart(&kernel, &second);
     third.feed([service_with("vote", port(80, 8080)), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
@@ -225,6 +254,7 @@ fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
         reals: std::sync::Arc::default(),
     };
     assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
+    assert!(!engine.allocator().has_retired_marks());
     kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());
     let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
     assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
@@ -233,4 +263,28 @@ fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
         turn(&mut engine, full);
         assert_eq!(kernel.lock().state.virtual_servers[&foreign], theirs, "{name}");
     }
+}
+
+/// A dump may leave a service out while others change theirs: that one is still ours, and goes.
+#[test]
+fn a_mark_is_given_back_when_the_kernel_has_it_no_more_and_not_before() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let servers: Vec<_> = kernel.lock().state.virtual_servers.keys().copied().collect();
+    let ours: Vec<_> = servers
+        .into_iter()
+        .filter(|key| key.mark != crate::model::fixtures::config().mask.sentinel())
+        .collect();
+    assert!(!ours.is_empty());
+    // It is deleted while no agent runs.
+    let mut second = after_a_restart(&kernel, &first);
+    second.synced(Unread::default());
+    kernel.lock().missed.extend(ours.iter().copied());
+    turn(&mut second, true);
+    assert!(second.needs_full() && second.allocator().has_retired_marks());
+    kernel.lock().missed.clear();
+    turn(&mut second, false);
+    assert!(!second.allocator().has_retired_marks());
+    assert!(ours.iter().all(|key| !kernel.lock().state.virtual_servers.contains_key(key)));
 }

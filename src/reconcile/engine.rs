@@ -424,6 +424,7 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read. The next turn then reads all of it.
     pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
+        self.take_back_held();
         if !full
             && self.trusted
             && let Some(ops) = self.or_distrust(|engine| engine.prepare_changed(now))?
@@ -464,6 +465,7 @@ impl Engine {
     /// When the kernel can't be read.
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
         self.full = true;
+        self.take_back_held();
         self.or_distrust(|engine| engine.look_and_compare(now))
     }
 
@@ -625,12 +627,7 @@ impl Engine {
             self.share();
         }
         if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
-            // From now on they are anybody's: who is given one again asks the kernel first.
-            for mark in self.allocator.retired_marks() {
-                self.ours.remove(mark);
-            }
-            self.dirty.extend(self.allocator.commit());
-            self.generation += 1;
+            self.give_marks_back();
         }
         failures
     }

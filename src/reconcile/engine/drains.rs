@@ -51,12 +51,14 @@ impl Engine {
                 };
                 over = active.get(&real).copied().unwrap_or(0) == 0;
             }
-            match self.flows(vs, real) {
-                // IPVS calls a connection inactive when the first of its two sides is closed (tcp_state_active_table), and
-                // knows nothing of those by published ports: conntrack knows both kinds.
-                Some(flows) if over && until > now => asked.push(((vs, real), flows)),
-                _ if over => over_now.push((vs, real)),
-                _ => {}
+            if !over {
+                continue;
+            }
+            // IPVS calls a connection inactive when the first of its two sides is closed (tcp_state_active_table), and knows
+            // nothing of those by published ports: conntrack knows both kinds.
+            match if until > now { self.flows(vs, real) } else { None } {
+                Some(flows) => asked.push(((vs, real), flows)),
+                None => over_now.push((vs, real)),
             }
         }
         // All at once: the table may be long.

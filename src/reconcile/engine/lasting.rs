@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::Engine;
-use crate::{dataplane::executor::Failure, plan::Op};
+use crate::{dataplane::executor::Failure, model::kernel::VirtualServerKey, plan::Op};
 
 impl Engine {
     /// What failed when it was last tried, and is still to be done.
@@ -25,8 +25,14 @@ impl Engine {
             return true;
         }
         let before: HashSet<String> = self.failing.iter().map(|failure| failure.op.to_string()).collect();
-        let lasting = failures.iter().all(|f| is_apart(&f.op) && before.contains(&f.op.to_string()));
-        self.failed_anew = failures.iter().any(|f| !before.contains(&f.op.to_string()));
+        let servers: HashSet<VirtualServerKey> =
+            self.failing.iter().filter_map(|failure| server_of(&failure.op)).collect();
+        // Each destination more of an IPVS service that can't be made fails with it.
+        let failed_before = |f: &Failure| {
+            before.contains(&f.op.to_string()) || server_of(&f.op).is_some_and(|key| servers.contains(&key))
+        };
+        let lasting = failures.iter().all(|f| is_apart(&f.op) && failed_before(f));
+        self.failed_anew = !failures.iter().all(failed_before);
         if self.full {
             self.failing.clear();
         } else {
@@ -35,6 +41,15 @@ impl Engine {
         }
         self.failing.extend(failures.iter().cloned());
         lasting
+    }
+}
+
+fn server_of(op: &Op) -> Option<VirtualServerKey> {
+    use crate::dataplane::IpvsChange::{AddReal, AddService, DelReal, DelService, SetReal, SetService};
+    let Op::Ipvs(change) = op else { return None };
+    match change {
+        AddService(key, _) | SetService(key, _) | DelService(key) => Some(*key),
+        AddReal(key, ..) | SetReal(key, ..) | DelReal(key, _) => Some(*key),
     }
 }
 

@@ -24,15 +24,38 @@ pub(super) enum Others {
 const FEW: usize = 64;
 
 impl Engine {
-    /// Whether every service has what it had in an earlier run: marks, and published ports that were served.
+    /// Whether every service has the marks that it had in an earlier run.
     pub(super) fn remembers_all(&self) -> bool {
-        let none = BTreeSet::new();
         self.recover.is_none()
-            && self.snapshot.services().values().all(|service| {
-                let served = self.served.get(&service.key).unwrap_or(&none);
-                self.allocator.remembers(service)
-                    && self.allocator.remembered_ports(&service.key).all(|port| served.contains(&port))
-            })
+            && self.snapshot.services().values().all(|service| self.allocator.remembers(service))
+    }
+
+    /// The kernel has none of the retired marks any more: from now on they are anybody's, and who is given one again asks the
+    /// kernel first. But a dump may have left one out while others changed their services: that is ours, and still to go.
+    pub(super) fn give_marks_back(&mut self) {
+        let retired = self.allocator.retired_marks().clone();
+        let still = if retired.len() > FEW {
+            self.dataplane.ipvs.dump_services(&|mark| retired.contains(&mark)).map(|found| !found.is_empty())
+        } else {
+            let of = |mark: &Mark| Family::ALL.map(|family| VirtualServerKey { family, mark: *mark });
+            let keys: Vec<_> = retired.iter().flat_map(of).collect();
+            let found: Result<Vec<_>, Error> =
+                keys.into_iter().map(|key| self.dataplane.ipvs.service(key)).collect();
+            found.map(|found| found.iter().any(Option::is_some))
+        };
+        match still {
+            Ok(false) => {}
+            Ok(true) => {
+                self.trusted = false;
+                return;
+            }
+            // It is asked again after the next changes.
+            Err(_) => return,
+        }
+        self.ours.retain(|mark| !retired.contains(mark));
+        self.drains.retain(|(server, _), _| !retired.contains(&server.mark));
+        self.dirty.extend(self.allocator.commit());
+        self.generation += 1;
     }
 }
 

@@ -14,7 +14,7 @@ use crate::{
     dataplane::{Error, Listener, executor::Dataplane},
     model::{
         endpoints::Slice,
-        ids::{Family, Protocol, ServiceKey},
+        ids::{Family, Mark, Protocol, ServiceKey},
         kernel::{Element, Target},
         service::{Publish, PublishMode, Service, ServicePort},
     },
@@ -49,9 +49,10 @@ impl Compiling<'_> {
                     continue;
                 }
                 let last = first.saturating_add(port.span().saturating_sub(1));
+                let host = port.publish.as_ref().is_some_and(|publish| publish.mode == PublishMode::Host);
                 let numbers: BTreeSet<_> = (first..=last).map(|number| (port.protocol, number)).collect();
                 for number in &numbers {
-                    if !before.contains(number) && !self.is_live(*number) {
+                    if !before.contains(number) && !self.is_live(*number, host) {
                         wanted.insert(*number, key.clone());
                     }
                 }
@@ -144,10 +145,12 @@ impl Compiling<'_> {
         service.ports.iter().find(covers)?.publish.as_ref()
     }
 
-    /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file.
-    fn is_live(&self, (protocol, port): (Protocol, u16)) -> bool {
+    /// Whether the kernel leads packets for a published port to us already: so it is after a lost state file. Where only nodes
+    /// with an endpoint publish it, what leads nowhere is no claim.
+    fn is_live(&self, (protocol, port): (Protocol, u16), host: bool) -> bool {
         self.facts.published_addresses.iter().any(|&addr| {
-            self.known.elements.contains_key(&Element::Published(Target { addr, protocol, port }))
+            let entry = self.known.elements.get(&Element::Published(Target { addr, protocol, port }));
+            entry.is_some_and(|mark| !host || *mark != Some(Mark::NOWHERE))
         })
     }
 

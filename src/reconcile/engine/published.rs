@@ -108,15 +108,15 @@ impl Engine {
                     && want.is_some_and(|want| want.reals == have.reals)
             };
             for (element, protocol, to) in by_mark.iter().filter(|(element, ..)| !leads_as_it_did(element)) {
-                let service = self.goes_on_in(element, key.mark);
-                for real in have.reals.keys().filter(|real| !has_real(service, real)) {
+                let services = self.go_on_in(element, key.mark);
+                for real in have.reals.keys().filter(|real| !have_real(&services, real)) {
                     out.entry((*protocol, *real)).or_default().insert(*to);
                 }
             }
             let gone: Vec<_> = have.reals.keys().filter(unwanted).collect();
             for (element, protocol, to) in nowhere.iter().filter(|_| !gone.is_empty()) {
-                let service = self.goes_on_in(element, key.mark);
-                for real in gone.iter().filter(|real| !has_real(service, real)) {
+                let services = self.go_on_in(element, key.mark);
+                for real in gone.iter().filter(|real| !have_real(&services, real)) {
                     out.entry((*protocol, **real)).or_default().insert(*to);
                 }
             }
@@ -125,32 +125,36 @@ impl Engine {
         self.overdue.extend(flows);
     }
 
-    /// The service that goes on with connections by an entry that an earlier run left: the one that has the entry, or the one
-    /// whose port had the mark and is published by another number now.
-    fn goes_on_in(&self, element: &Element, mark: Mark) -> Option<&CompiledService> {
+    /// The services that go on with connections by an entry that an earlier run left: the one that has the entry now, and the one
+    /// whose port had the mark, if that is published by whatever number.
+    fn go_on_in(&self, element: &Element, mark: Mark) -> Vec<&CompiledService> {
         let services = self.merged.services();
-        let wanted = self.merged.state().elements.get(element);
-        let owner = match wanted {
+        let owner = match self.merged.state().elements.get(element) {
             Some(Some(mark)) if *mark != Mark::NOWHERE => self.merged.owner(*mark),
             Some(_) => self.merged.owner_of(element),
             None => None,
         };
-        let by_mark = || {
-            let service = services.get(self.merged.owner(mark)?)?;
-            let has =
-                |port: &CompiledPort| port.published.is_some() && port.marks.values().any(|m| *m == mark);
-            service.ports.iter().any(has).then_some(service)
+        let by_mark = match self.merged.owner(mark) {
+            Some(key) => services.get(key).filter(|service| {
+                let has = |port: &CompiledPort| {
+                    port.published.is_some() && port.marks.values().any(|theirs| *theirs == mark)
+                };
+                service.ports.iter().any(has)
+            }),
+            // An edit may have taken the mark from it meanwhile.
+            None => self
+                .allocator
+                .remembered_owner(mark)
+                .and_then(|key| services.get(key))
+                .filter(|service| service.ports.iter().any(|port| port.published.is_some())),
         };
-        match owner {
-            Some(owner) => services.get(owner).map(|service| &**service),
-            None if wanted.is_none() => by_mark().map(|service| &**service),
-            None => None,
-        }
+        let owner = owner.and_then(|key| services.get(key));
+        owner.into_iter().chain(by_mark).map(|service| &**service).collect()
     }
 }
 
-fn has_real(service: Option<&CompiledService>, real: &RealServerKey) -> bool {
-    service.is_some_and(|service| service.reals.keys().any(|(_, other)| other == real))
+fn have_real(services: &[&CompiledService], real: &RealServerKey) -> bool {
+    services.iter().any(|service| service.reals.keys().any(|(_, other)| other == real))
 }
 
 fn protocol_of(element: &Element) -> Option<Protocol> {

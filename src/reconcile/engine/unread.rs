@@ -48,6 +48,19 @@ impl Engine {
         self.trusted &= gone.is_empty();
     }
 
+    /// Services that were left alone and are there now are the source's again, though it may yet tell what of it can't be read.
+    pub(super) fn take_back_held(&mut self) {
+        let here = |key: &&ServiceKey| self.snapshot.services().contains_key(*key);
+        let back: BTreeSet<ServiceKey> = self.held.iter().filter(here).cloned().collect();
+        if back.is_empty() {
+            return;
+        }
+        self.keep_of_turned_up(&back);
+        self.held.retain(|key| !back.contains(key));
+        // What of theirs was overlooked so far is to be compared now.
+        self.trusted = false;
+    }
+
     /// Services that were left alone and can be read now, while some of their endpoints can't: these stay.
     fn keep_of_turned_up(&mut self, before: &BTreeSet<ServiceKey>) {
         let mut marks = BTreeSet::new();
