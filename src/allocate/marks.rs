@@ -122,12 +122,15 @@ impl Marks {
         gone.iter().for_each(|owner| self.release(owner));
     }
 
-    /// The kernel has none of the retired marks any more: they are free again. Returns the owners that now may
+    /// The kernel has none of these retired marks any more: they are free again. Returns the owners that now may
     /// get one.
-    pub fn commit(&mut self) -> BTreeSet<ServiceKey> {
-        let retired = std::mem::take(&mut self.retired);
+    pub fn commit(&mut self, free: &BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
+        let (free, rest) =
+            std::mem::take(&mut self.retired).into_iter().partition(|mark| free.contains(mark));
+        self.retired = rest;
+        let free: BTreeSet<Mark> = free;
         // Numbers that were never given out are found by themselves.
-        let known: Vec<Mark> = retired.into_iter().filter(|mark| self.was_given_out(*mark)).collect();
+        let known: Vec<Mark> = free.into_iter().filter(|mark| self.was_given_out(*mark)).collect();
         self.free.extend(known);
         self.starving.iter().map(|owner| owner.service.clone()).collect()
     }

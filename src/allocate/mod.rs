@@ -439,10 +439,14 @@ impl Allocator {
         kept.into_iter().flat_map(|k| k.marks.values().chain(k.ingress_marks.values()).copied())
     }
 
-    /// The service that had a mark in an earlier run, unless it is known to be gone.
-    pub fn remembered_owner(&self, mark: Mark) -> Option<&ServiceKey> {
-        let has = |kept: &Kept| kept.marks.values().chain(kept.ingress_marks.values()).any(|m| *m == mark);
-        self.previous.services.iter().find(|(_, kept)| has(kept)).map(|(key, _)| key)
+    /// Which service, and which of its ports, had a mark in an earlier run, unless the service is known to be gone.
+    pub fn remembered_owners(&self) -> HashMap<Mark, (&ServiceKey, PortId)> {
+        let all = self.previous.services.iter();
+        all.flat_map(|(key, kept)| {
+            let marks = kept.marks.iter().chain(&kept.ingress_marks);
+            marks.map(move |(port, mark)| (*mark, (key, *port)))
+        })
+        .collect()
     }
 
     /// Published ports (of a range: the first) that are kept for a service of an earlier run.
@@ -475,10 +479,10 @@ impl Allocator {
         self.current.iter()
     }
 
-    /// The kernel has none of the retired marks any more. Returns the services that may get a mark now: pass
+    /// The kernel has none of these retired marks any more. Returns the services that may get a mark now: pass
     /// them to [`Self::update`].
-    pub fn commit(&mut self) -> BTreeSet<ServiceKey> {
-        self.marks.commit()
+    pub fn commit(&mut self, free: &BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
+        self.marks.commit(free)
     }
 
     /// Whether [`Self::commit`] has anything to do.

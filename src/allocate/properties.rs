@@ -174,8 +174,9 @@ proptest! {
                 }
             }
             if commits & (1 << (i % 16)) != 0 {
-                allocator.commit();
-                twin.commit();
+                let all = allocator.retired_marks().clone();
+                allocator.commit(&all);
+                twin.commit(&twin.retired_marks().clone());
             }
             // What manifests ask for by number is as if all had come at once.
             let at_once = fresh(&services, &small());

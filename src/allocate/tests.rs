@@ -263,6 +263,11 @@ fn scopes_share_a_mark_while_their_endpoints_are_the_same() {
     assert_eq!(allocator.allocations().retired_marks, BTreeSet::from([own]));
 }
 
+fn commit(allocator: &mut Allocator) -> BTreeSet<ServiceKey> {
+    let all = allocator.retired_marks().clone();
+    allocator.commit(&all)
+}
+
 #[test]
 fn a_retired_mark_waits_for_the_kernel_and_then_for_all_others() {
     let config = wide();
@@ -282,7 +287,7 @@ fn a_retired_mark_waits_for_the_kernel_and_then_for_all_others() {
     }
     let last = format!("n{}", config.mask.capacity() - 2);
     assert_eq!(mark(&allocator, &last), None);
-    let heal = allocator.commit();
+    let heal = commit(&mut allocator);
     assert_eq!(names(heal.clone()), [last.as_str()]);
     allocator.update(&heal, &services);
     assert_eq!(mark(&allocator, &last), Some(first));
@@ -304,7 +309,7 @@ fn marks_that_an_edit_made_idle_while_no_agent_ran_are_given_back() {
     let services = all([with("s", publish), moved]);
     let mut again = allocate(&services, &wide(), kept, Lock::default(), BTreeSet::new());
     assert_eq!(again.retired_marks().len(), 2);
-    again.commit();
+    commit(&mut again);
     assert_eq!(again.allocations().known_marks().len(), 2);
 }
 
@@ -439,7 +444,7 @@ fn marks_that_run_out_are_told_and_given_when_one_is_free() {
     delete(&mut allocator, &mut services, &rich);
     // Not before the kernel no longer has it.
     assert_eq!(without(&allocator), poor);
-    let due = allocator.commit();
+    let due = commit(&mut allocator);
     assert_eq!(names(allocator.update(&due, &services)), poor);
     assert_eq!(without(&allocator), Vec::<String>::new());
 }

@@ -132,6 +132,33 @@ fn a_number_that_was_edited_while_no_agent_ran_ends_no_connection() {
     assert_eq!(cut(&third.turn(true, now()).unwrap().ops), both.into());
 }
 
+/// One of two published ports is published no longer: nor is it by the other's number.
+#[test]
+fn a_port_that_was_unpublished_while_no_agent_ran_ends_its_connections_alone() {
+    let kernel = FakeKernel::default();
+    let mut first = engine(&kernel, Allocations::default());
+    let with = |first: ServicePort| Service {
+        ports: vec![first, published(443, 8443, Some(30443))],
+        external_policy: TrafficPolicy::Local,
+        ..service("vote")
+    };
+    // The fixture's slice has no port names: each port leads to its own number.
+    let ends = || Event::Slice(slice("vote", vec![endpoint("10.244.1.11", "n1")]));
+    first.feed([Event::Service(with(published(80, 8080, Some(30080))).into()), ends()]);
+    first.synced(Unread::default());
+    turn(&mut first, true);
+    let mut second = after_a_restart(&kernel, &first);
+    second.feed([Event::Service(with(port(80, 8080)).into()), ends()]);
+    second.synced(Unread::default());
+    let ops = second.turn(true, now()).unwrap().ops;
+    let numbers: BTreeSet<u16> = ops
+        .iter()
+        .filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None })
+        .flat_map(|flows| flows.to.iter().map(|(_, number)| *number))
+        .collect();
+    assert_eq!(numbers, [30080].into());
+}
+
 #[test]
 fn what_was_draining_when_the_agent_ended_is_cut_though_its_entries_lead_nowhere() {
     for service_is_gone in [false, true] {

@@ -35,7 +35,7 @@ use crate::{
         service::{Drains, Kept},
     },
     dataplane::{
-        AddressRules, ElementChange, Error, ProgramState,
+        AddressRules, ElementChange, Error, IpvsChange, ProgramState,
         executor::{Dataplane, Failure},
         host::{REQUIRED, Required, When},
     },
@@ -627,7 +627,12 @@ impl Engine {
             self.share();
         }
         if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
-            self.give_marks_back();
+            let done = |op: &&Op| failed.is_empty() || !failed.contains(&op.to_string());
+            let deleted = |op: &Op| match op {
+                Op::Ipvs(IpvsChange::DelService(key)) => Some(*key),
+                _ => None,
+            };
+            self.give_marks_back(&ops.iter().filter(done).filter_map(deleted).collect());
         }
         failures
     }

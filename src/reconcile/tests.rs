@@ -396,6 +396,7 @@ fn a_mark_of_an_earlier_start_of_the_machine_is_its_new_owners() {
     let mut second = vote(&anew, first.allocator().allocations());
     second.forget_marks();
     turn(&mut second, true);
+    assert!(!second.needs_full());
     assert_ne!(server_of(&second, "vote").mark, taken.mark);
     assert_eq!(anew.lock().state.virtual_servers[&taken], foreign_server());
     assert_eq!(turn(&mut second, true), Vec::<String>::new());
@@ -450,6 +451,7 @@ fn a_new_service_does_not_get_a_mark_that_another_program_took_since_the_last_lo
     engine.feed([service_with("more", port(81, 8080)), endpoints("more", &["10.244.1.12"])]);
     turn(&mut engine, false);
     assert_eq!(server_of(&engine, "more").mark, Mark(0x103));
+    assert!(!engine.needs_full() && !engine.allocator().has_retired_marks(), "they were never ours");
     assert_eq!(turn(&mut engine, true), Vec::<String>::new());
     for key in foreign {
         assert_eq!(kernel.lock().state.virtual_servers[&key], foreign_server());

@@ -3,7 +3,11 @@
 use std::collections::HashSet;
 
 use super::Engine;
-use crate::{dataplane::executor::Failure, model::kernel::VirtualServerKey, plan::Op};
+use crate::{
+    dataplane::{IpvsChange, executor::Failure},
+    model::kernel::VirtualServerKey,
+    plan::Op,
+};
 
 impl Engine {
     /// What failed when it was last tried, and is still to be done.
@@ -25,11 +29,11 @@ impl Engine {
             return true;
         }
         let before: HashSet<String> = self.failing.iter().map(|failure| failure.op.to_string()).collect();
-        let servers: HashSet<VirtualServerKey> =
-            self.failing.iter().filter_map(|failure| server_of(&failure.op)).collect();
+        let unmade: HashSet<VirtualServerKey> = self.failing.iter().filter_map(|f| made_by(&f.op)).collect();
         // Each destination more of an IPVS service that can't be made fails with it.
-        let failed_before = |f: &Failure| {
-            before.contains(&f.op.to_string()) || server_of(&f.op).is_some_and(|key| servers.contains(&key))
+        let failed_before = |f: &Failure| match &f.op {
+            Op::Ipvs(IpvsChange::AddReal(key, ..)) if unmade.contains(key) => true,
+            op => before.contains(&op.to_string()),
         };
         let lasting = failures.iter().all(|f| is_apart(&f.op) && failed_before(f));
         self.failed_anew = !failures.iter().all(failed_before);
@@ -44,12 +48,11 @@ impl Engine {
     }
 }
 
-fn server_of(op: &Op) -> Option<VirtualServerKey> {
-    use crate::dataplane::IpvsChange::{AddReal, AddService, DelReal, DelService, SetReal, SetService};
-    let Op::Ipvs(change) = op else { return None };
-    match change {
-        AddService(key, _) | SetService(key, _) | DelService(key) => Some(*key),
-        AddReal(key, ..) | SetReal(key, ..) | DelReal(key, _) => Some(*key),
+/// The IPVS service that this would make.
+fn made_by(op: &Op) -> Option<VirtualServerKey> {
+    match op {
+        Op::Ipvs(IpvsChange::AddService(key, _)) => Some(*key),
+        _ => None,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Marks of new services and marks of other programs.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use super::{Engine, compiling::Compiling};
 use crate::{
@@ -30,32 +30,46 @@ impl Engine {
             && self.snapshot.services().values().all(|service| self.allocator.remembers(service))
     }
 
-    /// The kernel has none of the retired marks any more: from now on they are anybody's, and who is given one again asks the
-    /// kernel first. But a dump may have left one out while others changed their services: that is ours, and still to go.
-    pub(super) fn give_marks_back(&mut self) {
+    /// What the kernel has of the retired marks no more is anybody's from now on: who is given one again asks the kernel first.
+    /// These IPVS services were just `deleted`: one that is there now is somebody else's. But another may have been left out by a
+    /// dump while others changed their services: that is ours, and still to go.
+    pub(super) fn give_marks_back(&mut self, deleted: &HashSet<VirtualServerKey>) {
         let retired = self.allocator.retired_marks().clone();
-        let still = if retired.len() > FEW {
-            self.dataplane.ipvs.dump_services(&|mark| retired.contains(&mark)).map(|found| !found.is_empty())
-        } else {
-            let of = |mark: &Mark| Family::ALL.map(|family| VirtualServerKey { family, mark: *mark });
-            let keys: Vec<_> = retired.iter().flat_map(of).collect();
-            let found: Result<Vec<_>, Error> =
-                keys.into_iter().map(|key| self.dataplane.ipvs.service(key)).collect();
-            found.map(|found| found.iter().any(Option::is_some))
+        let keys = |mark: &Mark| Family::ALL.map(|family| VirtualServerKey { family, mark: *mark });
+        // What was never ours, since it was another program's before, is not asked about either.
+        let asked: Vec<_> =
+            retired.intersection(&self.ours).flat_map(keys).filter(|key| !deleted.contains(key)).collect();
+        let Ok(there) = self.which_are_there(&asked) else {
+            self.trusted = false;
+            return;
         };
-        match still {
-            Ok(false) => {}
-            Ok(true) => {
-                self.trusted = false;
-                return;
-            }
-            // It is asked again after the next changes.
-            Err(_) => return,
+        self.trusted &= there.is_empty();
+        let free: BTreeSet<Mark> = retired.difference(&there).copied().collect();
+        if free.is_empty() {
+            return;
         }
-        self.ours.retain(|mark| !retired.contains(mark));
-        self.drains.retain(|(server, _), _| !retired.contains(&server.mark));
-        self.dirty.extend(self.allocator.commit());
+        self.ours.retain(|mark| !free.contains(mark));
+        self.drains.retain(|(server, _), _| !free.contains(&server.mark));
+        self.dirty.extend(self.allocator.commit(&free));
         self.generation += 1;
+    }
+
+    /// Marks of those of these IPVS services that the kernel has.
+    fn which_are_there(&mut self, asked: &[VirtualServerKey]) -> Result<BTreeSet<Mark>, Error> {
+        let mut there = BTreeSet::new();
+        if asked.len() > FEW {
+            let keys: HashSet<_> = asked.iter().collect();
+            let marks: HashSet<Mark> = asked.iter().map(|key| key.mark).collect();
+            let found = self.dataplane.ipvs.dump_services(&|mark| marks.contains(&mark))?;
+            there.extend(found.keys().filter(|key| keys.contains(key)).map(|key| key.mark));
+            return Ok(there);
+        }
+        for key in asked {
+            if self.dataplane.ipvs.service(*key)?.is_some() {
+                there.insert(key.mark);
+            }
+        }
+        Ok(there)
     }
 }
 

@@ -9,7 +9,7 @@ use super::Engine;
 use crate::{
     compile::{CompiledPort, CompiledService},
     model::{
-        ids::{Family, Mark, PortId, Protocol, Scope},
+        ids::{Family, Mark, PortId, Protocol, Scope, ServiceKey},
         kernel::{Element, PublishedFlows, RealServerKey},
     },
     plan::Observed,
@@ -97,6 +97,7 @@ impl Engine {
                 entries.entry((element.family(), mark)).or_default().push((element, protocol, to));
             }
         }
+        let remembered = self.allocator.remembered_owners();
         let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
         for (key, have) in &observed.virtual_servers {
             let want = desired.virtual_servers.get(key);
@@ -107,17 +108,16 @@ impl Engine {
                 desired.elements.get(element) == Some(&Some(key.mark))
                     && want.is_some_and(|want| want.reals == have.reals)
             };
-            for (element, protocol, to) in by_mark.iter().filter(|(element, ..)| !leads_as_it_did(element)) {
-                let services = self.go_on_in(element, key.mark);
-                for real in have.reals.keys().filter(|real| !have_real(&services, real)) {
-                    out.entry((*protocol, *real)).or_default().insert(*to);
-                }
-            }
             let gone: Vec<_> = have.reals.keys().filter(unwanted).collect();
-            for (element, protocol, to) in nowhere.iter().filter(|_| !gone.is_empty()) {
-                let services = self.go_on_in(element, key.mark);
-                for real in gone.iter().filter(|real| !have_real(&services, real)) {
-                    out.entry((*protocol, **real)).or_default().insert(*to);
+            // By the entries that led here all destinations may be unwanted, by the others those that were draining.
+            let led = by_mark.iter().filter(|(element, ..)| !leads_as_it_did(element));
+            let led = led.map(|entry| (entry, have.reals.keys().collect::<Vec<_>>()));
+            let others = nowhere.iter().filter(|_| !gone.is_empty()).map(|entry| (entry, gone.clone()));
+            let had = self.still_published(key.mark, &remembered);
+            for ((element, protocol, to), reals) in led.chain(others) {
+                let services: Vec<_> = self.owner_of_entry(element).into_iter().chain(had).collect();
+                for real in reals.into_iter().filter(|real| !have_real(&services, real)) {
+                    out.entry((*protocol, *real)).or_default().insert(*to);
                 }
             }
         }
@@ -125,31 +125,31 @@ impl Engine {
         self.overdue.extend(flows);
     }
 
-    /// The services that go on with connections by an entry that an earlier run left: the one that has the entry now, and the one
-    /// whose port had the mark, if that is published by whatever number.
-    fn go_on_in(&self, element: &Element, mark: Mark) -> Vec<&CompiledService> {
-        let services = self.merged.services();
-        let owner = match self.merged.state().elements.get(element) {
-            Some(Some(mark)) if *mark != Mark::NOWHERE => self.merged.owner(*mark),
-            Some(_) => self.merged.owner_of(element),
-            None => None,
+    /// The service that has an entry now: it goes on with the connections by it.
+    fn owner_of_entry(&self, element: &Element) -> Option<&CompiledService> {
+        let owner = match self.merged.state().elements.get(element)? {
+            Some(mark) if *mark != Mark::NOWHERE => self.merged.owner(*mark),
+            _ => self.merged.owner_of(element),
         };
-        let by_mark = match self.merged.owner(mark) {
-            Some(key) => services.get(key).filter(|service| {
-                let has = |port: &CompiledPort| {
-                    port.published.is_some() && port.marks.values().any(|theirs| *theirs == mark)
-                };
-                service.ports.iter().any(has)
-            }),
+        owner.and_then(|key| self.merged.services().get(key)).map(|service| &**service)
+    }
+
+    /// The service whose port had a mark, if that port is published, by whatever number: it goes on with the connections too.
+    fn still_published(
+        &self,
+        mark: Mark,
+        remembered: &HashMap<Mark, (&ServiceKey, PortId)>,
+    ) -> Option<&CompiledService> {
+        let of = |key: &ServiceKey, has: &dyn Fn(&CompiledPort) -> bool| {
+            let service = self.merged.services().get(key)?;
+            let published = |port: &CompiledPort| port.published.is_some() && has(port);
+            service.ports.iter().any(published).then_some(&**service)
+        };
+        match self.merged.owner(mark) {
+            Some(key) => of(key, &|port| port.marks.values().any(|theirs| *theirs == mark)),
             // An edit may have taken the mark from it meanwhile.
-            None => self
-                .allocator
-                .remembered_owner(mark)
-                .and_then(|key| services.get(key))
-                .filter(|service| service.ports.iter().any(|port| port.published.is_some())),
-        };
-        let owner = owner.and_then(|key| services.get(key));
-        owner.into_iter().chain(by_mark).map(|service| &**service).collect()
+            None => remembered.get(&mark).and_then(|(key, id)| of(key, &|port| port.spec.id() == *id)),
+        }
     }
 }
 
