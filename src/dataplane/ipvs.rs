@@ -161,8 +161,12 @@ impl Ipvs for KernelIpvs {
     }
 
     fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error> {
-        let found = self.client.service(&service_id(key)).map_err(error)?;
-        Ok(found.map(|service| virtual_config(&service.config)))
+        match self.client.service(&service_id(key)) {
+            Ok(found) => Ok(found.map(|service| virtual_config(&service.config))),
+            // A kernel without IPv6 (`ip_vs_genl_parse_service`) has none of it.
+            Err(ipvs_netlink::Error::Kernel { errno, .. }) if errno == nix::libc::EAFNOSUPPORT => Ok(None),
+            Err(e) => Err(error(e)),
+        }
     }
 
     fn reals(

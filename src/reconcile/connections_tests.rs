@@ -159,6 +159,24 @@ fn a_port_that_was_unpublished_while_no_agent_ran_ends_its_connections_alone() {
     assert_eq!(numbers, [30080].into());
 }
 
+/// Its number is another port's of the same service then.
+#[test]
+fn a_port_whose_number_went_to_another_one_while_no_agent_ran_ends_its_connections() {
+    let kernel = FakeKernel::default();
+    let mut first = engine(&kernel, Allocations::default());
+    let with = |one: ServicePort, other: ServicePort| Service { ports: vec![one, other], ..service("vote") };
+    let ends = || Event::Slice(slice("vote", vec![endpoint("10.244.1.11", "n1")]));
+    let before = with(published(80, 8080, Some(30080)), published(443, 8443, Some(30443)));
+    first.feed([Event::Service(before.into()), ends()]);
+    first.synced(Unread::default());
+    turn(&mut first, true);
+    let mut second = after_a_restart(&kernel, &first);
+    let after = with(port(80, 8080), published(443, 8443, Some(30080)));
+    second.feed([Event::Service(after.into()), ends()]);
+    second.synced(Unread::default());
+    assert_eq!(cut(&second.turn(true, now()).unwrap().ops), ["10.244.1.11:8080".to_owned()].into());
+}
+
 #[test]
 fn what_was_draining_when_the_agent_ended_is_cut_though_its_entries_lead_nowhere() {
     for service_is_gone in [false, true] {

@@ -39,10 +39,8 @@ impl Engine {
         // What was never ours, since it was another program's before, is not asked about either.
         let asked: Vec<_> =
             retired.intersection(&self.ours).flat_map(keys).filter(|key| !deleted.contains(key)).collect();
-        let Ok(there) = self.which_are_there(&asked) else {
-            self.trusted = false;
-            return;
-        };
+        // Where it can't be asked it is asked again with the next changes, or the next full comparison.
+        let Ok(there) = self.which_are_there(&asked) else { return };
         self.trusted &= there.is_empty();
         let free: BTreeSet<Mark> = retired.difference(&there).copied().collect();
         if free.is_empty() {

@@ -56,9 +56,6 @@ pub(super) fn published(service: &CompiledService) -> Vec<Published> {
     service.ports.iter().filter(|port| port.published.is_some()).map(of).collect()
 }
 
-/// An entry of a published port: itself, its protocol, and what clients connect to.
-type Entry<'a> = (&'a Element, Protocol, (IpAddr, u16));
-
 fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
     match element {
         Element::Published(to) => Some((to.addr, to.port)),
@@ -89,18 +86,29 @@ impl Engine {
     /// At the first look: connections that an earlier run left, by published ports to destinations that are wanted no longer.
     pub(super) fn note_unwanted(&mut self, observed: &Observed) {
         let desired = &self.merged.state();
+        let owners = self.owners_of_entries();
         // Entries by where they lead. Those that lead nowhere had destinations once, of which some may be draining.
         let mut entries: HashMap<(Family, Mark), Vec<Entry<'_>>> = HashMap::new();
         for (element, mark) in &observed.elements {
             let (Some(protocol), Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
             if let Some(mark) = mark.filter(|_| protocol != Protocol::Udp && self.facts.publishes_at(&to.0)) {
-                entries.entry((element.family(), mark)).or_default().push((element, protocol, to));
+                let owner = owners.get(element).copied();
+                entries.entry((element.family(), mark)).or_default().push(Entry {
+                    element,
+                    protocol,
+                    to,
+                    owner,
+                });
             }
         }
         let remembered = self.allocator.remembered_owners();
+        let mut ports = Ports::default();
         let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
         for (key, have) in &observed.virtual_servers {
             let want = desired.virtual_servers.get(key);
+            if want.is_some_and(|want| want.protocol == Some(Protocol::Udp)) {
+                continue;
+            }
             let unwanted = |real: &&RealServerKey| want.is_none_or(|want| !want.reals.contains_key(*real));
             let by_mark = entries.get(&(key.family, key.mark)).map_or(&[][..], Vec::as_slice);
             let nowhere = entries.get(&(key.family, Mark::NOWHERE)).map_or(&[][..], Vec::as_slice);
@@ -110,14 +118,20 @@ impl Engine {
             };
             let gone: Vec<_> = have.reals.keys().filter(unwanted).collect();
             // By the entries that led here all destinations may be unwanted, by the others those that were draining.
-            let led = by_mark.iter().filter(|(element, ..)| !leads_as_it_did(element));
+            let led = by_mark.iter().filter(|entry| !leads_as_it_did(entry.element));
             let led = led.map(|entry| (entry, have.reals.keys().collect::<Vec<_>>()));
             let others = nowhere.iter().filter(|_| !gone.is_empty()).map(|entry| (entry, gone.clone()));
             let had = self.still_published(key.mark, &remembered);
-            for ((element, protocol, to), reals) in led.chain(others) {
-                let services: Vec<_> = self.owner_of_entry(element).into_iter().chain(had).collect();
-                for real in reals.into_iter().filter(|real| !have_real(&services, real)) {
-                    out.entry((*protocol, *real)).or_default().insert(*to);
+            for (entry, reals) in led.chain(others) {
+                for real in reals {
+                    let goes_on = entry.owner.is_some_and(|service| {
+                        ports.of(service).iter().any(|port| port.has(entry.protocol, real, &entry.to))
+                    }) || had.is_some_and(|(service, id)| {
+                        ports.of(service).iter().any(|port| port.id == id && port.has_real(real))
+                    });
+                    if !goes_on {
+                        out.entry((entry.protocol, *real)).or_default().insert(entry.to);
+                    }
                 }
             }
         }
@@ -125,36 +139,54 @@ impl Engine {
         self.overdue.extend(flows);
     }
 
-    /// The service that has an entry now: it goes on with the connections by it.
-    fn owner_of_entry(&self, element: &Element) -> Option<&CompiledService> {
-        let owner = match self.merged.state().elements.get(element)? {
-            Some(mark) if *mark != Mark::NOWHERE => self.merged.owner(*mark),
-            _ => self.merged.owner_of(element),
-        };
-        owner.and_then(|key| self.merged.services().get(key)).map(|service| &**service)
+    /// The services that have the entries of published ports now.
+    fn owners_of_entries(&self) -> HashMap<&Element, &CompiledService> {
+        let services = self.merged.services().values();
+        services
+            .flat_map(|service| {
+                let published = service.elements.keys().filter(|element| element.is_published());
+                published.map(move |element| (element, &**service))
+            })
+            .collect()
     }
 
-    /// The service whose port had a mark, if that port is published, by whatever number: it goes on with the connections too.
+    /// The port that had a mark, if it is published, by whatever number: it goes on with the connections too.
     fn still_published(
         &self,
         mark: Mark,
         remembered: &HashMap<Mark, (&ServiceKey, PortId)>,
-    ) -> Option<&CompiledService> {
-        let of = |key: &ServiceKey, has: &dyn Fn(&CompiledPort) -> bool| {
-            let service = self.merged.services().get(key)?;
-            let published = |port: &CompiledPort| port.published.is_some() && has(port);
-            service.ports.iter().any(published).then_some(&**service)
-        };
-        match self.merged.owner(mark) {
-            Some(key) => of(key, &|port| port.marks.values().any(|theirs| *theirs == mark)),
+    ) -> Option<(&CompiledService, PortId)> {
+        let (key, id) = match self.merged.owner(mark) {
+            Some(key) => {
+                let ports = &self.merged.services().get(key)?.ports;
+                (key, ports.iter().find(|port| port.marks.values().any(|theirs| *theirs == mark))?.spec.id())
+            }
             // An edit may have taken the mark from it meanwhile.
-            None => remembered.get(&mark).and_then(|(key, id)| of(key, &|port| port.spec.id() == *id)),
-        }
+            None => *remembered.get(&mark)?,
+        };
+        let service = self.merged.services().get(key)?;
+        let published = |port: &CompiledPort| port.published.is_some() && port.spec.id() == id;
+        service.ports.iter().any(published).then_some((&**service, id))
     }
 }
 
-fn have_real(services: &[&CompiledService], real: &RealServerKey) -> bool {
-    services.iter().any(|service| service.reals.keys().any(|(_, other)| other == real))
+/// An entry of a published port that an earlier run left.
+struct Entry<'a> {
+    element: &'a Element,
+    protocol: Protocol,
+    to: (IpAddr, u16),
+    /// The service that has it now.
+    owner: Option<&'a CompiledService>,
+}
+
+/// Published ports of services, each worked out once.
+#[derive(Default)]
+struct Ports(HashMap<ServiceKey, Vec<Published>>);
+
+impl Ports {
+    fn of(&mut self, service: &CompiledService) -> &[Published] {
+        self.0.entry(service.key.clone()).or_insert_with(|| published(service))
+    }
 }
 
 fn protocol_of(element: &Element) -> Option<Protocol> {
