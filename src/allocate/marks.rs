@@ -125,13 +125,11 @@ impl Marks {
     /// The kernel has none of these retired marks any more: they are free again. Returns the owners that now may
     /// get one.
     pub fn commit(&mut self, free: &BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
-        let (free, rest) =
-            std::mem::take(&mut self.retired).into_iter().partition(|mark| free.contains(mark));
-        self.retired = rest;
-        let free: BTreeSet<Mark> = free;
         // Numbers that were never given out are found by themselves.
-        let known: Vec<Mark> = free.into_iter().filter(|mark| self.was_given_out(*mark)).collect();
+        let known = self.retired.intersection(free).copied().filter(|mark| self.was_given_out(*mark));
+        let known: Vec<Mark> = known.collect();
         self.free.extend(known);
+        self.retired.retain(|mark| !free.contains(mark));
         self.starving.iter().map(|owner| owner.service.clone()).collect()
     }
 

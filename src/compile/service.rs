@@ -259,12 +259,9 @@ fn publish(
     };
     compiled.published = Some(number);
     compiled.marks.insert(Scope::Ingress, mark);
-    if !publish.addresses.is_empty() {
-        let own = |addr: &IpAddr| inputs.facts.publishes_at(addr);
-        if !publish.addresses.iter().any(own) {
-            compiled.not_published =
-                Some("none of publish.addresses is an address that this node publishes on".into());
-        }
+    if !inputs.facts.publishes_at_one_of(&publish.addresses) {
+        compiled.not_published =
+            Some("none of publish.addresses is an address that this node publishes on".into());
     }
     let numbers: Vec<u16> = ports_from(number, port.span()).collect();
     if let Some(held) = numbers.iter().find(|n| (inputs.blocked)(port.protocol, **n)) {

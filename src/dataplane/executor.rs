@@ -9,7 +9,7 @@ use super::{ElementChange, Error, Host, Ipvs, IpvsChange, Netfilter};
 use crate::{
     model::{
         ids::{Family, Mark, PerFamily},
-        kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
+        kernel::{Element, Elements, KernelState, VirtualServer, VirtualServerKey},
     },
     plan::{Observed, Op},
 };
@@ -265,11 +265,7 @@ impl Stuck {
         let mut rest = desired.clone();
         for failure in &waiting {
             if let Op::Element(ElementChange::Put(element, _)) = &failure.op {
-                if element.is_published() {
-                    rest.elements.insert(*element, Some(Mark::NOWHERE));
-                } else {
-                    rest.elements.remove(element);
-                }
+                withhold(&mut rest.elements, *element);
             }
         }
         Some((rest, waiting))
@@ -289,6 +285,15 @@ impl Stuck {
             _ => return None,
         };
         Some(Error::Failed { object: op.to_string(), reason: reason.into() })
+    }
+}
+
+/// Takes an entry out that has to wait. What is published is refused meanwhile.
+pub fn withhold(elements: &mut Elements, element: Element) {
+    if element.is_published() {
+        elements.insert(element, Some(Mark::NOWHERE));
+    } else {
+        elements.remove(&element);
     }
 }
 

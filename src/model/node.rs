@@ -97,6 +97,11 @@ impl NodeFacts {
     pub fn publishes_at(&self, addr: &IpAddr) -> bool {
         addr.is_loopback() || self.published_addresses.contains(addr)
     }
+
+    /// Whether a port that is published at these addresses, or at all if there are none, is at one here.
+    pub fn publishes_at_one_of(&self, addresses: &[IpAddr]) -> bool {
+        addresses.is_empty() || addresses.iter().any(|addr| self.publishes_at(addr))
+    }
 }
 
 /// Ports that can't be published: one number or a range, for one protocol or for all.

@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 
 use super::{
     Engine,
-    tests::{endpoints, engine, now, service_with, turn, vote},
+    tests::{after_a_restart, endpoints, engine, now, service_with, turn, vote},
 };
 use crate::{
     allocate::Allocations,
@@ -38,12 +38,6 @@ fn three(kernel: &FakeKernel) -> Engine {
     engine.feed([service_with("gone", port(82, 8080)), endpoints("gone", &["10.244.1.14"])]);
     turn(&mut engine, true);
     engine
-}
-
-fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
-    let mut second = engine(kernel, first.allocator().allocations());
-    second.set_served(first.served().clone());
-    second
 }
 
 #[test]

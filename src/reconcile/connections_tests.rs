@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 
 use super::{
     Engine,
-    tests::{endpoints, engine, now, service_with, turn, vote},
+    tests::{after_a_restart, endpoints, engine, engine_with, foreign_server, now, service_with, turn, vote},
 };
 use crate::{
     allocate::Allocations,
@@ -24,12 +24,6 @@ use crate::{
 
 fn real(addr: &str) -> RealServerKey {
     RealServerKey { addr: addr.parse().unwrap(), port: 8080 }
-}
-
-fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
-    let mut second = engine(kernel, first.allocator().allocations());
-    second.set_served(first.served().clone());
-    second
 }
 
 fn cut(ops: &[Op]) -> BTreeSet<String> {
@@ -227,20 +221,9 @@ fn drains_of_a_service_that_is_gone_at_a_restart_are_over() {
     turn(&mut first, true);
     first.feed([endpoints("vote", &["10.244.1.11"])]);
     turn(&mut first, false);
-    let settings = super::Settings {
-        node: crate::model::fixtures::config(),
-        addresses: crate::dataplane::AddressRules::default(),
-        timeouts: None,
-    };
-    let dataplane = crate::dataplane::executor::Dataplane {
-        ipvs: Box::new(kernel.clone()),
-        netfilter: Box::new(kernel.clone()),
-        host: Box::new(kernel.clone()),
-    };
     let (kept, drains) = (first.allocator().allocations(), first.drains().clone());
     assert!(!drains.is_empty());
-    let mut second = Engine::new(settings, dataplane, kept, crate::allocate::Lock::default(), drains);
-    second.refresh_node().unwrap();
+    let mut second = engine_with(&kernel, kept, drains);
     second.synced(Unread::default());
     second.turn(true, now()).unwrap();
     second.expire_drains(now()).unwrap();
@@ -283,7 +266,7 @@ fn a_number_that_only_nodes_with_an_endpoint_publish_is_free_on_the_others() {
 /// Marks that were given back are anybody's.
 #[test]
 fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
-    use crate::model::kernel::{VirtualServer, VirtualServerConfig, VirtualServerKey};
+    use crate::model::kernel::VirtualServerKey;
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());
     engine.feed([service_with("gone", port(82, 8080)), endpoints("gone", &["10.244.1.14"])]);
@@ -293,11 +276,7 @@ fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
     engine.feed([Event::ServiceGone(key)]);
     turn(&mut engine, false);
     let foreign = VirtualServerKey { family: Family::V4, mark };
-    let theirs = VirtualServer {
-        config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
-        protocol: None,
-        reals: std::sync::Arc::default(),
-    };
+    let theirs = foreign_server();
     assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
     assert!(!engine.allocator().has_retired_marks());
     kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());

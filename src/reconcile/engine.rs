@@ -36,7 +36,7 @@ use crate::{
     },
     dataplane::{
         AddressRules, ElementChange, Error, IpvsChange, ProgramState,
-        executor::{Dataplane, Failure},
+        executor::{Dataplane, Failure, withhold},
         host::{REQUIRED, Required, When},
     },
     model::{
@@ -602,8 +602,9 @@ impl Engine {
         let (known, desired) = (&self.known.elements, installed.as_ref().unwrap_or(self.merged.state()));
         let failures = self.dataplane.apply(ops, desired, &|element| known.get(element).copied().flatten());
         let failed: HashSet<String> = failures.iter().map(|failure| failure.op.to_string()).collect();
+        let done = |op: &Op| failed.is_empty() || !failed.contains(&op.to_string());
         for op in ops {
-            if failed.is_empty() || !failed.contains(&op.to_string()) {
+            if done(op) {
                 self.remember(op, installed.as_ref());
             } else if let Op::CutFlows(flows) = op {
                 // It has its own tries.
@@ -613,11 +614,7 @@ impl Engine {
         // New rules have come without these.
         for failure in failures.iter().filter(|failure| installs && failure.follows) {
             if let Op::Element(ElementChange::Put(element, _)) = &failure.op {
-                if element.is_published() {
-                    self.known.elements.insert(*element, Some(Mark::NOWHERE));
-                } else {
-                    self.known.elements.remove(element);
-                }
+                withhold(&mut self.known.elements, *element);
             }
         }
         self.keep_flows(&failures);
@@ -627,12 +624,11 @@ impl Engine {
             self.share();
         }
         if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
-            let done = |op: &&Op| failed.is_empty() || !failed.contains(&op.to_string());
             let deleted = |op: &Op| match op {
-                Op::Ipvs(IpvsChange::DelService(key)) => Some(*key),
+                Op::Ipvs(IpvsChange::DelService(key)) if done(op) => Some(*key),
                 _ => None,
             };
-            self.give_marks_back(&ops.iter().filter(done).filter_map(deleted).collect());
+            self.give_marks_back(&ops.iter().filter_map(deleted).collect());
         }
         failures
     }

@@ -29,6 +29,17 @@ pub(crate) fn now() -> Timestamp {
 }
 
 pub(crate) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
+    engine_with(kernel, previous, Drains::new())
+}
+
+/// The engine of an agent that starts after another one.
+pub(crate) fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
+    let mut second = engine(kernel, first.allocator().allocations());
+    second.set_served(first.served().clone());
+    second
+}
+
+pub(crate) fn engine_with(kernel: &FakeKernel, previous: Allocations, drains: Drains) -> Engine {
     kernel.lock().facts = facts();
     let settings = Settings { node: config(), addresses: AddressRules::default(), timeouts: None };
     let dataplane = Dataplane {
@@ -36,7 +47,7 @@ pub(crate) fn engine(kernel: &FakeKernel, previous: Allocations) -> Engine {
         netfilter: Box::new(kernel.clone()),
         host: Box::new(kernel.clone()),
     };
-    let mut engine = Engine::new(settings, dataplane, previous, Lock::default(), Drains::new());
+    let mut engine = Engine::new(settings, dataplane, previous, Lock::default(), drains);
     engine.refresh_node().unwrap();
     engine
 }
@@ -356,7 +367,7 @@ fn a_foreign_service_that_a_dump_lacks_is_not_taken_over_either() {
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], server);
 }
 
-fn foreign_server() -> VirtualServer {
+pub(crate) fn foreign_server() -> VirtualServer {
     VirtualServer {
         config: VirtualServerConfig { scheduler: "lc".into(), flags: 0 },
         protocol: None,

@@ -63,7 +63,7 @@ impl Engine {
         }
         // All at once: the table may be long.
         let (asked, flows): (Vec<_>, Vec<_>) = asked.into_iter().unzip();
-        match if flows.is_empty() { Ok(Vec::new()) } else { self.dataplane.host.open_flows(&flows) } {
+        match self.dataplane.host.open_flows(&flows) {
             Ok(open) => {
                 over_now.extend(asked.into_iter().zip(open).filter(|(_, open)| !open).map(|(key, _)| key))
             }

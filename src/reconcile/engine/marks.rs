@@ -35,7 +35,6 @@ impl Engine {
     /// dump while others changed their services: that is ours, and still to go.
     pub(super) fn give_marks_back(&mut self, deleted: &HashSet<VirtualServerKey>) {
         let retired = self.allocator.retired_marks().clone();
-        let keys = |mark: &Mark| Family::ALL.map(|family| VirtualServerKey { family, mark: *mark });
         // What was never ours, since it was another program's before, is not asked about either.
         let asked: Vec<_> =
             retired.intersection(&self.ours).flat_map(keys).filter(|key| !deleted.contains(key)).collect();
@@ -62,13 +61,28 @@ impl Engine {
             there.extend(found.keys().filter(|key| keys.contains(key)).map(|key| key.mark));
             return Ok(there);
         }
-        for key in asked {
-            if self.dataplane.ipvs.service(*key)?.is_some() {
-                there.insert(key.mark);
-            }
-        }
+        ask_singly(&mut self.dataplane, asked, &mut there)?;
         Ok(there)
     }
+}
+
+/// Asks about one IPVS service after another, and adds the marks of those that are there.
+fn ask_singly(
+    kernel: &mut Dataplane,
+    asked: &[VirtualServerKey],
+    there: &mut BTreeSet<Mark>,
+) -> Result<(), Error> {
+    for key in asked {
+        if kernel.ipvs.service(*key)?.is_some() {
+            there.insert(key.mark);
+        }
+    }
+    Ok(())
+}
+
+/// A mark's IPVS services.
+fn keys(mark: &Mark) -> [VirtualServerKey; 2] {
+    Family::ALL.map(|family| VirtualServerKey { family, mark: *mark })
 }
 
 impl Compiling<'_> {
@@ -99,13 +113,7 @@ impl Compiling<'_> {
             };
             if ask {
                 let Some(kernel) = kernel.as_deref_mut() else { return Ok(false) };
-                for mark in &new {
-                    for family in Family::ALL {
-                        if kernel.ipvs.service(VirtualServerKey { family, mark: *mark })?.is_some() {
-                            taken.insert(*mark);
-                        }
-                    }
-                }
+                ask_singly(kernel, &new.iter().flat_map(keys).collect::<Vec<_>>(), &mut taken)?;
             }
             if taken.is_empty() {
                 self.ours.extend(new);

@@ -100,8 +100,7 @@ impl Compiling<'_> {
         families: &[Family],
     ) -> bool {
         let Some(publish) = &port.publish else { return false };
-        let wanted = &publish.addresses;
-        if !wanted.is_empty() && !wanted.iter().any(|addr| self.facts.publishes_at(addr)) {
+        if !self.facts.publishes_at_one_of(&publish.addresses) {
             return false;
         }
         if publish.mode != PublishMode::Host {

@@ -10,7 +10,7 @@ use crate::{
     compile::{CompiledPort, CompiledService},
     model::{
         ids::{Family, Mark, PortId, Protocol, Scope, ServiceKey},
-        kernel::{Element, PublishedFlows, RealServerKey},
+        kernel::{Element, PublishedFlows, RealServerKey, VirtualServerKey},
     },
     plan::Observed,
 };
@@ -33,7 +33,7 @@ impl Published {
 
     /// Whether such connections are this port's.
     pub(super) fn has(&self, protocol: Protocol, real: &RealServerKey, to: &(IpAddr, u16)) -> bool {
-        self.protocol == protocol && self.to.contains(to) && self.reals.contains(real)
+        self.protocol == protocol && self.to.contains(to) && self.has_real(real)
     }
 }
 
@@ -86,21 +86,27 @@ impl Engine {
     /// At the first look: connections that an earlier run left, by published ports to destinations that are wanted no longer.
     pub(super) fn note_unwanted(&mut self, observed: &Observed) {
         let desired = &self.merged.state();
-        let owners = self.owners_of_entries();
         // Entries by where they lead. Those that lead nowhere had destinations once, of which some may be draining.
         let mut entries: HashMap<(Family, Mark), Vec<Entry<'_>>> = HashMap::new();
+        let leads_as_it_did = |element: &Element, mark: Mark| {
+            let key = VirtualServerKey { family: element.family(), mark };
+            let (have, want) = (observed.virtual_servers.get(&key), desired.virtual_servers.get(&key));
+            desired.elements.get(element) == Some(&Some(mark))
+                && have.zip(want).is_some_and(|(have, want)| have.reals == want.reals)
+        };
         for (element, mark) in &observed.elements {
             let (Some(protocol), Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
+            if mark.is_some_and(|mark| leads_as_it_did(element, mark)) {
+                continue;
+            }
             if let Some(mark) = mark.filter(|_| protocol != Protocol::Udp && self.facts.publishes_at(&to.0)) {
-                let owner = owners.get(element).copied();
-                entries.entry((element.family(), mark)).or_default().push(Entry {
-                    element,
-                    protocol,
-                    to,
-                    owner,
-                });
+                entries.entry((element.family(), mark)).or_default().push(Entry { element, protocol, to });
             }
         }
+        if entries.is_empty() {
+            return;
+        }
+        let owners = self.owners_of_entries();
         let remembered = self.allocator.remembered_owners();
         let mut ports = Ports::default();
         let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
@@ -112,19 +118,14 @@ impl Engine {
             let unwanted = |real: &&RealServerKey| want.is_none_or(|want| !want.reals.contains_key(*real));
             let by_mark = entries.get(&(key.family, key.mark)).map_or(&[][..], Vec::as_slice);
             let nowhere = entries.get(&(key.family, Mark::NOWHERE)).map_or(&[][..], Vec::as_slice);
-            let leads_as_it_did = |element: &Element| {
-                desired.elements.get(element) == Some(&Some(key.mark))
-                    && want.is_some_and(|want| want.reals == have.reals)
-            };
             let gone: Vec<_> = have.reals.keys().filter(unwanted).collect();
             // By the entries that led here all destinations may be unwanted, by the others those that were draining.
-            let led = by_mark.iter().filter(|entry| !leads_as_it_did(entry.element));
-            let led = led.map(|entry| (entry, have.reals.keys().collect::<Vec<_>>()));
+            let led = by_mark.iter().map(|entry| (entry, have.reals.keys().collect::<Vec<_>>()));
             let others = nowhere.iter().filter(|_| !gone.is_empty()).map(|entry| (entry, gone.clone()));
             let had = self.still_published(key.mark, &remembered);
             for (entry, reals) in led.chain(others) {
                 for real in reals {
-                    let goes_on = entry.owner.is_some_and(|service| {
+                    let goes_on = owners.get(entry.element).is_some_and(|service| {
                         ports.of(service).iter().any(|port| port.has(entry.protocol, real, &entry.to))
                     }) || had.is_some_and(|(service, id)| {
                         ports.of(service).iter().any(|port| port.id == id && port.has_real(real))
@@ -175,8 +176,6 @@ struct Entry<'a> {
     element: &'a Element,
     protocol: Protocol,
     to: (IpAddr, u16),
-    /// The service that has it now.
-    owner: Option<&'a CompiledService>,
 }
 
 /// Published ports of services, each worked out once.

@@ -8,11 +8,14 @@ use std::{
 
 use super::Engine;
 use crate::{
-    compile::{RealState, service::Kept},
+    compile::{
+        RealState,
+        service::{Drains, Kept},
+    },
     dataplane::ElementChange,
     model::{
         ids::{Mark, Protocol, ServiceKey},
-        kernel::{Element, KernelState, VirtualServer, VirtualServerKey},
+        kernel::{Element, Elements, KernelState, VirtualServer, VirtualServerKey},
         unread::Unread,
     },
     plan::{Observed, Op},
@@ -65,19 +68,15 @@ impl Engine {
     fn keep_of_turned_up(&mut self, before: &BTreeSet<ServiceKey>) {
         let mut marks = BTreeSet::new();
         for key in before {
-            let unread = self.snapshot.services().get(key).is_some_and(|service| {
-                self.unread.anything || self.unread.may_have_endpoints(&service.group())
-            });
-            if unread {
+            let service = self.snapshot.services().get(key);
+            if service.is_some_and(|service| self.unread.may_have_endpoints(&service.group())) {
                 marks.extend(self.allocator.remembered_marks(key));
             }
         }
-        for (key, server) in self.known.virtual_servers.iter().filter(|(key, _)| marks.contains(&key.mark)) {
-            for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
-                let local = self.known.elements.contains_key(&Element::Local(real.addr));
-                self.kept.insert((*key, *real), local);
-            }
-        }
+        let found = present(&self.known.virtual_servers, &self.known.elements, &self.drains, |mark| {
+            marks.contains(mark)
+        });
+        self.kept.extend(found);
     }
 
     /// Marks of services some of whose endpoints can't be read; `None` is all.
@@ -175,18 +174,29 @@ impl Engine {
     pub(super) fn keep_unread(&mut self, observed: &Observed) {
         let marks = self.unread_marks();
         let unread = |mark: &Mark| marks.as_ref().is_none_or(|marks| marks.contains(mark));
-        for (key, server) in observed.virtual_servers.iter().filter(|(key, _)| unread(&key.mark)) {
-            for real in server.reals.keys().filter(|real| !self.drains.contains_key(&(*key, **real))) {
-                let local = observed.elements.contains_key(&Element::Local(real.addr));
-                self.kept.insert((*key, *real), local);
-            }
-        }
+        let found = present(&observed.virtual_servers, &observed.elements, &self.drains, unread);
+        self.kept.extend(found);
         for service in self.merged.services().values() {
             for (key, _) in service.reals.iter().filter(|(_, info)| info.state == RealState::Ready) {
                 self.kept.remove(key);
             }
         }
     }
+}
+
+/// The destinations of IPVS services with such marks, but for those that drain, with whether they are on this node.
+fn present(
+    servers: &HashMap<VirtualServerKey, VirtualServer>,
+    elements: &Elements,
+    drains: &Drains,
+    of: impl Fn(&Mark) -> bool,
+) -> Kept {
+    let theirs = servers.iter().filter(|(key, _)| of(&key.mark));
+    let reals = theirs.flat_map(|(key, server)| server.reals.keys().map(|real| (*key, *real)));
+    reals
+        .filter(|key| !drains.contains_key(key))
+        .map(|(key, real)| ((key, real), elements.contains_key(&Element::Local(real.addr))))
+        .collect()
 }
 
 /// What is in the kernel for services that are left alone.
