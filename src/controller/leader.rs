@@ -44,7 +44,7 @@ use crate::{
     api::{MeshNode, MeshNodeStatus, MeshService, SERVICE_NAME_LABEL},
     model::ids::ServiceKey,
     source::{
-        judge::judge,
+        judge::{At, judge},
         kube::{listing::Listing, pause, why, without_bulk},
         object::{Kind, Object, Verdict},
         problem::Severity,
@@ -310,7 +310,7 @@ impl Leader {
             let label =
                 object.metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME_LABEL)).cloned();
             let value = without_bulk(Kind::Slice, object);
-            let judged = judge(Kind::Slice, value, Some(self.mesh.config()), true);
+            let judged = judge(Kind::Slice, value, At::ApiServer(self.mesh.config()));
             match &judged.verdict {
                 Verdict::Good(Object::Slice(slice)) => self.mesh.put_slice(&key, Some(slice)),
                 // Its last good version counts, as it serves on the nodes.

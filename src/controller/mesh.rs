@@ -31,7 +31,7 @@ use crate::{
         service::Service,
     },
     source::{
-        judge::judge,
+        judge::{At, judge},
         object::{Kind, Object, Verdict},
     },
 };
@@ -157,7 +157,7 @@ impl Mesh {
         }
         self.dirty.insert(key.clone());
         let asked = headless::desired(key, &meta.uid, &value).map_or(Wanted::Nothing, Wanted::This);
-        let judgement = judge(Kind::Service, value, Some(&self.config), true);
+        let judgement = judge(Kind::Service, value, At::ApiServer(&self.config));
         let old = self.take_out(key);
         let same_object = old.filter(|old| old.meta.uid == meta.uid);
         let mut unseen = false;

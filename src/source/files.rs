@@ -12,7 +12,7 @@ use std::{
 
 use super::{
     document::{self, Node},
-    judge::{Judgement, judge},
+    judge::{At, Judgement, judge},
     object::{Entry, Kind, ObjectId, ParsedFile},
     problem::{Problem, Severity},
     store::Store,
@@ -209,7 +209,7 @@ fn whole_file(path: &Path, line: Option<u64>, message: String) -> ParsedFile {
     ParsedFile { problems: vec![problem], incomplete: true, ..ParsedFile::default() }
 }
 
-/// Parses the text of a file. `path` is only used to speak of it.
+/// Parses the text of a file in the folder of the node with this `config`; without one, as `check` does. `path` is only used to speak of it.
 pub fn parse_text(path: &Path, text: &str, config: Option<&NodeConfig>) -> ParsedFile {
     let documents = match document::parse(text) {
         Ok(documents) => documents,
@@ -275,10 +275,8 @@ impl Reader<'_> {
             let message = format!("is defined twice; the one in line {} is used", first.line);
             return self.problem(node.line, Some(label), None, message, (Severity::Refused, Hides::Nothing));
         }
-        // Without a node it is `check`, which says what an API server would.
-        let in_kubernetes = self.config.is_none();
-        let Judgement { verdict, findings, severity } =
-            judge(kind, node.to_json(), self.config, in_kubernetes);
+        let at = self.config.map_or(At::Manifest, At::Folder);
+        let Judgement { verdict, findings, severity } = judge(kind, node.to_json(), at);
         let hides = match severity {
             Severity::Error if known => hides(&id, node),
             Severity::Error => Hides::Anything,

@@ -24,19 +24,39 @@ pub struct Judgement {
     pub severity: Severity,
 }
 
-/// Judges an object. With a `config`, the rules that depend on it (VIP ranges, reserved ports) are applied too.
-/// `in_kubernetes` a controller does what a folder can't.
-pub fn judge(kind: Kind, value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
-    match kind {
-        Kind::Service => service(value, config, in_kubernetes),
-        Kind::Slice => slice(value, config, in_kubernetes),
+/// Where an object is met, and the node that serves it.
+#[derive(Clone, Copy, Debug)]
+pub enum At<'a> {
+    /// In `check`, for no node: the verdict is that of an API server.
+    Manifest,
+    /// In a folder. What an API server would refuse is refused, since none has looked at it.
+    Folder(&'a NodeConfig),
+    /// On an API server, with a controller that does what a folder can't.
+    ApiServer(&'a NodeConfig),
+}
+
+impl<'a> At<'a> {
+    fn config(self) -> Option<&'a NodeConfig> {
+        match self {
+            Self::Manifest => None,
+            Self::Folder(config) | Self::ApiServer(config) => Some(config),
+        }
     }
 }
 
-fn service(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
+/// Judges an object. For a node, the rules that depend on it (VIP ranges, reserved ports) are applied too.
+pub fn judge(kind: Kind, value: Value, at: At<'_>) -> Judgement {
+    match kind {
+        Kind::Service => service(value, at),
+        Kind::Slice => slice(value, at),
+    }
+}
+
+fn service(value: Value, at: At<'_>) -> Judgement {
+    let in_kubernetes = !matches!(at, At::Folder(_));
     let service = api::parse_mesh_service(value).and_then(|object| api::to_service(&object, in_kubernetes));
     let service = service.and_then(|service| {
-        let forbidden = config.map_or_else(Vec::new, |c| api::check_against_node(&service, c));
+        let forbidden = at.config().map_or_else(Vec::new, |c| api::check_against_node(&service, c));
         if forbidden.is_empty() { Ok(service) } else { Err(forbidden) }
     });
     match service {
@@ -55,15 +75,16 @@ fn service(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Ju
 
 /// What an API server would refuse is refused in a folder too, whose last good version stays in force. With what an API server
 /// let through a node does what it can.
-fn slice(value: Value, config: Option<&NodeConfig>, in_kubernetes: bool) -> Judgement {
+fn slice(value: Value, at: At<'_>) -> Judgement {
     let parsed = api::parse_endpoint_slice(value).and_then(|object| {
-        let broken = if in_kubernetes { Vec::new() } else { api::broken_slice_rules(&object) };
+        let passed = matches!(at, At::ApiServer(_));
+        let broken = if passed { Vec::new() } else { api::broken_slice_rules(&object) };
         if broken.is_empty() { Ok(object) } else { Err(broken) }
     });
     match parsed {
         Ok(object) => {
             let (mut slice, mut findings) = api::to_slice(&object);
-            if let (Some(slice), Some(config)) = (&mut slice, config) {
+            if let (Some(slice), Some(config)) = (&mut slice, at.config()) {
                 findings.extend(api::leave_out_vips(slice, &object, config));
             }
             let verdict =
@@ -89,10 +110,12 @@ mod tests {
             "endpoints": [{"addresses": [address]}],
         });
         // In a folder what an API server refuses is refused too, and the last good version stays.
-        let in_folder = judge(Kind::Slice, value.clone(), Some(&config()), false).verdict;
+        let in_folder = judge(Kind::Slice, value.clone(), At::Folder(&config())).verdict;
         let refused = !api::broken_slice_rules(&api::parse_endpoint_slice(value.clone()).unwrap()).is_empty();
         assert_eq!(matches!(in_folder, Verdict::Wrong), refused, "{address}");
-        let judged = judge(Kind::Slice, value, Some(&config()), true);
+        let in_manifest = judge(Kind::Slice, value.clone(), At::Manifest).verdict;
+        assert_eq!(matches!(in_manifest, Verdict::Wrong), refused, "{address}");
+        let judged = judge(Kind::Slice, value, At::ApiServer(&config()));
         assert_eq!(judged.severity, Severity::Warning);
         match judged.verdict {
             Verdict::Good(Object::Slice(slice)) => {

@@ -13,7 +13,7 @@ use crate::{
     api::{self, SERVICE_NAME_LABEL},
     model::{ids::ServiceKey, node::NodeConfig, snapshot::Event, unread::Hides},
     source::{
-        judge::{Judgement, judge},
+        judge::{At, Judgement, judge},
         object::{Kind, Object, ObjectId, Verdict},
         problem::{Problem, Severity},
     },
@@ -70,7 +70,7 @@ impl Feed {
             }
         };
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
-        let Judgement { verdict, findings, severity } = judge(id.kind, value, Some(&self.config), true);
+        let Judgement { verdict, findings, severity } = judge(id.kind, value, At::ApiServer(&self.config));
         let problem = |finding: api::FieldError| Problem {
             file: None,
             line: None,
