@@ -22,7 +22,7 @@ use crate::{
         kernel::Timeouts,
     },
     source::Origin,
-    whole_file::write_atomically,
+    whole_file::{is_unfinished, write_atomically},
 };
 
 /// Version of both files.
@@ -194,6 +194,7 @@ impl StateDir {
                 "another meshlb uses it, in another network namespace: give each a --state-dir of its own",
             ));
         }
+        sweep(&path);
         Ok(Self { path, state_hash: None, drains_hash: None, _lock: Some(lock) })
     }
 
@@ -251,6 +252,17 @@ impl StateDir {
             }
         }
         Ok(())
+    }
+}
+
+/// Removes what a process left that was killed while it wrote. It is in nobody's way: not being able to is no error.
+fn sweep(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let unfinished = |of: &str| is_unfinished(&name, of);
+        if [STATE, DRAINS].into_iter().any(unfinished) {
+            fs::remove_file(entry.path()).ok();
+        }
     }
 }
 
@@ -372,6 +384,10 @@ mod tests {
         let taken = StateDir::open(dir.path().join("sub")).unwrap_err().to_string();
         assert!(taken.contains("another meshlb uses it"), "{taken}");
         drop(files);
+        // Of a process that was killed while it wrote.
+        for unfinished in [".state.json.4711.tmp", ".drains.json.1.tmp"] {
+            fs::write(dir.path().join("sub").join(unfinished), "{").unwrap();
+        }
         let mut again = StateDir::open(dir.path().join("sub")).unwrap();
         assert_eq!(again.load().unwrap(), (state.clone(), None));
         assert_eq!(again.load_drains().unwrap(), (vec![drain], None));

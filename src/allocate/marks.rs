@@ -49,12 +49,14 @@ impl Marks {
     ) -> Self {
         let mut seen = HashSet::new();
         let usable = |mark: &Mark| mask.covers(*mark) && *mark != mask.sentinel() && !foreign.contains(mark);
+        // Of another mask: nobody gets them again, but they may be in the kernel.
+        retired.extend(previous.values().filter(|mark| !mask.covers(**mark)));
         let previous: HashMap<MarkOwner, Mark> = {
             let mut sorted: Vec<_> = previous.into_iter().collect();
             sorted.sort();
             sorted.into_iter().filter(|(_, mark)| usable(mark) && seen.insert(*mark)).collect()
         };
-        retired.retain(|mark| mask.covers(*mark) && *mark != mask.sentinel() && !seen.contains(mark));
+        retired.retain(|mark| *mark != mask.sentinel() && !seen.contains(mark));
         Self {
             mask,
             held: HashMap::new(),
@@ -115,6 +117,18 @@ impl Marks {
         self.previous.contains_key(owner)
     }
 
+    /// Retires those of these marks that nobody has or had.
+    pub fn retire_strays(&mut self, marks: &BTreeSet<Mark>) {
+        let stray = |mark: &&Mark| {
+            **mark != self.mask.sentinel() && !self.taken.contains(*mark) && !self.foreign.contains(*mark)
+        };
+        let strays: Vec<Mark> = marks.iter().filter(stray).copied().collect();
+        if !strays.is_empty() {
+            self.free.retain(|mark| !strays.contains(mark));
+            self.retired.extend(strays);
+        }
+    }
+
     /// Retires what owners of these services had that have not turned up.
     pub fn forget(&mut self, services: &BTreeSet<ServiceKey>) {
         let gone: Vec<MarkOwner> =
@@ -126,7 +140,8 @@ impl Marks {
     /// get one.
     pub fn commit(&mut self, free: &BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
         // Numbers that were never given out are found by themselves.
-        let known = self.retired.intersection(free).copied().filter(|mark| self.was_given_out(*mark));
+        let usable = |mark: &Mark| self.mask.covers(*mark) && self.was_given_out(*mark);
+        let known = self.retired.intersection(free).copied().filter(usable);
         let known: Vec<Mark> = known.collect();
         self.free.extend(known);
         self.retired.retain(|mark| !free.contains(mark));
@@ -177,5 +192,31 @@ impl Marks {
     /// Marks waiting for [`Self::commit`].
     pub fn retired(&self) -> &BTreeSet<Mark> {
         &self.retired
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::fixtures::config;
+
+    /// What the kernel may have with another mask is to be asked about, and is nobody's afterwards.
+    #[test]
+    fn marks_of_another_mask_are_retired_and_never_given_out() {
+        let owner = |name: &str| MarkOwner {
+            service: ServiceKey::new("default", name),
+            port: "80/TCP".parse().unwrap(),
+            scope: Scope::Vip,
+        };
+        let mask = config().mask;
+        let other = (1..u32::MAX).map(Mark).find(|mark| !mask.covers(*mark)).unwrap();
+        let mut marks = Marks::new(mask, [(owner("a"), other)].into(), BTreeSet::new(), BTreeSet::new());
+        assert_eq!(marks.retired(), &[other].into());
+        let own = marks.claim(&owner("a")).unwrap();
+        assert!(mask.covers(own));
+        marks.commit(&[other].into());
+        assert!(marks.retired().is_empty());
+        let all: BTreeSet<_> = (0..20_000).filter_map(|n| marks.claim(&owner(&format!("b{n}")))).collect();
+        assert!(!all.contains(&other) && all.len() > 100);
     }
 }

@@ -495,6 +495,11 @@ impl Allocator {
         self.marks.retired()
     }
 
+    /// Retires those of these marks, all of them in the kernel because of us, that nothing is known of.
+    pub fn retire_strays(&mut self, marks: &BTreeSet<Mark>) {
+        self.marks.retire_strays(marks);
+    }
+
     /// Marks of services in the kernel that are not ours, as far as known.
     pub fn foreign_marks(&self) -> &BTreeSet<Mark> {
         self.marks.foreign()

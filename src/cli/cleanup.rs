@@ -120,7 +120,13 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
 
     let ranges = if state.ranges.is_empty() { settings.node.ranges } else { state.ranges };
     let ranges = ranges.iter().map(|(_, range)| *range).chain(state.earlier_ranges.iter().copied());
-    for range in ranges.collect::<BTreeSet<_>>() {
+    let mut ranges: BTreeSet<_> = ranges.collect();
+    // Of whatever run, though its state was lost.
+    match host.our_ranges() {
+        Ok(found) => ranges.extend(found),
+        Err(e) => errors.push(e.to_string()),
+    }
+    for range in ranges {
         if let Err(e) = host.del_vip_route(Family::of(&range.addr()), &range) {
             errors.push(e.to_string());
         }

@@ -84,7 +84,7 @@ fn brought(engine: &Engine, program: &Program, observed: &Observed) -> Vec<Chang
     let action = if matches!(observed.program, ProgramState::Absent) { '+' } else { '~' };
     let chain = |change: String| Change { action, change, service: None };
     let mut out: Vec<Change> = engine.dataplane.netfilter.outline(program).into_iter().map(chain).collect();
-    let desired = &engine.to_install().elements;
+    let desired = &engine.with_left_alone().elements;
     let puts = desired.iter().filter(|(element, mark)| observed.elements.get(element) != Some(mark));
     let puts = puts.map(|(element, mark)| ElementChange::Put(*element, *mark));
     let dels = observed.elements.keys().filter(|element| !desired.contains_key(element));

@@ -18,6 +18,9 @@ const FILE: &str = "kernel.json";
 #[serde(rename_all = "camelCase")]
 struct Content {
     renderer: String,
+    /// Absent in records of earlier versions.
+    #[serde(default)]
+    mark_mask: u32,
     netfilter: serde_json::Value,
     sysctls: std::collections::BTreeMap<String, String>,
     ipvs_timeouts: Option<(crate::model::kernel::Timeouts, crate::model::kernel::Timeouts)>,
@@ -46,6 +49,9 @@ impl Record {
         let Ok(bytes) = fs::read(&self.path) else { return false };
         let Ok(content) = serde_json::from_slice::<Content>(&bytes) else { return false };
         state.renderer = content.renderer;
+        if state.mark_mask == 0 {
+            state.mark_mask = content.mark_mask;
+        }
         state.netfilter = content.netfilter;
         for (path, value) in content.sysctls {
             state.sysctls.entry(path).or_insert(value);
@@ -58,6 +64,7 @@ impl Record {
     pub fn save(&mut self, state: &State) {
         let content = Content {
             renderer: state.renderer.clone(),
+            mark_mask: state.mark_mask,
             netfilter: state.netfilter.clone(),
             sysctls: state.sysctls.clone(),
             ipvs_timeouts: state.ipvs_timeouts,
@@ -104,6 +111,7 @@ mod tests {
         assert_eq!(state, State::default());
         let kept = State {
             renderer: "nftables".into(),
+            mark_mask: 0xff,
             netfilter: serde_json::json!({"program": 7}),
             sysctls: [("a".to_owned(), "1".to_owned())].into(),
             ..State::default()

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     allocate::{Lock, lock::LockError},
-    compile::CompiledService,
+    compile::{CompiledService, service::is_served},
     dataplane::{
         Netfilter,
         executor::Dataplane,
@@ -25,9 +25,10 @@ use crate::{
     },
     dns::{names::Names, zone::Zone},
     model::{
+        ids::Family,
         kernel::{RealServerKey, VirtualServerKey},
         node::{MarkMask, NodeConfig},
-        service::TrafficDistribution,
+        service::{Mode, TrafficDistribution},
     },
     plan::{Observed, Op},
     reconcile::Engine,
@@ -337,12 +338,15 @@ impl Session {
         if purpose != Purpose::Look {
             advise(&engine);
         }
+        // Of runs whose state was lost, too.
+        let mut earlier_ranges = engine.dataplane.host.our_ranges().context("routes of this node")?;
         if !state.ranges.is_empty() {
             let ranges = state.ranges.iter().map(|(_, range)| *range);
-            engine.set_earlier_ranges(ranges.chain(state.earlier_ranges.iter().copied()).collect::<Vec<_>>());
+            earlier_ranges.extend(ranges.chain(state.earlier_ranges.iter().copied()));
             let ports = |runs: &Vec<PublishedPorts>| runs.iter().flat_map(|run| run.ports()).collect();
             engine.set_served(state.served.iter().map(|(key, runs)| (key.clone(), ports(runs))).collect());
         }
+        engine.set_earlier_ranges(earlier_ranges);
         let zone = options.dns.zone(engine.settings().node.ranges)?;
         let dns_listen = match purpose {
             Purpose::Agent if options.dns.config(engine.settings().node.ranges)?.is_some() => {
@@ -472,6 +476,12 @@ fn load(options: &Options, source: &Origin, config: &NodeConfig) -> Result<Loade
 /// What keeps a service from being served as declared: allocation conflicts and blocked ports.
 pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
     let mut out = told_of(engine, service, true);
+    let unserved = unserved_families(engine, service);
+    if let Some((false, families)) = &unserved {
+        out.push(format!(
+            "not served here: this node serves no {families} (it has no such address, or no such --vip-cidr)"
+        ));
+    }
     for ((protocol, port), _) in engine.late_listeners().iter().filter(|(_, key)| **key == service.key) {
         out.push(format!(
             "published port {protocol} {port}: a socket of this host that came later listens on it too; \
@@ -492,7 +502,24 @@ pub fn notes_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
          topology.kubernetes.io/zone, or give --topology-zone"
             .to_owned()
     });
-    told_of(engine, service, false).into_iter().chain(zone).collect()
+    let family = unserved_families(engine, service).filter(|(others, _)| *others).map(|(_, families)| {
+        format!("served by its other address only: this node serves no {families} (it has no such address)")
+    });
+    told_of(engine, service, false).into_iter().chain(zone).chain(family).collect()
+}
+
+/// Families of a service that this node does not serve, and whether it serves others of it. `None` where it serves all.
+fn unserved_families(engine: &Engine, service: &CompiledService) -> Option<(bool, String)> {
+    let declared = engine.snapshot().services().get(&service.key)?;
+    let wanted: Vec<Family> = match declared.mode {
+        Mode::Vip => service.vips.iter().map(|(family, _)| family).collect(),
+        Mode::Dnsrr => declared.families.clone(),
+    };
+    let node = &engine.settings().node;
+    let (served, unserved): (Vec<_>, Vec<_>) =
+        wanted.into_iter().partition(|family| is_served(*family, node, engine.facts()));
+    let names: Vec<String> = unserved.iter().map(ToString::to_string).collect();
+    (!names.is_empty()).then(|| (!served.is_empty(), names.join(" and no ")))
 }
 
 /// What compile says of a port with `publish.mode: Host` on a node that has none of its endpoints.

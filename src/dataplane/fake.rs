@@ -263,6 +263,12 @@ impl Host for FakeKernel {
         Ok(found)
     }
 
+    fn our_ranges(&mut self) -> Result<BTreeSet<ipnet::IpNet>, Error> {
+        let inner = self.may_fail("read routes")?;
+        let routes = inner.state.routes.iter().map(|(_, route)| route).chain(&inner.other_routes);
+        Ok(routes.map(|route| route.range).collect())
+    }
+
     fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error> {
         let family = Family::of(&route.source);
         self.write("route")?.state.routes.set(family, Some(*route));

@@ -233,6 +233,8 @@ pub struct Listener {
 pub trait Host {
     /// The local route of exactly each of our ranges, if it is there.
     fn vip_routes(&mut self, ranges: &PerFamily<ipnet::IpNet>) -> Result<PerFamily<VipRoute>, Error>;
+    /// Ranges of all routes that are ours by their protocol, of whichever run.
+    fn our_ranges(&mut self) -> Result<BTreeSet<ipnet::IpNet>, Error>;
     /// Adds the route or replaces its source.
     fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error>;
     /// Removes it; a missing one is no error.

@@ -231,10 +231,12 @@ fn addresses(facts: &NodeFacts, rules: &AddressRules, report: &mut Report) {
                     range.map_or_else(|| "VIPs".to_owned(), ToString::to_string)
                 ),
             ),
+            // With the other family there is something to serve.
             None if range.is_some() && facts.primary.get(family).is_none() => report.add(
-                Severity::Error,
+                if facts.primary.is_empty() { Severity::Error } else { Severity::Info },
                 format!(
-                    "this node has no {family} address to use: add one, or leave out the {family} --vip-cidr"
+                    "this node has no {family} address to use, so it serves no {family}: add one, or leave out the \
+                     {family} --vip-cidr"
                 ),
             ),
             _ => {}
@@ -282,6 +284,9 @@ mod tests {
             unreachable!()
         }
         fn put_vip_route(&mut self, _: &VipRoute) -> Result<(), Error> {
+            unreachable!()
+        }
+        fn our_ranges(&mut self) -> Result<BTreeSet<IpNet>, Error> {
             unreachable!()
         }
         fn del_vip_route(&mut self, _: Family, _: &IpNet) -> Result<(), Error> {

@@ -375,3 +375,100 @@ fn published_connections_end_that_an_earlier_run_left() {
     last.synced(Unread::default());
     assert_eq!(cut(&last.turn(true, now()).unwrap().ops), ["10.244.1.11:8080"]);
 }
+
+/// What failed is over as soon as it is to be done no more, and not when it would have been tried again.
+#[test]
+fn a_change_that_failed_each_time_is_over_when_its_service_is_edited_or_goes() {
+    for deleted in [false, true] {
+        let kernel = FakeKernel::default();
+        let mut engine = vote(&kernel, Allocations::default());
+        kernel.lock().impossible.push("scheduler lc".into());
+        let odd = |name: &str| Service {
+            ports: vec![port(90, 8080)],
+            scheduler: crate::model::service::Scheduler { name: name.into(), flags: 0 },
+            ..service("odd")
+        };
+        engine.feed([Event::Service(odd("lc").into()), endpoints("odd", &["10.244.1.15"])]);
+        engine.turn(true, now()).unwrap();
+        engine.turn(true, now()).unwrap();
+        assert!(!engine.failing().is_empty() && !engine.needs_full());
+        engine.feed([if deleted {
+            Event::ServiceGone(key("odd"))
+        } else {
+            Event::Service(odd("rr").into())
+        }]);
+        let mended = engine.turn(false, now()).unwrap();
+        assert_eq!((mended.full, mended.failures), (false, vec![]), "deleted: {deleted}");
+        assert_eq!(engine.failing(), [], "deleted: {deleted}");
+        assert_eq!(addresses(&kernel).contains("10.244.1.15"), !deleted);
+    }
+}
+
+/// Another's entry can't be written, ever: that keeps nobody's mark.
+#[test]
+fn an_entry_that_cannot_be_written_keeps_no_mark_of_other_services() {
+    let kernel = FakeKernel::default();
+    let mut engine = three(&kernel);
+    kernel.lock().impossible.push("30089".into());
+    engine.feed([service_with("odd", published(89, 8080, Some(30089))), endpoints("odd", &["10.244.1.19"])]);
+    engine.turn(true, now()).unwrap();
+    engine.turn(true, now()).unwrap();
+    assert!(!engine.failing().is_empty());
+    engine.feed([Event::ServiceGone(key("gone"))]);
+    turn(&mut engine, false);
+    assert!(!engine.failing().is_empty() && !engine.allocator().has_retired_marks());
+    // One that can't be taken out keeps its own.
+    kernel.lock().impossible.push("30081".into());
+    engine.feed([Event::ServiceGone(key("bad"))]);
+    engine.turn(false, now()).unwrap();
+    engine.turn(true, now()).unwrap();
+    assert!(engine.allocator().has_retired_marks());
+    kernel.lock().impossible.clear();
+    turn(&mut engine, true);
+    assert!(!engine.allocator().has_retired_marks() && engine.failing().is_empty());
+}
+
+#[test]
+fn a_service_of_a_family_that_the_node_does_not_serve_says_so_and_claims_no_number() {
+    use crate::cli::session::{notes_of, problems_of};
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    let v4 = facts().primary.v4;
+    {
+        let mut inner = kernel.lock();
+        inner.facts.primary = PerFamily { v4, v6: None };
+        inner.facts.published_addresses = v4.into_iter().collect();
+        inner.facts.all_addresses.retain(std::net::IpAddr::is_ipv4);
+    }
+    engine.family_grace = Duration::ZERO;
+    engine.refresh_node().unwrap();
+    let with = |name: &str, families: Vec<Family>| {
+        Event::Service(
+            Service {
+                ports: vec![published(80, 8080, Some(if name == "six" { 30080 } else { 30081 }))],
+                family_policy: if families.len() == 2 {
+                    FamilyPolicy::PreferDualStack
+                } else {
+                    FamilyPolicy::SingleStack
+                },
+                families,
+                ..service(name)
+            }
+            .into(),
+        )
+    };
+    engine.feed([with("six", vec![Family::V6]), with("both", Family::ALL.into())]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    let says = |name: &str| {
+        let service = engine.merged().services()[&key(name)].clone();
+        (problems_of(&engine, &service), notes_of(&engine, &service))
+    };
+    let (problems, notes) = says("six");
+    assert!(problems.len() == 1 && problems[0].contains("serves no IPv6"), "{problems:?}");
+    assert_eq!(notes, Vec::<String>::new());
+    let (problems, notes) = says("both");
+    assert_eq!(problems, Vec::<String>::new());
+    assert!(notes.len() == 1 && notes[0].contains("serves no IPv6"), "{notes:?}");
+    assert!(!engine.served().contains_key(&key("six")) && engine.served().contains_key(&key("both")));
+}

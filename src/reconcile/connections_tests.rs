@@ -312,3 +312,107 @@ fn a_mark_is_given_back_when_the_kernel_has_it_no_more_and_not_before() {
     assert!(!second.allocator().has_retired_marks());
     assert!(ours.iter().all(|key| !kernel.lock().state.virtual_servers.contains_key(key)));
 }
+
+/// Who starts does not know yet whose they are, and what connections they have.
+#[test]
+fn drains_of_an_earlier_run_wait_for_their_services() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    first.feed([endpoints("vote", &["10.244.1.11"])]);
+    turn(&mut first, false);
+    let (kept, drains) = (first.allocator().allocations(), first.drains().clone());
+    let mut second = engine_with(&kernel, kept, drains.clone());
+    second
+        .feed([service_with("vote", published(80, 8080, Some(30080))), endpoints("vote", &["10.244.1.11"])]);
+    second.synced(Unread::default());
+    kernel.lock().faults.push("read services".into());
+    assert!(second.turn(true, now()).is_err());
+    second.expire_drains(now() + SignedDuration::from_secs(1)).unwrap();
+    assert_eq!(*second.drains(), drains);
+    // Its time is up all the same.
+    let deadline = now() + SignedDuration::from_secs(31);
+    second.expire_drains(deadline).unwrap();
+    second.turn(true, deadline).unwrap();
+    assert!(second.drains().is_empty());
+}
+
+/// Whoever sends on is not to be answered by the service that has let go of the number, nor by it in another's place.
+#[test]
+fn udp_flows_by_a_port_that_is_published_no_longer_end() {
+    let udp = |number| ServicePort { protocol: Protocol::Udp, ..published(53, 5353, number) };
+    let unpublished = ServicePort { protocol: Protocol::Udp, ..port(53, 5353) };
+    let reals: BTreeSet<String> = ["10.244.1.11:5353", "10.244.1.12:5353"].map(str::to_owned).into();
+    for running in [true, false] {
+        for another in [true, false] {
+            let kernel = FakeKernel::default();
+            let mut first = engine(&kernel, Allocations::default());
+            let ends = || endpoints("dns", &["10.244.1.11", "10.244.1.12"]);
+            first.feed([service_with("dns", udp(Some(30053))), ends()]);
+            first.synced(Unread::default());
+            turn(&mut first, true);
+            let mut second = if running { first } else { after_a_restart(&kernel, &first) };
+            second.feed([service_with("dns", unpublished.clone()), ends()]);
+            if another {
+                second.feed([service_with("other", udp(Some(30053))), endpoints("other", &["10.244.1.15"])]);
+            }
+            second.synced(Unread::default());
+            let ops = second.turn(!running, now()).unwrap().ops;
+            assert_eq!(cut(&ops), reals, "running: {running}, another has it: {another}: {ops:?}");
+            assert_eq!(cut(&second.turn(true, now()).unwrap().ops), BTreeSet::new());
+        }
+    }
+    // With an endpoint that goes, the plan forgets them.
+    let kernel = FakeKernel::default();
+    let mut engine = engine(&kernel, Allocations::default());
+    engine.feed([service_with("dns", udp(Some(30053))), endpoints("dns", &["10.244.1.11", "10.244.1.12"])]);
+    engine.synced(Unread::default());
+    turn(&mut engine, true);
+    engine.feed([endpoints("dns", &["10.244.1.11"])]);
+    let ops = engine.turn(false, now()).unwrap().ops;
+    assert_eq!(cut(&ops), BTreeSet::new());
+}
+
+/// It could not be read when the agent started, and has let go of something since it was read last.
+#[test]
+fn connections_of_a_service_that_was_left_alone_end_when_it_is_read_again() {
+    for (what, edit) in [("unpublished", Some(port(80, 8080))), ("deleted", None)] {
+        let kernel = FakeKernel::default();
+        let mut first = vote(&kernel, Allocations::default());
+        turn(&mut first, true);
+        let mut second = after_a_restart(&kernel, &first);
+        let key = ServiceKey::new("default", "vote");
+        second.synced(Unread { services: [key].into(), ..Unread::default() });
+        assert_eq!(cut(&second.turn(true, now()).unwrap().ops), BTreeSet::new());
+        if let Some(port) = edit {
+            second.feed([service_with("vote", port), endpoints("vote", &["10.244.1.11", "10.244.1.12"])]);
+        }
+        second.synced(Unread::default());
+        let both = ["10.244.1.11:8080", "10.244.1.12:8080"].map(str::to_owned);
+        assert_eq!(cut(&second.turn(false, now()).unwrap().ops), both.into(), "{what}");
+    }
+}
+
+/// The kernel is of a later run than the state.
+#[test]
+fn marks_that_no_state_knows_are_given_back_too() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    turn(&mut first, true);
+    let older = first.allocator().allocations();
+    first.feed([service_with("later", port(82, 8080)), endpoints("later", &["10.244.1.14"])]);
+    turn(&mut first, false);
+    let later = ServiceKey::new("default", "later");
+    let mark = *first.allocator().get(&later).unwrap().marks.values().next().unwrap();
+    let mut second = vote(&kernel, older);
+    turn(&mut second, true);
+    turn(&mut second, true);
+    let foreign = crate::model::kernel::VirtualServerKey { family: Family::V4, mark };
+    assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
+    let theirs = foreign_server();
+    kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());
+    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
+    assert_eq!(second.look_at_servers(true, &mut rotation), Ok(None));
+    turn(&mut second, true);
+    assert_eq!(kernel.lock().state.virtual_servers[&foreign], theirs);
+}

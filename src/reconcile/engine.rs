@@ -6,6 +6,7 @@ mod drains;
 mod drift;
 mod known;
 mod lasting;
+mod left_alone;
 mod marks;
 mod ports;
 mod published;
@@ -25,6 +26,7 @@ use tracing::debug;
 
 use bridges::Bridges;
 pub use drift::Drift;
+use left_alone::Spared;
 use marks::Others;
 
 use crate::{
@@ -116,6 +118,8 @@ pub struct Engine {
     full: bool,
     /// Whether the kernel has been looked at.
     looked: bool,
+    /// What is left alone.
+    spared: Spared,
     /// Whether what an earlier run left was looked through for connections that nobody wants any more.
     swept: bool,
     /// Whether there was nothing of ours in it then.
@@ -186,6 +190,7 @@ impl Engine {
             failed_anew: false,
             full: false,
             looked: false,
+            spared: Spared::default(),
             swept: false,
             bare: false,
             overdue: BTreeSet::new(),
@@ -453,7 +458,7 @@ impl Engine {
             return Ok(None);
         }
         let mut ops = plan(self.merged.state(), &self.known, &touched);
-        self.spare_held(&mut ops);
+        self.spare_left_alone(&mut ops);
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         ops.extend(self.flows_to_retry());
         Ok(Some(ops))
@@ -494,13 +499,13 @@ impl Engine {
             self.know(&observed);
         }
         self.share();
-        let seen = if self.held.is_empty() { None } else { Some(self.without_held(&observed)) };
         if !std::mem::replace(&mut self.swept, true) {
-            self.note_unwanted(seen.as_ref().unwrap_or(&observed));
+            let seen = self.without_left_alone(&observed);
+            self.note_unwanted(&seen);
         }
         // First of all: the rules that guard their addresses may be about to go.
         let mut ops = self.earlier_routes()?;
-        ops.extend(plan_all(self.merged.state(), seen.as_ref().unwrap_or(&observed)));
+        ops.extend(plan_all(&self.with_left_alone(), &observed));
         ops.extend(self.overdue.iter().cloned().map(Op::CutFlows));
         ops.extend(self.flows_to_retry());
         self.note_originals(&ops);
@@ -556,7 +561,8 @@ impl Engine {
     /// (after a lost state file), and real servers that are there without being wanted are drained.
     fn adopt(&mut self, observed: &Observed) {
         self.know(observed);
-        self.ours.extend(observed.elements.values().flatten().copied());
+        self.ours.extend(observed.elements.values().flatten().copied().filter(|mark| *mark != Mark::NOWHERE));
+        let state_is_lost = self.recover.is_some();
         if let Some(lock) = self.recover.take() {
             let found = recover::recover_allocations(observed, &self.settings.node, &self.snapshot, &lock);
             self.allocator =
@@ -565,8 +571,11 @@ impl Engine {
         } else {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
+        // A later run than the one that the state is of has left them.
+        self.allocator.retire_strays(&self.ours);
         if !std::mem::replace(&mut self.looked, true) {
             self.bare = matches!(observed.program, ProgramState::Absent);
+            self.note_spared(observed, state_is_lost);
             if !self.unread.is_empty() {
                 self.keep_unread(observed);
             }
@@ -595,7 +604,7 @@ impl Engine {
     /// Applies prepared operations.
     pub fn apply(&mut self, ops: &[Op]) -> Vec<Failure> {
         let installs = ops.iter().any(|op| matches!(op, Op::Install { .. }));
-        let installed = match installs.then(|| self.to_install()) {
+        let installed = match installs.then(|| self.with_left_alone()) {
             Some(Cow::Owned(state)) => Some(state),
             _ => None,
         };
@@ -623,7 +632,7 @@ impl Engine {
         if ops.len() > SHARE_AFTER {
             self.share();
         }
-        if !self.failing.iter().any(lasting::keeps_marks) && self.allocator.has_retired_marks() {
+        if self.allocator.has_retired_marks() {
             let deleted = |op: &Op| match op {
                 Op::Ipvs(IpvsChange::DelService(key)) if done(op) => Some(*key),
                 _ => None,

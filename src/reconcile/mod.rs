@@ -8,6 +8,8 @@ mod apart_tests;
 #[cfg(test)]
 mod connections_tests;
 pub mod engine;
+#[cfg(test)]
+mod left_alone_tests;
 pub mod listeners;
 pub mod rotation;
 mod steady;

@@ -45,6 +45,12 @@ pub struct ParseError {
 /// The first place where it is not YAML. JSON is YAML too.
 pub fn parse(text: &str) -> Result<Vec<Node>, ParseError> {
     let mut options = Options::default();
+    // How large a text is, and with it all that is in it, is limited by who reads it. What aliases make of it is not.
+    if let Some(budget) = &mut options.budget {
+        let most = text.len().saturating_add(1);
+        (budget.max_documents, budget.max_nodes, budget.max_events) = (most, most, most.saturating_mul(4));
+        budget.max_total_scalar_bytes = budget.max_total_scalar_bytes.max(most);
+    }
     options.legacy_octal_numbers = true;
     options.emit_comments = false;
     let nodes: Vec<Node> = serde_saphyr::from_multiple_with_options(text, options).map_err(|e| {
@@ -270,6 +276,20 @@ mod tests {
             [2, 2, 3, 5, 7, 5, 3]
         );
         assert_eq!(nodes[1].line_of("q"), 9);
+    }
+
+    /// As many as there are: who reads a file limits its size.
+    #[test]
+    fn has_no_limit_of_documents_or_values() {
+        let many = "---\na: 1\n".repeat(3000);
+        assert_eq!(parse(&many).unwrap().len(), 3000);
+        let list = format!("a:\n{}", "- {b: [1, 2, 3], c: {d: e}}\n".repeat(60_000));
+        assert_eq!(parse(&list).unwrap().len(), 1);
+        // But what a text makes of itself by aliases is limited.
+        let bomb: String = (1..12)
+            .map(|n| format!("a{n}: &a{n} [{}]\n", vec![format!("*a{}", n - 1); 9].join(", ")))
+            .collect();
+        assert!(parse(&format!("a0: &a0 x\n{bomb}")).is_err());
     }
 
     #[test]

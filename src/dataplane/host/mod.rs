@@ -120,6 +120,10 @@ impl Host for LinuxHost {
         Ok(found)
     }
 
+    fn our_ranges(&mut self) -> Result<BTreeSet<IpNet>, Error> {
+        route::our_ranges(&mut self.route)
+    }
+
     fn put_vip_route(&mut self, route: &VipRoute) -> Result<(), Error> {
         self.writes += u64::from(route::put(&mut self.route, route)?);
         Ok(())

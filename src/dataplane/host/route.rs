@@ -1,7 +1,7 @@
 //! The AnyIP route of each VIP range, and routes of others that overlap it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -184,6 +184,16 @@ pub(crate) fn address_family(family: Family) -> AddressFamily {
         Family::V4 => AddressFamily::Inet,
         Family::V6 => AddressFamily::Inet6,
     }
+}
+
+/// Ranges of all routes in table local that are ours by their protocol.
+pub(crate) fn our_ranges(conn: &mut Conn) -> Result<BTreeSet<IpNet>, Error> {
+    let mut out = BTreeSet::new();
+    for family in Family::ALL {
+        let ours = |route: &Route| route.protocol == ROUTE_PROTOCOL && route.kind == RouteType::Local;
+        out.extend(dump(conn, family, TABLE_LOCAL)?.into_iter().filter(ours).map(|route| route.dst));
+    }
+    Ok(out)
 }
 
 /// Our route of this range. Without a source (IPv6 loses it with the address), the source is `::`.

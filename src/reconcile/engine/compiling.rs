@@ -117,7 +117,7 @@ impl Compiling<'_> {
     }
 
     /// Connections by published ports to a destination that the service let go of, or by a port that is no longer published, are
-    /// cut with the next changes. UDP flows are found by the plan.
+    /// cut with the next changes.
     fn cut(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {
         let Some(old) = self.merged.services().get(key) else { return };
         // Of an address that the node has lost they go on if it comes back.

@@ -34,6 +34,10 @@ impl Engine {
         let (mut over_now, mut asked) = (Vec::new(), Vec::new());
         let keys: Vec<_> = self.drains.iter().map(|(key, until)| (*key, *until)).collect();
         for ((vs, real), until) in keys {
+            // Before its service has turned up nobody can say what connections it has by published ports.
+            if until > now && self.merged.owner(vs.mark).is_none() {
+                continue;
+            }
             let mut over = until <= now;
             if !over {
                 let active = match looked.get(&vs) {

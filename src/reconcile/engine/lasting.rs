@@ -4,8 +4,8 @@ use std::collections::HashSet;
 
 use super::Engine;
 use crate::{
-    dataplane::{IpvsChange, executor::Failure},
-    model::kernel::VirtualServerKey,
+    dataplane::{ElementChange, IpvsChange, executor::Failure},
+    model::kernel::{KernelState, RealServerKey, VirtualServerKey},
     plan::Op,
 };
 
@@ -23,6 +23,9 @@ impl Engine {
     /// Takes in how changes ended. Whether the kernel is known all the same: what fails a second time, after the kernel was read,
     /// has changed nothing, and each look and each change of anything else may go by that.
     pub(super) fn note_failures(&mut self, ops: &[Op], failures: &[Failure]) -> bool {
+        if !self.full {
+            self.forget_mended(ops);
+        }
         if failures.is_empty() && (self.failing.is_empty() || self.full) {
             self.failing.clear();
             self.failed_anew = false;
@@ -40,11 +43,57 @@ impl Engine {
         if self.full {
             self.failing.clear();
         } else {
-            let tried: HashSet<String> = ops.iter().map(ToString::to_string).collect();
+            let tried: HashSet<String> = failures.iter().map(|failure| failure.op.to_string()).collect();
             self.failing.retain(|failure| !tried.contains(&failure.op.to_string()));
         }
         self.failing.extend(failures.iter().cloned());
         lasting
+    }
+
+    /// What failed earlier and was done now, or is to be done no more since its service was edited or is gone.
+    fn forget_mended(&mut self, ops: &[Op]) {
+        if self.failing.is_empty() {
+            return;
+        }
+        let tried: HashSet<String> = ops.iter().map(ToString::to_string).collect();
+        let failing = std::mem::take(&mut self.failing);
+        let want = self.with_left_alone();
+        let is_due = |failure: &Failure| {
+            self.is_due(&failure.op, &want).unwrap_or(!tried.contains(&failure.op.to_string()))
+        };
+        self.failing = failing.into_iter().filter(is_due).collect();
+    }
+
+    /// Whether a change is still to be done: wanted, and not in the kernel. `None` for those that no comparison of what is known
+    /// tells.
+    fn is_due(&self, op: &Op, want: &KernelState) -> Option<bool> {
+        let have = &self.known;
+        let config =
+            |state: &KernelState, key| state.virtual_servers.get(key).map(|server| server.config.clone());
+        let real = |state: &KernelState, key, real: &RealServerKey| {
+            state.virtual_servers.get(key).and_then(|server| server.reals.get(real).copied())
+        };
+        Some(match op {
+            Op::Ipvs(IpvsChange::AddService(key, new) | IpvsChange::SetService(key, new)) => {
+                config(want, key).as_ref() == Some(new) && config(have, key).as_ref() != Some(new)
+            }
+            Op::Ipvs(IpvsChange::AddReal(key, to, new) | IpvsChange::SetReal(key, to, new)) => {
+                real(want, key, to) == Some(*new) && real(have, key, to) != Some(*new)
+            }
+            Op::Ipvs(IpvsChange::DelService(key)) => {
+                config(want, key).is_none() && config(have, key).is_some()
+            }
+            Op::Ipvs(IpvsChange::DelReal(key, to)) => {
+                real(want, key, to).is_none() && real(have, key, to).is_some()
+            }
+            Op::Element(ElementChange::Put(element, mark)) => {
+                want.elements.get(element) == Some(mark) && have.elements.get(element) != Some(mark)
+            }
+            Op::Element(ElementChange::Del(element)) => {
+                !want.elements.contains_key(element) && have.elements.contains_key(element)
+            }
+            _ => return None,
+        })
     }
 }
 
@@ -69,11 +118,4 @@ fn is_apart(op: &Op) -> bool {
         | Op::RemoveLeftovers(_) => true,
         Op::Install { .. } | Op::ForgetUdp(_) | Op::CutFlows(_) => false,
     }
-}
-
-/// Whether a mark that nobody has any more may still be in the kernel since this has failed.
-pub(super) fn keeps_marks(failure: &Failure) -> bool {
-    use crate::dataplane::IpvsChange::{AddReal, AddService, SetReal, SetService};
-    let adds = |op: &Op| matches!(op, Op::Ipvs(AddService(..) | SetService(..) | AddReal(..) | SetReal(..)));
-    !matches!(failure.op, Op::Sysctl { .. } | Op::Timeouts { .. } | Op::PutRoute(_)) && !adds(&failure.op)
 }

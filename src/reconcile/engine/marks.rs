@@ -9,6 +9,7 @@ use crate::{
         ids::{Family, Mark, ServiceKey},
         kernel::VirtualServerKey,
     },
+    plan::Op,
 };
 
 /// How the marks of other programs' services are known.
@@ -34,7 +35,17 @@ impl Engine {
     /// These IPVS services were just `deleted`: one that is there now is somebody else's. But another may have been left out by a
     /// dump while others changed their services: that is ours, and still to go.
     pub(super) fn give_marks_back(&mut self, deleted: &HashSet<VirtualServerKey>) {
-        let retired = self.allocator.retired_marks().clone();
+        let mut retired = self.allocator.retired_marks() - self.nameless();
+        if !self.failing.is_empty() {
+            // Entries of another renderer, about which nothing is known.
+            if self.failing.iter().any(|failure| matches!(failure.op, Op::RemoveLeftovers(_))) {
+                return;
+            }
+            // What could not be changed may lead there.
+            for mark in self.known.elements.values().flatten() {
+                retired.remove(mark);
+            }
+        }
         // What was never ours, since it was another program's before, is not asked about either.
         let asked: Vec<_> =
             retired.intersection(&self.ours).flat_map(keys).filter(|key| !deleted.contains(key)).collect();

@@ -100,6 +100,10 @@ impl Compiling<'_> {
         families: &[Family],
     ) -> bool {
         let Some(publish) = &port.publish else { return false };
+        // In no family that this node serves.
+        if families.is_empty() {
+            return false;
+        }
         if !self.facts.publishes_at_one_of(&publish.addresses) {
             return false;
         }

@@ -66,13 +66,17 @@ fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
 }
 
 /// Connections that a service has let go of: to a destination that is its port's no longer, or by a port that is not published
-/// any more. With another number they go on.
+/// any more. With another number they go on. The plan finds UDP flows to a destination that goes; by a port that is published no
+/// longer they are found here, since its destinations may stay.
 pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Vec<PublishedFlows> {
     let now: BTreeMap<PortId, BTreeSet<RealServerKey>> =
         new.map(published).unwrap_or_default().into_iter().map(|port| (port.id, port.reals)).collect();
     let mut out = Vec::new();
-    for port in published(old).into_iter().filter(|port| port.protocol != Protocol::Udp) {
+    for port in published(old) {
         let still = now.get(&port.id);
+        if port.protocol == Protocol::Udp && still.is_some() {
+            continue;
+        }
         for real in port.reals.iter().filter(|real| still.is_none_or(|still| !still.contains(*real))) {
             let family = Family::of(&real.addr);
             let to = port.to.iter().filter(|(addr, _)| Family::of(addr) == family).copied().collect();
@@ -99,7 +103,7 @@ impl Engine {
             if mark.is_some_and(|mark| leads_as_it_did(element, mark)) {
                 continue;
             }
-            if let Some(mark) = mark.filter(|_| protocol != Protocol::Udp && self.facts.publishes_at(&to.0)) {
+            if let Some(mark) = mark.filter(|_| self.facts.publishes_at(&to.0)) {
                 entries.entry((element.family(), mark)).or_default().push(Entry { element, protocol, to });
             }
         }
@@ -112,9 +116,6 @@ impl Engine {
         let mut out: BTreeMap<(Protocol, RealServerKey), BTreeSet<(IpAddr, u16)>> = BTreeMap::new();
         for (key, have) in &observed.virtual_servers {
             let want = desired.virtual_servers.get(key);
-            if want.is_some_and(|want| want.protocol == Some(Protocol::Udp)) {
-                continue;
-            }
             let unwanted = |real: &&RealServerKey| want.is_none_or(|want| !want.reals.contains_key(*real));
             let by_mark = entries.get(&(key.family, key.mark)).map_or(&[][..], Vec::as_slice);
             let nowhere = entries.get(&(key.family, Mark::NOWHERE)).map_or(&[][..], Vec::as_slice);
@@ -124,6 +125,10 @@ impl Engine {
             let others = nowhere.iter().filter(|_| !gone.is_empty()).map(|entry| (entry, gone.clone()));
             let had = self.still_published(key.mark, &remembered);
             for (entry, reals) in led.chain(others) {
+                // The plan sees to UDP flows by a port that is still published.
+                if entry.protocol == Protocol::Udp && had.is_some() {
+                    continue;
+                }
                 for real in reals {
                     let goes_on = owners.get(entry.element).is_some_and(|service| {
                         ports.of(service).iter().any(|port| port.has(entry.protocol, real, &entry.to))

@@ -1,10 +1,6 @@
 //! What the source can't speak for, since it can't be read, stays as it is.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeSet, HashMap, HashSet},
-    net::IpAddr,
-};
+use std::collections::{BTreeSet, HashMap};
 
 use super::Engine;
 use crate::{
@@ -12,13 +8,12 @@ use crate::{
         RealState,
         service::{Drains, Kept},
     },
-    dataplane::ElementChange,
     model::{
-        ids::{Mark, Protocol, ServiceKey},
-        kernel::{Element, Elements, KernelState, VirtualServer, VirtualServerKey},
+        ids::{Mark, ServiceKey},
+        kernel::{Element, Elements, VirtualServer, VirtualServerKey},
         unread::Unread,
     },
-    plan::{Observed, Op},
+    plan::Observed,
 };
 
 impl Engine {
@@ -27,10 +22,12 @@ impl Engine {
     pub fn synced(&mut self, unread: Unread) {
         let unseen = self.allocator.remembered().filter(|key| !self.snapshot.services().contains_key(*key));
         let (held, gone): (BTreeSet<_>, BTreeSet<_>) = unseen.cloned().partition(|key| unread.may_have(key));
-        // What of theirs has no mark was overlooked so far, and is to be compared now.
-        self.trusted &= self.held.is_subset(&held);
+        if !self.held.is_subset(&held) {
+            self.compare_held();
+        }
         let before = std::mem::replace(&mut self.held, held);
         self.unread = unread;
+        self.let_go_of_nameless();
         self.keep_of_turned_up(&before);
         let groups = self.unread_marks();
         for (key, local) in std::mem::take(&mut self.kept) {
@@ -60,8 +57,13 @@ impl Engine {
         }
         self.keep_of_turned_up(&back);
         self.held.retain(|key| !back.contains(key));
-        // What of theirs was overlooked so far is to be compared now.
+        self.compare_held();
+    }
+
+    /// What of some services was overlooked so far is to be compared now, and their connections are to be looked through.
+    pub(super) fn compare_held(&mut self) {
         self.trusted = false;
+        self.swept = false;
     }
 
     /// Services that were left alone and can be read now, while some of their endpoints can't: these stay.
@@ -92,66 +94,6 @@ impl Engine {
             }
         }
         Some(marks)
-    }
-
-    /// What is in the kernel for services that are left alone, where these are the IPVS services that it has.
-    fn left_alone(&self, servers: &HashMap<VirtualServerKey, VirtualServer>) -> LeftAlone {
-        // One that has turned up elsewhere meanwhile is held no longer.
-        let held = || self.held.iter().filter(|key| !self.snapshot.services().contains_key(*key));
-        let marks: BTreeSet<Mark> = held().flat_map(|key| self.allocator.remembered_marks(key)).collect();
-        let theirs = servers.iter().filter(|(key, _)| marks.contains(&key.mark));
-        let endpoints = theirs.flat_map(|(_, server)| server.reals.keys().map(|real| real.addr)).collect();
-        let remembered = held().flat_map(|key| self.allocator.remembered_ports(key));
-        let served = held().filter_map(|key| self.served.get(key)).flatten().copied();
-        LeftAlone { marks, endpoints, ports: remembered.chain(served).collect() }
-    }
-
-    /// The observed state without what belongs to services that the source does not have but may be
-    /// meant to have: they are left as they are.
-    pub(super) fn without_held(&self, observed: &Observed) -> Observed {
-        let left = self.left_alone(&observed.virtual_servers);
-        let wanted = &self.merged.state().elements;
-        let mut out = observed.clone();
-        out.virtual_servers.retain(|key, _| !left.marks.contains(&key.mark));
-        out.elements.retain(|element, mark| wanted.contains_key(element) || !left.has(element, *mark));
-        out
-    }
-
-    /// Entries of theirs go with nobody else's: the last readable service that had the same endpoints, say.
-    pub(super) fn spare_held(&self, ops: &mut Vec<Op>) {
-        let deleted = |op: &Op| match op {
-            Op::Element(ElementChange::Del(element)) => Some(*element),
-            _ => None,
-        };
-        if self.held.is_empty() || !ops.iter().any(|op| deleted(op).is_some()) {
-            return;
-        }
-        let left = self.left_alone(&self.known.virtual_servers);
-        ops.retain(|op| {
-            deleted(op).is_none_or(|element| {
-                !left.has(&element, self.known.elements.get(&element).copied().flatten())
-            })
-        });
-    }
-
-    /// What the rules are installed with, which replaces all entries: the desired state, and the entries of what is left alone.
-    pub fn to_install(&self) -> Cow<'_, KernelState> {
-        let desired = self.merged.state();
-        if self.held.is_empty() {
-            return Cow::Borrowed(desired);
-        }
-        let left = self.left_alone(&self.known.virtual_servers);
-        let known = self.known.elements.iter();
-        let entries: Vec<_> =
-            known.filter(|(e, mark)| left.has(e, **mark)).map(|(e, mark)| (*e, *mark)).collect();
-        if entries.is_empty() {
-            return Cow::Borrowed(desired);
-        }
-        let mut out = desired.clone();
-        for (element, mark) in entries {
-            out.elements.entry(element).or_insert(mark);
-        }
-        Cow::Owned(out)
     }
 
     /// What of the source can't be read.
@@ -197,25 +139,4 @@ fn present(
         .filter(|key| !drains.contains_key(key))
         .map(|(key, real)| ((key, real), elements.contains_key(&Element::Local(real.addr))))
         .collect()
-}
-
-/// What is in the kernel for services that are left alone.
-struct LeftAlone {
-    marks: BTreeSet<Mark>,
-    endpoints: HashSet<IpAddr>,
-    ports: HashSet<(Protocol, u16)>,
-}
-
-impl LeftAlone {
-    /// Whether an entry is theirs, if nobody else wants it.
-    fn has(&self, element: &Element, mark: Option<Mark>) -> bool {
-        match (element, mark) {
-            (_, Some(mark)) if mark != Mark::NOWHERE => self.marks.contains(&mark),
-            (Element::Vip(_), _) => false,
-            (Element::Published(to), _) => self.ports.contains(&(to.protocol, to.port)),
-            (Element::Loopback(_, protocol, port), _) => self.ports.contains(&(*protocol, *port)),
-            (Element::Endpoint(addr) | Element::Local(addr), _) => self.endpoints.contains(addr),
-            (Element::Own(to), _) => self.endpoints.contains(&to.addr),
-        }
-    }
 }

@@ -12,6 +12,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("ownership::marks_of_an_earlier_start", &Matrix::pair(), earlier_start);
     suite.add("ownership::sentinel_of_another", &Matrix::pair(), foreign_sentinel);
     suite.add("ownership::another_mask", &Matrix::pair(), another_mask);
+    suite.add("ownership::a_lost_state_of_other_ranges", &Matrix::pair(), lost_ranges);
     suite.add("ownership::settings_go_back", &Matrix::pair(), settings);
     suite.add("ownership::settings_wait_for_others", &Matrix::pair(), settings_wait);
 }
@@ -111,6 +112,57 @@ fn another_mask(cx: &mut Cx) -> Result<()> {
         .collect();
     ensure!(!marks.is_empty() && marks.iter().all(|mark| mark & 0x3fff == 0), "{marks:?}");
     served(&t, &["p11", "p12"])
+}
+
+/// Routes and the sentinel of a run with other flags are found without its state; another program's routes are not ours.
+fn lost_ranges(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    m.write()?;
+    cx.will_clean(n1);
+    let mut other_dir = cx.manifests()?;
+    other_dir.service("other").port(Proto::Tcp, 80, 8080, None);
+    other_dir.endpoints("other", &[t.pod("p11")]);
+    other_dir.write()?;
+    let other = meshlb.clone().flag("--vip-cidr=10.50.0.0/16,fd00:50:1::/112").flag("--mark-mask=0xffc000");
+    n1.ip_batch("route add local 10.51.0.0/16 dev lo proto 178\n")?;
+    let ours = || -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        for family in ["-4", "-6"] {
+            let all = n1.ns.run(&["ip", family, "route", "show", "table", "local"])?.ok()?.stdout;
+            found.extend(all.lines().filter(|l| l.contains("proto 177")).map(str::to_owned));
+        }
+        Ok(found)
+    };
+    for by_cleanup in [true, false] {
+        other.run(n1, &["apply", &other_dir.dir.to_string_lossy()])?.ok()?;
+        ensure!(ours()?.len() == 2 && ours()?.iter().any(|l| l.contains("10.50.0.0/16")), "{:?}", ours()?);
+        std::fs::remove_dir_all(n1.state_dir())?;
+        if by_cleanup {
+            meshlb.run(n1, &["cleanup"])?.ok()?;
+            ensure!(ours()?.is_empty(), "{:?}", ours()?);
+            let left = n1.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+            ensure!(left.is_empty(), "{left}");
+        } else {
+            meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?.ok()?;
+            served(&t, &["p11", "p12"])?;
+            let found = ours()?;
+            ensure!(
+                found.len() == 2 && !found.iter().any(|l| l.contains(":50:") || l.contains("10.50.")),
+                "{found:?}"
+            );
+            let left = n1.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;
+            let marks = left
+                .lines()
+                .filter_map(|l| l.strip_prefix("-A -f ")?.split_whitespace().next()?.parse().ok());
+            let marks: Vec<u32> = marks.collect();
+            ensure!(!marks.is_empty() && marks.iter().all(|mark| mark & 0xff_c000 == 0), "{left}");
+        }
+    }
+    let theirs = n1.ns.run(&["ip", "route", "show", "table", "local"])?.ok()?.stdout;
+    ensure!(theirs.contains("local 10.51.0.0/16 dev lo proto 178"), "{theirs}");
+    n1.ip_batch("route del local 10.51.0.0/16 dev lo proto 178\n")
 }
 
 /// What the node had before: put back where we had to change it, left where it does for us.
