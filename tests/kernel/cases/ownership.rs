@@ -5,7 +5,8 @@ use serde_json::Value;
 
 use super::guard::sh;
 use super::support::{one_node, served, web, web_on_one_node};
-use crate::runner::{Cx, Matrix, Suite};
+use crate::manifests::Manifests;
+use crate::runner::{Cx, Matrix, Proto, Suite};
 use crate::topology::{Node, PodNetwork};
 
 pub fn register(suite: &mut Suite) {
@@ -121,7 +122,7 @@ fn lost_ranges(cx: &mut Cx) -> Result<()> {
     let n1 = t.node(1);
     m.write()?;
     cx.will_clean(n1);
-    let mut other_dir = cx.manifests()?;
+    let mut other_dir = Manifests::new(&cx.dir.join("other"))?;
     other_dir.service("other").port(Proto::Tcp, 80, 8080, None);
     other_dir.endpoints("other", &[t.pod("p11")]);
     other_dir.write()?;
@@ -149,7 +150,8 @@ fn lost_ranges(cx: &mut Cx) -> Result<()> {
             served(&t, &["p11", "p12"])?;
             let found = ours()?;
             ensure!(
-                found.len() == 2 && !found.iter().any(|l| l.contains(":50:") || l.contains("10.50.")),
+                found.len() == 2
+                    && !found.iter().any(|l| l.contains("fd00:50:1:") || l.contains("10.50.0.0")),
                 "{found:?}"
             );
             let left = n1.run(&["ipvsadm", "-Sn"])?.ok()?.stdout;

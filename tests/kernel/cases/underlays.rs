@@ -18,23 +18,21 @@ use crate::topology::{Builder, Host, PodNetwork, Topology, Underlay};
 
 pub fn register(suite: &mut Suite) {
     type Case = fn(&mut Cx) -> Result<()>;
-    let kinds: [(&str, Case); 7] = [
+    let kinds: [(&str, Case); 10] = [
+        ("underlays::bridge", |cx| carries(cx, &bridge(true).rp_filter(1), &[Family::V4], None)),
+        ("underlays::bridge_with_br_netfilter_off", |cx| {
+            switches_br_netfilter_on(cx, &bridge(false).rp_filter(1))
+        }),
+        ("underlays::vxlan", |cx| {
+            let spec =
+                Topology::builder().vip_route(1).underlay(Underlay::Vxlan).cni_masquerade().rp_filter(1);
+            carries(cx, &spec, &Family::ALL, None)
+        }),
         ("underlays::vxlan_bridge", |cx| {
             carries(cx, &bridge(true).underlay(Underlay::Vxlan).rp_filter(1), &[Family::V4], None)
         }),
         ("underlays::vxlan_bridge_with_br_netfilter_off", |cx| {
-            let spec = bridge(false).underlay(Underlay::Vxlan).rp_filter(1);
-            carries(cx, &spec, &[Family::V4], None)?;
-            // We have switched it on, and cleanup leaves it on, since others may rely on it by then.
-            let t = cx.topology(&spec)?;
-            cx.cleanup(&t)?;
-            for node in &t.nodes {
-                for key in ["net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"] {
-                    ensure!(node.ns.sysctl_get(key)? == "1", "{key} is off on {}", node.name);
-                    node.ns.sysctl(key, "0")?;
-                }
-            }
-            Ok(())
+            switches_br_netfilter_on(cx, &bridge(false).underlay(Underlay::Vxlan).rp_filter(1))
         }),
         ("underlays::vxlan_bridge_without_br_netfilter", without_br_netfilter),
         ("underlays::ipip", |cx| {
@@ -63,6 +61,20 @@ pub fn register(suite: &mut Suite) {
 
 fn bridge(br_netfilter: bool) -> Builder {
     Topology::builder().vip_route(1).pod_network(PodNetwork::Bridge { br_netfilter }).cni_masquerade()
+}
+
+/// Where bridged packets pass by netfilter, we switch it on, and cleanup leaves it on, since others may rely on it by then.
+fn switches_br_netfilter_on(cx: &mut Cx, spec: &Builder) -> Result<()> {
+    carries(cx, spec, &[Family::V4], None)?;
+    let t = cx.topology(spec)?;
+    cx.cleanup(&t)?;
+    for node in &t.nodes {
+        for key in ["net.bridge.bridge-nf-call-iptables", "net.bridge.bridge-nf-call-ip6tables"] {
+            ensure!(node.ns.sysctl_get(key)? == "1", "{key} is off on {}", node.name);
+            node.ns.sysctl(key, "0")?;
+        }
+    }
+    Ok(())
 }
 
 /// From a pod, a node and the outside, to local and remote endpoints. Datagrams that are more than one packet only in the
