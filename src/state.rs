@@ -20,6 +20,7 @@ use crate::{
     model::{
         ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
         kernel::Timeouts,
+        unread::Nameless,
     },
     source::Origin,
     whole_file::{is_unfinished, write_atomically},
@@ -77,6 +78,9 @@ pub struct State {
     /// when somebody has emptied our sets.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub served: BTreeMap<ServiceKey, Vec<PublishedPorts>>,
+    /// What the kernel has of services whose names were lost with an earlier state.
+    #[serde(skip_serializing_if = "Nameless::is_empty")]
+    pub nameless: Nameless,
     /// What the netfilter renderer wrote last; only it knows what that means.
     pub netfilter: serde_json::Value,
 }

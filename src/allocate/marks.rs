@@ -117,15 +117,26 @@ impl Marks {
         self.previous.contains_key(owner)
     }
 
-    /// Retires those of these marks that nobody has or had.
-    pub fn retire_strays(&mut self, marks: &BTreeSet<Mark>) {
-        let stray = |mark: &&Mark| {
-            **mark != self.mask.sentinel() && !self.taken.contains(*mark) && !self.foreign.contains(*mark)
+    /// Retires those of these marks that nobody has or had, and says which.
+    pub fn retire_strays(&mut self, marks: &BTreeSet<Mark>) -> BTreeSet<Mark> {
+        let known = |mark: &Mark| {
+            *mark == self.mask.sentinel()
+                || self.taken.contains(mark)
+                || self.foreign.contains(mark)
+                || self.retired.contains(mark)
         };
-        let strays: Vec<Mark> = marks.iter().filter(stray).copied().collect();
+        let strays: BTreeSet<Mark> = marks.iter().filter(|mark| !known(mark)).copied().collect();
         if !strays.is_empty() {
             self.free.retain(|mark| !strays.contains(mark));
-            self.retired.extend(strays);
+            self.retired.extend(&strays);
+        }
+        strays
+    }
+
+    /// An owner had this retired mark in an earlier run.
+    pub fn recall(&mut self, owner: MarkOwner, mark: Mark) {
+        if self.retired.remove(&mark) && self.taken.insert(mark) {
+            self.previous.insert(owner, mark);
         }
     }
 
@@ -140,23 +151,24 @@ impl Marks {
     /// get one.
     pub fn commit(&mut self, free: &BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
         // Numbers that were never given out are found by themselves.
-        let usable = |mark: &Mark| self.mask.covers(*mark) && self.was_given_out(*mark);
-        let known = self.retired.intersection(free).copied().filter(usable);
+        let known = self.retired.intersection(free).copied().filter(|mark| self.is_used_up(*mark));
         let known: Vec<Mark> = known.collect();
         self.free.extend(known);
         self.retired.retain(|mark| !free.contains(mark));
         self.starving.iter().map(|owner| owner.service.clone()).collect()
     }
 
-    fn was_given_out(&self, mark: Mark) -> bool {
-        self.mask.nth(self.next_unused).is_none_or(|next| mark < next)
+    /// Whether it is one of ours to give, and those that were never given out come after it.
+    fn is_used_up(&self, mark: Mark) -> bool {
+        let ours = self.mask.covers(mark) && mark != self.mask.sentinel();
+        ours && self.mask.nth(self.next_unused).is_none_or(|next| mark < next)
     }
 
     /// Marks on services in the kernel that are not ours. Returns the services that have to give theirs up.
     pub fn set_foreign(&mut self, foreign: BTreeSet<Mark>) -> BTreeSet<ServiceKey> {
         let back: Vec<Mark> = self.foreign.difference(&foreign).copied().collect();
         let back: Vec<Mark> =
-            back.into_iter().filter(|m| self.was_given_out(*m) && self.is_known_nowhere(*m)).collect();
+            back.into_iter().filter(|m| self.is_used_up(*m) && self.is_known_nowhere(*m)).collect();
         self.free.extend(back);
         self.foreign = foreign;
         let evicted: Vec<MarkOwner> = self
@@ -216,7 +228,12 @@ mod tests {
         assert!(mask.covers(own));
         marks.commit(&[other].into());
         assert!(marks.retired().is_empty());
+        // Another program's that went is as little ours to give.
+        let theirs = Mark(5);
+        assert!(!mask.covers(theirs));
+        marks.set_foreign([theirs].into());
+        marks.set_foreign(BTreeSet::new());
         let all: BTreeSet<_> = (0..20_000).filter_map(|n| marks.claim(&owner(&format!("b{n}")))).collect();
-        assert!(!all.contains(&other) && all.len() > 100);
+        assert!(!all.contains(&other) && !all.contains(&theirs) && all.len() > 100);
     }
 }

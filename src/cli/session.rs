@@ -117,6 +117,7 @@ impl Keeper {
             self.stale |= put(&mut state.allocations, engine.allocator().allocations());
             let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
             self.stale |= put(&mut state.served, runs.collect());
+            self.stale |= put(&mut state.nameless, engine.nameless().clone());
             self.stale |= put(&mut state.labels, super::dns::labels(engine, &state.allocations));
             // Once it is known: of a folder that was empty at the start it is when there is something in it.
             let dir = self.source.dir().filter(|_| self.generation.is_none() || state.folder.is_none());
@@ -347,6 +348,7 @@ impl Session {
             engine.set_served(state.served.iter().map(|(key, runs)| (key.clone(), ports(runs))).collect());
         }
         engine.set_earlier_ranges(earlier_ranges);
+        engine.set_nameless(state.nameless.clone());
         let zone = options.dns.zone(engine.settings().node.ranges)?;
         let dns_listen = match purpose {
             Purpose::Agent if options.dns.config(engine.settings().node.ranges)?.is_some() => {
@@ -513,6 +515,8 @@ fn unserved_families(engine: &Engine, service: &CompiledService) -> Option<(bool
     let declared = engine.snapshot().services().get(&service.key)?;
     let wanted: Vec<Family> = match declared.mode {
         Mode::Vip => service.vips.iter().map(|(family, _)| family).collect(),
+        // Its names are answered whatever is programmed.
+        Mode::Dnsrr if declared.ports.iter().all(|port| port.publish.is_none()) => return None,
         Mode::Dnsrr => declared.families.clone(),
     };
     let node = &engine.settings().node;

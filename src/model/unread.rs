@@ -2,7 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::ids::ServiceKey;
+use serde::{Deserialize, Serialize};
+
+use super::ids::{Mark, Protocol, ServiceKey};
 
 /// What may be in a part of a source that can't be used.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -72,6 +74,23 @@ impl Unread {
             || !self.anything
                 && self.services.is_subset(&other.services)
                 && self.endpoints_of.is_subset(&other.endpoints_of)
+    }
+}
+
+/// What a kernel has for services that no state names any more: as long as some of the source can't be read, it may be meant to
+/// be there.
+#[derive(Clone, PartialEq, Eq, Default, Debug, Serialize, Deserialize)]
+pub struct Nameless {
+    /// Marks of their ports.
+    pub marks: BTreeSet<Mark>,
+    /// Published numbers that lead nowhere, for want of an endpoint.
+    pub published: BTreeSet<(Protocol, u16)>,
+}
+
+impl Nameless {
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
     }
 }
 

@@ -472,3 +472,50 @@ fn a_service_of_a_family_that_the_node_does_not_serve_says_so_and_claims_no_numb
     assert!(notes.len() == 1 && notes[0].contains("serves no IPv6"), "{notes:?}");
     assert!(!engine.served().contains_key(&key("six")) && engine.served().contains_key(&key("both")));
 }
+
+/// An IPVS service that can't be deleted keeps its mark, and nothing else.
+#[test]
+fn a_service_that_cannot_be_deleted_makes_no_other_change_a_full_one() {
+    let kernel = FakeKernel::default();
+    let mut engine = three(&kernel);
+    let mark = *engine.allocator().get(&key("gone")).unwrap().marks.values().next().unwrap();
+    kernel.lock().impossible.push(format!("- ipvs FWM {}", mark.0));
+    engine.feed([Event::ServiceGone(key("gone"))]);
+    assert!(!engine.turn(false, now()).unwrap().failures.is_empty());
+    assert!(!engine.turn(true, now()).unwrap().failures.is_empty());
+    assert!(!engine.needs_full() && engine.allocator().has_retired_marks());
+    engine.feed([endpoints("vote", &["10.244.1.11"])]);
+    let change = engine.turn(false, now()).unwrap();
+    assert_eq!((change.full, change.failures), (false, vec![]));
+    assert!(!engine.needs_full());
+    kernel.lock().impossible.clear();
+    turn(&mut engine, true);
+    assert!(!engine.allocator().has_retired_marks());
+}
+
+/// A node that has lost its address serves nothing, but has given nothing up: a socket that came later does not get the number.
+#[test]
+fn a_published_number_outlasts_the_loss_of_the_nodes_address() {
+    use crate::dataplane::Listener;
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    engine.family_grace = Duration::ZERO;
+    let before = engine.served().clone();
+    {
+        let mut inner = kernel.lock();
+        inner.facts.primary = PerFamily::default();
+        inner.facts.published_addresses.clear();
+        inner.facts.all_addresses.clear();
+        inner.listeners =
+            vec![Listener { addr: "0.0.0.0".parse().unwrap(), port: 30080, protocol: Protocol::Tcp }];
+    }
+    engine.refresh_node().unwrap();
+    turn(&mut engine, true);
+    assert_eq!(*engine.served(), before);
+    kernel.lock().facts = facts();
+    engine.refresh_node().unwrap();
+    turn(&mut engine, true);
+    assert!(engine.blocked().is_empty());
+    assert_eq!(*engine.served(), before);
+}

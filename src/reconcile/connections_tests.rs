@@ -373,6 +373,50 @@ fn udp_flows_by_a_port_that_is_published_no_longer_end() {
     assert_eq!(cut(&ops), BTreeSet::new());
 }
 
+/// With another number they do not go on, as those of TCP do: a flow of datagrams has no end.
+#[test]
+fn udp_flows_by_a_number_that_was_edited_end() {
+    let udp = |number| ServicePort { protocol: Protocol::Udp, ..published(53, 5353, Some(number)) };
+    for running in [true, false] {
+        let kernel = FakeKernel::default();
+        let mut first = engine(&kernel, Allocations::default());
+        let ends = || endpoints("dns", &["10.244.1.11"]);
+        first.feed([service_with("dns", udp(30053)), ends()]);
+        first.synced(Unread::default());
+        turn(&mut first, true);
+        let mut second = if running { first } else { after_a_restart(&kernel, &first) };
+        second.feed([
+            service_with("dns", udp(30054)),
+            ends(),
+            service_with("other", udp(30053)),
+            endpoints("other", &["10.244.1.15"]),
+        ]);
+        second.synced(Unread::default());
+        let ops = second.turn(!running, now()).unwrap().ops;
+        let numbers: BTreeSet<u16> = ops
+            .iter()
+            .filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None })
+            .flat_map(|flows| flows.to.iter().map(|(_, number)| *number))
+            .collect();
+        assert_eq!(numbers, [30053].into(), "running: {running}: {ops:?}");
+    }
+}
+
+/// Its destinations go on by the virtual IP.
+#[test]
+fn connections_by_a_port_that_is_unpublished_are_cut_again_when_that_failed() {
+    let kernel = FakeKernel::default();
+    let mut engine = vote(&kernel, Allocations::default());
+    turn(&mut engine, true);
+    kernel.lock().faults.push("conntrack entries".into());
+    engine.feed([service_with("vote", port(80, 8080))]);
+    let failed = engine.turn(false, now()).unwrap();
+    assert!(failed.failures.iter().any(|failure| matches!(failure.op, Op::CutFlows(_))), "{failed:?}");
+    let both: BTreeSet<String> = ["10.244.1.11:8080", "10.244.1.12:8080"].map(str::to_owned).into();
+    assert_eq!(cut(&engine.turn(true, now()).unwrap().ops), both);
+    assert_eq!(cut(&engine.turn(true, now()).unwrap().ops), BTreeSet::new());
+}
+
 /// It could not be read when the agent started, and has let go of something since it was read last.
 #[test]
 fn connections_of_a_service_that_was_left_alone_end_when_it_is_read_again() {

@@ -430,6 +430,7 @@ impl Engine {
     /// When the kernel can't be read. The next turn then reads all of it.
     pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
         self.take_back_held();
+        self.recall_nameless();
         if !full
             && self.trusted
             && let Some(ops) = self.or_distrust(|engine| engine.prepare_changed(now))?
@@ -471,6 +472,7 @@ impl Engine {
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
         self.full = true;
         self.take_back_held();
+        self.recall_nameless();
         self.or_distrust(|engine| engine.look_and_compare(now))
     }
 
@@ -487,7 +489,7 @@ impl Engine {
         let read = begun.elapsed();
         self.refuse_foreign_sentinel(&observed)?;
         self.find_drift(&observed);
-        self.adopt(&observed);
+        self.adopt(&mut observed)?;
         let adopted = begun.elapsed();
         self.trusted = true;
         self.settle(now, Others::Seen)?;
@@ -497,6 +499,7 @@ impl Engine {
             observed = self.observe()?;
             self.trusted = true;
             self.know(&observed);
+            self.complete_left_alone(&mut observed)?;
         }
         self.share();
         if !std::mem::replace(&mut self.swept, true) {
@@ -559,12 +562,22 @@ impl Engine {
 
     /// Takes what the kernel has into account: marks that lead where we want to lead keep doing so
     /// (after a lost state file), and real servers that are there without being wanted are drained.
-    fn adopt(&mut self, observed: &Observed) {
+    fn adopt(&mut self, observed: &mut Observed) -> Result<(), Error> {
         self.know(observed);
         self.ours.extend(observed.elements.values().flatten().copied().filter(|mark| *mark != Mark::NOWHERE));
-        let state_is_lost = self.recover.is_some();
-        if let Some(lock) = self.recover.take() {
-            let found = recover::recover_allocations(observed, &self.settings.node, &self.snapshot, &lock);
+        let recover = self.recover.take();
+        let state_is_lost = recover.is_some();
+        let mut unknown = BTreeSet::new();
+        if let Some(lock) = recover {
+            let found = recover::recover_allocations(
+                &observed.virtual_servers,
+                &observed.elements,
+                observed.foreign_marks.clone(),
+                &self.settings.node,
+                &self.snapshot,
+                &lock,
+            );
+            unknown.clone_from(&found.retired_marks);
             self.allocator =
                 Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());
             self.dirty.extend(self.snapshot.services().keys().cloned());
@@ -572,13 +585,17 @@ impl Engine {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
         // A later run than the one that the state is of has left them.
-        self.allocator.retire_strays(&self.ours);
+        unknown.extend(self.allocator.retire_strays(&self.ours));
         if !std::mem::replace(&mut self.looked, true) {
             self.bare = matches!(observed.program, ProgramState::Absent);
-            self.note_spared(observed, state_is_lost);
+            self.note_nameless(unknown, state_is_lost, &observed.elements);
+            self.complete_left_alone(observed)?;
+            self.note_spared(observed);
             if !self.unread.is_empty() {
                 self.keep_unread(observed);
             }
+        } else {
+            self.complete_left_alone(observed)?;
         }
         for (key, server) in &observed.virtual_servers {
             let Some(owner) = self.merged.owner(key.mark) else { continue };
@@ -587,6 +604,7 @@ impl Engine {
                 self.dirty.insert(owner.clone());
             }
         }
+        Ok(())
     }
 
     /// One turn: prepares, applies and remembers.

@@ -96,6 +96,12 @@ fn what_may_be_in_a_file_that_cannot_be_read_stays_though_the_state_was_lost() {
         assert_eq!(in_kernel(&kernel).virtual_servers, before.virtual_servers);
         assert_eq!(in_kernel(&kernel).elements, before.elements);
         assert!(!second.needs_full(), "that they are there is as it should be");
+        // And so it is for the next one, which has a state again.
+        let mut third = engine(&kernel, second.allocator().allocations());
+        third.set_nameless(second.nameless().clone());
+        feed_vote(&mut third);
+        third.synced(second.unread().clone());
+        assert_eq!(turn(&mut third, true), Vec::<String>::new());
         // It can be read: what it has goes on, and what nothing has goes.
         second.feed([
             service_with("bad", published(81, 8080, Some(30081))),
@@ -105,6 +111,18 @@ fn what_may_be_in_a_file_that_cannot_be_read_stays_though_the_state_was_lost() {
         let done = second.turn(true, super::tests::now()).unwrap();
         assert_eq!(done.failures, vec![]);
         assert!(!done.ops.iter().any(|op| matches!(op, Op::CutFlows(_))), "{:?}", done.ops);
+        // By the marks that it had: connections go on.
+        let of_bad = |state: &KernelState| -> Vec<_> {
+            let mut found: Vec<_> = state
+                .virtual_servers
+                .iter()
+                .filter(|(_, server)| server.reals.keys().any(|real| real.addr.to_string() == "10.244.1.13"))
+                .map(|(key, server)| (*key, server.clone()))
+                .collect();
+            found.sort_by_key(|(key, _)| *key);
+            found
+        };
+        assert_eq!(of_bad(&in_kernel(&kernel)), of_bad(&before));
         let after = in_kernel(&kernel);
         let has = |addr: &str| {
             let all = after.virtual_servers.values().flat_map(|server| server.reals.keys());
@@ -112,4 +130,111 @@ fn what_may_be_in_a_file_that_cannot_be_read_stays_though_the_state_was_lost() {
         };
         assert!(has("10.244.1.13") && !has("10.244.1.14"));
     }
+}
+
+fn weights(kernel: &FakeKernel, addr: &str) -> Vec<u32> {
+    let state = in_kernel(kernel);
+    let reals = state.virtual_servers.values().flat_map(|server| server.reals.iter());
+    reals.filter(|(real, _)| real.addr.to_string() == addr).map(|(_, config)| config.weight).collect()
+}
+
+/// The state is lost, and the service can be read again before its endpoints.
+#[test]
+fn endpoints_of_a_service_without_a_name_stay_until_they_can_be_read() {
+    let kernel = FakeKernel::default();
+    three(&kernel);
+    let before = in_kernel(&kernel);
+    let mut second = engine(&kernel, Allocations::default());
+    feed_vote(&mut second);
+    let both =
+        Unread { services: [key("bad")].into(), endpoints_of: [key("bad")].into(), ..Unread::default() };
+    second.synced(both);
+    turn(&mut second, true);
+    second.feed([service_with("bad", published(81, 8080, Some(30081)))]);
+    second.synced(Unread { endpoints_of: [key("bad")].into(), ..Unread::default() });
+    turn(&mut second, false);
+    assert_eq!(weights(&kernel, "10.244.1.13"), [1]);
+    let entries = in_kernel(&kernel).elements;
+    let published = before.elements.iter().filter(|(element, _)| element.is_published());
+    for (element, mark) in published {
+        assert_eq!(entries.get(element), Some(mark), "{element}");
+    }
+}
+
+/// A dump leaves a service out while others change theirs.
+#[test]
+fn what_a_dump_missed_of_a_service_that_is_left_alone_is_not_deleted_later() {
+    let kernel = FakeKernel::default();
+    let mut second = after_a_restart(&kernel, &three(&kernel));
+    let before = in_kernel(&kernel);
+    let missed: Vec<_> = before
+        .virtual_servers
+        .iter()
+        .filter(|(_, server)| server.reals.keys().any(|real| real.addr.to_string() == "10.244.1.13"))
+        .map(|(key, _)| *key)
+        .collect();
+    assert!(!missed.is_empty());
+    kernel.lock().missed.extend(missed);
+    feed_vote(&mut second);
+    second.synced(Unread { services: [key("bad"), key("gone")].into(), ..Unread::default() });
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    kernel.lock().missed.clear();
+    assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    assert_eq!(in_kernel(&kernel), before);
+}
+
+/// Its number is nobody's to take, though it has no endpoint and its name was lost.
+#[test]
+fn a_published_number_without_an_endpoint_stays_guarded_though_the_state_was_lost() {
+    let kernel = FakeKernel::default();
+    let mut first = vote(&kernel, Allocations::default());
+    first.feed([service_with("empty", published(83, 8080, Some(30083)))]);
+    turn(&mut first, true);
+    let before = in_kernel(&kernel).elements;
+    assert!(before.keys().any(|element| element.to_string().contains("30083")));
+    let mut second = engine(&kernel, Allocations::default());
+    feed_vote(&mut second);
+    second.synced(Unread { services: [key("empty")].into(), ..Unread::default() });
+    turn(&mut second, true);
+    assert_eq!(in_kernel(&kernel).elements, before);
+    second.synced(Unread::default());
+    turn(&mut second, true);
+    assert!(!in_kernel(&kernel).elements.keys().any(|element| element.to_string().contains("30083")));
+}
+
+/// Its marks are outside the new field. That they are still there makes no turn a full one.
+#[test]
+fn a_service_that_is_left_alone_with_another_mask_keeps_nobody_busy() {
+    use crate::{
+        compile::service::Drains,
+        dataplane::{AddressRules, executor::Dataplane},
+        model::{
+            fixtures::config,
+            node::{MarkMask, NodeConfig},
+        },
+        reconcile::Settings,
+    };
+    let kernel = FakeKernel::default();
+    let first = three(&kernel);
+    let node = NodeConfig { mask: MarkMask::new(0xff_c000).unwrap(), ..config() };
+    let settings = Settings { node, addresses: AddressRules::default(), timeouts: None };
+    let dataplane = Dataplane {
+        ipvs: Box::new(kernel.clone()),
+        netfilter: Box::new(kernel.clone()),
+        host: Box::new(kernel.clone()),
+    };
+    let previous = first.allocator().allocations();
+    let mut second =
+        Engine::new(settings, dataplane, previous, crate::allocate::Lock::default(), Drains::new());
+    second.set_earlier_mask(config().mask);
+    second.refresh_node().unwrap();
+    feed_vote(&mut second);
+    second.synced(Unread { services: [key("bad"), key("gone")].into(), ..Unread::default() });
+    turn(&mut second, true);
+    assert_eq!(weights(&kernel, "10.244.1.13"), [1]);
+    assert!(!second.needs_full());
+    second.synced(Unread::default());
+    turn(&mut second, true);
+    assert_eq!(weights(&kernel, "10.244.1.13"), Vec::<u32>::new());
+    assert!(!second.needs_full() && !second.allocator().has_retired_marks());
 }

@@ -1,6 +1,9 @@
 //! Endpoints that are gone finish their connections.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use jiff::Timestamp;
 
@@ -98,12 +101,23 @@ impl Engine {
 
     /// What is left of that. Who takes connections again keeps those that it has.
     pub(super) fn flows_to_retry(&self) -> Vec<Op> {
+        if self.flows_left.is_empty() {
+            return Vec::new();
+        }
         let servers = &self.merged.state().virtual_servers;
+        let published: Vec<_> =
+            self.merged.services().values().flat_map(|service| published(service)).collect();
         let takes = |real: &RealServerKey| {
             servers.values().any(|server| server.reals.get(real).is_some_and(|config| config.weight > 0))
         };
         let still = |op: &Op| match op {
-            Op::CutFlows(flows) if takes(&flows.real) || self.overdue.contains(flows) => None,
+            Op::CutFlows(flows) if self.overdue.contains(flows) => None,
+            Op::CutFlows(flows) => {
+                let goes_on =
+                    |to: &(IpAddr, u16)| published.iter().any(|p| p.has(flows.protocol, &flows.real, to));
+                let to: BTreeSet<_> = flows.to.iter().filter(|to| !goes_on(to)).copied().collect();
+                (!to.is_empty()).then(|| Op::CutFlows(PublishedFlows { to, ..flows.clone() }))
+            }
             Op::ForgetUdp(flows) => {
                 let flows: UdpFlows = flows
                     .iter()

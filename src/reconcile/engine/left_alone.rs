@@ -4,14 +4,16 @@ use std::{
     borrow::Cow,
     collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
+    sync::Arc,
 };
 
-use super::Engine;
+use super::{Engine, recover::recover_allocations};
 use crate::{
-    dataplane::ElementChange,
+    dataplane::{ElementChange, Error},
     model::{
         ids::{Mark, Protocol, ServiceKey},
         kernel::{Element, Elements, KernelState, VirtualServer, VirtualServerKey},
+        unread::Nameless,
     },
     plan::{Observed, Op},
 };
@@ -21,23 +23,71 @@ use crate::{
 pub(super) struct Spared {
     servers: HashMap<VirtualServerKey, VirtualServer>,
     elements: Elements,
-    /// Marks of services whose names were lost with the state: any of them may be in what can't be read.
-    nameless: BTreeSet<Mark>,
+    /// What is theirs though their names were lost with the state.
+    nameless: Nameless,
 }
 
 impl Engine {
-    /// At the first look: what is there for services that are left alone.
-    pub(super) fn note_spared(&mut self, observed: &Observed, state_is_lost: bool) {
-        if state_is_lost && self.may_miss_services() {
-            self.spared.nameless = self.allocator.retired_marks().clone();
-        }
-        let marks = self.marks_left_alone();
-        if marks.is_empty() && self.held.is_empty() {
+    /// What earlier runs have left alone without knowing whose it is.
+    pub fn set_nameless(&mut self, nameless: Nameless) {
+        self.spared.nameless = nameless;
+    }
+
+    /// What is left alone though nobody knows whose it is.
+    pub fn nameless(&self) -> &Nameless {
+        &self.spared.nameless
+    }
+
+    /// At the first look: marks of which the state tells nothing may be of services that can't be read.
+    pub(super) fn note_nameless(
+        &mut self,
+        unknown: BTreeSet<Mark>,
+        state_is_lost: bool,
+        elements: &Elements,
+    ) {
+        if !self.may_miss_services() {
             return;
         }
-        let theirs = |key: &VirtualServerKey| marks.contains(&key.mark);
-        let servers = observed.virtual_servers.iter().filter(|(key, _)| theirs(key));
-        self.spared.servers = servers.map(|(key, server)| (*key, server.clone())).collect();
+        if state_is_lost || !unknown.is_empty() {
+            let nowhere = elements.iter().filter(|(_, mark)| **mark == Some(Mark::NOWHERE));
+            self.spared.nameless.published.extend(nowhere.filter_map(|(element, _)| number_of(element)));
+        }
+        self.spared.nameless.marks.extend(unknown);
+    }
+
+    /// A dump may leave a service out while others change theirs: of what is left alone, those that entries lead to are asked
+    /// for. Whatever is found is left alone too.
+    pub(super) fn complete_left_alone(&mut self, observed: &mut Observed) -> Result<(), Error> {
+        if self.leaves_none_alone() {
+            return Ok(());
+        }
+        let marks = self.marks_left_alone();
+        let led_to: BTreeSet<VirtualServerKey> = observed
+            .elements
+            .iter()
+            .filter_map(|(element, mark)| Some(VirtualServerKey { family: element.family(), mark: (*mark)? }))
+            .filter(|key| marks.contains(&key.mark) && !observed.virtual_servers.contains_key(key))
+            .collect();
+        for key in led_to {
+            if let Some(config) = self.dataplane.ipvs.service(key)? {
+                let reals = self.dataplane.ipvs.reals(key)?.into_iter();
+                let reals = Arc::new(reals.map(|(real, (config, _))| (real, config)).collect());
+                let server = VirtualServer { config, protocol: None, reals };
+                self.known.virtual_servers.insert(key, server.clone());
+                observed.virtual_servers.insert(key, server);
+            }
+        }
+        for (key, server) in observed.virtual_servers.iter().filter(|(key, _)| marks.contains(&key.mark)) {
+            self.spared.servers.entry(*key).or_insert_with(|| server.clone());
+        }
+        Ok(())
+    }
+
+    /// At the first look: the entries of what is left alone.
+    pub(super) fn note_spared(&mut self, observed: &Observed) {
+        if self.leaves_none_alone() {
+            return;
+        }
         let left = self.left_alone();
         let elements = observed.elements.iter().filter(|(element, mark)| left.has(element, **mark));
         self.spared.elements = elements.map(|(element, mark)| (*element, *mark)).collect();
@@ -47,17 +97,56 @@ impl Engine {
         self.unread.anything || !self.unread.services.is_empty()
     }
 
-    /// Once all services can be read, whoever has not turned up is gone.
-    pub(super) fn let_go_of_nameless(&mut self) {
-        if !self.spared.nameless.is_empty() && !self.may_miss_services() {
-            self.spared.nameless.clear();
+    /// A service without a name turns up: what the kernel has for its addresses and endpoints is its own again.
+    pub(super) fn recall_nameless(&mut self) {
+        if self.spared.nameless.marks.is_empty() {
+            return;
+        }
+        let is_new = |key: &&ServiceKey| {
+            self.snapshot.services().contains_key(*key)
+                && self.allocator.get(key).is_none()
+                && self.allocator.remembered_marks(key).next().is_none()
+        };
+        let new: BTreeSet<ServiceKey> = self.dirty.iter().filter(is_new).cloned().collect();
+        if new.is_empty() {
+            return;
+        }
+        let found = recover_allocations(
+            &self.known.virtual_servers,
+            &self.known.elements,
+            self.allocator.foreign_marks().clone(),
+            &self.settings.node,
+            &self.snapshot,
+            self.allocator.lock(),
+        );
+        let mut recalled = BTreeSet::new();
+        for (key, mut kept) in found.services.into_iter().filter(|(key, _)| new.contains(key)) {
+            let nameless = &mut self.spared.nameless;
+            kept.marks.retain(|_, mark| nameless.marks.contains(mark));
+            kept.ingress_marks.retain(|_, mark| nameless.marks.contains(mark));
+            if kept.marks.is_empty() && kept.ingress_marks.is_empty() {
+                continue;
+            }
+            for mark in kept.marks.values().chain(kept.ingress_marks.values()) {
+                nameless.marks.remove(mark);
+            }
+            self.allocator.recall(&key, kept);
+            recalled.insert(key);
+        }
+        if !recalled.is_empty() {
+            self.keep_of_turned_up(&recalled);
+            self.generation += 1;
             self.compare_held();
         }
     }
 
-    /// Marks that lead to what is left alone, though no service is known that has them.
-    pub(super) fn nameless(&self) -> &BTreeSet<Mark> {
-        &self.spared.nameless
+    /// Once all services can be read, whoever has not turned up is gone.
+    pub(super) fn let_go_of_nameless(&mut self) {
+        if !self.spared.nameless.is_empty() && !self.may_miss_services() {
+            self.spared.nameless = Nameless::default();
+            self.generation += 1;
+            self.compare_held();
+        }
     }
 
     /// Services that are left alone, without those that have turned up meanwhile.
@@ -65,9 +154,9 @@ impl Engine {
         self.held.iter().filter(|key| !self.snapshot.services().contains_key(*key))
     }
 
-    fn marks_left_alone(&self) -> BTreeSet<Mark> {
+    pub(super) fn marks_left_alone(&self) -> BTreeSet<Mark> {
         let marks = self.still_held().flat_map(|key| self.allocator.remembered_marks(key));
-        marks.chain(self.spared.nameless.iter().copied()).collect()
+        marks.chain(self.spared.nameless.marks.iter().copied()).collect()
     }
 
     /// What is in the kernel for services that are left alone.
@@ -77,7 +166,8 @@ impl Engine {
         let endpoints = theirs.flat_map(|(_, server)| server.reals.keys().map(|real| real.addr)).collect();
         let remembered = self.still_held().flat_map(|key| self.allocator.remembered_ports(key));
         let served = self.still_held().filter_map(|key| self.served.get(key)).flatten().copied();
-        LeftAlone { marks, endpoints, ports: remembered.chain(served).collect() }
+        let nameless = self.spared.nameless.published.iter().copied();
+        LeftAlone { marks, endpoints, ports: remembered.chain(served).chain(nameless).collect() }
     }
 
     fn leaves_none_alone(&self) -> bool {
@@ -145,10 +235,20 @@ impl LeftAlone {
         match (element, mark) {
             (_, Some(mark)) if mark != Mark::NOWHERE => self.marks.contains(&mark),
             (Element::Vip(_), _) => false,
-            (Element::Published(to), _) => self.ports.contains(&(to.protocol, to.port)),
-            (Element::Loopback(_, protocol, port), _) => self.ports.contains(&(*protocol, *port)),
+            (Element::Published(_) | Element::Loopback(..), _) => {
+                number_of(element).is_some_and(|number| self.ports.contains(&number))
+            }
             (Element::Endpoint(addr) | Element::Local(addr), _) => self.endpoints.contains(addr),
             (Element::Own(to), _) => self.endpoints.contains(&to.addr),
         }
+    }
+}
+
+/// The number of a published port that an entry is about.
+fn number_of(element: &Element) -> Option<(Protocol, u16)> {
+    match element {
+        Element::Published(to) => Some((to.protocol, to.port)),
+        Element::Loopback(_, protocol, port) => Some((*protocol, *port)),
+        _ => None,
     }
 }

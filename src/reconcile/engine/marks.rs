@@ -35,7 +35,7 @@ impl Engine {
     /// These IPVS services were just `deleted`: one that is there now is somebody else's. But another may have been left out by a
     /// dump while others changed their services: that is ours, and still to go.
     pub(super) fn give_marks_back(&mut self, deleted: &HashSet<VirtualServerKey>) {
-        let mut retired = self.allocator.retired_marks() - self.nameless();
+        let mut retired = self.allocator.retired_marks() - &self.marks_left_alone();
         if !self.failing.is_empty() {
             // Entries of another renderer, about which nothing is known.
             if self.failing.iter().any(|failure| matches!(failure.op, Op::RemoveLeftovers(_))) {
@@ -44,6 +44,10 @@ impl Engine {
             // What could not be changed may lead there.
             for mark in self.known.elements.values().flatten() {
                 retired.remove(mark);
+            }
+            // Nor is it news that what could not be deleted is there.
+            for key in self.known.virtual_servers.keys() {
+                retired.remove(&key.mark);
             }
         }
         // What was never ours, since it was another program's before, is not asked about either.

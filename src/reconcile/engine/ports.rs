@@ -44,6 +44,10 @@ impl Compiling<'_> {
             let slices = self.snapshot.slices_for(service);
             for port in &service.ports {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
+                // In no family of this node it is no claim, but one that was made outlasts the loss of an address.
+                if families.is_empty() && !before.contains(&(port.protocol, first)) {
+                    continue;
+                }
                 // A number that is not published here is anybody's: who has it when it is to be is asked then.
                 if !self.is_published_here(service, port, &slices, &families) {
                     continue;
@@ -100,10 +104,6 @@ impl Compiling<'_> {
         families: &[Family],
     ) -> bool {
         let Some(publish) = &port.publish else { return false };
-        // In no family that this node serves.
-        if families.is_empty() {
-            return false;
-        }
         if !self.facts.publishes_at_one_of(&publish.addresses) {
             return false;
         }

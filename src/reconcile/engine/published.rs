@@ -66,21 +66,25 @@ fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
 }
 
 /// Connections that a service has let go of: to a destination that is its port's no longer, or by a port that is not published
-/// any more. With another number they go on. The plan finds UDP flows to a destination that goes; by a port that is published no
-/// longer they are found here, since its destinations may stay.
+/// any more. With another number they go on, but for UDP, which has no end: whoever has the number then is to have its datagrams.
+/// The plan finds UDP flows to a destination that goes by a number that stays.
 pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Vec<PublishedFlows> {
-    let now: BTreeMap<PortId, BTreeSet<RealServerKey>> =
-        new.map(published).unwrap_or_default().into_iter().map(|port| (port.id, port.reals)).collect();
+    let now: BTreeMap<PortId, Published> =
+        new.map(published).unwrap_or_default().into_iter().map(|port| (port.id, port)).collect();
     let mut out = Vec::new();
     for port in published(old) {
         let still = now.get(&port.id);
-        if port.protocol == Protocol::Udp && still.is_some() {
-            continue;
-        }
-        for real in port.reals.iter().filter(|real| still.is_none_or(|still| !still.contains(*real))) {
+        let udp = port.protocol == Protocol::Udp;
+        let goes_on = |real: &RealServerKey, to: &(IpAddr, u16)| {
+            still.is_some_and(|still| if udp { still.to.contains(to) } else { still.has_real(real) })
+        };
+        for real in &port.reals {
             let family = Family::of(&real.addr);
-            let to = port.to.iter().filter(|(addr, _)| Family::of(addr) == family).copied().collect();
-            out.push(PublishedFlows { protocol: port.protocol, real: *real, to });
+            let to = port.to.iter().filter(|to| Family::of(&to.0) == family && !goes_on(real, to));
+            let to: BTreeSet<_> = to.copied().collect();
+            if !to.is_empty() {
+                out.push(PublishedFlows { protocol: port.protocol, real: *real, to });
+            }
         }
     }
     out
@@ -125,16 +129,20 @@ impl Engine {
             let others = nowhere.iter().filter(|_| !gone.is_empty()).map(|entry| (entry, gone.clone()));
             let had = self.still_published(key.mark, &remembered);
             for (entry, reals) in led.chain(others) {
-                // The plan sees to UDP flows by a port that is still published.
-                if entry.protocol == Protocol::Udp && had.is_some() {
+                let udp = entry.protocol == Protocol::Udp;
+                let had_by = |ports: &mut Ports, matches: &dyn Fn(&Published) -> bool| {
+                    had.is_some_and(|(service, id)| {
+                        ports.of(service).iter().any(|port| port.id == id && matches(port))
+                    })
+                };
+                // The plan sees to UDP flows by a number that stays.
+                if udp && had_by(&mut ports, &|port| port.to.contains(&entry.to)) {
                     continue;
                 }
                 for real in reals {
                     let goes_on = owners.get(entry.element).is_some_and(|service| {
                         ports.of(service).iter().any(|port| port.has(entry.protocol, real, &entry.to))
-                    }) || had.is_some_and(|(service, id)| {
-                        ports.of(service).iter().any(|port| port.id == id && port.has_real(real))
-                    });
+                    }) || !udp && had_by(&mut ports, &|port| port.has_real(real));
                     if !goes_on {
                         out.entry((entry.protocol, *real)).or_default().insert(entry.to);
                     }

@@ -314,29 +314,37 @@ fn sctp_drains(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// When the last connection is gone, so is the endpoint, long before the deadline.
+/// When the last connection is gone, so is the endpoint, long before the deadline: IPv4 by the virtual IP, IPv6 by the published
+/// port.
 fn drain_ends_early(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
         web(t, m, &["p11", "p21"])?;
         m.service("web").set("drain", json!({"timeoutSeconds": 600}));
         Ok(())
     })?;
-    let flows = slow(&c, c.t.pod("p11"), Proto::Tcp, Family::V4, false, 2)?;
+    let flows = [
+        slow(&c, c.t.pod("p11"), Proto::Tcp, Family::V4, false, 2)?,
+        slow(&c, &c.t.ext, Proto::Tcp, Family::V6, true, 2)?,
+    ];
     c.change(|t, m| {
         serve_from(t, m, "web", &["p11"]);
         Ok(())
     })?;
     std::thread::sleep(Duration::from_millis(2500));
     let (v4, v6) = (c.t.pod("p21").ip(Family::V4), c.t.pod("p21").ip(Family::V6));
-    ensure!(c.has_real(1, v4)?, "the endpoint went while it had a connection");
+    for addr in [v4, v6] {
+        ensure!(c.has_real(1, addr)?, "{addr} went while it had a connection");
+    }
     let states = c.service(1, "web")?;
     ensure!(states.to_string().contains("\"draining\""), "show has no draining endpoint: {states:#}");
-    ensure!(!c.has_real(2, v4)? && !c.has_real(1, v6)?, "kept where it had no connection");
-    let flows = flows.stop()?;
-    ensure!(flows.iter().all(|f| f.errors.is_empty()), "{flows:?}");
+    ensure!(!c.has_real(2, v4)? && !c.has_real(2, v6)?, "kept where it had no connection");
+    for flows in flows {
+        let flows = flows.stop()?;
+        ensure!(flows.iter().all(|f| f.errors.is_empty()), "{flows:?}");
+    }
     let took =
         wait_until("the endpoint is let go after its last connection", Duration::from_secs(6), || {
-            Ok(!c.has_real(1, v4)?)
+            Ok(!c.has_real(1, v4)? && !c.has_real(1, v6)?)
         })?;
     cx.note(format!("let go {took:?} after its last connection"));
     c.in_sync()
@@ -350,6 +358,7 @@ fn drain_over_restart(cx: &mut Cx) -> Result<()> {
         Ok(())
     })?;
     let flows = slow(&c, c.t.pod("p11"), Proto::Tcp, Family::V4, false, 3)?;
+    let published = slow(&c, &c.t.ext, Proto::Tcp, Family::V6, true, 3)?;
     let begun = Instant::now();
     c.change(|t, m| {
         serve_from(t, m, "web", &["p11", "p12"]);
@@ -357,15 +366,21 @@ fn drain_over_restart(cx: &mut Cx) -> Result<()> {
     })?;
     c.kill();
     c.start_agents()?;
-    let p21 = c.t.pod("p21").ip(Family::V4);
+    let p21 = Family::ALL.map(|family| c.t.pod("p21").ip(family));
     check::even(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 6)?, &["p11", "p12"])?;
-    ensure!(begun.elapsed() > Duration::from_secs(14) || c.has_real(1, p21)?, "the restart ended the drain");
-    wait_until("the deadline of before the restart", Duration::from_secs(20), || Ok(!c.has_real(1, p21)?))?;
+    for addr in p21 {
+        let there = begun.elapsed() > Duration::from_secs(14) || c.has_real(1, addr)?;
+        ensure!(there, "the restart ended the drain of {addr}");
+    }
+    wait_until("the deadline of before the restart", Duration::from_secs(20), || {
+        Ok(!c.has_real(1, p21[0])? && !c.has_real(1, p21[1])?)
+    })?;
     let over = begun.elapsed();
     cx.note(format!("out of IPVS after {over:?}"));
     ensure!(over > Duration::from_secs(14) && over < Duration::from_secs(22), "the deadline moved: {over:?}");
-    let flows = flows.stop()?;
-    ensure!(of(&flows, "p12").all(|f| f.errors.is_empty()), "{flows:?}");
+    for flows in [flows.stop()?, published.stop()?] {
+        ensure!(of(&flows, "p12").all(|f| f.errors.is_empty()), "{flows:?}");
+    }
     c.change(|t, m| {
         m.service("web").set("drain", json!({"timeoutSeconds": 0}));
         serve_from(t, m, "web", &["p11"]);

@@ -48,11 +48,15 @@ fn kept(cx: &mut Cx) -> Result<()> {
             );
         }
         let port = u16::try_from(*first.1.first().context("no port")?)?;
+        let udp = u16::try_from(*first.1.get(1).context("no port for UDP")?)?;
         for address in &first.0 {
             let ip = address.parse()?;
             check::even(&c.t.pod("p12").connect(Proto::Tcp, SocketAddr::new(ip, 80), 4)?, servers)?;
             let node = c.t.node(2).at(Family::of(ip), port);
             check::even(&c.t.ext.connect(Proto::Tcp, node, 4)?, servers)?;
+            let datagrams = c.t.node(2).at(Family::of(ip), udp);
+            check::even(&c.t.pod("p12").connect(Proto::Udp, SocketAddr::new(ip, 80), 4)?, servers)?;
+            check::even(&c.t.ext.connect(Proto::Udp, datagrams, 4)?, servers)?;
         }
         Ok(())
     };
