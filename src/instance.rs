@@ -50,6 +50,11 @@ pub enum Error {
     Io(#[from] io::Error),
 }
 
+/// Whether somebody holds this network namespace.
+pub fn is_taken() -> bool {
+    SocketAddr::from_abstract_name(NAME).is_ok_and(|address| UnixStream::connect_addr(&address).is_ok())
+}
+
 impl Instance {
     /// Takes the network namespace. `about` is what others are told: one line, e.g. pid, folder, ranges.
     ///

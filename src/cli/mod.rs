@@ -71,7 +71,7 @@ pub enum Command {
         #[arg(long, env = "MESHLB_IDENTITY")]
         identity: Option<String>,
     },
-    /// Make the kernel as a folder says, once
+    /// Make the kernel as a folder says, once; beside an agent that follows it: wait until it is
     Apply {
         /// Folder with MeshService and EndpointSlice YAML
         dir: PathBuf,
@@ -196,7 +196,9 @@ fn parse() -> anyhow::Result<Cli> {
     let file = first.get_one::<PathBuf>("config").cloned();
     let mut command = command();
     // Who looks, or cleans up, is not to repeat the agent's flags.
-    if first.subcommand_name().is_some_and(|name| AS_THE_AGENT.contains(&name))
+    let as_the_agent =
+        |name: &str| AS_THE_AGENT.contains(&name) || name == "apply" && crate::instance::is_taken();
+    if first.subcommand_name().is_some_and(as_the_agent)
         && let Some(dir) = first.get_one::<PathBuf>("state_dir")
         && let Ok(state) = State::peek(dir)
     {

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::super::support::ADMIN;
-use super::{Cluster, metric, two_nodes, vip, web};
+use super::{Cluster, metric, serve_from, two_nodes, vip, web};
 use crate::check;
 use crate::client::{Load, Probe};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
@@ -19,8 +19,9 @@ pub fn register(suite: &mut Suite) {
 
 fn commands(cx: &mut Cx) -> Result<()> {
     let renderer = cx.renderer();
-    let c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21"]))?;
-    let node = c.t.node(1);
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21"]))?;
+    let t = c.t.clone();
+    let node = t.node(1);
     // The kernel goes on counting where a destination comes back within two minutes: one of the case before this, it may be.
     let before = counted(v4_server(&c.service(1, "web")?)?);
     check::answered(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 6)?)?;
@@ -67,13 +68,21 @@ fn commands(cx: &mut Cx) -> Result<()> {
     let changes = value["changes"].as_array().context("no changes")?;
     ensure!(status == 2 && changes.iter().any(|c| c["action"] == "-"), "{status}: {value:#}");
     check::same(&before, &node.snapshot()?, "plan has changed something")?;
-    // A second agent, and apply, are refused beside the first.
-    let dir = c.m.dir.to_string_lossy();
-    let dir: &str = &dir;
-    for args in [&["apply", dir][..], &["agent", "--source", dir]] {
+    // A second agent is refused beside the first, and so is apply with another folder.
+    let dir = c.m.dir.to_string_lossy().into_owned();
+    let other = other.to_string_lossy().into_owned();
+    for args in [&["apply", &other][..], &["agent", "--source", &dir]] {
         let out = c.meshlb.run(node, args)?;
         ensure!(out.status == 1 && out.stderr.contains("another meshlb"), "{args:?}: {out}");
     }
+    // With the agent's own it ends when the agent has done what the folder says.
+    c.write(|t, m| {
+        serve_from(t, m, "web", &["p11"]);
+        Ok(())
+    })?;
+    let out = c.meshlb.run(node, &["apply", &dir])?.ok()?;
+    ensure!(out.stdout.contains("1 services, followed by"), "{out}");
+    check::only(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 3)?, "p11")?;
     ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
     c.in_sync()
 }
