@@ -133,13 +133,6 @@ impl Marks {
         strays
     }
 
-    /// An owner had this retired mark in an earlier run.
-    pub fn recall(&mut self, owner: MarkOwner, mark: Mark) {
-        if self.retired.remove(&mark) && self.taken.insert(mark) {
-            self.previous.insert(owner, mark);
-        }
-    }
-
     /// Retires what owners of these services had that have not turned up.
     pub fn forget(&mut self, services: &BTreeSet<ServiceKey>) {
         let gone: Vec<MarkOwner> =

@@ -185,11 +185,6 @@ impl Allocator {
         }
     }
 
-    /// The lock file in force.
-    pub fn lock(&self) -> &Lock {
-        &self.lock
-    }
-
     /// Takes a new lock file in. The services whose values differ afterwards come with the next
     /// [`Self::update`].
     pub fn set_lock(&mut self, lock: Lock) -> BTreeSet<ServiceKey> {
@@ -503,17 +498,6 @@ impl Allocator {
     /// Retires those of these marks, all of them in the kernel because of us, that nothing is known of, and says which.
     pub fn retire_strays(&mut self, marks: &BTreeSet<Mark>) -> BTreeSet<Mark> {
         self.marks.retire_strays(marks)
-    }
-
-    /// What a service had in an earlier run, found out before it is allocated for.
-    pub fn recall(&mut self, service: &ServiceKey, kept: Kept) {
-        for (scope, marks) in [(Scope::Vip, &kept.marks), (Scope::Ingress, &kept.ingress_marks)] {
-            for (port, mark) in marks {
-                self.marks.recall(MarkOwner { service: service.clone(), port: *port, scope }, *mark);
-            }
-        }
-        self.previous.services.insert(service.clone(), kept);
-        self.for_kept_numbers(service, Pool::keep);
     }
 
     /// Marks of services in the kernel that are not ours, as far as known.

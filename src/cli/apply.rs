@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::Result;
 use jiff::Timestamp;
+use tracing::subscriber::{self, NoSubscriber};
 
 use super::{
     options::Options,
@@ -17,12 +18,15 @@ use super::{
 };
 use crate::{
     instance::{self, Instance},
+    plan::Op,
     source::Origin,
-    state::State,
 };
 
-/// An agent that follows the same folder has so long to do what it says.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// An agent that follows the same folder has so long to do what it says: more than what it may take to see a change where nothing
+/// tells it of changes.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// So many changes that are still to be done are told.
+const TOLD: usize = 10;
 
 /// Makes the kernel as the folder says. Objects that are wrong keep what they had.
 ///
@@ -30,11 +34,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// What kept it from trying at all.
 pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     super::log_to_stderr(options)?;
-    let _instance = match Instance::take(format!("`meshlb apply`, pid {}", std::process::id())) {
+    let _instance = match Instance::take(about()) {
         Ok(instance) => instance,
-        Err(instance::Error::Taken(other)) if is_followed(options, dir)? => {
-            return beside(options, dir, &other);
-        }
+        Err(instance::Error::Taken(other)) if follows(&other, dir)? => match beside(options, dir)? {
+            Beside::Done(code) => return Ok(code),
+            Beside::Alone(instance) => instance,
+        },
         Err(e) => return Err(e.into()),
     };
     let mut session = Session::open(options, Some(Origin::folder(dir)?), Purpose::Apply)?;
@@ -60,35 +65,65 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     Ok(if failures.is_empty() && !wrong && served { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Whether the agent, or the last `apply`, had its services from this folder.
-fn is_followed(options: &Options, dir: &Path) -> Result<bool> {
-    let state = State::peek(&options.state_dir).unwrap_or_default();
-    Ok(state.source == Some(Origin::folder(dir)?))
+fn about() -> String {
+    format!("`meshlb apply`, pid {}", std::process::id())
+}
+
+/// Whether the one that says this of itself (`cli/agent.rs`) is an agent that follows this folder.
+fn follows(other: &str, dir: &Path) -> Result<bool> {
+    let source = format!(", source {}, ", Origin::folder(dir)?);
+    Ok(other.starts_with("`meshlb agent`") && other.contains(&source))
+}
+
+/// How waiting for an agent ended.
+enum Beside {
+    Done(ExitCode),
+    /// It has ended meanwhile.
+    Alone(Instance),
 }
 
 /// An agent follows the folder: it makes the changes, and they are waited for.
-fn beside(options: &Options, dir: &Path, other: &str) -> Result<ExitCode> {
-    let start = Instant::now();
-    loop {
-        let looked = Instant::now();
+fn beside(options: &Options, dir: &Path) -> Result<Beside> {
+    super::session::need_rights()?;
+    let look = || -> Result<(Session, Vec<Op>)> {
         let mut session = Session::open(options, Some(Origin::folder(dir)?), Purpose::Look)?;
         session.keeper.refuse_emptied()?;
         let (ops, _) = session.prepare()?;
+        Ok((session, ops))
+    };
+    let start = Instant::now();
+    loop {
+        let other = match Instance::take(about()) {
+            Ok(instance) => return Ok(Beside::Alone(instance)),
+            Err(instance::Error::Taken(other)) => other,
+            Err(e) => return Err(e.into()),
+        };
+        let looked = Instant::now();
+        // What there is to tell is told once, at the end.
+        let (_, ops) = subscriber::with_default(NoSubscriber::default(), look)?;
         if !ops.is_empty() && start.elapsed() < PATIENCE {
             // With thousands of services a look is dear.
             thread::sleep(looked.elapsed().max(Duration::from_millis(200)));
             continue;
         }
+        let (session, ops) = look()?;
         let wrong = session.report_problems();
         let served = tell(&session, dir);
-        for op in &ops {
-            print::err(format_args!("still to do after {} s: {op}", PATIENCE.as_secs()));
+        for op in ops.iter().take(TOLD) {
+            print::err(format_args!("not done yet: {op}"));
+        }
+        if let more @ 1.. = ops.len().saturating_sub(TOLD) {
+            print::err(format_args!("and {more} more"));
+        }
+        if !ops.is_empty() {
+            print::err("the agent's log and its /readyz say why");
         }
         print::out(format_args!(
             "{} services, followed by {other}\n",
             session.engine.merged().services().len()
         ))?;
-        return Ok(if ops.is_empty() && !wrong && served { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        let done = ops.is_empty() && !wrong && served;
+        return Ok(Beside::Done(if done { ExitCode::SUCCESS } else { ExitCode::FAILURE }));
     }
 }
 
@@ -111,4 +146,23 @@ fn tell(session: &Session, dir: &Path) -> bool {
         print::err(&advice);
     }
     served
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_agent_with_this_folder_is_waited_for() {
+        let said = |source: &str| format!("`meshlb agent`, pid 7, source {source}, ranges 10.200.0.0/16");
+        assert!(follows(&said("/etc/meshlb"), Path::new("/etc/meshlb")).unwrap());
+        for other in [
+            said("/etc/meshlb/more"),
+            said("kube"),
+            "`meshlb apply`, pid 7".into(),
+            "`meshlb cleanup`".into(),
+        ] {
+            assert!(!follows(&other, Path::new("/etc/meshlb")).unwrap(), "{other}");
+        }
+    }
 }

@@ -430,7 +430,6 @@ impl Engine {
     /// When the kernel can't be read. The next turn then reads all of it.
     pub fn prepare(&mut self, full: bool, now: Timestamp) -> Result<Vec<Op>, Error> {
         self.take_back_held();
-        self.recall_nameless();
         if !full
             && self.trusted
             && let Some(ops) = self.or_distrust(|engine| engine.prepare_changed(now))?
@@ -472,7 +471,6 @@ impl Engine {
     pub fn prepare_full(&mut self, now: Timestamp) -> Result<(Vec<Op>, Observed), Error> {
         self.full = true;
         self.take_back_held();
-        self.recall_nameless();
         self.or_distrust(|engine| engine.look_and_compare(now))
     }
 
@@ -493,6 +491,7 @@ impl Engine {
         let adopted = begun.elapsed();
         self.trusted = true;
         self.settle(now, Others::Seen)?;
+        self.name_numbers();
         self.refresh_bridges()?;
         if !self.trusted {
             // What the rules should be has changed meanwhile: look at them with that in mind.
@@ -585,7 +584,8 @@ impl Engine {
             self.dirty.extend(self.allocator.set_foreign_marks(observed.foreign_marks.clone()));
         }
         // A later run than the one that the state is of has left them.
-        unknown.extend(self.allocator.retire_strays(&self.ours));
+        let strays = self.allocator.retire_strays(&self.ours);
+        unknown.extend(strays.into_iter().filter(|mark| self.settings.node.mask.covers(*mark)));
         if !std::mem::replace(&mut self.looked, true) {
             self.bare = matches!(observed.program, ProgramState::Absent);
             self.note_nameless(unknown, state_is_lost, &observed.elements);

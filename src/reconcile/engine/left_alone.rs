@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Engine, recover::recover_allocations};
+use super::Engine;
 use crate::{
     dataplane::{ElementChange, Error},
     model::{
@@ -89,7 +89,10 @@ impl Engine {
             return;
         }
         let left = self.left_alone();
-        let elements = observed.elements.iter().filter(|(element, mark)| left.has(element, **mark));
+        let theirs = |element: &Element, mark: Option<Mark>| {
+            left.has(element, mark) || element.is_published() && left.has(element, Some(Mark::NOWHERE))
+        };
+        let elements = observed.elements.iter().filter(|(element, mark)| theirs(element, **mark));
         self.spared.elements = elements.map(|(element, mark)| (*element, *mark)).collect();
     }
 
@@ -97,47 +100,16 @@ impl Engine {
         self.unread.anything || !self.unread.services.is_empty()
     }
 
-    /// A service without a name turns up: what the kernel has for its addresses and endpoints is its own again.
-    pub(super) fn recall_nameless(&mut self) {
-        if self.spared.nameless.marks.is_empty() {
+    /// Numbers that a readable service publishes are its own.
+    pub(super) fn name_numbers(&mut self) {
+        if self.spared.nameless.published.is_empty() {
             return;
         }
-        let is_new = |key: &&ServiceKey| {
-            self.snapshot.services().contains_key(*key)
-                && self.allocator.get(key).is_none()
-                && self.allocator.remembered_marks(key).next().is_none()
-        };
-        let new: BTreeSet<ServiceKey> = self.dirty.iter().filter(is_new).cloned().collect();
-        if new.is_empty() {
-            return;
-        }
-        let found = recover_allocations(
-            &self.known.virtual_servers,
-            &self.known.elements,
-            self.allocator.foreign_marks().clone(),
-            &self.settings.node,
-            &self.snapshot,
-            self.allocator.lock(),
-        );
-        let mut recalled = BTreeSet::new();
-        for (key, mut kept) in found.services.into_iter().filter(|(key, _)| new.contains(key)) {
-            let nameless = &mut self.spared.nameless;
-            kept.marks.retain(|_, mark| nameless.marks.contains(mark));
-            kept.ingress_marks.retain(|_, mark| nameless.marks.contains(mark));
-            if kept.marks.is_empty() && kept.ingress_marks.is_empty() {
-                continue;
-            }
-            for mark in kept.marks.values().chain(kept.ingress_marks.values()) {
-                nameless.marks.remove(mark);
-            }
-            self.allocator.recall(&key, kept);
-            recalled.insert(key);
-        }
-        if !recalled.is_empty() {
-            self.keep_of_turned_up(&recalled);
-            self.generation += 1;
-            self.compare_held();
-        }
+        let entries = self.merged.state().elements.keys();
+        let named: BTreeSet<_> = entries.filter_map(number_of).collect();
+        let before = self.spared.nameless.published.len();
+        self.spared.nameless.published.retain(|number| !named.contains(number));
+        self.generation += u64::from(self.spared.nameless.published.len() != before);
     }
 
     /// Once all services can be read, whoever has not turned up is gone.
@@ -154,9 +126,11 @@ impl Engine {
         self.held.iter().filter(|key| !self.snapshot.services().contains_key(*key))
     }
 
+    /// Not those of another mask: what leads to them would leave the node with its mark.
     pub(super) fn marks_left_alone(&self) -> BTreeSet<Mark> {
+        let mask = self.settings.node.mask;
         let marks = self.still_held().flat_map(|key| self.allocator.remembered_marks(key));
-        marks.chain(self.spared.nameless.marks.iter().copied()).collect()
+        marks.chain(self.spared.nameless.marks.iter().copied()).filter(|mark| mask.covers(*mark)).collect()
     }
 
     /// What is in the kernel for services that are left alone.
@@ -198,8 +172,14 @@ impl Engine {
         for (key, server) in self.spared.servers.iter().filter(|(key, _)| left.marks.contains(&key.mark)) {
             out.virtual_servers.entry(*key).or_insert_with(|| server.clone());
         }
-        for (element, mark) in self.spared.elements.iter().filter(|(e, mark)| left.has(e, **mark)) {
-            out.elements.entry(*element).or_insert(*mark);
+        let mask = self.settings.node.mask;
+        for (element, mark) in &self.spared.elements {
+            // Without its mark a published number is nobody's all the same.
+            let other = mark.is_some_and(|mark| mark != Mark::NOWHERE && !mask.covers(mark));
+            let mark = if other && element.is_published() { Some(Mark::NOWHERE) } else { *mark };
+            if left.has(element, mark) {
+                out.elements.entry(*element).or_insert(mark);
+            }
         }
         Cow::Owned(out)
     }

@@ -44,12 +44,13 @@ impl Compiling<'_> {
             let slices = self.snapshot.slices_for(service);
             for port in &service.ports {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
-                // In no family of this node it is no claim, but one that was made outlasts the loss of an address.
-                if families.is_empty() && !before.contains(&(port.protocol, first)) {
-                    continue;
-                }
-                // A number that is not published here is anybody's: who has it when it is to be is asked then.
-                if !self.is_published_here(service, port, &slices, &families) {
+                // A number that is not published here is anybody's: who has it when it is to be is asked then. So it is in no
+                // family of this node, but a claim that was made outlasts the loss of an address.
+                let here = match families.is_empty() {
+                    true => self.served.get(key).is_some_and(|had| had.contains(&(port.protocol, first))),
+                    false => self.is_published_here(service, port, &slices, &families),
+                };
+                if !here {
                     continue;
                 }
                 let last = first.saturating_add(port.span().saturating_sub(1));

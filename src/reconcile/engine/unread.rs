@@ -20,7 +20,6 @@ impl Engine {
     /// The source has told everything that could be read. Services of earlier runs that it does not have are gone, unless they
     /// may be in what is `unread`: then they are left alone.
     pub fn synced(&mut self, unread: Unread) {
-        self.recall_nameless();
         let unseen = self.allocator.remembered().filter(|key| !self.snapshot.services().contains_key(*key));
         let (held, gone): (BTreeSet<_>, BTreeSet<_>) = unseen.cloned().partition(|key| unread.may_have(key));
         if !self.held.is_subset(&held) {
@@ -68,7 +67,7 @@ impl Engine {
     }
 
     /// Services that were left alone and can be read now, while some of their endpoints can't: these stay.
-    pub(super) fn keep_of_turned_up(&mut self, before: &BTreeSet<ServiceKey>) {
+    fn keep_of_turned_up(&mut self, before: &BTreeSet<ServiceKey>) {
         let mut marks = BTreeSet::new();
         for key in before {
             let service = self.snapshot.services().get(key);

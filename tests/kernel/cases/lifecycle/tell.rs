@@ -83,6 +83,7 @@ fn commands(cx: &mut Cx) -> Result<()> {
     let out = c.meshlb.run(node, &["apply", &dir])?.ok()?;
     ensure!(out.stdout.contains("1 services, followed by"), "{out}");
     check::only(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 3)?, "p11")?;
+    super::wait_until("the other node is in sync", Duration::from_secs(10), || Ok(c.in_sync().is_ok()))?;
     ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
     c.in_sync()
 }
