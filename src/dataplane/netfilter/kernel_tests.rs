@@ -205,7 +205,8 @@ const FOREIGN: &str = r#"
 set -e
 for I in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do
   $I -N KUBE-SERVICES -t nat; $I -t nat -A KUBE-SERVICES -p tcp --dport 1 -j RETURN; $I -t nat -A PREROUTING -j KUBE-SERVICES
-  $I -A INPUT -p tcp --dport 22 -m comment --comment "a -j MESHLB- look" -j ACCEPT; $I -t mangle -A OUTPUT -j MARK --set-xmark 0x4000/0x4000
+  $I -A INPUT -p tcp --dport 22 -m comment --comment "a -j MESHLB- look" -j ACCEPT
+  $I -A INPUT -m comment --comment "say \" -j MESHLB-INPUT b"; $I -t mangle -A OUTPUT -j MARK --set-xmark 0x4000/0x4000
 done
 ipset create other hash:ip; ipset add other 1.2.3.4; iptables-nft -A INPUT -m set --match-set other src -j ACCEPT
 nft -f - <<E

@@ -252,17 +252,31 @@ pub(crate) fn parse_save(text: &str) -> Saved {
     saved
 }
 
+/// The words of a rule as iptables-save prints it: what is quoted is one word, in which a backslash keeps a quote from ending it.
+fn words(line: &str) -> Vec<&str> {
+    let (mut out, mut start) = (Vec::new(), 0);
+    let (mut quoted, mut kept) = (false, false);
+    for (at, c) in line.char_indices() {
+        match c {
+            _ if kept => kept = false,
+            '\\' => kept = quoted,
+            '"' => quoted = !quoted,
+            ' ' if !quoted => {
+                out.push(&line[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    out.push(&line[start..]);
+    out
+}
+
 /// The target of a rule.
 pub(crate) fn target(line: &str) -> Option<&str> {
-    let mut words = line.split(' ').rev();
-    let mut last = words.next();
-    for word in words {
-        if word == "-j" || word == "-g" {
-            return last;
-        }
-        last = Some(word);
-    }
-    None
+    let words = words(line);
+    let at = words.iter().rposition(|word| ["-j", "-g"].contains(word))?;
+    words.get(at + 1).copied()
 }
 
 /// The text that makes exactly these rules be there and leaves every other chain as it is.
@@ -324,4 +338,26 @@ pub(crate) fn restore_text(rules: &[Rule], saved: &Saved) -> String {
 
 fn is_of(rule: &Rule, chain: &Chain) -> bool {
     rule.table == chain.table && rule.chain == chain.name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_quoted_is_no_target() {
+        for (line, want) in [
+            (r#"-A INPUT -p tcp -m comment --comment "a -j MESHLB-INPUT b" -j ACCEPT"#, Some("ACCEPT")),
+            (r#"-A INPUT -j LOG --log-prefix "x -j MESHLB-INPUT""#, Some("LOG")),
+            (r#"-A INPUT -j LOG --log-prefix "-j MESHLB-INPUT " --log-level 7"#, Some("LOG")),
+            (r#"-A INPUT -j LOG --log-prefix "say \" -j MESHLB-INPUT \\""#, Some("LOG")),
+            (r#"-A INPUT -m comment --comment "say \" -j MESHLB-INPUT""#, None),
+            ("-A INPUT -m comment --comment meshlb -j MESHLB-INPUT", Some("MESHLB-INPUT")),
+            (r#"-A INPUT -m comment --comment "meshlb" -g MESHLB-INPUT"#, Some("MESHLB-INPUT")),
+            ("-A INPUT -p tcp", None),
+            ("-A INPUT -j", None),
+        ] {
+            assert_eq!(target(line), want, "{line}");
+        }
+    }
 }
