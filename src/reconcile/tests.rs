@@ -519,6 +519,23 @@ fn replies_on_a_bridge_are_brought_back_by_masquerading_where_the_sysctl_cannot_
 }
 
 #[test]
+fn a_bridge_that_no_rule_can_name_is_left_out() {
+    for name in ["br+", "br*", "a\"b", "br 0", "br;0"] {
+        let kernel = FakeKernel::default();
+        let subnet: ipnet::IpNet = "10.244.1.0/24".parse().unwrap();
+        for bridge in [name, "cni0"] {
+            kernel.lock().bridges.push(BridgeSubnet { bridge: bridge.into(), subnet });
+        }
+        let mut engine = vote(&kernel, Allocations::default());
+        turn(&mut engine, true);
+        let inner = kernel.lock();
+        let bridges = &inner.state.program.as_ref().unwrap().masquerade_bridges;
+        let names: Vec<_> = bridges.iter().map(|b| b.bridge.as_str()).collect();
+        assert_eq!(names, ["cni0"], "{name}");
+    }
+}
+
+#[test]
 fn a_service_that_a_dump_leaves_out_is_not_missing() {
     let kernel = FakeKernel::default();
     let mut engine = vote(&kernel, Allocations::default());

@@ -146,12 +146,15 @@ pub(crate) fn addresses(conn: &mut Conn) -> Result<Vec<Address>, Error> {
     .map_err(|f| f.about("read the addresses of this node"))
 }
 
+/// Whether rules can name a link: both renderers write names as they are, and `+` and `*` at the end would mean others too.
+pub(crate) fn plain(name: &str) -> bool {
+    name.chars().all(|c| c.is_ascii_alphanumeric() || "._-@".contains(c))
+}
+
 /// Links with an address of the node, but for those that pods hang on: bridges and veth pairs, unless the node's primary
 /// address is there.
 fn uplinks(links: &HashMap<u32, Link>, own: &[&&Address], primary: &PerFamily<IpAddr>) -> BTreeSet<String> {
     let is_primary = |a: &Address| primary.iter().any(|(_, ip)| *ip == a.addr);
-    // Both renderers write names as they are; `+` and `*` at the end would mean others too.
-    let plain = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-@".contains(c));
     own.iter()
         .filter_map(|a| links.get(&a.link).map(|link| (a, link)))
         .filter(|(_, link)| link.name != "lo")

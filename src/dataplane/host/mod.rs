@@ -24,6 +24,7 @@ use std::{
 use ipnet::IpNet;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_SOCK_DIAG};
 
+pub(crate) use address::plain as plain_link_name;
 pub use route::ROUTE_PROTOCOL;
 pub use sysctl::{REQUIRED, Required, When};
 

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use super::Engine;
 use crate::{
-    dataplane::Error,
+    dataplane::{Error, host::plain_link_name},
     model::kernel::{BridgeSubnet, Element},
 };
 
@@ -20,6 +20,8 @@ pub(super) struct Bridges {
     pub(super) sysctls: BTreeSet<&'static str>,
     /// Where the sysctl can't be had: the file is missing, or can't be written.
     pub(super) masquerade: Vec<BridgeSubnet>,
+    /// The same, but with names that no rule can hold.
+    pub(super) unnamed: BTreeSet<String>,
 }
 
 impl Engine {
@@ -62,12 +64,21 @@ impl Engine {
                 };
                 if self.dataplane.host.can_have(path, "1")? {
                     bridges.sysctls.insert(path);
-                } else {
+                } else if plain_link_name(&bridge.bridge) {
                     bridges.masquerade.push(bridge);
+                } else {
+                    bridges.unnamed.insert(bridge.bridge);
                 }
             }
         }
         if bridges != self.bridges {
+            for name in bridges.unnamed.difference(&self.bridges.unnamed) {
+                tracing::warn!(
+                    "pods on the bridge {name:?} get no answers from endpoints on it: no rule can name it, and \
+                     net.bridge.bridge-nf-call-iptables and -ip6tables can't be set to 1; load the module br_netfilter, or \
+                     name it with letters, digits and . _ - @ only"
+                );
+            }
             self.bridges = bridges;
             self.set_base();
             self.trusted = false;
