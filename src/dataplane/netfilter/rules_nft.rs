@@ -333,7 +333,9 @@ impl Names {
         let Self { ip, range, digit, .. } = self;
         let (target, own) = (self.target(), self.set(Kind::Own));
         let mut rules = vec![format!("{ip} daddr {range} jump guard-{digit}")];
-        rules.extend(self.refuse_published());
+        rules.extend(self.refuse_published("jump refuse"));
+        // Nothing comes back from there, unless somebody has emptied it.
+        rules.extend(self.refuse_published("drop"));
         if whole {
             let marks = self.set(Kind::PublishedMarks);
             // The mark is the map's way of telling a hit; the packet ends here.
@@ -347,9 +349,9 @@ impl Names {
     }
 
     /// What IPVS did not take of published ports.
-    fn refuse_published(&self) -> [String; 2] {
+    fn refuse_published(&self, verdict: &str) -> [String; 2] {
         let (target, own, published) = (self.target(), self.set(Kind::Own), self.set(Kind::Published));
-        BEGINS.map(|begins| format!("{begins} {target} {published} {target} != {own} jump refuse"))
+        BEGINS.map(|begins| format!("{begins} {target} {published} {target} != {own} {verdict}"))
     }
 
     /// The same for 127.0.0.1, already on the way out: the error for a packet whose source was rewritten would
@@ -366,7 +368,7 @@ impl Names {
         });
         // And what the node sends to a published port of its own: conntrack must not remember it as settled without a
         // masquerade, or a client that goes on asking would not hear of an endpoint elsewhere that comes later.
-        loopback.into_iter().chain(self.refuse_published()).collect()
+        loopback.into_iter().chain(self.refuse_published("jump refuse")).collect()
     }
 
     fn guard_vip(&self) -> Vec<String> {
@@ -380,7 +382,7 @@ impl Names {
         };
         let mut rules = vec![icmp.to_owned(), format!("{} {} accept", self.target(), self.set(Kind::Own))];
         rules.extend(self.dns());
-        rules.push("jump refuse".to_owned());
+        rules.extend(["jump refuse", "drop"].map(str::to_owned));
         rules
     }
 
