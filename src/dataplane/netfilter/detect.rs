@@ -3,6 +3,7 @@
 use super::{
     Variant,
     nftread::{ForeignChain, NftReader},
+    rules_iptables::target,
     xtables::plain_variant,
 };
 use crate::{
@@ -56,17 +57,8 @@ struct Usage {
 pub fn detect() -> Detection {
     let mut notes = Vec::new();
     let mut look = |variant: Variant| {
-        let mut usage = Usage { installed: variant.installed(), ..Usage::default() };
-        for family in Family::ALL {
-            if !usage.installed {
-                continue;
-            }
-            match variant.save_text(family) {
-                Ok(text) => count(&text, &mut usage),
-                Err(e) => notes.push(format!("{variant} can't be read: {e}")),
-            }
-        }
-        usage
+        let installed = variant.installed();
+        look_at(installed.then_some(variant), |family| variant.save_text(family), &mut notes)
     };
     let (nft, legacy) = (look(Variant::Nft), look(Variant::Legacy));
     let mut detection = decide(nft, legacy, plain_variant());
@@ -74,8 +66,34 @@ pub fn detect() -> Detection {
     detection
 }
 
+/// What a variant holds, if it is installed, by what `save` prints for a family.
+fn look_at(
+    installed: Option<Variant>,
+    save: impl Fn(Family) -> Result<String, Error>,
+    notes: &mut Vec<String>,
+) -> Usage {
+    let mut usage = Usage { installed: installed.is_some(), ..Usage::default() };
+    let mut unreadable = 0;
+    for (variant, family) in installed.into_iter().flat_map(|v| Family::ALL.map(|family| (v, family))) {
+        match save(family) {
+            Ok(text) => count(&text, &mut usage),
+            Err(e) => {
+                // Without rights nothing can be read, and a lock is let go of.
+                unreadable += usize::from(!matches!(e, Error::Permission { .. } | Error::Transient { .. }));
+                notes.push(format!("{variant} can't be read for {family}: {e}"));
+            }
+        }
+    }
+    // Nor could it be written.
+    usage.installed &= unreadable < Family::ALL.len();
+    usage
+}
+
 fn count(text: &str, usage: &mut Usage) {
-    let foreign = |line: &&str| line.starts_with("-A ") && !line.contains("MESHLB-");
+    let foreign = |line: &&str| {
+        line.strip_prefix("-A ").is_some_and(|rest| !rest.starts_with("MESHLB-"))
+            && !target(line).is_some_and(|to| to.starts_with("MESHLB-"))
+    };
     usage.rules += text.lines().filter(foreign).count();
     usage.kubelet |= text.contains(":KUBE-IPTABLES-HINT ") || text.contains(":KUBE-KUBELET-CANARY ");
 }
@@ -90,7 +108,7 @@ fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>) -> Detection {
     }
     let choice = match (nft.installed, legacy.installed) {
         (false, false) => {
-            reasons.push("no iptables program is installed".to_owned());
+            reasons.push("no iptables program is installed here that works".to_owned());
             RendererChoice::Nftables
         }
         (true, false) => {
@@ -203,6 +221,24 @@ mod tests {
             assert_eq!(detection.choice, want, "{detection:?}");
             assert_eq!(detection.reasons.len(), 1);
         }
+    }
+
+    #[test]
+    fn a_flavour_that_cannot_be_read_is_as_if_it_were_not_there() {
+        let broken =
+            |_| Err(Error::Failed { object: "iptables-nft-save".into(), reason: "no such device".into() });
+        let (mut notes, nft) = (Vec::new(), Some(Variant::Nft));
+        let usage_of_broken = look_at(nft, broken, &mut notes);
+        assert_eq!((usage_of_broken.installed, notes.len()), (false, 2));
+        assert!(notes[0].contains("no such device"), "{notes:?}");
+        let legacy = RendererChoice::Iptables(Variant::Legacy);
+        assert_eq!(decide(usage_of_broken, usage(0, false), nft).choice, legacy);
+        // One family, or a moment, is not enough.
+        let half = |family| if family == Family::V4 { Ok(String::new()) } else { broken(family) };
+        assert!(look_at(nft, half, &mut notes).installed);
+        let locked = |_| Err(Error::Transient { object: "xtables lock".into(), reason: "held".into() });
+        assert!(look_at(nft, locked, &mut notes).installed);
+        assert!(!look_at(None, |_| Ok("-A INPUT -j X\n".into()), &mut notes).installed);
     }
 
     #[test]
