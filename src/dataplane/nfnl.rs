@@ -34,6 +34,9 @@ const MAX_DATAGRAM: usize = 96 * 1024;
 const MAX_REQUESTS: usize = 64;
 /// A batch of set elements is answered within milliseconds; a kernel under memory pressure may take longer.
 const TIME_LIMIT: i64 = 10;
+/// `NFNL_MSG_BATCH_BEGIN` and `_END`, around the requests of a transaction.
+const BATCH_BEGIN: u8 = 16;
+const BATCH_END: u8 = 17;
 /// A dump during which others write is started again this often.
 const DUMP_ATTEMPTS: u32 = 8;
 
@@ -215,6 +218,44 @@ impl Nfnl {
     pub(crate) fn get(&mut self, request: &Request) -> Result<Vec<u8>, NlError> {
         let reply = self.transact(std::slice::from_ref(request))?.pop().ok_or(NlError::Malformed)?;
         if reply.error == 0 { Ok(reply.payload) } else { Err(NlError::Kernel(reply.error)) }
+    }
+
+    /// Sends the requests as one transaction of a subsystem: either all of them are done, or none is. There must be few enough
+    /// for one datagram.
+    pub(crate) fn batch(&mut self, subsystem: u8, requests: &[Request]) -> Result<(), NlError> {
+        let edge = |command, sequence| {
+            let edge = Request { subsystem: 0, command, flags: 0, family: 0, attributes: Vec::new() };
+            let mut bytes = edge.encode(0, sequence);
+            // nfgenmsg's resource id: which subsystem it is for.
+            bytes.truncate(NLMSG_HEADER + 2);
+            bytes.extend(u16::from(subsystem).to_be_bytes());
+            bytes
+        };
+        let begin = self.next_sequence();
+        let mut datagram = edge(BATCH_BEGIN, begin);
+        for request in requests {
+            let sequence = self.next_sequence();
+            datagram.extend(request.encode(NLM_F_ACK, sequence));
+        }
+        let end = self.next_sequence();
+        datagram.extend(edge(BATCH_END, end));
+        self.socket.send(&datagram, 0).map_err(|e| NlError::io(&e))?;
+        let mut open = requests.len();
+        while open > 0 {
+            self.receive()?;
+            for message in messages(&self.buffer) {
+                let ours = message.sequence.wrapping_sub(begin) < end.wrapping_sub(begin);
+                if message.kind != NLMSG_ERROR || !ours {
+                    continue;
+                }
+                // What is refused as a whole is answered by an error for the beginning.
+                match u32_at(message.body, 0).ok_or(NlError::Malformed)?.cast_signed() {
+                    0 => open = open.saturating_sub(1),
+                    code => return Err(NlError::Kernel(code.saturating_neg())),
+                }
+            }
+        }
+        Ok(())
     }
 
     /// All messages of a dump; begun again when somebody wrote in between.

@@ -144,11 +144,27 @@ pub fn advice(program: &Program) -> Result<Vec<String>, Error> {
     if !reader.available() {
         return Ok(Vec::new());
     }
-    Ok(reader.dropping_chains()?.iter().flat_map(|chain| chain_advice(chain, program)).collect())
+    let mut out = Vec::new();
+    for chain in reader.dropping_chains()? {
+        if !accepts_there(&mut reader, &chain)? {
+            out.extend(chain_advice(&chain, program));
+        }
+    }
+    Ok(out)
+}
+
+/// Whether it is a chain of iptables in which our rules accept what has to pass, or will once they are installed.
+fn accepts_there(reader: &mut NftReader, chain: &ForeignChain) -> Result<bool, Error> {
+    let Some(family) = chain.iptables else { return Ok(false) };
+    let ours = format!("MESHLB-{}", chain.name);
+    if reader.iptables_jump(family, &chain.table, &chain.name, &ours)?.is_some() {
+        return Ok(true);
+    }
+    Ok(Variant::Nft.installed() && Variant::Nft.reads(family, &chain.table)?)
 }
 
 fn chain_advice(chain: &ForeignChain, program: &Program) -> Vec<String> {
-    let ForeignChain { family, table, name, hook } = chain;
+    let ForeignChain { family, table, name, hook, .. } = chain;
     if table == "firewalld" {
         return firewalld_advice(hook, program);
     }

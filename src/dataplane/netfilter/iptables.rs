@@ -533,7 +533,7 @@ impl Netfilter for Iptables {
     }
 
     fn remove_leftovers(&mut self) -> Result<(), Error> {
-        self.runs += remove::chains(self.variant.other())?;
+        self.runs += remove::chains(self.variant.other(), &mut self.reader)?;
         Ok(())
     }
 

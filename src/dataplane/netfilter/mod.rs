@@ -15,6 +15,7 @@ mod hash;
 mod iptables;
 mod legacy_pace;
 mod nftables;
+mod nftclear;
 mod nftread;
 mod nftwrite;
 mod outline;

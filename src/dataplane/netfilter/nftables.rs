@@ -1,5 +1,7 @@
 //! The renderer without iptables: one nft table, replaced or changed in one transaction.
 
+use std::collections::BTreeSet;
+
 use super::{
     Fingerprint, Parts, accept, exec, hash,
     legacy_pace::LegacyPace,
@@ -36,6 +38,20 @@ pub struct Nftables {
     legacy: LegacyPace,
     /// Families that the rules are for.
     served: Vec<Family>,
+    /// Families whose iptables-nft drops what we accept, and where only its owner can let it pass.
+    advised: BTreeSet<Family>,
+}
+
+/// What we need in the filter table of an iptables.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Need {
+    /// It drops nothing.
+    Nothing,
+    /// Rules of ours that accept.
+    Rules,
+    /// The same, but we can't write them: no program is installed for that, or its owner has used nft there, and would find rules
+    /// in it that nft can't write back. He is told what to do ([`super::advice`]).
+    Owner,
 }
 
 impl Nftables {
@@ -58,6 +74,7 @@ impl Nftables {
             generation: None,
             legacy: LegacyPace::default(),
             served: Vec::new(),
+            advised: BTreeSet::new(),
         })
     }
 
@@ -96,14 +113,17 @@ impl Nftables {
         hash::texts(texts.iter().map(String::as_str))
     }
 
-    /// Whether this variant of iptables drops what we accept, and so needs accepting rules of ours.
-    fn blocks(&mut self, variant: Variant, family: Family) -> Result<bool, Error> {
-        if !variant.installed() {
-            return Ok(false);
-        }
+    /// Whether this variant of iptables drops what we accept, and who can help it.
+    fn need(&mut self, variant: Variant, family: Family) -> Result<Need, Error> {
         match variant {
-            Variant::Nft => self.reader.iptables_blocks(family),
-            Variant::Legacy => Ok(accept::blocks(&variant.saved(family)?)),
+            Variant::Nft if !self.reader.iptables_blocks(family)? => Ok(Need::Nothing),
+            Variant::Nft if variant.installed() && variant.reads(family, "filter")? => Ok(Need::Rules),
+            Variant::Nft => Ok(Need::Owner),
+            Variant::Legacy if !variant.installed() => Ok(Need::Nothing),
+            Variant::Legacy => {
+                let blocks = accept::blocks(&variant.saved(family)?);
+                Ok(if blocks { Need::Rules } else { Need::Nothing })
+            }
         }
     }
 
@@ -143,21 +163,27 @@ impl Nftables {
         let (mut needed, mut others) = (Parts::new(), Vec::new());
         for variant in variants {
             for family in Family::ALL {
-                let wanted = program.families.get(family).is_some() && self.blocks(*variant, family)?;
+                let served = program.families.get(family).is_some();
+                let need = if served { self.need(*variant, family)? } else { Need::Nothing };
                 let there = match variant {
                     Variant::Nft => nft_chains(&mut self.reader, family)?,
                     Variant::Legacy => save_parts(family, &variant.saved(family)?),
                 };
                 let mut found = false;
                 for (name, hash) in there {
-                    if wanted && name.contains(" filter ") {
+                    if need != Need::Nothing && name.contains(" filter ") {
                         found = true;
                         needed.insert(format!("{variant}: {name}"), hash);
                     } else {
                         others.push(format!("{variant}: {name}"));
                     }
                 }
-                if wanted && !found {
+                if *variant == Variant::Nft && need == Need::Owner && !found {
+                    self.advised.insert(family);
+                } else if *variant == Variant::Nft {
+                    self.advised.remove(&family);
+                }
+                if need == Need::Rules && !found {
                     // Not in any fingerprint, so that this counts as a difference.
                     needed.insert(
                         format!("{variant}: the accepting rules that a dropping {family} filter needs"),
@@ -198,8 +224,13 @@ impl Nftables {
         for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
             for family in Family::ALL {
                 let saved = variant.saved(family)?;
-                let mut rules =
-                    if accept::blocks(&saved) { accept::rules(program, family) } else { Vec::new() };
+                let wanted = match self.need(variant, family)? {
+                    Need::Nothing => false,
+                    Need::Rules => true,
+                    // Those of before nft was used there do their work, and are kept whole.
+                    Need::Owner => !self.reader.ours(family, "filter")?.is_empty(),
+                };
+                let mut rules = if wanted { accept::rules(program, family) } else { Vec::new() };
                 let wrote = match variant.put(family, &rules, &saved) {
                     // A kernel without xt_ipvs: the rest works without. Tables before this one may be written already.
                     Err(Error::MissingFeature { .. }) if rules.iter().any(accept::asks_ipvs) => {
@@ -286,17 +317,15 @@ impl Netfilter for Nftables {
         let mut errors = Vec::new();
         for variant in Variant::ALL {
             for family in Family::ALL {
-                let saved = variant.saved(family);
-                let done = saved.and_then(|mut saved| {
-                    // The accepting rules are not left over where they are needed.
-                    if accept::blocks(&saved) && self.fingerprint.is_some() {
-                        saved.chains.retain(|(table, _)| table != "filter");
-                        saved.jumps.retain(|(table, _)| table != "filter");
-                    }
-                    variant.put(family, &[], &saved)
+                // The accepting rules are not left over where they are needed.
+                let need =
+                    if self.fingerprint.is_some() { self.need(variant, family) } else { Ok(Need::Nothing) };
+                let done = need.and_then(|need| {
+                    let but = (need != Need::Nothing).then_some("filter");
+                    remove::chains_of(variant, family, but, &mut self.reader)
                 });
                 match done {
-                    Ok(wrote) => self.runs += u64::from(wrote),
+                    Ok(wrote) => self.runs += wrote,
                     Err(e) => errors.push(e),
                 }
             }
@@ -342,7 +371,8 @@ impl Netfilter for Nftables {
                 return Ok(Probe::Changed(what));
             }
             for family in &self.served {
-                if !accepts(fingerprint, Variant::Nft, *family) && self.reader.iptables_blocks(*family)? {
+                let settled = accepts(fingerprint, Variant::Nft, *family) || self.advised.contains(family);
+                if !settled && self.reader.iptables_blocks(*family)? {
                     return Ok(Probe::Changed(begun_to_drop(Variant::Nft, *family)));
                 }
             }

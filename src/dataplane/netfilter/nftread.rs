@@ -25,19 +25,20 @@ use crate::{
     model::ids::Family,
 };
 
-const NFNL_SUBSYS_NFTABLES: u8 = 10;
+pub(super) const NFNL_SUBSYS_NFTABLES: u8 = 10;
 const MSG_GETTABLE: u8 = 1;
-const MSG_GETCHAIN: u8 = 4;
+pub(super) const MSG_GETCHAIN: u8 = 4;
 const MSG_GETRULE: u8 = 7;
 const MSG_GETSET: u8 = 10;
 const MSG_GETSETELEM: u8 = 13;
 const MSG_GETGEN: u8 = 16;
 
 /// `NFTA_*_TABLE` of chains, rules and sets; `NFTA_TABLE_NAME`; `NFTA_GEN_ID`.
-const FIRST: u16 = 1;
-const RULE_CHAIN: u16 = 2;
+pub(super) const FIRST: u16 = 1;
+pub(super) const RULE_CHAIN: u16 = 2;
+pub(super) const RULE_HANDLE: u16 = 3;
 const RULE_EXPRESSIONS: u16 = 4;
-const CHAIN_NAME: u16 = 3;
+pub(super) const CHAIN_NAME: u16 = 3;
 const SET_NAME: u16 = 2;
 const CHAIN_HOOK: u16 = 4;
 const CHAIN_POLICY: u16 = 5;
@@ -60,7 +61,7 @@ const NF_INET_LOCAL_IN: u32 = 1;
 const NF_INET_FORWARD: u32 = 2;
 
 /// Our table's name in the kernel.
-const OURS: &str = "meshlb";
+pub(super) const OURS: &str = "meshlb";
 
 /// A base chain of somebody else at the input or forward hook.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -70,6 +71,8 @@ pub(crate) struct ForeignChain {
     pub name: String,
     /// `input` or `forward`.
     pub hook: &'static str,
+    /// The family of iptables whose chain it is, or would be if somebody used that.
+    pub iptables: Option<Family>,
 }
 
 /// Reads nf_tables in the network namespace of the thread that uses it first.
@@ -83,13 +86,13 @@ impl fmt::Debug for NftReader {
     }
 }
 
-fn request(command: u8, family: u8, fill: impl FnOnce(&mut Attributes)) -> Request {
+pub(super) fn request(command: u8, family: u8, fill: impl FnOnce(&mut Attributes)) -> Request {
     let mut a = Attributes::default();
     fill(&mut a);
     Request { subsystem: NFNL_SUBSYS_NFTABLES, command, flags: 0, family, attributes: a.0 }
 }
 
-fn family_number(family: Family) -> u8 {
+pub(super) fn family_number(family: Family) -> u8 {
     match family {
         Family::V4 => NFPROTO_IPV4,
         Family::V6 => NFPROTO_IPV6,
@@ -101,7 +104,7 @@ fn is(error: NlError, errno: Errno) -> bool {
 }
 
 /// Whether it is not there, or the kernel has nothing in which it could be: the module is not loaded, or has no such family.
-fn is_absent(error: NlError) -> bool {
+pub(super) fn is_absent(error: NlError) -> bool {
     [Errno::ENOENT, Errno::EINVAL, Errno::EOPNOTSUPP].into_iter().any(|errno| is(error, errno))
 }
 
@@ -128,7 +131,11 @@ impl NftReader {
         Self { socket: None }
     }
 
-    fn with<T>(&mut self, what: &str, ask: impl FnOnce(&mut Nfnl) -> Result<T, NlError>) -> Result<T, Error> {
+    pub(super) fn with<T>(
+        &mut self,
+        what: &str,
+        ask: impl FnOnce(&mut Nfnl) -> Result<T, NlError>,
+    ) -> Result<T, Error> {
         if self.socket.is_none() {
             let open = Nfnl::open();
             self.socket =
@@ -196,7 +203,12 @@ impl NftReader {
         })
     }
 
-    fn rules(&mut self, family: u8, table: &str, chain: Option<&str>) -> Result<Vec<Vec<u8>>, Error> {
+    pub(super) fn rules(
+        &mut self,
+        family: u8,
+        table: &str,
+        chain: Option<&str>,
+    ) -> Result<Vec<Vec<u8>>, Error> {
         let get = request(MSG_GETRULE, family, |a| {
             a.text(FIRST, table);
             if let Some(chain) = chain {
@@ -330,7 +342,7 @@ impl NftReader {
     }
 
     /// Base chains of others at input or forward that drop or reject what no rule of theirs accepted: by
-    /// policy or by their last rule. Tables that iptables-nft writes are left out.
+    /// policy or by their last rule.
     pub(crate) fn dropping_chains(&mut self) -> Result<Vec<ForeignChain>, Error> {
         let mut out = Vec::new();
         for (number, family) in [(NFPROTO_INET, "inet"), (NFPROTO_IPV4, "ip"), (NFPROTO_IPV6, "ip6")] {
@@ -343,13 +355,13 @@ impl NftReader {
                 let Some((hook, drops)) = base_chain(&payload) else { continue };
                 let table = text(attribute(&payload, FIRST).unwrap_or_default());
                 let name = text(attribute(&payload, CHAIN_NAME).unwrap_or_default());
-                let iptables =
-                    number != NFPROTO_INET && table == "filter" && ["INPUT", "FORWARD"].contains(&&*name);
-                if iptables || table == OURS {
+                if table == OURS {
                     continue;
                 }
+                let builtin = table == "filter" && ["INPUT", "FORWARD"].contains(&&*name);
+                let iptables = Family::ALL.into_iter().find(|f| builtin && family_number(*f) == number);
                 if drops || self.rules(number, &table, Some(&name))?.last().is_some_and(|r| refuses_all(r)) {
-                    out.push(ForeignChain { family, table, name, hook });
+                    out.push(ForeignChain { family, table, name, hook, iptables });
                 }
             }
         }
@@ -365,7 +377,7 @@ fn chain_hash(payload: &[u8]) -> u64 {
         .fold(hash::START, hash::bytes)
 }
 
-fn expressions(rule: &[u8]) -> impl Iterator<Item = (String, &[u8])> {
+pub(super) fn expressions(rule: &[u8]) -> impl Iterator<Item = (String, &[u8])> {
     attributes(attribute(rule, RULE_EXPRESSIONS).unwrap_or_default()).map(|(_, expression)| {
         (
             text(attribute(expression, EXPR_NAME).unwrap_or_default()),
@@ -386,7 +398,7 @@ fn verdict(data: &[u8]) -> Option<&[u8]> {
 }
 
 /// The chain that a rule jumps to.
-fn verdict_chain(rule: &[u8]) -> Option<String> {
+pub(super) fn verdict_chain(rule: &[u8]) -> Option<String> {
     expressions(rule)
         .filter(|(name, _)| name == "immediate")
         .find_map(|(_, data)| attribute(verdict(data)?, VERDICT_CHAIN).map(text))

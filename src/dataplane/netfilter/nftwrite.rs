@@ -78,11 +78,6 @@ pub(crate) fn install(
     })
 }
 
-/// Removes our table.
-pub(crate) fn remove() -> Result<(), Error> {
-    run(&format!("add table {TABLE}\ndelete table {TABLE}\n"))
-}
-
 type Wanted = BTreeMap<(Kind, Family, NftKey), Option<Option<u32>>>;
 
 /// The text that makes these changes, empty when there is nothing to do. `known` is what was there before.

@@ -222,6 +222,18 @@ pub(crate) struct Saved {
     pub rules: Vec<(String, String)>,
     /// (table, line): everything else of `filter INPUT` and `filter FORWARD`, and their policies.
     pub foreign: Vec<(String, String)>,
+    /// Tables that iptables-nft can't read, since they hold rules that only nft can make.
+    pub unreadable: Vec<String>,
+}
+
+impl Saved {
+    /// Forgets what is in a table.
+    pub(crate) fn leave_out(&mut self, table: &str) {
+        for list in [&mut self.jumps, &mut self.chains, &mut self.rules, &mut self.foreign] {
+            list.retain(|(t, _)| t != table);
+        }
+        self.unreadable.retain(|t| t != table);
+    }
 }
 
 /// Reads the output of iptables-save.
@@ -231,6 +243,8 @@ pub(crate) fn parse_save(text: &str) -> Saved {
     for line in text.lines() {
         if let Some(name) = line.strip_prefix('*') {
             table = name.trim().to_owned();
+        } else if let Some(name) = unreadable(line) {
+            saved.unreadable.push(name.to_owned());
         } else if let Some(rest) = line.strip_prefix(':') {
             let name = rest.split(' ').next().unwrap_or_default();
             if name.starts_with("MESHLB-") {
@@ -250,6 +264,12 @@ pub(crate) fn parse_save(text: &str) -> Saved {
         }
     }
     saved
+}
+
+/// The table of ``# Table `filter' is incompatible, use 'nft' tool.``, which iptables-nft-save says without failing.
+fn unreadable(line: &str) -> Option<&str> {
+    let (name, rest) = line.strip_prefix("# Table `")?.split_once('\'')?;
+    rest.starts_with(" is incompatible").then_some(name)
 }
 
 /// The words of a rule as iptables-save prints it: what is quoted is one word, in which a backslash keeps a quote from ending it.
@@ -359,5 +379,12 @@ mod tests {
         ] {
             assert_eq!(target(line), want, "{line}");
         }
+    }
+
+    #[test]
+    fn a_table_that_is_not_shown_is_told_apart_from_an_empty_one() {
+        let text = "# Table `filter' is incompatible, use 'nft' tool.\n\
+                    # Table `nat' contains incompatible base-chains, use 'nft' tool to list them.\n*nat\nCOMMIT\n";
+        assert_eq!(parse_save(text).unreadable, ["filter"]);
     }
 }

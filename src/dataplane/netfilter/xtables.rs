@@ -4,7 +4,9 @@ use std::{fmt, str::FromStr};
 
 use super::{
     exec,
-    rules_iptables::{Rule, Saved, parse_save, restore_text},
+    nftclear::Ours,
+    nftread::NftReader,
+    rules_iptables::{CHAINS, Rule, Saved, TABLES, jump, parse_save, restore_text},
 };
 use crate::{dataplane::Error, model::ids::Family};
 
@@ -96,14 +98,59 @@ impl Variant {
         exec::run(&self.program(family, "restore"), &["--noflush", "-w", "5"], text).map(drop)
     }
 
+    /// Whether it can read this table: iptables-nft can't where somebody has used nft there.
+    pub(crate) fn reads(self, family: Family, table: &str) -> Result<bool, Error> {
+        Ok(!self.saved(family)?.unreadable.iter().any(|t| t == table))
+    }
+
     /// Makes exactly these rules of ours be there. Returns whether it wrote.
     pub(crate) fn put(self, family: Family, rules: &[Rule], saved: &Saved) -> Result<bool, Error> {
-        let text = restore_text(rules, saved);
+        let mut saved = saved.clone();
+        let cleared = clear_unreadable(family, rules, &mut saved)?;
+        let text = restore_text(rules, &saved);
         if text.is_empty() {
-            return Ok(false);
+            return Ok(cleared);
         }
         self.restore(family, &text).map(|()| true)
     }
+}
+
+/// Looks at the tables that iptables-nft can't read, and takes away what of ours is not wanted there: it can't be told to delete
+/// a rule among those that it doesn't understand, though it writes new ones.
+fn clear_unreadable(family: Family, rules: &[Rule], saved: &mut Saved) -> Result<bool, Error> {
+    let mut cleared = false;
+    // What leads packets to IPVS goes first.
+    for table in TABLES.into_iter().rev().filter(|t| saved.unreadable.iter().any(|u| u == t)) {
+        let mut reader = NftReader::new();
+        let mut unwanted = Ours::default();
+        let found = reader.ours(family, table)?;
+        let wanted: Vec<_> = CHAINS
+            .iter()
+            .filter(|c| c.table == table && rules.iter().any(|r| r.table == table && r.chain == c.name))
+            .collect();
+        for jump_found in found.jumps {
+            let (from, to) = (jump_found.from.as_str(), jump_found.to.as_str());
+            let line = (table.to_owned(), jump(from, to));
+            let ours = wanted.iter().any(|c| c.builtin == Some(from) && c.name == to);
+            if ours && jump_found.plain && !saved.jumps.contains(&line) {
+                saved.jumps.push(line);
+            } else {
+                unwanted.jumps.push(jump_found);
+            }
+        }
+        for chain in found.chains {
+            if wanted.iter().any(|c| c.name == chain) {
+                saved.chains.push((table.to_owned(), chain));
+            } else {
+                unwanted.chains.push(chain);
+            }
+        }
+        if !unwanted.is_empty() {
+            reader.delete(family, table, &unwanted)?;
+            cleared = true;
+        }
+    }
+    Ok(cleared)
 }
 
 impl fmt::Display for Variant {
