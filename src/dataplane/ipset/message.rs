@@ -51,8 +51,8 @@ const ATTR_IPADDR_IPV6: u16 = 2;
 const FLAG_LIST_HEADER: u32 = 1 << 2;
 const FLAG_WITH_SKBINFO: u32 = 1 << 6;
 
-/// How many entries a set may hold.
-pub const MAX_ELEMENTS: u32 = 1_048_576;
+/// How many entries a set may hold: the most that the kernel's number can say. What a set takes of memory goes by what is in it.
+pub const MAX_ELEMENTS: u32 = u32::MAX;
 
 /// The set types that we use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -96,6 +96,8 @@ pub struct SetSpec {
     pub family: Family,
     /// Whether entries carry a mark (`skbinfo`).
     pub marks: bool,
+    /// How many entries it may have: [`MAX_ELEMENTS`].
+    pub max_elements: u32,
 }
 
 /// What an entry matches.
@@ -164,7 +166,7 @@ impl Header {
         self.type_name == spec.kind.name()
             && self.family == family_number(spec.family)
             && self.marks == spec.marks
-            && self.max_elements >= MAX_ELEMENTS
+            && self.max_elements >= spec.max_elements
     }
 }
 
@@ -199,7 +201,7 @@ pub(crate) fn create(spec: &SetSpec) -> Request {
         a.put(ATTR_REVISION, &[spec.kind.revision()]);
         a.put(ATTR_FAMILY, &[family_number(spec.family)]);
         a.nest(ATTR_DATA, |a| {
-            a.big_endian(ATTR_MAXELEM, &MAX_ELEMENTS.to_be_bytes());
+            a.big_endian(ATTR_MAXELEM, &spec.max_elements.to_be_bytes());
             if spec.marks {
                 a.big_endian(ATTR_CADT_FLAGS, &FLAG_WITH_SKBINFO.to_be_bytes());
             }

@@ -12,7 +12,7 @@ use crate::{
 };
 
 fn spec(name: &str, kind: SetType, family: Family) -> SetSpec {
-    SetSpec { name: name.into(), kind, family, marks: kind == SetType::IpPort }
+    SetSpec { name: name.into(), kind, family, marks: kind == SetType::IpPort, max_elements: MAX_ELEMENTS }
 }
 
 fn target(addr: &str, protocol: Protocol, port: u16) -> Entry {

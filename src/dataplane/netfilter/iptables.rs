@@ -1,8 +1,11 @@
 //! The renderer that operators know how to look at: iptables rules and ipsets, and a small nft table for
 //! what iptables has no place for.
 
+mod contents;
+
 use std::collections::BTreeMap;
 
+use self::contents::in_small_table;
 use super::{
     Fingerprint, Parts, exec, hash,
     legacy_pace::LegacyPace,
@@ -12,20 +15,17 @@ use super::{
     remove,
     rules_iptables::{CHAINS, Guard, Options, rules},
     rules_nft::{chain_names, hand_over_text, table_text},
-    sets::{
-        Kind, NftContents, PREFIX, SCRATCH, Stores, ipset_element, ipset_entries, ipset_spec, nft_contents,
-        set_name,
-    },
+    sets::{NftContents, PREFIX, SCRATCH, Stores, nft_contents, set_name},
     xtables::Variant,
 };
 use crate::{
     dataplane::{
         ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState,
-        ipset::{Change, Ipset, MAX_ELEMENTS, SetSpec, SetType, Verb},
+        ipset::{Ipset, MAX_ELEMENTS, SetType},
     },
     model::{
         ids::Family,
-        kernel::{Element, Elements, Program},
+        kernel::{Elements, Program},
     },
 };
 
@@ -46,8 +46,14 @@ pub struct Iptables {
     /// The nf_tables generation up to which all is known to be ours.
     generation: Option<u32>,
     legacy: LegacyPace,
-    /// The family whose rules stand, though those of the other could not be written.
-    stands: Option<Family>,
+    /// Families whose rules stand, though not all could be written.
+    stands: Vec<Family>,
+    /// Elements that the kernel would not take into an ipset.
+    refused: Elements,
+    /// Why, after an installation.
+    unfilled: Option<Error>,
+    /// How many entries an ipset may have.
+    max_elements: u32,
 }
 
 impl Iptables {
@@ -81,7 +87,10 @@ impl Iptables {
             counts: None,
             generation: None,
             legacy: LegacyPace::default(),
-            stands: None,
+            stands: Vec::new(),
+            refused: Elements::new(),
+            unfilled: None,
+            max_elements: MAX_ELEMENTS,
         }
     }
 
@@ -164,7 +173,7 @@ impl Iptables {
         for header in self.ipset.headers()? {
             if header.name.starts_with(PREFIX) && header.name != SCRATCH {
                 // One that holds less than ours was put in its place, and is made anew.
-                let small = if header.max_elements < MAX_ELEMENTS { " small" } else { "" };
+                let small = if header.max_elements < self.max_elements { " small" } else { "" };
                 let kind = format!("{} {} {}{small}", header.type_name, header.family, header.marks);
                 parts.insert(format!("ipset {}", header.name), hash::texts([kind.as_str()]));
             }
@@ -184,8 +193,9 @@ impl Iptables {
         self.known = None;
         self.counts = None;
         self.generation = None;
-        self.stands = None;
-        self.fill_sets(program, elements)?;
+        self.stands.clear();
+        self.refused.clear();
+        let (refused, reason) = self.fill_sets(program, elements)?;
         // The guard first: it only refuses what IPVS did not take. But where a table stands, it may be the
         // other renderer's, which does all the work until our rules do it too.
         let guarded = self.stores.nft && self.reader.has_table()?;
@@ -223,7 +233,7 @@ impl Iptables {
             }
         }
         if let Some((family, e)) = unwritten {
-            self.stands = Family::ALL.into_iter().find(|other| *other != family);
+            self.stands.extend(Family::ALL.into_iter().filter(|other| *other != family));
             return Err(e);
         }
         let generation = self.reader.generation().ok();
@@ -233,8 +243,18 @@ impl Iptables {
         }
         self.fingerprint = Some(Fingerprint { program: self.program_hash(program), parts });
         self.generation = generation;
-        self.known = Some(elements.clone());
+        let mut known = elements.clone();
+        known.retain(|element, _| !refused.contains_key(element));
+        self.known = Some(known);
         self.legacy.looked();
+        self.stands.extend(Family::ALL);
+        self.unfilled = reason.map(|e| match (e, refused.len()) {
+            (Error::Failed { object, reason }, n) if n > 1 => {
+                Error::Failed { object, reason: format!("{reason} (and {} more; all else is served)", n - 1) }
+            }
+            (e, _) => e,
+        });
+        self.refused = refused;
         Ok(None)
     }
 
@@ -255,189 +275,6 @@ impl Iptables {
             names.extend(self.stores.ipsets().map(|kind| format!("ipset {}", set_name(kind, family))));
         }
         names
-    }
-
-    /// Elements in the ipsets, and what is wrong with them.
-    fn elements(&mut self, program: &Program) -> Result<(Elements, Vec<String>), Error> {
-        let (mut elements, mut wrong) = (Elements::new(), Vec::new());
-        for family in Self::families(program) {
-            for kind in self.stores.ipsets() {
-                let name = set_name(kind, family);
-                let Some(listing) = self.ipset.list(&name)? else { continue };
-                if listing.strange > 0 {
-                    wrong.push(format!("ipset {name} has {} entries that are not ours", listing.strange));
-                }
-                let foreign = |m: &crate::dataplane::ipset::SkbMark| m.mask != program.mask;
-                if let Some(entry) = listing.entries.iter().find(|e| e.mark.as_ref().is_some_and(foreign)) {
-                    wrong.push(format!(
-                        "ipset {name}: {} has another mark mask than {:#x}",
-                        entry.key, program.mask
-                    ));
-                }
-                elements.extend(listing.entries.iter().filter_map(|e| ipset_element(kind, family, e)));
-            }
-            // The second set of endpoints.
-            if !self.stores.pairs {
-                continue;
-            }
-            let name = set_name(Kind::Hairpin, family);
-            if let Some(listing) = self.ipset.list(&name)? {
-                let want = |e: &Element| matches!(e, Element::Endpoint(_)) && e.family() == family;
-                let wanted = elements.keys().filter(|e| want(e)).count();
-                let present = listing.entries.iter().filter(|e| match e.key {
-                    crate::dataplane::ipset::Key::Pair(a, b) => {
-                        a == b && elements.contains_key(&Element::Endpoint(a))
-                    }
-                    _ => false,
-                });
-                if present.count() != wanted || listing.entries.len() != wanted {
-                    wrong.push(format!("ipset {name} differs from {}", set_name(Kind::Endpoints, family)));
-                }
-            }
-        }
-        if self.stores.nft {
-            // The loopback map is only in nft.
-            let loopback = Self::families(program).map(|f| (Kind::Loopback, f));
-            let (contents, _) = self.reader.contents(loopback)?;
-            elements.extend(super::sets::nft_to_elements(&contents));
-            wrong.extend(self.nft_differences(program, &elements)?);
-        }
-        Ok((elements, wrong))
-    }
-
-    /// Sets of the small table that differ from what these elements ask for.
-    fn nft_differences(&mut self, program: &Program, elements: &Elements) -> Result<Vec<String>, Error> {
-        let sets: Vec<_> = Self::families(program)
-            .flat_map(|f| self.stores.layout().kinds().iter().map(move |k| (*k, f)))
-            .collect();
-        let (have, strange) = self.reader.contents(sets.iter().copied())?;
-        let want = nft_contents(elements, self.stores.layout());
-        Ok(set_differences(&sets, &want, &have, strange))
-    }
-
-    fn fill_sets(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
-        self.ipset.destroy(SCRATCH)?;
-        let there = self.ipset.headers()?;
-        for kind in self.stores.ipsets() {
-            for family in Self::families(program) {
-                let spec = ipset_spec(kind, family);
-                let entries = elements
-                    .iter()
-                    .filter(|(e, _)| e.family() == family)
-                    .flat_map(|(e, m)| ipset_entries(e, *m, program.mask, self.stores))
-                    .filter(|(k, _)| *k == kind);
-                let old = there.iter().find(|h| h.name == spec.name);
-                let into = if old.is_some() { SCRATCH.to_owned() } else { spec.name.clone() };
-                self.ipset.create(&SetSpec { name: into.clone(), ..spec.clone() })?;
-                let changes: Vec<_> =
-                    entries.map(|(_, entry)| Change { set: into.clone(), verb: Verb::Add, entry }).collect();
-                self.ipset.change(&changes).into_iter().collect::<Result<Vec<_>, _>>()?;
-                if old.is_some() {
-                    self.ipset.swap(SCRATCH, &spec.name)?;
-                    self.ipset.destroy(SCRATCH)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn ipset_changes(&mut self, program: &Program, changes: &[&ElementChange]) -> Vec<Result<(), Error>> {
-        let mut all = Vec::new();
-        let mut owners = Vec::new();
-        for (at, change) in changes.iter().enumerate() {
-            let (verb, element, mark) = match change {
-                ElementChange::Put(element, mark) => (Verb::Add, element, *mark),
-                ElementChange::Del(element) => (Verb::Del, element, None),
-            };
-            for (kind, entry) in ipset_entries(element, mark, program.mask, self.stores) {
-                all.push(Change { set: set_name(kind, element.family()), verb, entry });
-                owners.push(at);
-            }
-        }
-        let mut results = vec![Ok(()); changes.len()];
-        for (at, result) in owners.into_iter().zip(self.ipset.change(&all)) {
-            if result.is_err() {
-                results[at] = result;
-            }
-        }
-        results
-    }
-
-    /// The part of the changes that concerns the small table, in one transaction.
-    fn nft_changes(&mut self, changes: &[&ElementChange]) -> Result<(), Error> {
-        if !self.stores.nft || changes.is_empty() {
-            return Ok(());
-        }
-        let (reader, known) = (&mut self.reader, self.known.as_ref());
-        let text = nftwrite::change_text(reader, known, changes.iter().copied(), self.stores.layout())?;
-        self.runs += u64::from(!text.is_empty());
-        nftwrite::transaction(reader, &text, &mut self.generation)
-    }
-
-    /// Keeps what we know of our sets, and how many entries they hold, in step with changes.
-    fn note(&mut self, changes: &[ElementChange], results: &[Result<(), Error>]) {
-        let Some(known) = self.known.as_mut() else { return };
-        if let Some(counts) = self.counts.as_mut() {
-            let mut there = BTreeMap::new();
-            for (change, _) in changes.iter().zip(results).filter(|(_, result)| result.is_ok()) {
-                let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
-                let put = matches!(change, ElementChange::Put(..));
-                let before = there.insert(*element, put).unwrap_or_else(|| known.contains_key(element));
-                if before == put {
-                    continue;
-                }
-                for (kind, _) in ipset_entries(element, None, 0, self.stores) {
-                    let count = counts.entry(set_name(kind, element.family())).or_default();
-                    *count = if put { *count + 1 } else { count.saturating_sub(1) };
-                }
-            }
-        }
-        super::note(known, changes, results);
-    }
-
-    fn expected_counts(&mut self) -> &BTreeMap<String, u32> {
-        let known = self.known.as_ref();
-        let stores = self.stores;
-        self.counts.get_or_insert_with(|| {
-            let mut counts = BTreeMap::new();
-            for (element, mark) in known.into_iter().flatten() {
-                for (kind, _) in ipset_entries(element, *mark, 0, stores) {
-                    *counts.entry(set_name(kind, element.family())).or_default() += 1;
-                }
-            }
-            counts
-        })
-    }
-
-    fn probe_sets(&mut self) -> Result<Option<String>, Error> {
-        let headers = self.ipset.headers()?;
-        let expected: Vec<_> = self
-            .fingerprint
-            .iter()
-            .flat_map(|f| f.parts.keys().filter_map(|k| k.strip_prefix("ipset ")).map(str::to_owned))
-            .collect();
-        let counts = self.expected_counts();
-        for name in expected {
-            let want = counts.get(&name).copied().unwrap_or_default();
-            match headers.iter().find(|h| h.name == name) {
-                None => return Ok(Some(format!("ipset {name} is missing"))),
-                Some(h) if h.elements != want => {
-                    return Ok(Some(format!("ipset {name} has {} entries instead of {want}", h.elements)));
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// Whether a change concerns the nft table beside iptables.
-fn in_small_table(change: &ElementChange, stores: Stores) -> bool {
-    let (ElementChange::Put(element, _) | ElementChange::Del(element)) = change;
-    match element {
-        Element::Published(_) | Element::Own(_) | Element::Loopback(..) => stores.nft,
-        Element::Endpoint(_) => stores.nft && !stores.pairs,
-        Element::Vip(_) | Element::Local(_) => false,
     }
 }
 
@@ -488,11 +325,12 @@ impl Netfilter for Iptables {
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {
-        super::until_complete(|| self.install_once(program, elements))
+        super::until_complete(|| self.install_once(program, elements))?;
+        self.unfilled.take().map_or(Ok(()), Err)
     }
 
     fn stands(&self, family: Family) -> bool {
-        self.stands == Some(family)
+        self.stands.contains(&family)
     }
 
     fn apply(&mut self, program: &Program, changes: &[ElementChange]) -> Vec<Result<(), Error>> {
@@ -507,6 +345,18 @@ impl Netfilter for Iptables {
         // The guard knows a published port before packets are led to it, and until they no longer are.
         let put = self.nft_changes(&puts);
         let mut results = self.ipset_changes(program, &changes.iter().collect::<Vec<_>>());
+        for (change, result) in changes.iter().zip(&results) {
+            match change {
+                ElementChange::Put(element, mark)
+                    if result.is_err() && put.is_ok() && in_small_table(change, self.stores) =>
+                {
+                    self.refused.insert(*element, *mark);
+                }
+                ElementChange::Put(element, _) | ElementChange::Del(element) => {
+                    self.refused.remove(element);
+                }
+            }
+        }
         // A Del that a later Put takes back must not undo it.
         let last = |change: &&&ElementChange| {
             let (ElementChange::Put(e, _) | ElementChange::Del(e)) = **change;
@@ -544,6 +394,7 @@ impl Netfilter for Iptables {
         self.known = None;
         self.counts = None;
         self.generation = None;
+        self.refused.clear();
         result
     }
 
@@ -595,7 +446,8 @@ impl Netfilter for Iptables {
         }
         if self.stores.nft && moved {
             let known = self.known.as_ref();
-            let want = known.map(|k| nft_contents(k, self.stores.layout())).unwrap_or_default();
+            let want =
+                known.map(|k| nft_contents(&self.guarded(k), self.stores.layout())).unwrap_or_default();
             let sets: Vec<_> = Family::ALL
                 .iter()
                 .flat_map(|f| self.stores.layout().kinds().iter().map(move |k| (*k, *f)))
@@ -624,13 +476,5 @@ impl Netfilter for Iptables {
 
     fn writes(&self) -> u64 {
         self.ipset.writes() + self.runs
-    }
-}
-
-#[cfg(test)]
-impl Iptables {
-    /// How many programs it has run for writing.
-    pub(super) fn runs(&self) -> u64 {
-        self.runs
     }
 }

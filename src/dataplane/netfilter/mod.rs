@@ -31,6 +31,8 @@ mod golden;
 #[cfg(test)]
 mod kernel_tests;
 #[cfg(test)]
+mod odd_tests;
+#[cfg(test)]
 pub(crate) mod testing;
 
 use std::collections::BTreeMap;

@@ -114,15 +114,15 @@ impl Stores {
     }
 }
 
-/// How an ipset is created.
-pub(crate) fn ipset_spec(kind: Kind, family: Family) -> SetSpec {
+/// How an ipset is created that may have so many entries.
+pub(crate) fn ipset_spec(kind: Kind, family: Family, max_elements: u32) -> SetSpec {
     let (set_type, marks) = match kind {
         Kind::Vips | Kind::Published | Kind::PublishedMarks | Kind::Loopback => (SetType::IpPort, true),
         Kind::Own => (SetType::IpPort, false),
         Kind::Local | Kind::Endpoints | Kind::Addresses => (SetType::Ip, false),
         Kind::Hairpin => (SetType::Pair, false),
     };
-    SetSpec { name: set_name(kind, family), kind: set_type, family, marks }
+    SetSpec { name: set_name(kind, family), kind: set_type, family, marks, max_elements }
 }
 
 /// The ipset entries of an element.
