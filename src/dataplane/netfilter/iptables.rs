@@ -163,6 +163,9 @@ impl Iptables {
         if self.stores.nft {
             let chains = chain_names(program, self.stores.layout());
             parts.extend(self.reader.table_parts(&chains)?);
+        } else if self.reader.has_table()? {
+            // Of a run when there was nft: nobody keeps it up to date any more.
+            parts.insert("inet meshlb".to_owned(), hash::START);
         }
         for family in Family::ALL {
             match self.variant {
@@ -224,6 +227,9 @@ impl Iptables {
                 }
             }
             self.put_table(program, elements)?;
+        } else if !self.stores.nft && self.reader.has_table()? {
+            self.runs += 1;
+            self.reader.delete_table()?;
         }
         for header in self.ipset.headers()?.iter().filter(|h| h.name.starts_with(PREFIX)) {
             let wanted =

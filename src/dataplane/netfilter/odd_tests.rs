@@ -198,3 +198,26 @@ fn what_a_full_set_does_not_take_keeps_nothing_else_from_being_installed() {
         });
     }
 }
+
+#[test]
+fn a_table_that_nobody_can_keep_up_to_date_is_taken_away() {
+    for variant in Variant::ALL {
+        in_netns(move || {
+            let mut before = iptables(variant);
+            before.install(&dual(), &all()).unwrap();
+            let mut r = iptables_without_nft(variant);
+            r.set_fingerprint(before.fingerprint());
+            assert!(matches!(r.observe(&dual()).unwrap().program, ProgramState::Drifted(_)));
+            r.install(&dual(), &all()).unwrap();
+            assert!(!ruleset().contains("table inet meshlb"), "{}", ruleset());
+            is_installed(&mut r);
+            // And when it comes back by another's hand.
+            Nftables::new().unwrap().install(&dual(), &all()).unwrap();
+            let state = r.observe(&dual()).unwrap();
+            assert!(
+                matches!(&state.program, ProgramState::Drifted(what) if what.iter().any(|w| w.contains("inet meshlb"))),
+                "{state:?}"
+            );
+        });
+    }
+}

@@ -19,18 +19,21 @@ use crate::manifests::Manifests;
 use crate::ns;
 use crate::program::Program as _;
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
+use crate::server::everywhere;
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
     let once = Matrix::once();
     suite.add("errors::no_rights", &once, no_rights);
-    suite.add("errors::overlapping_range", &once, overlap);
+    let kinds = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
+    suite.add("errors::overlapping_range", &kinds, overlap);
     suite.add("errors::full_ipset", &once, full_ipset);
     suite.add_slow("errors::no_program", &Matrix::renderers(), Duration::from_secs(90), no_program);
     let legacy = Matrix::once().with_renderers(&[Renderer::IptablesLegacy]);
+    let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
+    suite.add_slow("errors::nft_disappears", &iptables, Duration::from_secs(90), nft_disappears);
     suite.add_slow("errors::busy_lock", &legacy, Duration::from_secs(90), busy_lock);
     suite.add("errors::no_ip_vs", &once, no_ip_vs);
-    let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
     suite.add_slow("errors::one_family_cannot_be_written", &iptables, Duration::from_secs(150), one_family);
 }
 
@@ -78,11 +81,13 @@ fn overlap(cx: &mut Cx) -> Result<()> {
         cx,
         n1,
         "ip link add over0 type dummy; ip link set over0 up; ip addr add 10.200.77.1/24 dev over0
-         ip route add 10.200.66.0/24 via 192.168.50.100",
+         ip addr add fd00:200::7701/120 dev over0 nodad
+         ip route add 10.200.66.0/24 via 192.168.50.100; ip route add fd00:200::6600/120 via fd00:50::100",
     )?;
     let lines = |n1: &Node| -> Result<Vec<String>> {
         let snapshot = n1.snapshot()?;
-        let theirs = |l: &&str| l.contains("10.200.66.") || l.contains("10.200.77.");
+        let names = ["10.200.66.", "10.200.77.", "fd00:200::66", "fd00:200::77"];
+        let theirs = |l: &&str| names.iter().any(|name| l.contains(name));
         Ok(snapshot.lines().map(|(_, l)| l).filter(theirs).map(str::to_owned).collect())
     };
     let before = lines(n1)?;
@@ -93,17 +98,18 @@ fn overlap(cx: &mut Cx) -> Result<()> {
     let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
     cx.note(&out);
     ensure!(out.status == 0, "{out}");
-    for text in ["10.200.66.0/24", "10.200.77.1/24"] {
+    for text in ["10.200.66.0/24", "10.200.77.1/24", "fd00:200::6600/120", "fd00:200::7701/120"] {
         let hits: Vec<_> = said(&out).into_iter().filter(|l| l.contains(text)).collect();
         ensure!(hits.len() == 1, "{text} is not in one line: {out}");
-        ensure!(hits[0].contains("10.200.0.0/16") && hits[0].contains("choose another --vip-cidr"), "{out}");
+        let range = if text.starts_with("10.") { "10.200.0.0/16" } else { "fd00:200::/112" };
+        ensure!(hits[0].contains(range) && hits[0].contains("choose another --vip-cidr"), "{out}");
     }
-    ensure!(said(&out).len() == 2, "more than two lines: {out}");
+    ensure!(said(&out).len() == 4, "not four lines: {out}");
     served(&t, &["p11", "p12"])?;
-    ensure!(before == lines(n1)? && before.len() > 1, "theirs has changed: {before:?}, {:?}", lines(n1)?);
+    ensure!(before == lines(n1)? && before.len() > 3, "theirs has changed: {before:?}, {:?}", lines(n1)?);
     cx.cleanup(&t)?;
     ensure!(before == lines(n1)?, "theirs has changed with cleanup: {before:?}, {:?}", lines(n1)?);
-    sh(cx, n1, "ip route del 10.200.66.0/24; ip link del over0").map(drop)
+    sh(cx, n1, "ip route del 10.200.66.0/24; ip -6 route del fd00:200::6600/120; ip link del over0").map(drop)
 }
 
 /// Somebody has put a set in the place of ours that can't hold more.
@@ -141,7 +147,7 @@ fn full_ipset(cx: &mut Cx) -> Result<()> {
     )?;
     served(&t, &["p11", "p12"])?;
     let list = sh(cx, n1, "ipset list -t meshlb-vips-4")?;
-    ensure!(list.stdout.contains("maxelem 1048576"), "{list}");
+    ensure!(list.stdout.contains("maxelem 4294967295"), "{list}");
     ensure!(!agent.log_text().contains('\u{1b}'), "colour codes in a file:\n{}", agent.log_text());
     Ok(())
 }
@@ -242,6 +248,41 @@ fn one_family(cx: &mut Cx) -> Result<()> {
     fs::copy(fs::canonicalize(format!("/usr/sbin/ip6tables-{flavour}-restore"))?, &broken)?;
     wait_until("all is served", Duration::from_secs(45), || Ok(served(&t, &["p12"]).is_ok()))?;
     ensure!(agent.alive(), "the agent has ended:\n{}", agent.log_text());
+    Ok(())
+}
+
+/// The image that is started later has no nft: what the table of before would still do, nobody could change any more.
+fn nft_disappears(cx: &mut Cx) -> Result<()> {
+    let (t, mut m) = web_on_one_node(cx, &["p11", "p12"])?;
+    let n1 = t.node(1);
+    cx.apply(&t, &mut m)?;
+    cx.will_clean(n1);
+    let tables = |n1: &Node| n1.run(&["nft", "list", "tables"])?.ok().map(|out| out.stdout);
+    ensure!(tables(n1)?.contains("inet meshlb"), "no table to begin with");
+    let flavour = if cx.renderer() == Renderer::IptablesNft { "nft" } else { "legacy" };
+    let names =
+        ["iptables", "ip6tables"].map(|p| ["", "-save", "-restore"].map(|w| format!("{p}-{flavour}{w}")));
+    let names: Vec<&str> = names.iter().flatten().map(String::as_str).collect();
+    let bare = container(cx, "no-nft", &names)?;
+    // A number that is no longer published, and a socket of the node that has it then.
+    m.service("web").ports.iter_mut().for_each(|port| port.publish = None);
+    m.write()?;
+    let out = bare.run(n1, &["apply", &m.dir.to_string_lossy()])?;
+    cx.note(&out);
+    ensure!(out.status == 0, "{out}");
+    ensure!(!tables(n1)?.contains("meshlb"), "the table stays: {}", tables(n1)?);
+    n1.serve_as("HOST", &everywhere(&[30080], false))?;
+    for family in Family::ALL {
+        check::even(&t.pod("p11").connect(Proto::Tcp, vip(family, 80)?, 4)?, &["p11", "p12"])?;
+        check::only(&t.ext.connect(Proto::Tcp, n1.at(family, 30080), 1)?, "HOST")?;
+        let local = SocketAddr::new(family.localhost(), 30080);
+        check::only(&n1.connect(Proto::Tcp, local, 1)?, "HOST").context("by loopback")?;
+    }
+    n1.stop_serving("HOST");
+    let plan = bare.run(n1, &["plan", &m.dir.to_string_lossy()])?;
+    ensure!(plan.status == 0, "not in sync: {plan}");
+    bare.cleanup(n1)?;
+    ensure!(n1.snapshot()?.ours().is_empty(), "left: {:?}", n1.snapshot()?.ours());
     Ok(())
 }
 
