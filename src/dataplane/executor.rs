@@ -53,9 +53,11 @@ impl Dataplane {
                 program: super::ProgramState::Absent,
                 elements: BTreeMap::new(),
                 leftovers: vec![],
+                led_to: BTreeSet::new(),
             },
         };
-        let led_to: BTreeSet<Mark> = netfilter.elements.values().flatten().copied().collect();
+        let mut led_to: BTreeSet<Mark> = netfilter.elements.values().flatten().copied().collect();
+        led_to.extend(netfilter.led_to);
         let is_ours = |mark: Mark| ours(mark) || led_to.contains(&mark);
         let foreign = std::cell::RefCell::new(BTreeSet::new());
         let mut virtual_servers = self.ipvs.dump(&|mark| {

@@ -193,7 +193,8 @@ impl Netfilter for FakeKernel {
             Some(have) if have == want => ProgramState::Installed,
             Some(_) => ProgramState::Drifted(vec!["different".into()]),
         };
-        Ok(NetfilterState { program, elements: inner.state.elements.clone(), leftovers: vec![] })
+        let elements = inner.state.elements.clone();
+        Ok(NetfilterState { program, elements, leftovers: vec![], led_to: BTreeSet::new() })
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {

@@ -168,6 +168,8 @@ pub struct NetfilterState {
     pub elements: Elements,
     /// Chains, sets or tables that the *other* renderer left.
     pub leftovers: Vec<String>,
+    /// Marks that sets and maps of the other renderer lead to. Those entries are not as if they stood, but the services are ours.
+    pub led_to: BTreeSet<Mark>,
 }
 
 /// One of the two renderers of the netfilter program.

@@ -327,7 +327,8 @@ impl Netfilter for Iptables {
         self.known = Some(elements.clone());
         self.counts = None;
         self.legacy.looked();
-        Ok(NetfilterState { program, elements, leftovers })
+        let led_to = self.marks_of_table()?;
+        Ok(NetfilterState { program, elements, leftovers, led_to })
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     dataplane::{ElementChange, Error, Netfilter, NetfilterState, Probe, ProgramState, ipset::Ipset},
     model::{
-        ids::Family,
+        ids::{Family, Mark},
         kernel::{Elements, Program},
     },
 };
@@ -298,10 +298,15 @@ impl Netfilter for Nftables {
         leftovers.extend(
             headers.iter().filter(|h| h.name.starts_with(PREFIX)).map(|h| format!("ipset {}", h.name)),
         );
+        let mut led_to = BTreeSet::new();
+        for header in headers.iter().filter(|h| h.marks && h.name.starts_with(PREFIX)) {
+            let entries = self.ipset.list(&header.name)?.map(|listing| listing.entries).unwrap_or_default();
+            led_to.extend(entries.iter().filter_map(|entry| entry.mark).map(|mark| Mark(mark.value)));
+        }
         self.generation = (program == ProgramState::Installed).then_some(generation);
         self.known = Some(elements.clone());
         self.legacy.looked();
-        Ok(NetfilterState { program, elements, leftovers })
+        Ok(NetfilterState { program, elements, leftovers, led_to })
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {

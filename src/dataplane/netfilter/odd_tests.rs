@@ -221,3 +221,28 @@ fn a_table_that_nobody_can_keep_up_to_date_is_taken_away() {
         });
     }
 }
+
+#[test]
+fn services_that_the_other_renderer_leads_to_are_known_without_any_record() {
+    for first in RENDERERS {
+        for second in RENDERERS {
+            in_netns(move || {
+                let (mut a, mut b) = (first(), second());
+                if (a.name() == "nftables") == (b.name() == "nftables") {
+                    return;
+                }
+                let mut more = all();
+                let published = Element::Published(testing::target("192.168.50.9", Protocol::Udp, 9));
+                more.insert(published, Some(Mark(0x101)));
+                a.install(&dual(), &more).unwrap();
+                let state = b.observe(&dual()).unwrap();
+                let what = format!("from {} to {}", a.name(), b.name());
+                assert!(state.led_to.is_superset(&[Mark(0x100), Mark(0x101)].into()), "{what}: {state:?}");
+                assert!(!state.elements.contains_key(&published), "{what}: it does not stand");
+                b.install(&dual(), &all()).unwrap();
+                b.remove_leftovers().unwrap();
+                assert!(!b.observe(&dual()).unwrap().led_to.contains(&Mark(0x101)), "{what}");
+            });
+        }
+    }
+}

@@ -97,6 +97,15 @@ impl Iptables {
         Cow::Owned(all)
     }
 
+    /// Marks that the other renderer's maps lead to, where its table stands.
+    pub(super) fn marks_of_table(&mut self) -> Result<BTreeSet<Mark>, Error> {
+        let maps = Family::ALL
+            .into_iter()
+            .flat_map(|f| [Kind::Vips, Kind::PublishedMarks, Kind::Loopback].map(|kind| (kind, f)));
+        let (contents, _) = self.reader.contents(maps)?;
+        Ok(contents.values().flat_map(BTreeMap::values).flatten().map(|mark| Mark(*mark)).collect())
+    }
+
     /// Fills all ipsets with these elements. What the kernel refuses keeps nothing else out: returns those elements, and the
     /// first reason.
     pub(super) fn fill_sets(
