@@ -15,7 +15,7 @@ use super::{
     remove,
     rules_iptables::{CHAINS, Guard, Options, rules},
     rules_nft::{chain_names, hand_over_text, table_text},
-    sets::{NftContents, PREFIX, SCRATCH, Stores, nft_contents, set_name},
+    sets::{Layout, NftContents, PREFIX, SCRATCH, Stores, nft_contents, set_name},
     xtables::Variant,
 };
 use crate::{
@@ -219,7 +219,17 @@ impl Iptables {
         }
         if guarded {
             let whole = self.reader.table_parts(&["unmark".to_owned()])?;
-            if whole.contains_key("inet meshlb unmark") {
+            let whole = whole.contains_key("inet meshlb unmark");
+            if let (true, Some((family, e))) = (whole, &unwritten) {
+                // The other renderer's table does for both families what our rules do for one of them only.
+                self.runs += 1;
+                if let Err(e) = nftwrite::install(&mut self.reader, program, elements, Layout::Whole) {
+                    tracing::debug!("{e}");
+                }
+                self.stands.extend(Family::ALL.into_iter().filter(|other| other != family));
+                return Err(e.clone());
+            }
+            if whole {
                 self.runs += 1;
                 // One that somebody has changed may refuse it; it is replaced all the same.
                 if let Err(e) = nftwrite::run(&hand_over_text(program)) {

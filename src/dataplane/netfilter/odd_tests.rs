@@ -246,3 +246,28 @@ fn services_that_the_other_renderer_leads_to_are_known_without_any_record() {
         }
     }
 }
+
+#[test]
+fn the_whole_table_goes_on_while_one_family_of_iptables_can_t_be_written() {
+    in_netns(|| {
+        let mut before = Nftables::new().unwrap();
+        before.install(&dual(), &all()).unwrap();
+        // The kernel lets no rule jump to a chain with a hook.
+        sh(
+            "nft add table ip6 nat; nft add chain ip6 nat MESHLB-PREROUTING '{ type filter hook prerouting priority 7; }'",
+        );
+        let mut r = iptables(Variant::Nft);
+        let mut more = all();
+        more.insert(vip("fd00:200::6", Protocol::Tcp, 80), Some(Mark(0x106)));
+        r.install(&dual(), &more).unwrap_err();
+        assert!(r.stands(Family::V4) && !r.stands(Family::V6));
+        let table = sh("nft list table inet meshlb");
+        assert!(table.contains("map vips-6") && table.contains("chain post-6"), "{table}");
+        assert!(table.contains("th dport map @vips-6"), "the marking is gone: {table}");
+        assert!(table.contains("fd00:200::6 . tcp . 80"), "it is not up to date: {table}");
+        sh("nft delete chain ip6 nat MESHLB-PREROUTING");
+        r.install(&dual(), &all()).unwrap();
+        is_installed(&mut r);
+        assert!(!sh("nft list table inet meshlb").contains("map vips-6"));
+    });
+}
