@@ -29,6 +29,7 @@ pub fn register(suite: &mut Suite) {
         suite.add("neighbours::ipvs_and_marks_of_another", &one, their_ipvs);
         if renderer != Renderer::Nftables {
             suite.add_slow("neighbours::renderer_is_changed_under_load", &one, limit, renderer_change);
+            suite.add_slow("neighbours::flavour_is_changed_under_load", &one, limit, flavour_change);
         }
     }
     suite.add_slow("neighbours::two_agents", &Matrix::pair(), limit, two_agents);
@@ -610,8 +611,24 @@ fn two_agents(cx: &mut Cx) -> Result<()> {
 
 /// iptables → nftables → iptables, and no connection notices.
 fn renderer_change(cx: &mut Cx) -> Result<()> {
-    let iptables = cx.meshlb()?.clone();
-    let nftables = Meshlb { renderer: Renderer::Nftables, ..iptables.clone() };
+    change_to(cx, Renderer::Nftables)
+}
+
+/// From one flavour of iptables to the other, and back.
+fn flavour_change(cx: &mut Cx) -> Result<()> {
+    let other = match cx.renderer() {
+        Renderer::IptablesNft => Renderer::IptablesLegacy,
+        _ => Renderer::IptablesNft,
+    };
+    change_to(cx, other)?;
+    // Tables that were looked at are there: no trace of ours.
+    cx.taint();
+    Ok(())
+}
+
+fn change_to(cx: &Cx, other: Renderer) -> Result<()> {
+    let first = cx.meshlb()?.clone();
+    let second = Meshlb { renderer: other, ..first.clone() };
     let t = cx.topology(&Topology::builder())?;
     let n1 = t.node(1);
     let mut m = cx.manifests()?;
@@ -640,23 +657,32 @@ fn renderer_change(cx: &mut Cx) -> Result<()> {
     let start = Instant::now();
     sleep(Duration::from_millis(500));
     let mut times = Vec::new();
-    for program in [&nftables, &iptables] {
+    for program in [&second, &first] {
         times.push(start.elapsed());
         program.apply(n1, &m)?;
         times.push(start.elapsed());
         sleep(Duration::from_secs(1));
         let now = n1.snapshot()?;
-        if program.renderer == Renderer::Nftables {
+        // Of the one that was there before: sets are both flavours', and so is the small table.
+        let was = if program.renderer == other { first.renderer } else { other };
+        let theirs = |section: &str| match (was, other) {
+            (_, Renderer::Nftables) => section.contains("tables") || section == "ipset",
+            (Renderer::IptablesNft, _) => section.ends_with("-nft-save"),
+            _ => section.ends_with("-legacy-save"),
+        };
+        if program.renderer == other || other != Renderer::Nftables {
+            let ours = |line: &str| line.to_ascii_lowercase().contains("meshlb");
             let left: Vec<_> = now
                 .lines()
-                .filter(|(section, line)| {
-                    (section.contains("tables") || *section == "ipset")
-                        && line.to_ascii_lowercase().contains("meshlb")
-                })
+                .filter(|(section, line)| theirs(section) && ours(line))
                 .map(|(section, line)| format!("[{section}] {line}"))
                 .collect();
-            ensure!(left.is_empty(), "left of iptables:\n{}", left.join("\n"));
-        } else {
+            ensure!(left.is_empty(), "left of {was}:\n{}", left.join("\n"));
+        }
+        if program.renderer != other {
+            check::same(&at_first.ours(), &now.ours(), "back again")?;
+        }
+        if program.renderer != other && other == Renderer::Nftables {
             check::same(&at_first, &now, "back to iptables")?;
         }
     }
