@@ -1,14 +1,34 @@
 //! What hickory's resolver counts (crate `metrics`), as series of ours.
 
-use std::sync::Arc;
+use std::{future::poll_fn, net::SocketAddr, pin::pin, sync::Arc};
 
-use metrics::{Counter, CounterFn, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use hickory_proto::rr::Name;
+use metrics::{
+    Counter, CounterFn, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
+    with_local_recorder,
+};
 
 use crate::metrics::DnsMetrics;
 
-/// Takes the resolver's counts in. Made the recorder of the thread that resolves.
+/// Takes the resolver's counts of one upstream in. The resolver tells upstreams apart by their addresses alone; here it is known
+/// which port is asked, and for which zone.
 #[derive(Debug)]
-pub struct Counted(pub DnsMetrics);
+pub struct Counted {
+    /// Where they go.
+    pub metrics: DnsMetrics,
+    /// Who is asked.
+    pub upstream: SocketAddr,
+    /// For which zone.
+    pub zone: Name,
+}
+
+impl Counted {
+    /// Counts what the resolver does for this future.
+    pub async fn count<F: Future>(&self, act: F) -> F::Output {
+        let mut act = pin!(act);
+        poll_fn(|cx| with_local_recorder(self, || act.as_mut().poll(cx))).await
+    }
+}
 
 #[derive(Debug)]
 struct Count(prometheus_client::metrics::counter::Counter);
@@ -30,7 +50,7 @@ impl Recorder for Counted {
         let label = |name: &str| key.labels().find(|l| l.key() == name).map_or("", |l| l.value());
         let counter = match key.name() {
             names::NAME_SERVER_QUERY_RESPONSES => {
-                self.0.upstream(label("addr"), label("protocol"), label("status"))
+                self.metrics.upstream(self.upstream, &self.zone, label("protocol"), label("status"))
             }
             _ => return Counter::noop(),
         };

@@ -132,12 +132,14 @@ impl Forwarder {
         probe: Arc<Probe>,
         metrics: DnsMetrics,
     ) -> Result<Self, String> {
-        let counted = Counted(metrics.clone());
         let zones = config.zones.len() + usize::from(!config.upstreams.is_empty());
         let each = (most / zones.max(1)).max(FEWEST);
         let build = |zone: &Name, upstreams: &[SocketAddr]| {
-            let known = upstreams.iter().map(|at| (*at, probe.state(zone, *at)));
-            ::metrics::with_local_recorder(&counted, || Upstreams::new(known))
+            let known = upstreams.iter().map(|at| {
+                let counted = Counted { metrics: metrics.clone(), upstream: *at, zone: zone.clone() };
+                (counted, probe.state(zone, *at))
+            });
+            Upstreams::new(known)
                 .map(|upstreams| Zone { name: zone.clone(), upstreams, running: Places::new(each, 2) })
                 .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
         };

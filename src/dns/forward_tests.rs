@@ -539,3 +539,94 @@ fn a_datagram_that_is_lost_is_sent_again_soon() {
     assert!((Duration::from_millis(500)..Duration::from_millis(1600)).contains(&took), "{took:?}");
     assert_eq!(asked.lock().unwrap()["lost.example."], 2);
 }
+/// Lookups take ports that are there for it, which are no listeners: a published port has to stay free of them.
+#[test]
+fn lookups_take_ports_of_clients() {
+    let from = Arc::new(Mutex::new(BTreeSet::new()));
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let upstream = socket.local_addr().unwrap();
+    let heard = from.clone();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
+            if !question.queries[0].name().to_ascii().starts_with("meshlb-") {
+                heard.lock().unwrap().insert(from.port());
+            }
+        }
+    });
+    let at = at(31);
+    let mut config = config(at);
+    config.forward.upstreams = vec![upstream];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for i in 0..100 {
+        let question = question(&format!("w{i}.example."), RecordType::A);
+        client.send_to(&question.to_vec().unwrap(), at).unwrap();
+    }
+    let begun = Instant::now();
+    while from.lock().unwrap().len() < 100 {
+        assert!(begun.elapsed() < Duration::from_secs(3), "{from:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let range: Vec<u16> = range.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    let ports = from.lock().unwrap().clone();
+    let outside: Vec<_> = ports.iter().filter(|port| !(range[0]..=range[1]).contains(port)).collect();
+    assert!(outside.is_empty(), "not within {range:?}: {outside:?}");
+    // Without a peer (state 7) a socket takes what comes from anybody.
+    let sockets = std::fs::read_to_string("/proc/thread-self/net/udp").unwrap();
+    let state = |port: u16| {
+        let mut lines = sockets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        lines
+            .find(|of| of.get(1).is_some_and(|at| at.ends_with(&format!(":{port:04X}"))))
+            .map(|of| of[3].to_owned())
+    };
+    let states: Vec<_> = ports.iter().filter_map(|port| state(*port)).collect();
+    assert!(states.len() > 50 && states.iter().all(|state| state == "01"), "{states:?}");
+}
+
+/// One that does not answer questions about names that nobody has, and refuses others, is asked for the rest all the same.
+#[test]
+fn an_upstream_that_answers_is_none_that_is_down() {
+    let (moody, asked) = counting(|query, answer| {
+        if query.name().to_ascii().starts_with("meshlb-") {
+            return None;
+        }
+        answer.add_answer(Record::from_rdata(query.name().clone(), 0, RData::A(A([192, 0, 2, 1].into()))));
+        Some(())
+    });
+    let at = at(32);
+    let mut config = config(at);
+    config.forward.upstreams = vec![moody];
+    let server = serve(&config, &mut some(), &DnsMetrics::default());
+    let begun = Instant::now();
+    while server.problems().is_empty() {
+        assert!(begun.elapsed() < Duration::from_secs(20));
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "www.example. 192.0.2.1");
+    assert_eq!(server.problems(), Vec::<String>::new());
+    assert_eq!(packets(&asked), 1);
+}
+
+/// Of two upstreams at one address, and of one upstream for two zones.
+#[test]
+fn upstreams_are_counted_by_port_and_zone() {
+    let ((one, _), (other, _)) = (good(), good());
+    let at = at(34);
+    let mut config = config(at);
+    config.forward.upstreams = vec![one];
+    config.forward.zones = vec![
+        format!("corp.example={other}").parse().unwrap(),
+        format!("more.example={other}").parse().unwrap(),
+    ];
+    let metrics = DnsMetrics::default();
+    let _server = serve(&config, &mut some(), &metrics);
+    for name in ["a.example.", "a.corp.example.", "b.corp.example.", "a.more.example."] {
+        assert_eq!(told(&ask(at, name, RecordType::A)), format!("{name} 192.0.2.1"));
+    }
+    for (upstream, zone, n) in [(one, ".", 1), (other, "corp.example.", 2), (other, "more.example.", 1)] {
+        assert_eq!(metrics.upstream(upstream, &name(zone), "udp", "success").get(), n, "{upstream} {zone}");
+    }
+}

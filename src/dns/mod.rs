@@ -23,6 +23,7 @@ pub mod records;
 pub mod server;
 pub mod table;
 mod tcp;
+mod udp;
 pub mod unknown;
 pub mod upstream;
 pub mod zone;

@@ -1,17 +1,10 @@
 //! The upstreams of one zone, asked for one answer.
 
-use std::{
-    collections::VecDeque,
-    net::{IpAddr, SocketAddr},
-    pin::Pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::VecDeque, net::IpAddr, pin::Pin, sync::Arc, time::Duration};
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use hickory_net::{
     DnsError, NetError,
-    runtime::TokioRuntimeProvider,
     xfer::{DnsExchange, DnsHandle, FirstAnswer as _},
 };
 use hickory_proto::op::{DnsRequest, DnsRequestOptions, DnsResponse, Query, ResponseCode};
@@ -20,7 +13,7 @@ use hickory_resolver::{
     config::{ConnectionConfig, NameServerConfig, ResolverOpts},
 };
 
-use super::{answer::Answer, message::LARGEST_UDP, upstream::State};
+use super::{answer::Answer, counted::Counted, message::LARGEST_UDP, udp::Connecting, upstream::State};
 
 /// An upstream has this long for one try.
 const TRY: Duration = Duration::from_secs(2);
@@ -42,16 +35,16 @@ const MOST: usize = 3;
 /// hickory-resolver connects, and a question is sent again when it is time. By its own measure that is after many seconds where an
 /// upstream has said of some names that there are none: it takes that for a failure, and slower (`NameServer::send_inner`, 0.26.3).
 #[derive(Clone, Default)]
-struct Connect(TokioRuntimeProvider);
+struct Connect(Connecting);
 
 /// A connection by which questions are sent again after [`AGAIN`].
 #[derive(Clone)]
-struct Connection(DnsExchange<TokioRuntimeProvider>);
+struct Connection(DnsExchange<Connecting>);
 
 impl ConnectionProvider for Connect {
     type Conn = Connection;
     type FutureConn = Pin<Box<dyn Future<Output = Result<Connection, NetError>> + Send>>;
-    type RuntimeProvider = TokioRuntimeProvider;
+    type RuntimeProvider = Connecting;
 
     fn new_connection(
         &self,
@@ -63,14 +56,14 @@ impl ConnectionProvider for Connect {
         Ok(Box::pin(async move { connecting.await.map(Connection) }))
     }
 
-    fn runtime_provider(&self) -> &TokioRuntimeProvider {
+    fn runtime_provider(&self) -> &Connecting {
         &self.0
     }
 }
 
 impl DnsHandle for Connection {
-    type Response = <DnsExchange<TokioRuntimeProvider> as DnsHandle>::Response;
-    type Runtime = TokioRuntimeProvider;
+    type Response = <DnsExchange<Connecting> as DnsHandle>::Response;
+    type Runtime = Connecting;
 
     fn send(&self, mut request: DnsRequest) -> Self::Response {
         request.options_mut().retry_interval = AGAIN;
@@ -83,6 +76,7 @@ impl DnsHandle for Connection {
 struct Upstream {
     pool: NameServerPool<Connect>,
     state: Arc<State>,
+    counted: Counted,
 }
 
 impl Upstream {
@@ -92,7 +86,12 @@ impl Upstream {
         options.use_edns = true;
         options.edns_payload_len = LARGEST_UDP;
         options.recursion_desired = true;
-        (self, n, told(self.pool.lookup(query.clone(), options).first_answer().await))
+        let answer = self.counted.count(self.pool.lookup(query.clone(), options).first_answer()).await;
+        let told = told(answer);
+        if told.is_ok() {
+            self.state.answered();
+        }
+        (self, n, told)
     }
 }
 
@@ -117,9 +116,12 @@ impl Upstreams {
         options.timeout = TRY;
         options.try_tcp_on_error = true;
         options.edns_payload_len = LARGEST_UDP;
-        options.enable_per_name_server_metrics = true;
+        // Of the kernel's choice: see `Connecting`. Letters in random case would be one more hurdle for who forges answers, but
+        // names of answers come back in them, and clients would see those.
+        options.os_port_selection = true;
         let context = Arc::new(PoolContext::new(options, TlsConfig::new()?));
-        let all = of.into_iter().map(|(at, state)| {
+        let all = of.into_iter().map(|(counted, state)| {
+            let at = counted.upstream;
             // By TCP where an answer is too large for UDP.
             let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
                 connection.port = at.port();
@@ -127,7 +129,7 @@ impl Upstreams {
             });
             let server = NameServerConfig::new(at.ip(), true, connections.into());
             let pool = NameServerPool::from_config([server], context.clone(), Connect::default());
-            Upstream { pool, state }
+            Upstream { pool, state, counted }
         });
         Ok(Self(all.collect()))
     }

@@ -24,7 +24,6 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    counted::Counted,
     forward::{ForwardConfig, Forwarder},
     handler::{Action, Handler, Shared, Transport},
     limit::{Allowed, Rate},
@@ -133,8 +132,6 @@ impl Server {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (listen, own) = (config.listen.clone(), server.clone());
         std::thread::Builder::new().name("dns".into()).spawn(move || {
-            let counted = Counted(own.metrics.clone());
-            let _recorder = ::metrics::set_default_local_recorder(&counted);
             let ended = own.ended.clone();
             runtime.block_on(async {
                 tokio::select! {

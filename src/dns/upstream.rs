@@ -43,7 +43,8 @@ pub struct Probe {
     loops: Mutex<HashMap<IpAddr, Instant>>,
 }
 
-/// What is known of an upstream since it was last looked at.
+/// What is known of an upstream: by looks at it, and by its answers to others' questions, which weigh more. That it does not answer
+/// a question of ours for a name that nobody has may be its way with such names.
 #[derive(Default, Debug)]
 pub struct State {
     down: AtomicBool,
@@ -51,6 +52,8 @@ pub struct State {
     unwilling: AtomicBool,
     /// Microseconds until it answered.
     took: AtomicU32,
+    /// It has answered others' questions since the last look.
+    answered: AtomicBool,
 }
 
 impl State {
@@ -71,11 +74,27 @@ impl State {
         (down, unwilling, self.took.load(Ordering::Relaxed))
     }
 
-    fn note(&self, answer: Option<ResponseCode>, took: Duration) {
-        self.down.store(answer.is_none(), Ordering::Relaxed);
-        let unwilling = matches!(answer, Some(ResponseCode::Refused | ResponseCode::ServFail));
+    /// It has answered someone's question.
+    pub fn answered(&self) {
+        for (what, is) in [(&self.answered, true), (&self.down, false), (&self.unwilling, false)] {
+            // Mostly it is so already, and others read it.
+            if what.load(Ordering::Relaxed) != is {
+                what.store(is, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Takes over what a look at it has shown; whether it answers at all.
+    fn note(&self, answer: Option<ResponseCode>, took: Duration) -> bool {
+        let good = self.answered.swap(false, Ordering::Relaxed);
+        let down = answer.is_none() && !good;
+        let unwilling = matches!(answer, Some(ResponseCode::Refused | ResponseCode::ServFail)) && !good;
+        self.down.store(down, Ordering::Relaxed);
         self.unwilling.store(unwilling, Ordering::Relaxed);
-        self.took.store(u32::try_from(took.as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        if answer.is_some() || down {
+            self.took.store(u32::try_from(took.as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
+        }
+        !down
     }
 }
 
@@ -186,8 +205,8 @@ impl Watched {
             let began = Instant::now();
             let answer =
                 tokio::time::timeout(PATIENCE, self.ask(self.upstream)).await.ok().and_then(Result::ok);
-            metrics.upstream_up(&self.upstream.to_string(), answer.is_some());
-            self.state.note(answer, began.elapsed());
+            let up = self.state.note(answer, began.elapsed());
+            metrics.upstream_up(self.upstream, &self.zone, up);
             self.looped.store(self.echoed.load(Ordering::Relaxed), Ordering::Relaxed);
             tokio::time::sleep(EVERY).await;
         }
@@ -223,6 +242,25 @@ impl Watched {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_upstream_that_answers_others_is_not_down() {
+        let state = State::default();
+        let second = Duration::from_secs(1);
+        assert!(!state.note(None, second) && state.is_down() && !state.is_good());
+        // A look that comes to nothing says nothing where there are answers.
+        state.answered();
+        assert!(state.is_good());
+        assert!(state.note(None, 2 * second) && state.is_good());
+        assert_eq!(state.rank(), (false, false, 1_000_000), "how quick it is, no look has told");
+        assert!(!state.note(None, second), "none since the last look");
+        // Nor does one that is refused.
+        assert!(state.note(Some(ResponseCode::Refused), second) && !state.is_good() && !state.is_down());
+        state.answered();
+        assert!(state.is_good());
+        assert!(state.note(Some(ResponseCode::ServFail), second) && state.is_good());
+        assert!(state.note(Some(ResponseCode::NXDomain), second) && state.is_good());
+    }
 
     /// An upstream that has an answer to a name keeps it, and so hides a loop that is made later.
     #[test]

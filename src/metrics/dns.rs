@@ -1,7 +1,8 @@
 //! Series of the DNS server.
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
+use hickory_proto::rr::Name;
 use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Registry, Unit},
@@ -31,8 +32,8 @@ pub struct DnsMetrics {
     pub cache_misses: Counter,
     /// Answers in that cache.
     pub cache_entries: Gauge,
-    upstream: Family<Text<3>, Counter>,
-    upstream_up: Family<Text<1>, Gauge>,
+    upstream: Family<Text<4>, Counter>,
+    upstream_up: Family<Text<2>, Gauge>,
     listening: Family<Text<2>, Gauge>,
     /// Names of services and aliases.
     pub names: Gauge,
@@ -42,6 +43,11 @@ pub struct DnsMetrics {
 
 fn timer() -> Histogram {
     Histogram::new(SECONDS)
+}
+
+/// Labels of an upstream: it may be asked for several zones.
+fn asked(upstream: SocketAddr, zone: &Name) -> Text<2> {
+    [("upstream", upstream.to_string()), ("zone", zone.to_ascii())]
 }
 
 impl Default for DnsMetrics {
@@ -84,18 +90,20 @@ impl DnsMetrics {
         self.dropped.get_or_create_owned(&[("reason", why)]).inc();
     }
 
-    /// The counter of an upstream's answers of one kind.
-    pub fn upstream(&self, upstream: &str, protocol: &str, status: &str) -> Counter {
+    /// The counter of an upstream's answers of one kind to questions about names in a zone.
+    pub fn upstream(&self, upstream: SocketAddr, zone: &Name, protocol: &str, status: &str) -> Counter {
+        let [upstream, zone] = asked(upstream, zone);
         self.upstream.get_or_create_owned(&[
-            ("upstream", upstream.to_owned()),
+            upstream,
+            zone,
             ("protocol", protocol.to_owned()),
             ("status", status.to_owned()),
         ])
     }
 
-    /// Whether an upstream answers.
-    pub fn upstream_up(&self, upstream: &str, up: bool) {
-        self.upstream_up.get_or_create_owned(&[("upstream", upstream.to_owned())]).set(i64::from(up));
+    /// Whether an upstream answers that is asked for a zone.
+    pub fn upstream_up(&self, upstream: SocketAddr, zone: &Name, up: bool) {
+        self.upstream_up.get_or_create_owned(&asked(upstream, zone)).set(i64::from(up));
     }
 
     /// Whether an address is served.
