@@ -24,7 +24,7 @@ use crate::{
         records::{Context, ServiceNames},
         server::{Config, Server},
         unknown::Unknown,
-        zone::Zone,
+        zone::{Zone, is_localhost, is_loopback},
     },
     metrics::Metrics,
     model::{
@@ -141,6 +141,12 @@ impl DnsOptions {
         }
         if let Some(own) = self.dns_forward.iter().find(|f| zone.name.zone_of(&f.zone)) {
             bail!("--dns-forward {}: names in --zone {} are answered here", own.zone, self.zone);
+        }
+        if let Some(own) = self.dns_forward.iter().find(|f| is_localhost(&f.zone) || is_loopback(&f.zone)) {
+            bail!(
+                "--dns-forward {}: names of the machine itself are answered here (RFC 6761, 6.3)",
+                own.zone
+            );
         }
         if let Some(own) = self.dns_forward.iter().find(|f| zone.has_reverse(&f.zone)) {
             bail!("--dns-forward {}: names of virtual IPs (--vip-cidr) are answered here", own.zone);
@@ -629,6 +635,69 @@ mod tests {
             ("10.244.2.9", "NXDomain")
         );
         assert!(feed.a("later.default").starts_with("10.200."));
+    }
+
+    #[test]
+    fn what_came_while_no_agent_ran_is_answered_when_the_kernel_has_it() {
+        let kernel = FakeKernel::default();
+        let vote = || [service_with("vote", port(80, 8080)), endpoints("vote", &["10.244.1.1"])];
+        let moving = |vip: &str| {
+            let vips = vec![vip.parse().unwrap()];
+            Event::Service(Service { ports: vec![port(82, 8080)], vips, ..service("moving") }.into())
+        };
+        let mut first = engine(&kernel, Allocations::default());
+        first.feed(vote().into_iter().chain([moving("10.200.0.8"), endpoints("moving", &["10.244.1.1"])]));
+        first.synced(Unread::default());
+        first.turn(true, now()).unwrap();
+        let mut again = after_a_restart(&kernel, &first);
+        again.feed(vote().into_iter().chain([moving("10.200.0.9"), endpoints("moving", &["10.244.1.1"])]));
+        again.feed([service_with("new", port(81, 8080)), endpoints("new", &["10.244.1.2"])]);
+        again.feed([dnsrr("db"), endpoints("db", &["10.244.1.3"]), endpoints("vote", &["10.244.1.4"])]);
+        again.synced(Unread::default());
+        let ops = again.prepare(true, now()).unwrap();
+        let mut feed = feed(&again);
+        feed.take_over(&again, &to_come(&again, &ops));
+        assert!(feed.a("vote.default").starts_with("10.200."), "an endpoint moved, and no more");
+        assert_eq!(feed.a("db.default"), "10.244.1.3", "it needs nothing of the kernel");
+        assert_eq!(
+            (feed.a("new.default").as_str(), feed.a("moving.default").as_str()),
+            ("ServFail", "ServFail")
+        );
+        assert_eq!(again.apply(&ops), vec![]);
+        let services = again.take_settled();
+        feed.update(&again, &services, None);
+        assert!(feed.a("new.default").starts_with("10.200."));
+        assert_eq!(
+            (feed.a("moving.default").as_str(), feed.a("else.default").as_str()),
+            ("10.200.0.9", "NXDomain")
+        );
+    }
+
+    #[test]
+    fn a_zone_says_where_it_is_served() {
+        let ranges = PerFamily { v4: Some("10.200.0.0/16".parse().unwrap()), v6: None };
+        for (listen, want) in
+            [("vip", "10.200.0.2"), ("192.0.2.1", "192.0.2.1"), ("192.0.2.1,vip", "10.200.0.2")]
+        {
+            let zone = options(&[&format!("--dns-listen={listen}")]).zone(ranges).unwrap();
+            assert_eq!(zone.servers.v4.map(|ip| ip.to_string()).as_deref(), Some(want), "{listen}");
+        }
+    }
+
+    #[test]
+    fn names_of_the_machine_itself_are_not_forwarded() {
+        let ranges = PerFamily { v4: Some("10.200.0.0/16".parse().unwrap()), v6: None };
+        let refused = |zone: &str| {
+            let flag = format!("--dns-forward={zone}=10.0.0.1");
+            options(&[&flag]).config(ranges).err().map(|e| e.to_string())
+        };
+        for zone in ["localhost", "x.localhost", "127.in-addr.arpa", "0.127.in-addr.arpa"] {
+            assert!(
+                refused(zone).is_some_and(|told| told.contains(zone) && told.contains("itself")),
+                "{zone}"
+            );
+        }
+        assert_eq!((refused("onion"), refused("in-addr.arpa")), (None, None));
     }
 
     #[test]

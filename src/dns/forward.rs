@@ -2,24 +2,28 @@
 
 use std::{
     fmt,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     str::FromStr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures::{FutureExt as _, future::BoxFuture};
 use hickory_proto::{
     op::{Query, ResponseCode},
-    rr::{
-        Name, RData, Record, RecordType,
-        domain::usage::{IN_ADDR_ARPA_127, INVALID, IP6_ARPA_1, LOCALHOST, ONION},
-        rdata::{A, AAAA, PTR, SOA},
-    },
+    rr::Name,
 };
 
 use super::{
-    answer::Answer, cache::Cache, counted::Counted, handler::Elsewhere, places::Places, pool::Upstreams,
-    upstream::Probe, zone::is_loopback,
+    answer::Answer,
+    cache::Cache,
+    counted::Counted,
+    handler::Elsewhere,
+    places::Places,
+    pool::Upstreams,
+    running::Running,
+    special::{is_nobodys, special},
+    upstream::Probe,
 };
 use crate::metrics::DnsMetrics;
 
@@ -27,8 +31,8 @@ use crate::metrics::DnsMetrics;
 const COUNT: Duration = Duration::from_secs(10);
 /// Lookups that a zone may have at once, however many zones there are.
 const FEWEST: usize = 4;
-/// Seconds that the names of the machine itself may be kept.
-const LOCAL_TTL: u32 = 3600;
+/// Questions that wait for an answer at once, many of them for the same one: each takes some memory, and nothing else.
+const MOST_WAITING: usize = 16_384;
 
 /// Upstreams of one zone: `corp.example=10.0.0.53`, with `+` between several.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -97,9 +101,12 @@ impl ForwardConfig {
 /// Looks names up elsewhere.
 pub struct Forwarder {
     /// The longest name first; the root zone last, where there are upstreams for it.
-    zones: Vec<Zone>,
+    zones: Vec<Arc<Zone>>,
     /// What they have answered.
-    cache: Cache,
+    cache: Arc<Cache>,
+    /// What they are asked.
+    running: Running,
+    waiting: Arc<Places>,
     probe: Arc<Probe>,
     metrics: DnsMetrics,
 }
@@ -141,6 +148,7 @@ impl Forwarder {
             });
             Upstreams::new(known)
                 .map(|upstreams| Zone { name: zone.clone(), upstreams, running: Places::new(each, 2) })
+                .map(Arc::new)
                 .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
         };
         let mut zones = Vec::new();
@@ -151,52 +159,74 @@ impl Forwarder {
             zones.push(build(&Name::root(), &config.upstreams)?);
         }
         zones.sort_by_key(|zone| std::cmp::Reverse(zone.name.iter().count()));
-        let cache = Cache::new(config.cache, ours.clone());
-        Ok(Self { zones, cache, probe, metrics })
+        let cache = Arc::new(Cache::new(config.cache, ours.clone()));
+        let waiting = Places::new(MOST_WAITING, 2);
+        Ok(Self { zones, cache, running: Running::default(), waiting, probe, metrics })
     }
 
-    fn zone(&self, name: &Name) -> Option<&Zone> {
+    fn zone(&self, name: &Name) -> Option<&Arc<Zone>> {
         self.zones.iter().find(|zone| zone.name.zone_of(name))
     }
 
-    /// Looks a client's question up. Aliases are answered as they were told, and not followed: where they lead to is what
+    /// Looks a client's question up, together with who else asks the same. Aliases are answered as they were told, and not followed: where they lead to is what
     /// the upstream has to know, but for names that are ours, which are never asked elsewhere
     /// ([`super::handler::Handler::forwarded`]). `None` where so many run already that there is no place for one more.
-    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Option<Answer> {
+    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Option<Arc<Answer>> {
         let Some(zone) = self.zone(query.name()) else {
-            return Some(Answer::code(ResponseCode::Refused));
+            return Some(Arc::new(Answer::code(ResponseCode::Refused)));
         };
         let mut name = query.name().clone();
         name.set_fqdn(true);
         let query = Query::query(name, query.query_type());
-        if let Some(answer) = special(&query) {
-            return Some(answer);
+        // What nobody has, someone does that was named for it, or for more than that but not for everything.
+        let is_someones = !zone.name.is_root() && is_nobodys(query.name());
+        if let Some(answer) = special(&query).filter(|_| !is_someones) {
+            return Some(Arc::new(answer));
         }
         // What is in the cache takes no place.
         if let Some(answer) = self.cache.get(&query, Instant::now()) {
             self.metrics.cache_hits.inc();
-            return Some(answer);
+            return Some(Arc::new(answer));
         }
         self.metrics.cache_misses.inc();
-        let Some(_place) = zone.running.take(client) else {
+        let waiting = self.waiting.take(client);
+        let begin = || self.begin(zone, &query, client);
+        let lookup = waiting.as_ref().and_then(|_| self.running.join(&query, Instant::now(), begin));
+        let Some(lookup) = lookup else {
             self.metrics.limited("forwards");
             return None;
         };
-        let found = zone.upstreams.ask(&query).await;
-        let now = Instant::now();
-        let answer = match found {
-            Some(answer) => {
-                self.cache.put(query, &answer, now);
-                answer
-            }
-            None => {
-                tracing::debug!("{}: no upstream answers", query.name());
-                // Another lookup of it may have had more luck.
-                self.cache.put_failure(query, now)
-            }
-        };
+        let answer = lookup.await;
         self.count();
         Some(answer)
+    }
+
+    /// A lookup in a zone, where there is a place for one more.
+    fn begin(
+        &self,
+        zone: &Arc<Zone>,
+        query: &Query,
+        client: IpAddr,
+    ) -> Option<BoxFuture<'static, Arc<Answer>>> {
+        let place = zone.running.take(client)?;
+        let (zone, cache, query) = (zone.clone(), self.cache.clone(), query.clone());
+        let lookup = async move {
+            let _place = place;
+            let found = zone.upstreams.ask(&query).await;
+            let now = Instant::now();
+            Arc::new(match found {
+                Some(answer) => {
+                    cache.put(query, &answer, now);
+                    answer
+                }
+                None => {
+                    tracing::debug!("{}: no upstream answers", query.name());
+                    // Another lookup of it may have had more luck.
+                    cache.put_failure(query, now)
+                }
+            })
+        };
+        Some(lookup.boxed())
     }
 
     fn count(&self) {
@@ -219,62 +249,5 @@ impl Elsewhere for Forwarder {
 
     fn is_loop(&self, name: &Name, client: IpAddr) -> bool {
         self.probe.is_echo(name, client) || self.probe.is_loop(client)
-    }
-}
-
-/// Names that every resolver answers by itself (RFC 6761, 6.3 and 6.4; RFC 7686, 2). Each of their zones is served here, so it is
-/// here that is said for how long there is nothing (RFC 2308, 3).
-fn special(query: &Query) -> Option<Answer> {
-    let (name, kind) = (query.name(), query.query_type());
-    let zones = [&INVALID, &ONION, &LOCALHOST, &IN_ADDR_ARPA_127, &IP6_ARPA_1];
-    let zone = zones.into_iter().find(|zone| zone.zone_of(name))?.name();
-    let none = |code| Answer { code, authorities: vec![soa(zone)], ..Answer::default() };
-    if INVALID.zone_of(name) || ONION.zone_of(name) {
-        return Some(none(ResponseCode::NXDomain));
-    }
-    let pointer = is_loopback(name);
-    let data = match kind {
-        RecordType::A if !pointer => Some(RData::A(A(Ipv4Addr::LOCALHOST))),
-        RecordType::AAAA if !pointer => Some(RData::AAAA(AAAA(Ipv6Addr::LOCALHOST))),
-        RecordType::PTR if pointer => Some(RData::PTR(PTR(LOCALHOST.name().clone()))),
-        _ => None,
-    };
-    let Some(data) = data else { return Some(none(ResponseCode::NoError)) };
-    let answers = vec![Record::from_rdata(name.clone(), LOCAL_TTL, data)];
-    Some(Answer { answers, ..Answer::default() })
-}
-
-/// The SOA record of a zone that nobody else has.
-fn soa(zone: &Name) -> Record {
-    let nobody = INVALID.prepend_label("nobody").unwrap_or_default();
-    let data = SOA::new(zone.clone(), nobody, 1, 3600, 1200, 604_800, LOCAL_TTL);
-    Record::from_rdata(zone.clone(), LOCAL_TTL, RData::SOA(data))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn some_names_are_nobodys() {
-        let told = |name: &str, kind| {
-            let answer = special(&Query::query(Name::from_ascii(name).unwrap(), kind))?;
-            let records = answer.answers.iter().map(|r| r.data.to_string());
-            let soa = answer.authorities.iter().map(|r| format!("{} {}", r.record_type(), r.name));
-            Some(records.chain(soa).chain([answer.code.to_string()]).collect::<Vec<_>>().join(" "))
-        };
-        for (name, kind, want) in [
-            ("localhost.", RecordType::A, Some("127.0.0.1 No Error")),
-            ("x.localhost.", RecordType::AAAA, Some("::1 No Error")),
-            ("x.localhost.", RecordType::MX, Some("SOA localhost. No Error")),
-            ("1.0.0.127.in-addr.arpa.", RecordType::PTR, Some("localhost. No Error")),
-            ("1.0.0.127.in-addr.arpa.", RecordType::A, Some("SOA 127.in-addr.arpa. No Error")),
-            ("x.invalid.", RecordType::A, Some("SOA invalid. Non-Existent Domain")),
-            ("x.onion.", RecordType::A, Some("SOA onion. Non-Existent Domain")),
-            ("localhost.example.", RecordType::A, None),
-            ("1.0.0.10.in-addr.arpa.", RecordType::PTR, None),
-        ] {
-            assert_eq!(told(name, kind).as_deref(), want, "{name} {kind}");
-        }
     }
 }

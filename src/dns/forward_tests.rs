@@ -19,7 +19,7 @@ use hickory_proto::{
 
 use super::{
     forward::{ForwardConfig, Forwarder},
-    server::Server,
+    server::{Server, more_files},
     server_tests::{at, config, connect, serve, upstream_that},
     tests::{dnsrr, put, some, zone},
     upstream::Probe,
@@ -337,6 +337,8 @@ fn a_late_failure_is_not_the_answer_where_there_is_one() {
             assert!(begun.elapsed() < Duration::from_secs(3), "the upstream is not asked");
             thread::sleep(Duration::from_millis(10));
         }
+        // Who asks at once waits for the same lookup.
+        thread::sleep(Duration::from_millis(1100));
         assert_eq!(www(), good);
         assert_eq!(first.join().unwrap(), good);
         assert!(begun.elapsed() > Duration::from_secs(3), "the first one did not fail");
@@ -539,6 +541,7 @@ fn a_datagram_that_is_lost_is_sent_again_soon() {
     assert!((Duration::from_millis(500)..Duration::from_millis(1600)).contains(&took), "{took:?}");
     assert_eq!(asked.lock().unwrap()["lost.example."], 2);
 }
+
 /// Lookups take ports that are there for it, which are no listeners: a published port has to stay free of them.
 #[test]
 fn lookups_take_ports_of_clients() {
@@ -586,6 +589,96 @@ fn lookups_take_ports_of_clients() {
     assert!(states.len() > 50 && states.iter().all(|state| state == "01"), "{states:?}");
 }
 
+/// An upstream that takes its time for each answer, but reads all questions at once: they would be lost.
+fn taking(time: Duration) -> (SocketAddr, Asked) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = socket.local_addr().unwrap();
+    let answers = socket.try_clone().unwrap();
+    let asked = Asked::default();
+    let count = asked.clone();
+    let (later, due) = std::sync::mpsc::channel();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let _ = later.send((Instant::now() + time, buffer[..n].to_vec(), from));
+        }
+    });
+    thread::spawn(move || {
+        for (due, question, from) in due {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let question = Message::from_vec(&question).unwrap();
+            let query = question.queries[0].clone();
+            let mut answer = question.into_response();
+            let data = RData::A(A([192, 0, 2, 1].into()));
+            answer.add_answer(Record::from_rdata(query.name().clone(), 60, data));
+            let _ = answers.send_to(&answer.to_vec().unwrap(), from);
+            *count.lock().unwrap().entry(query.name().to_ascii()).or_default() += 1;
+        }
+    });
+    (at, asked)
+}
+
+#[test]
+fn a_slow_upstream_is_asked_for_more_than_a_thousand_names_at_once() {
+    const EACH: u16 = 550;
+    if more_files() < 20_000 {
+        println!("this process may not have files for so many lookups");
+        return;
+    }
+    let (slow, _) = taking(Duration::from_millis(1300));
+    let at = at(35);
+    let mut config = config(at);
+    config.forward.upstreams = vec![slow];
+    config.forward.cache = 10_000;
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let ask_all = |client: u8| {
+        let socket = UdpSocket::bind(SocketAddr::from(([127, 0, 0, client], 0))).unwrap();
+        socket.connect(at).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(6))).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for i in 0..EACH {
+                    let mut question = question(&format!("w{i}.client{client}.example."), RecordType::A);
+                    question.metadata.id = i;
+                    socket.send(&question.to_vec().unwrap()).unwrap();
+                }
+            });
+            let mut answered = BTreeSet::new();
+            let mut buffer = [0; 1500];
+            while answered.len() < EACH.into() {
+                let Ok(n) = socket.recv(&mut buffer) else { break };
+                let answer = Message::from_vec(&buffer[..n]).unwrap();
+                assert_eq!(answer.answers.len(), 1, "{}", told(&answer));
+                answered.insert(answer.metadata.id);
+            }
+            answered.len()
+        })
+    };
+    let ask_all = &ask_all;
+    let answered = thread::scope(|scope| {
+        [1, 2].map(|client| scope.spawn(move || ask_all(client))).map(|client| client.join().unwrap())
+    });
+    assert_eq!(answered, [usize::from(EACH); 2], "all are answered");
+}
+
+#[test]
+fn who_asks_the_same_at_once_takes_no_further_place() {
+    let (slow, asked) = taking(Duration::from_millis(300));
+    let config = ForwardConfig { upstreams: vec![slow], zones: vec![], cache: 100 };
+    let probe = Arc::new(Probe::new(&config.all()));
+    let forwarder = Forwarder::new(&config, &zone().name, 8, probe, DnsMetrics::default()).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let found = runtime.block_on(async {
+        let queries =
+            ["a", "b", "c", "d"].map(|label| Query::query(name(&format!("{label}.example.")), RecordType::A));
+        let clients = (0..100).map(|client| [10, 0, 0, client].into());
+        let lookups = clients.flat_map(|client| queries.iter().map(move |query| (query, client)));
+        futures::future::join_all(lookups.map(|(query, client)| forwarder.lookup(query, client))).await
+    });
+    assert_eq!(found.iter().flatten().filter(|answer| answer.answers.len() == 1).count(), 400);
+    assert_eq!(packets(&asked), 4);
+}
+
 /// One that does not answer questions about names that nobody has, and refuses others, is asked for the rest all the same.
 #[test]
 fn an_upstream_that_answers_is_none_that_is_down() {
@@ -608,6 +701,20 @@ fn an_upstream_that_answers_is_none_that_is_down() {
     assert_eq!(told(&ask(at, "www.example.", RecordType::A)), "www.example. 192.0.2.1");
     assert_eq!(server.problems(), Vec::<String>::new());
     assert_eq!(packets(&asked), 1);
+}
+
+#[test]
+fn names_that_nobody_has_are_someones_who_was_named_for_them() {
+    let ((everyones, asked), (theirs, _)) = (good(), good());
+    let at = at(33);
+    let mut config = config(at);
+    config.forward.upstreams = vec![everyones];
+    config.forward.zones = vec![format!("onion={theirs}").parse().unwrap()];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    assert_eq!(told(&ask(at, "www.onion.", RecordType::A)), "www.onion. 192.0.2.1");
+    assert_eq!(told(&ask(at, "www.invalid.", RecordType::A)), "NXDomain, +invalid.");
+    assert_eq!(told(&ask(at, "www.localhost.", RecordType::A)), "www.localhost. 127.0.0.1");
+    assert_eq!(packets(&asked), 0);
 }
 
 /// Of two upstreams at one address, and of one upstream for two zones.

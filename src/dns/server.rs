@@ -98,8 +98,9 @@ impl Server {
         let elsewhere = if config.forward.is_empty() {
             None
         } else {
-            // A lookup is up to twelve sockets: four sendings to each of three upstreams.
-            let most = (files / 48).clamp(64, 1024);
+            // A lookup is up to twelve sockets: four sendings to each of three upstreams. Of four files one is left, for
+            // connections and for the rest of the agent.
+            let most = (files / 16).max(64);
             let forwarder = Forwarder::new(&config.forward, &zone.name, most, probe.clone(), metrics.clone());
             Some(Arc::new(forwarder.map_err(io::Error::other)?))
         };
@@ -370,7 +371,7 @@ fn second_reader() -> Option<SyncSender<Arc<Asking>>> {
 }
 
 /// Lets this process have as many files as it may: each forwarded lookup and each connection is one. Gives how many.
-fn more_files() -> usize {
+pub(super) fn more_files() -> usize {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return 1024 };
     // More than this is of no use, and some programs that we start close every number below the limit.
