@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::AtomicUsize,
         mpsc::{SyncSender, sync_channel},
     },
     time::{Duration, Instant},
@@ -78,6 +79,8 @@ type Handle = Handler<Forwarder>;
 struct Serving {
     handler: Arc<Handle>,
     connections: Arc<Places>,
+    /// Bytes of answers that wait for clients to take them.
+    waiting: Arc<AtomicUsize>,
     more: Option<SyncSender<Arc<Asking>>>,
 }
 
@@ -128,6 +131,7 @@ impl Server {
         let serving = Serving {
             handler,
             connections: Places::new((files / 8).clamp(32, 4096), 4),
+            waiting: Arc::default(),
             more: second_reader(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -216,7 +220,7 @@ impl Server {
                     let asking =
                         Asking { udp, handler: handler.clone(), runtime: tokio::runtime::Handle::current() };
                     both.spawn(serve_udp(Arc::new(asking), serving.more.clone()));
-                    both.spawn(serve_tcp(tcp, handler, serving.connections.clone()));
+                    both.spawn(serve_tcp(tcp, handler, serving.connections.clone(), serving.waiting.clone()));
                     let ended = both.join_next().await;
                     // Neither socket may be left, or the address can't be had again.
                     both.shutdown().await;

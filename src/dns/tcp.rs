@@ -52,8 +52,18 @@ const LONGEST: u16 = 4096;
 /// holds in memory is little, however much it asks.
 const WAITING: usize = 128 << 10;
 
-/// Answers connections.
-pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwarder>>, places: Arc<Places>) {
+/// Bytes of answers of all connections that wait. While there are more, no question is taken.
+const WAITING_OF_ALL: usize = 32 << 20;
+/// So often it is looked whether there are fewer.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Answers connections. `all` are the bytes of answers that wait, here and at other addresses.
+pub(super) async fn serve_tcp(
+    listener: TcpListener,
+    handler: Arc<Handler<Forwarder>>,
+    places: Arc<Places>,
+    all: Arc<AtomicUsize>,
+) {
     loop {
         let (stream, from) = match listener.accept().await {
             Ok(accepted) => accepted,
@@ -73,23 +83,28 @@ pub(super) async fn serve_tcp(listener: TcpListener, handler: Arc<Handler<Forwar
             handler.metrics.limited("connections");
             continue;
         };
-        let handler = handler.clone();
+        let (handler, all) = (handler.clone(), all.clone());
         tokio::spawn(async move {
             // It ends when the client does, or takes too long.
-            let _ = converse(stream, from, &handler).await;
+            let _ = converse(stream, from, &handler, &all).await;
             drop(place);
         });
     }
 }
 
 /// Answers the questions of a connection, several at a time and each as soon as it can be (RFC 7766, 6.2.1.1).
-async fn converse(mut stream: TcpStream, from: SocketAddr, handler: &Handler<Forwarder>) -> io::Result<()> {
+async fn converse(
+    mut stream: TcpStream,
+    from: SocketAddr,
+    handler: &Handler<Forwarder>,
+    all: &AtomicUsize,
+) -> io::Result<()> {
     // An answer is one write.
     stream.set_nodelay(true)?;
     let (mut reader, mut writer) = stream.split();
     let (asked, questions) = channel(1);
     {
-        let mut answering = pin!(answer(&mut writer, questions, from, handler));
+        let mut answering = pin!(answer(&mut writer, questions, from, handler, Waiting::new(all)));
         tokio::select! {
             answered = &mut answering => answered?,
             // What has been asked is answered all the same.
@@ -133,8 +148,9 @@ async fn answer(
     mut questions: Receiver<Question>,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
+    waiting: Waiting<'_>,
 ) -> io::Result<()> {
-    let waiting = &AtomicUsize::new(0);
+    let waiting = &waiting;
     let mut running = FuturesUnordered::new();
     let mut ready = Ready { waiting, replies: VecDeque::new(), sent: 0, until: Instant::now() };
     let mut more = true;
@@ -148,21 +164,56 @@ async fn answer(
                 // What has no answer ends the connection, since silence would have the client wait; but not for the others.
                 None => more = false,
             },
-            question = questions.recv(), if more && waiting.load(Ordering::Relaxed) <= WAITING => match question {
+            question = questions.recv(), if more && !waiting.is_much() => match question {
                 Some((packet, place)) => {
                     running.push(async move { (reply(packet, from, handler, waiting).await, place) });
                 }
                 None => more = false,
             },
+            // Others' answers have to be taken first, and nobody tells that they were.
+            () = tokio::time::sleep(LOOK), if more && waiting.is_much() => {}
             else => return Ok(()),
         }
     }
 }
 
+/// Bytes of answers that wait for their clients: those of one connection, and of all.
+struct Waiting<'a> {
+    own: AtomicUsize,
+    all: &'a AtomicUsize,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(all: &'a AtomicUsize) -> Self {
+        Self { own: AtomicUsize::new(0), all }
+    }
+
+    /// Whether more would be too much.
+    fn is_much(&self) -> bool {
+        self.own.load(Ordering::Relaxed) > WAITING || self.all.load(Ordering::Relaxed) > WAITING_OF_ALL
+    }
+
+    fn add(&self, bytes: usize) {
+        self.own.fetch_add(bytes, Ordering::Relaxed);
+        self.all.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn remove(&self, bytes: usize) {
+        self.own.fetch_sub(bytes, Ordering::Relaxed);
+        self.all.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Waiting<'_> {
+    /// What was not taken is not waited for.
+    fn drop(&mut self) {
+        self.all.fetch_sub(*self.own.get_mut(), Ordering::Relaxed);
+    }
+}
+
 /// Answers that their client has not taken yet.
 struct Ready<'a> {
-    /// Bytes of all of them.
-    waiting: &'a AtomicUsize,
+    waiting: &'a Waiting<'a>,
     /// As they are written, each with its place.
     replies: VecDeque<(Vec<u8>, OwnedSemaphorePermit)>,
     /// Bytes of the first that have been written.
@@ -180,7 +231,7 @@ impl Ready<'_> {
         let mut bytes = Vec::with_capacity(reply.len() + 2);
         bytes.extend(length.to_be_bytes());
         bytes.extend(reply);
-        self.waiting.fetch_add(bytes.len(), Ordering::Relaxed);
+        self.waiting.add(bytes.len());
         self.replies.push_back((bytes, place));
         Ok(())
     }
@@ -196,7 +247,7 @@ impl Ready<'_> {
         let length = reply.len();
         if self.sent >= length {
             self.replies.pop_front();
-            self.waiting.fetch_sub(length, Ordering::Relaxed);
+            self.waiting.remove(length);
             self.sent = 0;
             self.until = Instant::now() + SLOW;
         }
@@ -209,7 +260,7 @@ async fn reply(
     packet: Vec<u8>,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
-    waiting: &AtomicUsize,
+    waiting: &Waiting<'_>,
 ) -> Option<Vec<u8>> {
     let patience = Instant::now() + EARLY;
     let mut action = handler.handle(&packet, from, Transport::Tcp);
@@ -221,11 +272,12 @@ async fn reply(
             Action::Ignore => return None,
             Action::Forward(asked) => {
                 let answer = handler.elsewhere.as_ref()?.lookup(&asked.query, from.ip()).await;
-                let full = waiting.load(Ordering::Relaxed) > WAITING;
+                let full = waiting.is_much();
                 if full {
                     handler.metrics.limited("send");
                 }
-                let answer = answer.filter(|_| !full).unwrap_or_else(|| Answer::code(ResponseCode::ServFail));
+                let failure = || Arc::new(Answer::code(ResponseCode::ServFail));
+                let answer = answer.filter(|_| !full).unwrap_or_else(failure);
                 handler.forwarded(asked, found.insert(answer))
             }
             // Silence is what makes a client ask again by UDP; here it would be an end, which clients take as final.
@@ -242,5 +294,84 @@ async fn reply(
                 return None;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeSet, time::Instant as Began};
+
+    use arc_swap::ArcSwap;
+    use hickory_proto::{
+        op::{Message, Query},
+        rr::{Name, RecordType},
+    };
+
+    use super::*;
+    use crate::{
+        dns::{
+            handler::Shared,
+            limit::{Allowed, PRIVATE, Rate},
+            tests::some,
+        },
+        metrics::DnsMetrics,
+    };
+
+    fn handler() -> Handler<Forwarder> {
+        let shared = Shared {
+            table: ArcSwap::new(some().publish(true)),
+            node: ArcSwap::from_pointee(BTreeSet::new()),
+        };
+        Handler {
+            shared: Arc::new(shared),
+            elsewhere: None,
+            allowed: Allowed::new(PRIVATE.iter().map(|range| range.parse().unwrap()).collect()),
+            rate: Rate::new(0),
+            metrics: DnsMetrics::default(),
+            patient_until: Began::now(),
+            remembered: [].into(),
+        }
+    }
+
+    #[test]
+    fn while_too_much_waits_everywhere_no_question_is_taken() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, from) = listener.accept().await.unwrap();
+            let (handler, all) = (handler(), AtomicUsize::new(WAITING_OF_ALL + 1));
+            let asking = async {
+                let mut question = Message::query();
+                let name = Name::from_ascii("vote.default.mesh.internal.").unwrap();
+                question.add_query(Query::query(name, RecordType::A));
+                let bytes = question.to_vec().unwrap();
+                client.write_u16(u16::try_from(bytes.len()).unwrap()).await.unwrap();
+                client.write_all(&bytes).await.unwrap();
+                assert!(timeout(Duration::from_millis(300), client.read_u16()).await.is_err());
+                // Others have taken theirs.
+                all.store(0, Ordering::Relaxed);
+                let length = timeout(Duration::from_secs(5), client.read_u16()).await.unwrap().unwrap();
+                let mut answer = vec![0; length.into()];
+                client.read_exact(&mut answer).await.unwrap();
+                drop(client);
+                Message::from_vec(&answer).unwrap().answers.len()
+            };
+            let (answers, served) =
+                futures::future::join(asking, converse(stream, from, &handler, &all)).await;
+            assert!(answers == 1 && served.is_ok(), "{answers} {served:?}");
+            assert_eq!(all.load(Ordering::Relaxed), 0);
+        });
+    }
+
+    #[test]
+    fn what_a_connection_has_waiting_ends_with_it() {
+        let all = AtomicUsize::new(7);
+        let waiting = Waiting::new(&all);
+        waiting.add(WAITING + 1);
+        assert!(waiting.is_much() && !Waiting::new(&all).is_much());
+        waiting.remove(1);
+        drop(waiting);
+        assert_eq!(all.load(Ordering::Relaxed), 7);
     }
 }
