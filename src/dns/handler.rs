@@ -125,9 +125,14 @@ impl<E: Elsewhere> Handler<E> {
         let (request, query) = match packet {
             Packet::Question(request, query) if allowed || within => (*request, query),
             Packet::Malformed(metadata) if allowed && within => {
+                // What another operation has in the place of a question is not known here.
+                let code = match metadata.op_code {
+                    OpCode::Query => ResponseCode::FormErr,
+                    _ => ResponseCode::NotImp,
+                };
                 let took = began.elapsed();
-                self.metrics.answered("none", "FORMERR", transport.label(), "refused", took);
-                return Action::Reply(message::bare(&metadata, ResponseCode::FormErr));
+                self.metrics.answered("none", code_label(code), transport.label(), "refused", took);
+                return Action::Reply(message::bare(&metadata, code));
             }
             _ => {
                 self.metrics.limited(if allowed { "rate" } else { "client" });

@@ -12,7 +12,7 @@ use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record, RecordType,
-        rdata::{CNAME, opt::EdnsOption},
+        rdata::{A, CNAME, NS, opt::EdnsOption},
     },
 };
 use ipnet::IpNet;
@@ -144,6 +144,13 @@ fn what_is_refused_and_how() {
     let mut update = request(VOTE, RecordType::A);
     update.metadata.op_code = OpCode::Notify;
     assert_eq!(code(&update), ResponseCode::NotImp);
+    // Of other operations not even that they have a question is known.
+    for (op_code, code) in [(OpCode::Status, ResponseCode::NotImp), (OpCode::Query, ResponseCode::FormErr)] {
+        let mut none = request(VOTE, RecordType::A);
+        none.queries.clear();
+        none.metadata.op_code = op_code;
+        assert_eq!(ask(&handler, &none).metadata.response_code, code, "{op_code:?}");
+    }
     let mut future = request(VOTE, RecordType::A);
     future.set_edns(Edns::new()).edns.as_mut().unwrap().set_version(1);
     let answer = ask(&handler, &future);
@@ -229,6 +236,39 @@ fn answers_are_cut_to_what_the_client_takes() {
     all.sort();
     all.dedup();
     assert_eq!(all.len(), 300);
+/// What need not be known is not a reason to ask again (RFC 2181, 9).
+#[test]
+fn an_answer_is_whole_without_those_who_could_have_given_it() {
+    let handler = handler(some(), 0);
+    let name = Name::from_ascii("www.example.").unwrap();
+    let servers = |label: &'static str| {
+        (0..20).map(move |i| {
+            let server = Name::from_ascii(format!("{label}{i}.some-other-zone{i}.example.")).unwrap();
+            Record::from_rdata(Name::from_ascii("example.").unwrap(), 60, RData::NS(NS(server)))
+        })
+    };
+    let address = || Record::from_rdata(name.clone(), 60, RData::A(A([192, 0, 2, 1].into())));
+    let alias = || Record::from_rdata(name.clone(), 60, RData::CNAME(CNAME(name.clone())));
+    let told = |kind, answers: Vec<Record>, label: &'static str, edns: bool| {
+        let mut question = request("www.example.", kind);
+        question.edns = edns.then(Edns::new);
+        let answer = Answer { answers, authorities: servers(label).collect(), ..Answer::default() };
+        let Action::Forward(asked) = send(&handler, &question, "10.0.0.1:4000", Transport::Udp) else {
+            panic!("not forwarded")
+        };
+        let (answer, bytes) = reply(handler.forwarded(asked, &answer));
+        assert!(bytes.len() <= 512);
+        (answer.metadata.truncation, answer.answers.len(), answer.authorities.len())
+    };
+    for edns in [false, true] {
+        assert_eq!(told(RecordType::A, vec![address()], "ns", edns), (false, 1, 0));
+        // Without an answer they say why, and for how long.
+        let (cut, answers, some) = told(RecordType::AAAA, vec![alias()], "ns", edns);
+        assert!(cut && answers == 1 && some > 0);
+    }
+    assert_eq!(told(RecordType::A, vec![address(); 3], "", false), (false, 3, 0));
+}
+
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use hickory_proto::{
     ProtoError,
     op::{Edns, EmitAndCount, Header, HeaderCounts, Message, MessageType, Metadata, Query, ResponseCode},
-    rr::{Record, rdata::OPT},
+    rr::{Record, RecordType, rdata::OPT},
     serialize::binary::{BinDecodable, BinDecoder, BinEncodable, BinEncoder},
 };
 
@@ -114,9 +114,19 @@ pub fn write(request: &Message, query: &Query, answer: &Answer, shape: Shape) ->
         // Without all answers nothing else matters: the client has to ask again.
         metadata.truncation = !all;
         if all {
+            let before = encoder.offset();
             let (n, all) = emit(&mut encoder, &answer.authorities)?;
-            counts.authorities = n;
-            metadata.truncation = !all;
+            // Where there is an answer, who else could have given it is of no matter (RFC 2181, 9). Where there is none, this says for
+            // how long.
+            let kind = query.query_type();
+            let needed = !answer.answers.iter().any(|r| r.record_type() == kind || kind == RecordType::ANY);
+            if all || needed {
+                counts.authorities = n;
+                metadata.truncation = !all;
+            } else {
+                encoder.set_offset(before);
+                encoder.trim();
+            }
             if all {
                 // These only save questions (RFC 2181, 9).
                 counts.additionals = emit(&mut encoder, &answer.additionals)?.0;
