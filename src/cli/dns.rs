@@ -111,12 +111,13 @@ pub struct DnsOptions {
 }
 
 impl DnsOptions {
-    /// The zone.
+    /// The zone, at the addresses where names are answered.
     ///
     /// # Errors
     /// A text that names the flag.
     pub fn zone(&self, ranges: PerFamily<IpNet>) -> Result<Arc<Zone>> {
-        Zone::new(&self.zone, ranges).map_err(anyhow::Error::msg)
+        let zone = Zone::new(&self.zone, ranges).map_err(anyhow::Error::msg)?;
+        Ok(zone.served_at(&self.listen(ranges)?))
     }
 
     /// How names are served; `None` for not at all.

@@ -207,7 +207,7 @@ impl Table {
             let (host, addrs) = match &target.label {
                 None => (own.clone(), service.addresses()),
                 Some(label) => {
-                    let Ok(host) = own.prepend_label(&**label) else { continue };
+                    let Ok(host) = own.prepend_label(label.as_bytes()) else { continue };
                     (host, service.labelled(label).collect())
                 }
             };
@@ -272,15 +272,18 @@ impl Table {
             });
         }
         match (kind, soa) {
-            (RecordType::PTR, _) => {
+            (RecordType::PTR, soa) => {
                 let records = pointers.into_iter().filter_map(|(service, label)| {
                     let mut target = self.name_of(service)?;
                     if let Some(label) = label {
-                        target = target.prepend_label(label).ok()?;
+                        target = target.prepend_label(label.as_bytes()).ok()?;
                     }
                     Some(Record::from_rdata(name.clone(), service.ttl, RData::PTR(PTR(target))))
                 });
-                Some(Answer { answers: records.collect(), ..Answer::default() })
+                let answers: Vec<_> = records.collect();
+                // None of the names can be written.
+                let authorities = if answers.is_empty() { vec![soa?] } else { Vec::new() };
+                Some(Answer { answers, authorities, ..Answer::default() })
             }
             (RecordType::ANY, _) => Some(self.other(name, kind, NEGATIVE_TTL)),
             (_, Some(soa)) => Some(Answer { authorities: vec![soa], ..Answer::default() }),
@@ -424,5 +427,5 @@ fn address(owner: Name, ttl: u32, ip: IpAddr) -> Record {
 
 /// `service.namespace.zone.`
 pub fn service_name(zone: &Zone, service: &Arc<str>, namespace: &Arc<str>) -> Option<Name> {
-    zone.name.prepend_label(&**namespace).and_then(|n| n.prepend_label(&**service)).ok()
+    zone.name.prepend_label(namespace.as_bytes()).and_then(|n| n.prepend_label(service.as_bytes())).ok()
 }

@@ -312,6 +312,28 @@ fn both_families() {
     assert_eq!(told(&ask(&table, &ptr, RecordType::PTR)), "db-0.db.default.mesh.internal.");
 }
 
+/// A label is what it is, whatever it would mean in another script.
+#[test]
+fn an_endpoint_that_looks_like_no_word_has_its_names() {
+    let mut names = Names::new(zone());
+    let mut db = dnsrr("db");
+    db.ports[0].name = Some("pg".into());
+    let mut end = endpoint("10.244.1.1", "n1");
+    end.hostname = Some("xn--a".into());
+    put(&mut names, &db, &[slice("db", vec![end])], PerFamily::default());
+    let table = published(&mut names);
+    let host = "xn--a.db.default.mesh.internal.";
+    let ptr = ask_as(&table, None, "1.1.244.10.in-addr.arpa.", RecordType::PTR).unwrap();
+    assert!(
+        matches!(&ptr.answers[..], [one] if one.data.to_string().ends_with(".db.default.mesh.internal."))
+    );
+    let RData::PTR(target) = &ptr.answers[0].data else { panic!("{:?}", ptr.answers) };
+    assert_eq!(target.0.to_ascii(), host);
+    let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", RecordType::SRV);
+    assert_eq!((srv.answers.len(), srv.additionals[0].name.to_ascii().as_str()), (1, host));
+    assert_eq!(told(&ask(&table, host, RecordType::A)), "10.244.1.1");
+}
+
 #[test]
 fn aliases_come_and_go_and_have_one_owner() {
     let mut names = some();

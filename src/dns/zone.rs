@@ -1,6 +1,9 @@
 //! The zone that is ours, and the zones of its addresses.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
 
 use hickory_proto::{
     ProtoError,
@@ -38,6 +41,8 @@ pub struct Zone {
     pub servers: PerFamily<IpAddr>,
 }
 
+/// Characters of its name, so that three labels, each of 63 and a dot, have 255 bytes with it as it is sent (RFC 1035, 2.3.4).
+const LONGEST: usize = 61;
 /// Labels that stand before the zone, at most.
 const DEEPEST: usize = 4;
 
@@ -56,9 +61,9 @@ impl Zone {
         if parsed.is_root() {
             return Err(format!("--zone {name:?} is not a domain name, as mesh.internal is"));
         }
-        // `_port._protocol`, service and namespace have to fit before it.
-        if parsed.len() > 255 - 160 {
-            return Err(format!("--zone {name}: longer than 95 characters"));
+        // Three labels of any length, those of an endpoint, its service and its namespace, have to fit before it into 255 bytes.
+        if parsed.len() > LONGEST + 1 {
+            return Err(format!("--zone {name}: longer than {LONGEST} characters"));
         }
         let mut servers = PerFamily::default();
         for (family, range) in ranges.iter() {
@@ -66,6 +71,17 @@ impl Zone {
         }
         let labels = parsed.iter().map(Box::from).collect();
         Ok(Arc::new(Self { name: parsed, labels, ranges, servers }))
+    }
+
+    /// The same, served at these addresses. Where the DNS address of a family is none of them, the first one is the zone's.
+    pub fn served_at(self: &Arc<Self>, listen: &[SocketAddr]) -> Arc<Self> {
+        let mut servers = PerFamily::default();
+        for family in Family::ALL {
+            let mut of_family = listen.iter().map(SocketAddr::ip).filter(|ip| Family::of(ip) == family);
+            let own = self.servers.get(family).copied().filter(|own| of_family.clone().any(|ip| ip == *own));
+            servers.set(family, own.or_else(|| of_family.next()));
+        }
+        Arc::new(Self { name: self.name.clone(), labels: self.labels.clone(), ranges: self.ranges, servers })
     }
 
     /// The labels that a name has before the zone; `None` outside it.
@@ -119,10 +135,11 @@ impl Zone {
     /// record.
     pub fn reverse_soa(&self, addr: IpAddr, serial: u32) -> Option<Record> {
         let range = self.ranges.get(Family::of(&addr)).filter(|range| range.contains(&addr))?;
-        // Zones are cut at octets (IPv6: at nibbles); the range may be larger than one of them.
+        // Zones are cut at octets (IPv6: at nibbles); the range may be larger than one of them. It may be smaller, too: addresses
+        // are no zones, so it is the one that they are in, where the rest of it is someone else's.
         let (unit, labels) = if addr.is_ipv4() { (8, 4) } else { (4, 32) };
         let depth = usize::from(range.prefix_len().div_ceil(unit));
-        let owner = Name::from(addr).trim_to(depth.min(labels) + 2);
+        let owner = Name::from(addr).trim_to(depth.min(labels - 1) + 2);
         Some(self.soa_of(owner, serial, NEGATIVE_TTL))
     }
 }
@@ -181,7 +198,14 @@ mod tests {
         let refused = |name: &str| Zone::new(name, PerFamily::default()).unwrap_err();
         assert!(refused(".").contains("--zone"));
         assert!(refused("a..b").contains("--zone"));
-        assert!(refused(&"a23456789.".repeat(10)).contains("longer"));
+        assert!(refused(&"a23456789.".repeat(10)).contains("longer than 61"));
+        // The longest of all, and one byte more.
+        let of = |n: usize| format!("{}.{}", "a".repeat(30), "b".repeat(n - 31));
+        assert!(refused(&of(62)).contains("longer"));
+        let zone = Zone::new(&of(61), PerFamily::default()).unwrap();
+        let label = [b'x'; 63];
+        let name = (0..3).try_fold(zone.name.clone(), |name, _| name.prepend_label(&label[..]));
+        assert_eq!(name.unwrap().to_ascii().len(), 254);
     }
 
     #[test]
@@ -195,5 +219,27 @@ mod tests {
         let small = Zone::new("m", ranges).unwrap();
         let owner = small.reverse_soa("10.200.33.1".parse().unwrap(), 1).unwrap().name;
         assert_eq!(owner.to_ascii(), "33.200.10.in-addr.arpa.");
+        // No address is a zone of its own.
+        let ranges = PerFamily {
+            v4: Some("10.200.7.16/28".parse().unwrap()),
+            v6: Some("fd00:200::/126".parse().unwrap()),
+        };
+        let tiny = Zone::new("m", ranges).unwrap();
+        let soa = |ip: &str| tiny.reverse_soa(ip.parse().unwrap(), 1).map(|r| r.name.to_ascii());
+        assert_eq!(soa("10.200.7.17").as_deref(), Some("7.200.10.in-addr.arpa."));
+        assert_eq!(soa("10.200.7.1"), None);
+        assert_eq!(soa("fd00:200::2"), Some(format!("{}0.0.2.0.0.0.d.f.ip6.arpa.", "0.".repeat(23))));
+    }
+
+    #[test]
+    fn a_zone_is_served_where_it_is_listened_for_it() {
+        let servers = |listen: &[&str]| {
+            let listen: Vec<_> = listen.iter().map(|at| at.parse().unwrap()).collect();
+            let servers = zone().served_at(&listen).servers;
+            servers.iter().map(|(_, ip)| ip.to_string()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(servers(&["192.0.2.1:53", "10.200.0.2:53", "[fd00:200::2]:53"]), "10.200.0.2 fd00:200::2");
+        assert_eq!(servers(&["192.0.2.1:53", "192.0.2.2:5353"]), "192.0.2.1");
+        assert_eq!(servers(&["[2001:db8::1]:53", "10.200.0.2:53"]), "10.200.0.2 2001:db8::1");
     }
 }
