@@ -80,6 +80,8 @@ pub struct Asked {
     client: IpAddr,
     transport: Transport,
     limit: u16,
+    /// Bytes of the request.
+    length: usize,
     began: Instant,
 }
 
@@ -144,7 +146,8 @@ impl<E: Elsewhere> Handler<E> {
             Transport::Udp => payload.clamp(PLAIN_UDP, LARGEST_UDP),
             Transport::Tcp => u16::MAX,
         };
-        let asked = Box::new(Asked { request, query, client, transport, limit, began });
+        let length = bytes.len();
+        let asked = Box::new(Asked { request, query, client, transport, limit, length, began });
         if !allowed {
             self.metrics.limited("client");
             return self.reply(&asked, &Answer::code(ResponseCode::Refused), "refused", false);
@@ -239,13 +242,20 @@ impl<E: Elsewhere> Handler<E> {
     }
 
     fn reply(&self, asked: &Asked, answer: &Answer, from: &'static str, empty: bool) -> Action {
-        let shape = Shape {
+        let mut shape = Shape {
             limit: asked.limit,
             authoritative: from == "mesh" && answer.code != ResponseCode::ServFail,
             recursive: self.elsewhere.is_some(),
             empty,
         };
-        let reply = message::write(&asked.request, &asked.query, answer, shape);
+        let write = |shape| message::write(&asked.request, &asked.query, answer, shape);
+        let mut reply = write(shape);
+        let times = reply.as_ref().map_or(0, |reply| reply.len() / asked.length.max(1));
+        if asked.transport == Transport::Udp && !self.rate.take_amplified(asked.client, times, asked.began) {
+            self.metrics.limited("rate");
+            shape.empty = true;
+            reply = write(shape);
+        }
         let (reply, code) = match reply {
             Ok(reply) => (reply, answer.code),
             Err(e) => {

@@ -236,6 +236,8 @@ fn answers_are_cut_to_what_the_client_takes() {
     all.sort();
     all.dedup();
     assert_eq!(all.len(), 300);
+}
+
 /// What need not be known is not a reason to ask again (RFC 2181, 9).
 #[test]
 fn an_answer_is_whole_without_those_who_could_have_given_it() {
@@ -269,6 +271,22 @@ fn an_answer_is_whole_without_those_who_could_have_given_it() {
     assert_eq!(told(RecordType::A, vec![address(); 3], "", false), (false, 3, 0));
 }
 
+/// A forged sender gets few answers that are many times as long as what they answer.
+#[test]
+fn what_amplifies_is_soon_told_to_come_by_tcp() {
+    let handler = handler(some(), 40);
+    let cut = |name: &str, how| {
+        let question = request(name, RecordType::A);
+        let length = question.to_vec().unwrap().len();
+        let told = (0..20).filter(|_| {
+            let (answer, bytes) = reply(send(&handler, &question, "10.0.0.1:4000", how));
+            answer.answers.is_empty() && answer.metadata.truncation && bytes.len() <= length
+        });
+        told.count()
+    };
+    let many = "many.default.mesh.internal.";
+    assert_eq!(cut(many, Transport::Udp), 16, "two for two seconds");
+    assert_eq!((cut(VOTE, Transport::Udp), cut(many, Transport::Tcp)), (0, 0));
 }
 
 #[test]

@@ -46,11 +46,20 @@ impl Allowed {
 pub struct Rate {
     /// Answers a second; 0 is no limit.
     per_second: u32,
-    buckets: Mutex<Buckets>,
+    all: Buckets,
+    /// Of those the ones that are many times larger than their questions, which are what a forger wants.
+    amplified: Buckets,
+}
+
+/// How many answers clients may still get.
+#[derive(Debug)]
+struct Buckets {
+    per_second: f64,
+    state: Mutex<State>,
 }
 
 #[derive(Debug)]
-struct Buckets {
+struct State {
     by_client: HashMap<IpAddr, Bucket>,
     swept: Instant,
 }
@@ -61,6 +70,10 @@ struct Bucket {
     seen: Instant,
 }
 
+/// An answer that is this many times as long as its question, or more, amplifies: twenty endpoints of a service, say.
+const AMPLIFIES: usize = 8;
+/// Of so many answers that a client may get one may amplify. Who wants more of them has TCP.
+const AMPLIFIED: u32 = 20;
 /// A client may save up this many seconds' answers.
 const BURST: f64 = 2.0;
 /// Clients that have been silent are forgotten this often, and when there are too many.
@@ -73,30 +86,44 @@ const STRANGERS: IpAddr = IpAddr::V6(Ipv6Addr::UNSPECIFIED);
 impl Rate {
     /// A limit of so many answers a second; 0 is none.
     pub fn new(per_second: u32) -> Self {
-        let buckets = Buckets { by_client: HashMap::new(), swept: Instant::now() };
-        Self { per_second, buckets: Mutex::new(buckets) }
+        Self {
+            per_second,
+            all: Buckets::new(per_second),
+            amplified: Buckets::new(per_second.div_ceil(AMPLIFIED)),
+        }
     }
 
     /// Whether one more answer to a client is within the limit. Those that get no answers (not `known`) share one, so that
     /// forged addresses of theirs neither fill the memory nor have others forgotten.
     pub fn take(&self, client: IpAddr, known: bool, now: Instant) -> bool {
-        if self.per_second == 0 {
-            return true;
+        self.per_second == 0 || self.all.take(if known { client.to_canonical() } else { STRANGERS }, now)
+    }
+
+    /// The same of an answer that is this many times as long as its question.
+    pub fn take_amplified(&self, client: IpAddr, times: usize, now: Instant) -> bool {
+        self.per_second == 0 || times < AMPLIFIES || self.amplified.take(client.to_canonical(), now)
+    }
+}
+
+impl Buckets {
+    fn new(per_second: u32) -> Self {
+        let state = State { by_client: HashMap::new(), swept: Instant::now() };
+        Self { per_second: per_second.into(), state: Mutex::new(state) }
+    }
+
+    fn take(&self, client: IpAddr, now: Instant) -> bool {
+        let full = self.per_second * BURST;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if now.saturating_duration_since(state.swept) > SWEEP {
+            state.by_client.retain(|_, b| now.saturating_duration_since(b.seen) < SWEEP);
+            state.swept = now;
         }
-        let rate = f64::from(self.per_second);
-        let full = rate * BURST;
-        let mut buckets = self.buckets.lock().unwrap_or_else(PoisonError::into_inner);
-        if now.saturating_duration_since(buckets.swept) > SWEEP {
-            buckets.by_client.retain(|_, b| now.saturating_duration_since(b.seen) < SWEEP);
-            buckets.swept = now;
+        if state.by_client.len() >= MOST_CLIENTS {
+            state.by_client.clear();
         }
-        if buckets.by_client.len() >= MOST_CLIENTS {
-            buckets.by_client.clear();
-        }
-        let client = if known { client.to_canonical() } else { STRANGERS };
-        let bucket = buckets.by_client.entry(client).or_insert(Bucket { left: full, seen: now });
+        let bucket = state.by_client.entry(client).or_insert(Bucket { left: full, seen: now });
         let passed = now.saturating_duration_since(bucket.seen).as_secs_f64();
-        bucket.left = (bucket.left + passed * rate).min(full);
+        bucket.left = (bucket.left + passed * self.per_second).min(full);
         bucket.seen = now;
         let may = bucket.left >= 1.0;
         if may {
@@ -130,6 +157,22 @@ mod tests {
         assert_eq!(take("8.8.8.8", false, Duration::ZERO) + take("2001:db8::1", false, Duration::ZERO), 20);
         let free = Rate::new(0);
         assert!((0..1000).all(|_| free.take(ip("10.0.0.1"), true, start)));
+    }
+
+    #[test]
+    fn answers_that_amplify_are_fewer() {
+        let rate = Rate::new(100);
+        let start = Instant::now();
+        let take = |client: &str, times, at: u64| {
+            let at = start + Duration::from_secs(at);
+            (0..100).filter(|_| rate.take_amplified(ip(client), times, at)).count()
+        };
+        assert_eq!(take("10.0.0.1", 7, 0), 100);
+        assert_eq!((take("10.0.0.1", 8, 0), take("10.0.0.2", 30, 0)), (10, 10));
+        assert_eq!(take("10.0.0.1", 30, 1), 5);
+        let [few, none] = [1, 0].map(Rate::new);
+        assert_eq!((0..100).filter(|_| few.take_amplified(ip("10.0.0.1"), 9, start)).count(), 2);
+        assert!((0..100).all(|_| none.take_amplified(ip("10.0.0.1"), 9, start)));
     }
 
     #[test]
