@@ -17,6 +17,7 @@ use super::options::Options;
 use crate::{
     allocate::Allocations,
     compile::{CompiledService, endpoints::Place, service::is_served},
+    dataplane::{ElementChange, IpvsChange},
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
@@ -29,9 +30,11 @@ use crate::{
     metrics::Metrics,
     model::{
         ids::{Family, PerFamily, ServiceKey},
+        kernel::Element,
         node::nth_address,
         unread::Unread,
     },
+    plan::Op,
     reconcile::Engine,
 };
 
@@ -201,6 +204,22 @@ impl DnsOptions {
     }
 }
 
+/// Services that the kernel does not serve yet as they are answered: their virtual IPs, or ports of those, are still to come.
+fn to_come(engine: &Engine, ops: &[Op]) -> BTreeSet<ServiceKey> {
+    let vips = |key: &ServiceKey| engine.merged().services().get(key).map(|compiled| compiled.vips);
+    let installs = ops.iter().any(|op| matches!(op, Op::Install { .. }));
+    let of = |op: &Op| match op {
+        Op::Element(ElementChange::Put(Element::Vip(target), _)) => {
+            let key = op.owner(engine.merged())?;
+            vips(key)?.iter().any(|(_, vip)| *vip == target.addr).then(|| key.clone())
+        }
+        // Rules that are put in place bring all entries with them: what is new is known by its IPVS service.
+        Op::Ipvs(IpvsChange::AddService(..)) if installs => op.owner(engine.merged()).cloned(),
+        _ => None,
+    };
+    ops.iter().filter_map(of).collect()
+}
+
 /// The names of all services, for who only looks.
 pub fn all_names(zone: Arc<Zone>, engine: &Engine) -> Names {
     let mut names = Names::new(zone);
@@ -260,6 +279,8 @@ pub struct Feed {
     published: bool,
     /// What [`Self::begin`] has taken over already, until the turn that it was for is over.
     begun: BTreeMap<ServiceKey, Arc<CompiledService>>,
+    /// What it has left out, until then.
+    to_come: BTreeSet<ServiceKey>,
     /// Services whose aliases may have been won or lost in turns that failed, to be told of with the next one.
     others: BTreeSet<ServiceKey>,
     problems: Vec<String>,
@@ -313,6 +334,7 @@ impl Feed {
             never_read: None,
             published: false,
             begun: BTreeMap::new(),
+            to_come: BTreeSet::new(),
             others: BTreeSet::new(),
             problems: Vec::new(),
         }
@@ -327,6 +349,7 @@ impl Feed {
     ) -> BTreeSet<ServiceKey> {
         let mut others = std::mem::take(&mut self.others);
         let begun = std::mem::take(&mut self.begun);
+        self.to_come.retain(|key| !keys.contains(key));
         let services = engine.merged().services();
         let is_new = |key: &&ServiceKey| match (begun.get(*key), services.get(*key)) {
             (Some(before), Some(now)) => !Arc::ptr_eq(before, now),
@@ -388,7 +411,7 @@ impl Feed {
     fn note_unread(&mut self, engine: &Engine) -> bool {
         let now = engine.unread();
         let unread = self.never_read.as_ref().map_or_else(|| now.clone(), |before| before.and(now));
-        let meant = engine.held().iter().chain(&unread.services);
+        let meant = engine.held().iter().chain(&unread.services).chain(&self.to_come);
         let unnamed = meant.filter(|key| self.names.get(key).is_none()).cloned().collect();
         let unknown = Unknown::new(&unread, &unnamed);
         self.never_read = Some(unread);
@@ -404,14 +427,21 @@ impl Feed {
         }
     }
 
-    /// Takes over all services that were compiled, where that has not been done yet: an agent that starts again answers as
-    /// soon as it knows them, and not only when it has looked at the kernel's state of each.
-    pub fn begin(&mut self, engine: &Engine) {
+    /// Takes over the services that were compiled, where that has not been done yet: an agent that starts again answers as soon
+    /// as it knows them, and not only when what has changed meanwhile is in the kernel. Those that are only then in the kernel
+    /// may be there by their names, but nothing more is said of them.
+    pub fn begin(&mut self, engine: &Engine, ops: &[Op]) {
         if self.server.is_some() && !self.published && !engine.merged().services().is_empty() {
-            let services = engine.merged().services();
-            self.update(engine, &services.keys().cloned().collect(), None);
-            self.begun.clone_from(services);
+            self.take_over(engine, &to_come(engine, ops));
         }
+    }
+
+    fn take_over(&mut self, engine: &Engine, to_come: &BTreeSet<ServiceKey>) {
+        let services = engine.merged().services();
+        let there = || services.iter().filter(|(key, _)| !to_come.contains(key));
+        self.to_come.clone_from(to_come);
+        self.update(engine, &there().map(|(key, _)| key.clone()).collect(), None);
+        self.begun = there().map(|(key, compiled)| (key.clone(), compiled.clone())).collect();
     }
 
     /// Aliases that a service does not get.
@@ -446,7 +476,7 @@ mod tests {
             service::{FamilyPolicy, Mode, Service, ServicePort},
             snapshot::Event,
         },
-        reconcile::tests::{endpoints, engine, now, service_with},
+        reconcile::tests::{after_a_restart, endpoints, engine, now, service_with},
     };
 
     fn key(name: &str) -> ServiceKey {

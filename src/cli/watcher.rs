@@ -25,6 +25,7 @@ use crate::{
         ids::{Mark, Scope, ServiceKey},
         kernel::VirtualServerKey,
     },
+    plan::Op,
     reconcile::{Drift, Engine, Turn, agent::Observer},
 };
 
@@ -171,10 +172,10 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 }
 
 impl Observer for Watcher {
-    fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
+    fn before_apply(&mut self, engine: &Engine, ops: &[Op]) -> Result<(), String> {
         // After a restart what is answered is there already; on a kernel without anything of ours it has yet to come.
         if !engine.found_nothing() {
-            self.dns.begin(engine);
+            self.dns.begin(engine, ops);
         }
         match self.save(engine) {
             // Endpoints that are gone must not stay because a disk is full.

@@ -18,6 +18,7 @@ use crate::{
     allocate::Lock,
     dataplane::Probe,
     model::{node::NodeSays, snapshot::Event, unread::Unread},
+    plan::Op,
 };
 
 /// What wakes the agent.
@@ -43,11 +44,11 @@ pub enum Input {
 
 /// Told about everything that happens, for metrics, state files and logs.
 pub trait Observer {
-    /// Before operations are applied: allocations and drains must be safe first.
+    /// Before these operations are applied: allocations and drains must be safe first.
     ///
     /// # Errors
     /// A text; the turn is put off.
-    fn before_apply(&mut self, engine: &Engine) -> Result<(), String>;
+    fn before_apply(&mut self, engine: &Engine, ops: &[Op]) -> Result<(), String>;
     /// After a turn. `since` is when the oldest event that it handled was seen.
     fn after_turn(&mut self, engine: &Engine, turn: &Turn, since: Option<Instant>);
     /// A turn could not even be prepared.
@@ -306,7 +307,7 @@ impl<O: Observer> Agent<O> {
         }
         // Nothing has to be on disk for what is not done.
         if !ops.is_empty()
-            && let Err(e) = self.observer.before_apply(&self.engine)
+            && let Err(e) = self.observer.before_apply(&self.engine, &ops)
         {
             self.engine.distrust();
             self.oldest = since;

@@ -15,6 +15,7 @@ use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
     model::{ids::ServiceKey, unread::Unread},
+    plan::Op,
 };
 
 /// What the loop told.
@@ -32,7 +33,7 @@ struct Told {
 struct Ear(Arc<Mutex<Told>>);
 
 impl Observer for Ear {
-    fn before_apply(&mut self, _: &Engine) -> Result<(), String> {
+    fn before_apply(&mut self, _: &Engine, _: &[Op]) -> Result<(), String> {
         if std::mem::take(&mut self.0.lock().unwrap().refuse) {
             Err("no room for the state".into())
         } else {

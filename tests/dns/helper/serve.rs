@@ -16,6 +16,7 @@ use meshlb::{
     dataplane::{executor::Dataplane, fake::FakeKernel},
     metrics::Metrics,
     model::{ids::PerFamily, node::NodeFacts},
+    plan::Op,
     reconcile::{
         Drift, Engine, Turn,
         agent::{Agent, Observer, Pace},
@@ -27,8 +28,8 @@ use meshlb::{
 struct Served(Feed);
 
 impl Observer for Served {
-    fn before_apply(&mut self, engine: &Engine) -> Result<(), String> {
-        self.0.begin(engine);
+    fn before_apply(&mut self, engine: &Engine, ops: &[Op]) -> Result<(), String> {
+        self.0.begin(engine, ops);
         Ok(())
     }
 
