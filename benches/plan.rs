@@ -49,6 +49,7 @@ fn world(count: u32) -> World {
         published_addresses: BTreeSet::from([node]),
         all_addresses: BTreeSet::from([node]),
         uplinks: BTreeSet::new(),
+        outside: BTreeSet::new(),
     };
     let mut snapshot = Snapshot::default();
     let mut dirty = BTreeSet::new();

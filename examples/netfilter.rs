@@ -55,6 +55,7 @@ fn program(node4: &str, node6: &str) -> Result<Program> {
         families: PerFamily { v4: Some(v4), v6: Some(v6) },
         masquerade_bridges: Vec::new(),
         uplinks: Vec::new(),
+        outside: Vec::new(),
     })
 }
 

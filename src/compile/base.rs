@@ -56,6 +56,7 @@ pub fn compile_base(
         );
     }
     let uplinks = facts.uplinks.iter().cloned().collect();
-    let program = Program { mask: config.mask.bits(), families, masquerade_bridges, uplinks };
+    let outside = facts.outside.iter().cloned().collect();
+    let program = Program { mask: config.mask.bits(), families, masquerade_bridges, uplinks, outside };
     Base { program, routes, sysctls, timeouts, sentinels }
 }

@@ -330,6 +330,7 @@ mod tests {
             families: PerFamily { v4: Some(family), v6: None },
             masquerade_bridges: vec![],
             uplinks: [].into(),
+            outside: [].into(),
         }
     }
 

@@ -339,6 +339,7 @@ mod tests {
                 published_addresses: [addr].into(),
                 all_addresses: [addr].into(),
                 uplinks: BTreeSet::new(),
+                outside: BTreeSet::new(),
             },
             overlaps: vec![],
         }

@@ -105,6 +105,7 @@ pub fn facts() -> NodeFacts {
         published_addresses: [v4, v6].into(),
         all_addresses: [v4, v6, "127.0.0.1".parse().expect("an address")].into(),
         uplinks: ["eth0".to_owned()].into(),
+        outside: ["eth0".to_owned()].into(),
     }
 }
 

@@ -184,6 +184,9 @@ pub struct Program {
     /// the endpoint's answers past this node, and is masqueraded.
     #[serde(default)]
     pub uplinks: Vec<String>,
+    /// Links that no pod of this node is behind, by name, sorted: who comes in by one does not reach the node's DNS.
+    #[serde(default)]
+    pub outside: Vec<String>,
 }
 
 /// The part of a [`Program`] that differs between families.

@@ -90,6 +90,8 @@ pub struct NodeFacts {
     pub all_addresses: BTreeSet<IpAddr>,
     /// Links towards other machines: clients that come in by one are not behind this node.
     pub uplinks: BTreeSet<String>,
+    /// Of those the ones that the node's own address is on and no pod can be: not a bridge. Nothing here is asked for by one.
+    pub outside: BTreeSet<String>,
 }
 
 impl NodeFacts {

@@ -41,6 +41,7 @@ fn program() -> Program {
         families: PerFamily { v4: Some(family), v6: Some(family6) },
         masquerade_bridges: vec![],
         uplinks: vec![],
+        outside: vec![],
     }
 }
 

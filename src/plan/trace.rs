@@ -290,6 +290,7 @@ mod tests {
                 families: PerFamily { v4: Some(family), v6: None },
                 masquerade_bridges: vec![],
                 uplinks: vec![],
+                outside: vec![],
             }),
             ..KernelState::default()
         };

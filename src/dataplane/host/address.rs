@@ -164,6 +164,23 @@ fn uplinks(links: &HashMap<u32, Link>, own: &[&&Address], primary: &PerFamily<Ip
         .collect()
 }
 
+/// Those of them that the node's own address is on, but for bridges and switches, on which there may be pods as well. Other links
+/// with an address may be a network plugin's own towards pods of this node (`antrea-gw0`, `ovn-k8s-mp0`).
+fn outside(
+    links: &HashMap<u32, Link>,
+    own: &[&&Address],
+    primary: &PerFamily<IpAddr>,
+    uplinks: &BTreeSet<String>,
+) -> BTreeSet<String> {
+    own.iter()
+        .filter(|a| primary.iter().any(|(_, ip)| *ip == a.addr))
+        .filter_map(|a| links.get(&a.link))
+        .filter(|link| !matches!(link.kind.as_deref(), Some("bridge" | "openvswitch")))
+        .map(|link| link.name.clone())
+        .filter(|name| uplinks.contains(name))
+        .collect()
+}
+
 /// Design decision 5, without the kernel: `kernel_choice` is the source address that it would take for
 /// the default route.
 pub(crate) fn facts(
@@ -197,7 +214,8 @@ pub(crate) fn facts(
     let can_be_endpoint = |addr: &IpAddr| !matches!(addr, IpAddr::V6(a) if a.is_unicast_link_local());
     let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).filter(can_be_endpoint).collect();
     let uplinks = uplinks(links, &own, &primary);
-    NodeFacts { primary, published_addresses, all_addresses, uplinks }
+    let outside = outside(links, &own, &primary, &uplinks);
+    NodeFacts { primary, published_addresses, all_addresses, uplinks, outside }
 }
 
 /// The default rule. A bridge of a CNI or of Docker is an interface like any other here: a pod that
@@ -347,6 +365,23 @@ mod tests {
         // A name that stands for others in a rule is in none.
         links.get_mut(&2).unwrap().name = "eth+".into();
         assert_eq!(names(&links, &rules()), Vec::<String>::new());
+    }
+
+    #[test]
+    fn no_pod_is_behind_the_links_that_are_outside() {
+        let (mut links, mut addresses) = node();
+        let eth = links[&2].name.clone();
+        // Another link with an address, which pods may be behind all the same.
+        links.insert(7, Link { name: "antrea-gw0".into(), kind: Some("openvswitch".into()), up: true });
+        addresses.push(address("10.244.9.1/24", 7, AddressFlags::empty()));
+        let of = |links: &HashMap<u32, Link>| facts(links, &addresses, &rules(), &PerFamily::default());
+        assert!(of(&links).uplinks.contains("antrea-gw0"));
+        assert_eq!(of(&links).outside, [eth.clone()].into());
+        for (kind, is) in [("vlan", true), ("veth", true), ("bridge", false), ("openvswitch", false)] {
+            links.get_mut(&2).unwrap().kind = Some(kind.into());
+            assert_eq!(of(&links).outside.contains(&eth), is, "{kind}");
+            assert!(of(&links).uplinks.contains(&eth), "{kind}");
+        }
     }
 
     #[test]

@@ -74,7 +74,8 @@ mod tests {
             let (ingress, node) = (config.ingress(family).unwrap(), *facts.primary.get(family).unwrap());
             families.set(family, Some(FamilyProgram { range: *range, ingress, node }));
         }
-        Program { mask: 0x3fff, families, masquerade_bridges: vec![], uplinks: vec!["eth0".into()] }
+        let link = || vec!["eth0".into()];
+        Program { mask: 0x3fff, families, masquerade_bridges: vec![], uplinks: link(), outside: link() }
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub(crate) fn rules(program: &Program, family: Family, options: Options) -> Vec<
         let text = format!("-d {} -j MARK --set-xmark 0x0/{:#x}", f.range, !program.mask);
         rule("security", "MESHLB-INPUT", "IPVS compares the whole mark", text);
     }
-    filter_rules(&mut rule, family, f, options);
+    filter_rules(&mut rule, program, family, f, options);
     nat_rules(&mut rule, program, family, f, options);
     mangle_rules(&mut rule, program, family, f, options);
     out
@@ -97,7 +97,7 @@ pub(crate) fn rules(program: &Program, family: Family, options: Options) -> Vec<
 
 type Push<'a> = &'a mut dyn FnMut(&'static str, &'static str, &str, String);
 
-fn filter_rules(push: Push, family: Family, f: &FamilyProgram, options: Options) {
+fn filter_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram, options: Options) {
     let range = f.range;
     let own = set_name(Kind::Own, family);
     let endpoints = set_name(Kind::Endpoints, family);
@@ -131,6 +131,10 @@ fn filter_rules(push: Push, family: Family, f: &FamilyProgram, options: Options)
             }
         }
         for protocol in ["udp", "tcp"] {
+            for link in &program.outside {
+                let from = format!("-d {} -i {link} -p {protocol} --dport 53", f.dns());
+                input("DNS from outside", format!("{from} -j DROP"));
+            }
             input("DNS", format!("-d {} -p {protocol} --dport 53 -j ACCEPT", f.dns()));
         }
         // From elsewhere what is published comes by the ingress address; only new ones: a client may have got the number as

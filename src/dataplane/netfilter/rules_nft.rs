@@ -136,7 +136,7 @@ pub(crate) fn table_text(program: &Program, contents: &NftContents, layout: Layo
     chain("in", "filter hook input priority 90", each(&|n| n.mark_in(whole)));
     chain("guard", "filter hook input priority 101", each(&|n| n.guard(whole)));
     for n in &families {
-        chain(&format!("guard-{}", n.digit), "", n.guard_vip());
+        chain(&format!("guard-{}", n.digit), "", n.guard_vip(program));
     }
     chain("refuse", "", refuse());
     chain("lo-in", "filter hook input priority 102", each(&Names::loopback_in));
@@ -371,7 +371,7 @@ impl Names {
         loopback.into_iter().chain(self.refuse_published("jump refuse")).collect()
     }
 
-    fn guard_vip(&self) -> Vec<String> {
+    fn guard_vip(&self, program: &Program) -> Vec<String> {
         let icmp = match self.family {
             Family::V4 => {
                 "icmp type { echo-request, destination-unreachable, time-exceeded, parameter-problem } accept"
@@ -381,21 +381,25 @@ impl Names {
             }
         };
         let mut rules = vec![icmp.to_owned(), format!("{} {} accept", self.target(), self.set(Kind::Own))];
-        rules.extend(self.dns());
+        rules.extend(self.dns(program));
         rules.extend(["jump refuse", "drop"].map(str::to_owned));
         rules
     }
 
     /// The agent's DNS. While no agent runs, questions are dropped: a client takes a refusal as final, and asks again
-    /// after silence. A connection that is open already is the agent's, whose socket may be one that is just beginning.
-    fn dns(&self) -> Vec<String> {
+    /// after silence. A connection that is open already is the agent's, whose socket may be one that is just beginning. Who comes
+    /// from outside has nothing to ask: its own node serves it, or it belongs to no node.
+    fn dns(&self, program: &Program) -> Vec<String> {
         let Self { ip, dns, .. } = self;
         let to = format!("{ip} daddr {dns} meta l4proto {{ tcp, udp }} th dport 53");
-        vec![
-            format!("{ip} daddr {dns} tcp dport 53 ct state established accept"),
-            format!("{to}{ASKS_SOCKET} accept"),
-            format!("{to} drop"),
-        ]
+        let outside = program.outside.iter().map(|link| format!("iifname \"{link}\" {to} drop"));
+        outside
+            .chain([
+                format!("{ip} daddr {dns} tcp dport 53 ct state established accept"),
+                format!("{to}{ASKS_SOCKET} accept"),
+                format!("{to} drop"),
+            ])
+            .collect()
     }
 
     /// Our packets that were sent to one of these.

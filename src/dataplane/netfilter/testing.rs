@@ -136,7 +136,8 @@ pub(crate) fn program(families: &[Family], bridges: bool) -> Program {
     let bridge = |subnet: &str| BridgeSubnet { bridge: "cni0".into(), subnet: subnet.parse().unwrap() };
     let masquerade_bridges =
         if bridges { vec![bridge("10.244.1.0/24"), bridge("fd00:244:1::/64")] } else { Vec::new() };
-    Program { mask: 0x3fff, families: per, masquerade_bridges, uplinks: vec!["eth0".into(), "wg0".into()] }
+    let uplinks = vec!["eth0".into(), "wg0".into()];
+    Program { mask: 0x3fff, families: per, masquerade_bridges, uplinks, outside: vec!["eth0".into()] }
 }
 
 pub(crate) fn dual() -> Program {

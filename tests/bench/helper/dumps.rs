@@ -23,6 +23,7 @@ pub fn run(renderer: &str, node: &str, times: u32) -> Result<()> {
         families: PerFamily { v4: Some(family), v6: None },
         masquerade_bridges: Vec::new(),
         uplinks: Vec::new(),
+        outside: Vec::new(),
     };
     for _ in 0..times {
         let mut ipvs = KernelIpvs::open()?;

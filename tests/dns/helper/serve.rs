@@ -61,6 +61,7 @@ pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
         published_addresses: BTreeSet::from(node),
         all_addresses: BTreeSet::from(node),
         uplinks: BTreeSet::new(),
+        outside: BTreeSet::new(),
     };
     let dataplane = Dataplane {
         ipvs: Box::new(kernel.clone()),
