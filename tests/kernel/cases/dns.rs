@@ -38,7 +38,7 @@ fn server(family: Family) -> &'static str {
 }
 
 /// What dig prints.
-fn dig(from: &Host, server: &str, args: &[&str]) -> Result<String> {
+pub(super) fn dig(from: &Host, server: &str, args: &[&str]) -> Result<String> {
     let at = format!("@{server}");
     let mut command = vec!["dig", "+time=9", "+tries=1", at.as_str()];
     command.extend(args);
@@ -53,8 +53,27 @@ fn short(from: &Host, server: &str, name: &str, kind: &str) -> Result<Vec<String
     Ok(lines)
 }
 
+/// The response code of an answer, by name.
+pub(super) fn status(from: &Host, server: &str, name: &str, kind: &str) -> Result<String> {
+    let text = dig(from, server, &[name, kind])?;
+    let status = text.lines().find_map(|line| line.split_once("status: ")?.1.split_once(','));
+    Ok(status.with_context(|| format!("{} asks {server} for {name} {kind}: {text}", from.name))?.0.to_owned())
+}
+
+/// There is no such record, and this is how that is said.
+fn has_none(from: &Host, server: &str, name: &str, kind: &str, want: &str) -> Result<()> {
+    let (got, found) = (status(from, server, name, kind)?, short(from, server, name, kind)?);
+    ensure!(
+        got == want && found.is_empty(),
+        "{} asks {server} for {name} {kind}: {got} {found:?}, not {want}",
+        from.name
+    );
+    Ok(())
+}
+
 /// One answer is this.
-fn answers_with(from: &Host, server: &str, name: &str, kind: &str, want: &[&str]) -> Result<()> {
+pub(super) fn answers_with(from: &Host, server: &str, name: &str, kind: &str, want: &[&str]) -> Result<()> {
+    ensure!(!want.is_empty(), "{name} {kind}: an error has no answers either");
     let got = short(from, server, name, kind)?;
     ensure!(got == want, "{} asks {server} for {name} {kind}: {got:?}, not {want:?}", from.name);
     Ok(())
@@ -110,7 +129,7 @@ fn answers(cx: &mut Cx) -> Result<()> {
     let at = SERVERS[0];
     // Short names belong to the pod's namespace, and to nobody else.
     answers_with(p12, at, "web", "A", &["10.200.0.5"])?;
-    answers_with(n1, at, "web", "A", &[])?;
+    has_none(n1, at, "web", "A", "REFUSED")?;
     // How it is said.
     for (args, texts) in [
         (
@@ -164,8 +183,54 @@ fn answers(cx: &mut Cx) -> Result<()> {
     for want in [format!("web.{ZONE} A 10.200.0.5: ok"), format!("www.{ZONE} AAAA fd00:200::5: ok")] {
         ensure!(explain.contains(&want), "explain: no {want:?} in\n{explain}");
     }
+    only_its_own_node(cx, &t)?;
     ensure!(metric(n1, "meshlb_dns_queries_total")? > 50.0);
     ensure!(metric(n1, "meshlb_dns_listening")? == 4.0);
+    for (labels, least) in [
+        (r#"{type="A",rcode="NOERROR",transport="udp"}"#, 20.0),
+        (r#"{type="A",rcode="NOERROR",transport="tcp"}"#, 1.0),
+        (r#"{type="A",rcode="NXDOMAIN",transport="udp"}"#, 1.0),
+        (r#"{type="A",rcode="REFUSED",transport="udp"}"#, 2.0),
+        (r#"{type="A",rcode="BADVERS",transport="udp"}"#, 1.0),
+        (r#"{type="SRV",rcode="NOERROR",transport="udp"}"#, 4.0),
+        (r#"{type="PTR",rcode="NOERROR",transport="udp"}"#, 8.0),
+    ] {
+        let n = metric(n1, &format!("meshlb_dns_queries_total{labels}"))?;
+        ensure!(n >= least, "{labels}: {n}");
+    }
+    let took = |what: &str, from: &str| {
+        metric(n1, &format!("meshlb_dns_answer_duration_seconds_{what}{{from=\"{from}\"}}"))
+    };
+    let (sum, n) = (took("sum", "mesh")?, took("count", "mesh")?);
+    cx.note(format!("{n} answers of our own took {sum:.6} s together"));
+    ensure!(n > 50.0 && sum > 0.0 && sum / n < 0.1, "{n} answers took {sum} s");
+    ensure!(took("count", "refused")? >= 3.0);
+    Ok(())
+}
+
+/// Who has a route to the VIP range by a node reaches its services and not its DNS; its pods, and itself, do.
+fn only_its_own_node(cx: &Cx, t: &Topology) -> Result<()> {
+    let n1 = t.node(1);
+    for (family, range, via) in
+        [(Family::V4, "10.200.0.0/16", n1.v4.to_string()), (Family::V6, "fd00:200::/112", n1.v6.to_string())]
+    {
+        t.ext.run(&["ip", "route", "replace", range, "via", &via])?.ok()?;
+        let vip: SocketAddr = family.pick("10.200.0.5:80", "[fd00:200::5]:80").parse()?;
+        let tally = t.ext.connect(Proto::Tcp, vip, 2)?;
+        ensure!(tally.answered() == 2, "the route leads nowhere: {tally}");
+        let (at, name) = (server(family), format!("web.{ZONE}"));
+        for how in ["+notcp", "+tcp"] {
+            let text = dig(&t.ext, at, &["+time=2", how, &name, "A"])?;
+            ensure!(text.contains("timed out"), "ext asks {at} {how}: {text}");
+        }
+        for from in [t.pod("p11"), t.pod("p12"), &**n1] {
+            for how in ["+notcp", "+tcp"] {
+                let text = dig(from, at, &[how, "+short", &name, "A"])?;
+                ensure!(text.trim() == "10.200.0.5", "{} asks {at} {how}: {text}", from.name);
+            }
+        }
+    }
+    cx.note("from outside nothing reaches the DNS address".to_owned());
     Ok(())
 }
 
@@ -183,7 +248,11 @@ fn follows(cx: &mut Cx) -> Result<()> {
     let a = |name: &str| short(p12, SERVERS[0], name, "A");
     let becomes = |m: &mut Manifests, what: &str, name: &str, want: &[&str]| -> Result<Duration> {
         m.write()?;
-        wait_until(&format!("{what}: {name} is {want:?}"), Duration::from_secs(10), || Ok(a(name)? == want))
+        let is = || match want {
+            [] => Ok(status(p12, SERVERS[0], name, "A")? == "NXDOMAIN"),
+            want => Ok(a(name)? == want),
+        };
+        wait_until(&format!("{what}: {name} is {want:?}"), Duration::from_secs(10), is)
     };
     let vip = a(&name)?;
     ensure!(vip.len() == 1 && vip[0].starts_with("10.200."), "{vip:?}");
@@ -524,15 +593,20 @@ fn forwarding(cx: &mut Cx) -> Result<()> {
     // One upstream dies: the other answers, also what is not in the cache.
     two.kill();
     let begun = Instant::now();
-    answers_with(p12, at, "tasks.big.default.corp.example", "AAAA", &[])?;
+    has_none(p12, at, "tasks.big.default.corp.example", "AAAA", "NOERROR")?;
     let text = dig(p12, at, &["+time=5", "default.corp.example", "TXT"])?;
     ensure!(text.contains("status: NOERROR"), "{text}");
     cx.note(format!("answered by the other upstream after {:?}", begun.elapsed()));
     wait_until("it is told", Duration::from_secs(25), || {
         Ok(http(n1, ADMIN, "/readyz")?.1.contains(&format!("DNS upstream {u2}:53 does not answer")))
     })?;
-    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u3}:53\"}}"))? == 1.0);
-    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u2}:53\"}}"))? == 0.0);
+    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u3}:53\""))? == 1.0);
+    ensure!(metric(n1, &format!("meshlb_dns_upstream_up{{upstream=\"{u2}:53\""))? == 0.0);
+    let told = format!("{{upstream=\"{u3}:53\",zone=\"corp.example.\",protocol=\"udp\"");
+    let told = metric(n1, &format!("meshlb_dns_upstream_answers_total{told}"))?;
+    ensure!(told >= 2.0, "the one that is left has answered {told} times");
+    let forwarded = "meshlb_dns_answer_duration_seconds_count{from=\"forward\"}";
+    ensure!(metric(n1, forwarded)? >= 5.0);
     let before = metric(n1, "meshlb_dns_cache_hits_total")?;
     for _ in 0..5 {
         dig(p12, at, &["default.corp.example", "TXT"])?;
@@ -564,7 +638,7 @@ fn taken(cx: &mut Cx) -> Result<()> {
     m.write()?;
     let n1 = t.node(1);
     n1.serve_as("HOST-53", &[crate::server::Listen { proto: Proto::Udp, addr: "192.168.50.1:53".parse()? }])?;
-    let _agent = start(cx, &meshlb, &t, &m)?;
+    let agent = start(cx, &meshlb, &t, &m)?;
     let p12 = t.pod("p12");
     answers_with(p12, SERVERS[0], &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
     let told = "DNS can't be served on 192.168.50.1:53: Address already in use";
@@ -581,6 +655,16 @@ fn taken(cx: &mut Cx) -> Result<()> {
         Ok(short(p12, "192.168.50.1", &format!("web.{ZONE}"), "A")? == ["10.200.0.5"])
     })?;
     // The outside client is in a private range here; with another list it is refused.
-    answers_with(&t.ext, "192.168.50.1", &format!("web.{ZONE}"), "A", &["10.200.0.5"])?;
+    let (at, name) = ("192.168.50.1", format!("web.{ZONE}"));
+    answers_with(&t.ext, at, &name, "A", &["10.200.0.5"])?;
+    agent.kill();
+    let _agent = start(cx, &meshlb.flag("--dns-allow=10.244.0.0/16"), &t, &m)?;
+    let answered = || Ok(short(p12, at, &name, "A")? == ["10.200.0.5"]);
+    wait_until("who is on the list is answered", Duration::from_secs(20), answered)?;
+    answers_with(n1, at, &name, "A", &["10.200.0.5"])?;
+    has_none(&t.ext, at, &name, "A", "REFUSED")?;
+    let text = dig(&t.ext, at, &["+tcp", &name, "A"])?;
+    let closed = ["end of file", "connection reset", "ended"].iter().any(|how| text.contains(how));
+    ensure!(closed && !text.contains("status:"), "not closed: {text}");
     Ok(())
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
+use super::dns::{self, answers_with, dig};
 use super::support::{
     ADMIN, http, metric, one_node, ready, served, start, unanswered, vip, wait_until, web_on_one_node,
     wrapped,
@@ -235,6 +236,10 @@ fn unread(cx: &mut Cx) -> Result<()> {
     ensure!(status == 503 && body.contains("not all read"), "/readyz: {status} {body}");
     check::same(&before, &n1.snapshot()?, "without a folder")?;
     served(&t, &["p11", "p12"])?;
+    // Nothing is known of any name, and nothing is said: a client asks again.
+    let name = "web.default.mesh.internal";
+    let asked = |name: &str| dig(t.pod("p12"), "10.200.0.2", &["+time=1", name, "A"]);
+    ensure!(asked(name)?.contains("timed out"), "without a folder: {}", asked(name)?);
     agent.kill();
     // An empty folder, as while its file system is not mounted yet.
     fs::create_dir(&m.dir)?;
@@ -246,6 +251,7 @@ fn unread(cx: &mut Cx) -> Result<()> {
     sleep(Duration::from_secs(2));
     check::same(&before, &n1.snapshot()?, "with an empty folder")?;
     served(&t, &["p11", "p12"])?;
+    ensure!(asked(name)?.contains("timed out"), "with an empty folder: {}", asked(name)?);
     agent.kill();
     // The folder is there, but a file in it leads nowhere: it may be the service.
     std::os::unix::fs::symlink("/nonexistent/web.yaml", m.dir.join("web.yaml"))?;
@@ -262,6 +268,11 @@ fn unread(cx: &mut Cx) -> Result<()> {
     );
     check::same(&before, &n1.snapshot()?, "with a file that can't be read")?;
     served(&t, &["p11", "p12"])?;
+    // Whatever is in that file, it is not said to be missing.
+    for name in [name, "other.default.mesh.internal", "x.other.mesh.internal"] {
+        let status = dns::status(t.pod("p12"), "10.200.0.2", name, "A")?;
+        ensure!(status == "SERVFAIL", "with a file that can't be read: {name} {status}");
+    }
     for command in ["show", "explain"] {
         let out = meshlb.run(n1, &[command, "web"])?;
         ensure!(
@@ -283,6 +294,10 @@ fn unread(cx: &mut Cx) -> Result<()> {
     sleep(Duration::from_secs(1));
     check::same(&before, &n1.snapshot()?, "the folder is back")?;
     served(&t, &["p11", "p12"])?;
+    answers_with(t.pod("p12"), "10.200.0.2", name, "A", &["10.200.0.5"])?;
+    for name in ["other.default.mesh.internal", "x.other.mesh.internal"] {
+        ensure!(dns::status(t.pod("p12"), "10.200.0.2", name, "A")? == "NXDOMAIN", "{name}");
+    }
     agent.kill();
     // An agent that was started before anything was in its folder knows it as well.
     cx.cleanup(&t)?;
