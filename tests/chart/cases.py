@@ -437,13 +437,24 @@ def notes_are_right():
         shutil.copytree(ROOT / CHART, chart)
         (chart / "templates/NOTES.txt").rename(chart / "files/NOTES.txt")
         (chart / "templates/notes.yaml").write_text('kind: Notes\ntext: {{ tpl (.Files.Get "files/NOTES.txt") . | toJson }}\n')
-        (notes,) = (d["text"] for d in load(template(chart=chart).stdout) if d["kind"] == "Notes")
+        def of(*flags):
+            (text,) = (d["text"] for d in load(template(*flags, chart=chart).stdout) if d["kind"] == "Notes")
+            return text
+        notes = of()
+        two = of("--set", "config.vip-cidr={10.96.4.0/22,fd00:200::/112},config.zone=mesh.example")
+        elsewhere = of("--set", "config.dns-listen={192.0.2.1:5300}")
+        off = of("--set", "config.dns-listen={off}")
     objects = render()
     for kind, name in re.findall(r"(daemonset)/(\S+)", notes):
         assert ("DaemonSet", name) in objects, name
     for file in re.findall(r"deploy/\S+", notes):
         assert (ROOT / file).exists(), file
     assert "10.200.0.0/16" in notes and NAMESPACE in notes
+    # CoreDNS joins in by what is to be copied.
+    for text, zone, at in [(notes, "mesh.internal", "10.200.0.2"), (two, "mesh.example", "10.96.4.2"), (elsewhere, "mesh.internal", "192.0.2.1:5300")]:
+        block = re.search(r"^  (\S+):53 \{\n((?:      .*\n)+)  \}$", text, re.M)
+        assert block and block[1] == zone and f"forward . {at}\n" in block[2], text
+    assert "10.96.4.2, fd00:200::2" in two and "Corefile" not in off, two + off
 
 
 def helm_test_asks_both():
