@@ -13,6 +13,8 @@ mod cache;
 pub mod choice;
 mod counted;
 pub mod forward;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod handler;
 pub mod limit;
 pub mod message;

@@ -96,7 +96,7 @@ impl Upstream {
 }
 
 /// Why an upstream gives no answer.
-enum Failed {
+pub(super) enum Failed {
     /// It says that it can't or won't.
     Unwilling,
     /// It says nothing.
@@ -107,11 +107,11 @@ enum Failed {
 pub struct Upstreams(Vec<Upstream>);
 
 impl Upstreams {
-    /// Those at these addresses, of which this is known.
+    /// Those that these count, of which this is known.
     ///
     /// # Errors
     /// The library's.
-    pub fn new(of: impl IntoIterator<Item = (SocketAddr, Arc<State>)>) -> Result<Self, NetError> {
+    pub fn new(of: impl IntoIterator<Item = (Counted, Arc<State>)>) -> Result<Self, NetError> {
         let mut options = ResolverOpts::default();
         options.timeout = TRY;
         options.try_tcp_on_error = true;
@@ -169,7 +169,7 @@ impl Upstreams {
 }
 
 /// What an upstream has said, as it has said it.
-fn told(answer: Result<DnsResponse, NetError>) -> Result<Answer, Failed> {
+pub(super) fn told(answer: Result<DnsResponse, NetError>) -> Result<Answer, Failed> {
     match answer {
         Ok(response) => {
             let message = response.into_message();
