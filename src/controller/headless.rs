@@ -67,11 +67,20 @@ pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
             "clusterIP": "None",
             "selector": selector,
             "ports": ports,
-            "ipFamilies": spec["ipFamilies"],
+            "ipFamilies": asked_families(spec),
             "ipFamilyPolicy": spec["ipFamilyPolicy"],
             "publishNotReadyAddresses": spec["publishNotReadyAddresses"].as_bool().unwrap_or(false),
         },
     }))
+}
+
+/// The families that its Service asks for. With `PreferDualStack` the first alone: the API server adds the second where the cluster has
+/// one, and refuses one that is named where it has not.
+fn asked_families(spec: &Value) -> Value {
+    match families(spec) {
+        [first, _, ..] if spec["ipFamilyPolicy"] == "PreferDualStack" => json!([first]),
+        _ => spec["ipFamilies"].clone(),
+    }
 }
 
 /// What of a Service's spec is kept, to be compared.
@@ -100,14 +109,13 @@ fn difference(found: &Value, wanted: &Value) -> Option<Difference> {
         return Some(Difference::PrimaryFamily);
     }
     let policy = &wanted["ipFamilyPolicy"];
-    // With two families allowed, who names one gets the other too, or does not where the cluster has only one.
-    let same_families = have.starts_with(want) || (*policy == "PreferDualStack" && want.starts_with(have));
     let ready = |spec: &Value| spec["publishNotReadyAddresses"].as_bool().unwrap_or(false);
     let same = found["selector"] == wanted["selector"]
         && found["ports"] == wanted["ports"]
         && ready(found) == ready(wanted)
         && (policy.is_null() || found["ipFamilyPolicy"] == *policy)
-        && same_families;
+        // With two families allowed, who names one gets the other too.
+        && have.starts_with(want);
     (!same).then_some(Difference::Spec)
 }
 
@@ -119,6 +127,14 @@ fn patch(found: &Value, wanted: &Value) -> Value {
         for label in found["selector"].as_object().into_iter().flatten().map(|(label, _)| label) {
             selector.entry(label.clone()).or_insert(Value::Null);
         }
+    }
+    // The API server has added the second family: a list without it would ask to release it, which only `SingleStack` may.
+    let dual = wanted["spec"]["ipFamilyPolicy"] != "SingleStack";
+    if dual
+        && families(found).starts_with(families(&wanted["spec"]))
+        && let Some(spec) = patch["spec"].as_object_mut()
+    {
+        spec.remove("ipFamilies");
     }
     patch
 }
@@ -184,6 +200,12 @@ mod tests {
             (found(require, both, false), wanted(require, v4, false), None),
             (found(prefer, v4, false), wanted(prefer, both, false), None),
             (found(prefer, both, true), wanted(prefer, both, true), None),
+            (found(require, both, false), wanted(prefer, both, false), Some(Difference::Spec)),
+            (
+                found(prefer, both, false),
+                wanted(prefer, &["IPv6", "IPv4"], false),
+                Some(Difference::PrimaryFamily),
+            ),
             (found(single, v4, true), wanted(single, v4, false), Some(Difference::Spec)),
             (found(single, v4, false), wanted(single, v4, true), Some(Difference::Spec)),
             (found(single, v4, false), wanted(require, v4, false), Some(Difference::Spec)),
@@ -237,6 +259,46 @@ mod tests {
             rest["spec"]["selector"] = want;
             assert_eq!(rest, wanted);
         }
+    }
+
+    #[test]
+    fn a_family_that_the_api_server_added_is_not_asked_back() {
+        let (v4, both) = (&["IPv4"][..], &["IPv4", "IPv6"][..]);
+        let of = |policy: &str, families: &[&str], app: &str| {
+            of(json!({"selector": {"app": app}, "ipFamilies": families, "ipFamilyPolicy": policy, "ports": [{"port": 80}]}))
+                .unwrap()
+        };
+        for ((had, families), (policy, asked), sent) in [
+            (("PreferDualStack", both), ("PreferDualStack", v4), Value::Null),
+            (("PreferDualStack", both), ("PreferDualStack", both), Value::Null),
+            (("PreferDualStack", v4), ("PreferDualStack", both), Value::Null),
+            (("RequireDualStack", both), ("RequireDualStack", v4), Value::Null),
+            (("RequireDualStack", both), ("PreferDualStack", v4), Value::Null),
+            (("SingleStack", v4), ("PreferDualStack", v4), Value::Null),
+            (("SingleStack", v4), ("RequireDualStack", both), json!(both)),
+            (("RequireDualStack", both), ("SingleStack", v4), json!(v4)),
+        ] {
+            let mut found = of(had, v4, "web")["spec"].clone();
+            found["ipFamilies"] = json!(families);
+            let wanted = Wanted::This(of(policy, asked, "vote"));
+            let Some(Todo::Change(_, patch)) = todo("u1", &wanted, Some(&core(Some("u1"), &found))) else {
+                panic!("{found}");
+            };
+            assert_eq!(patch["spec"]["ipFamilies"], sent, "{had} {families:?} to {policy} {asked:?}");
+            assert_eq!(patch["spec"]["ipFamilyPolicy"], policy);
+        }
+    }
+
+    #[test]
+    fn a_second_family_that_is_only_preferred_is_not_asked_for() {
+        let asked = |policy: &str, families: &[&str]| {
+            let spec = json!({"selector": {"app": "vote"}, "ipFamilies": families, "ipFamilyPolicy": policy, "ports": [{"port": 80}]});
+            of(spec).unwrap()["spec"]["ipFamilies"].clone()
+        };
+        // A cluster with one family alone refuses a Service that names the other.
+        assert_eq!(asked("PreferDualStack", &["IPv6", "IPv4"]), json!(["IPv6"]));
+        assert_eq!(asked("PreferDualStack", &["IPv4"]), json!(["IPv4"]));
+        assert_eq!(asked("RequireDualStack", &["IPv4", "IPv6"]), json!(["IPv4", "IPv6"]));
     }
 
     #[test]

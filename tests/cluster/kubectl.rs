@@ -123,6 +123,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts the API server anew with these ranges for cluster IPs, one for each family that the cluster has. Returns those of before.
+    pub fn cluster_ips(&self, ranges: &str) -> Result<String> {
+        let file = self.dir.join("kube-apiserver.args");
+        let mut lines: Vec<String> = std::fs::read_to_string(&file)?.lines().map(str::to_owned).collect();
+        let flag =
+            lines.iter().position(|line| line == "--service-cluster-ip-range").context("no such flag")?;
+        let value = lines.get_mut(flag + 1).context("no value")?;
+        let before = std::mem::replace(value, ranges.to_owned());
+        std::fs::write(&file, lines.join("\n") + "\n")?;
+        self.hold("kube-apiserver", true)?;
+        while self.kubectl(&["get", "--raw", "/readyz"], "")?.ok {
+            std::thread::sleep(std::time::Duration::from_millis(200));
+        }
+        self.hold("kube-apiserver", false)?;
+        self.wait_ready()?;
+        Ok(before)
+    }
+
     /// Waits until the API server answers again.
     pub fn wait_ready(&self) -> Result<()> {
         for _ in 0..150 {

@@ -4,6 +4,7 @@ use crate::Case;
 
 mod controller;
 mod crd;
+mod families;
 mod nodes;
 mod requests;
 mod services;
@@ -16,6 +17,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(source::CASES);
     cases.extend(controller::CASES);
     cases.extend(services::CASES);
+    cases.extend(families::CASES);
     cases.extend(nodes::CASES);
     cases.extend(requests::CASES);
     cases
