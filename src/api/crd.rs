@@ -140,6 +140,56 @@ mod tests {
         walk("status", &node);
     }
 
+    /// An object has every default as soon as the CRD has it, and an agent that does not know the field refuses the object.
+    #[test]
+    fn defaults_are_those_of_the_first_version() {
+        fn walk(path: &str, schema: &Value, out: &mut Vec<String>) {
+            out.extend(schema.get("default").map(|_| path.to_owned()));
+            for (name, property) in schema["properties"].as_object().into_iter().flatten() {
+                walk(&format!("{path}.{name}"), property, out);
+            }
+            if let Some(inner) = schema.get("items") {
+                walk(&format!("{path}[]"), inner, out);
+            }
+        }
+        let mut found = Vec::new();
+        walk("spec", &schema()["properties"]["spec"], &mut found);
+        let first = [
+            "spec.dns",
+            "spec.dns.aliases",
+            "spec.dns.answer",
+            "spec.dns.ttlSeconds",
+            "spec.drain",
+            "spec.drain.timeoutSeconds",
+            "spec.externalTrafficPolicy",
+            "spec.forwarding",
+            "spec.healthCheck.fall",
+            "spec.healthCheck.intervalSeconds",
+            "spec.healthCheck.rise",
+            "spec.healthCheck.timeoutSeconds",
+            "spec.internalTrafficPolicy",
+            "spec.ipFamilies",
+            "spec.ipFamilyPolicy",
+            "spec.mode",
+            "spec.ports[].protocol",
+            "spec.ports[].publish.addresses",
+            "spec.ports[].publish.mode",
+            "spec.ports[].publish.nodeSelector",
+            "spec.publishNotReadyAddresses",
+            "spec.schedulerFlags",
+            "spec.selector",
+            "spec.sessionAffinity",
+            "spec.sourceRanges",
+            "spec.trafficDistribution",
+            "spec.vips",
+            "spec.weights",
+        ];
+        assert_eq!(
+            found, first,
+            "a later field has no default in the CRD: make it optional, and absent mean as before"
+        );
+    }
+
     #[test]
     fn no_format_that_kubernetes_does_not_know_and_no_nullable() {
         let text = schema().to_string() + &node_crd().to_string();

@@ -41,6 +41,27 @@ pub fn validate(schema: &Value, value: &mut Value) -> Vec<FieldError> {
     errors
 }
 
+/// Takes out the fields that the schema does not have, as a client of Kubernetes does that is older than the server.
+pub fn prune(schema: &Value, value: &mut Value) {
+    match value {
+        Value::Object(map) => {
+            let properties = schema["properties"].as_object();
+            let additional = schema.get("additionalProperties").filter(|a| a.is_object());
+            let known = |name: &str| properties.and_then(|p| p.get(name)).or(additional);
+            if schema["x-kubernetes-preserve-unknown-fields"] != true {
+                map.retain(|name, _| known(name).is_some());
+            }
+            for (name, item) in map.iter_mut() {
+                if let Some(schema) = known(name) {
+                    prune(schema, item);
+                }
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(|item| prune(&schema["items"], item)),
+        _ => {}
+    }
+}
+
 struct Walk<'a> {
     errors: &'a mut Vec<FieldError>,
 }
@@ -402,6 +423,18 @@ mod tests {
         for (value, expected) in cases {
             assert_eq!(errors(schema.clone(), value.clone()), expected, "{value}");
         }
+    }
+
+    #[test]
+    fn takes_out_what_the_schema_does_not_have() {
+        let schema = json!({"type": "object", "properties": {
+            "a": {"type": "array", "items": {"type": "object", "properties": {"b": {"type": "string"}}}},
+            "map": {"type": "object", "additionalProperties": {"type": "string"}},
+            "open": {"type": "object", "x-kubernetes-preserve-unknown-fields": true},
+        }});
+        let mut value = json!({"a": [{"b": "x", "c": 1}], "map": {"k": "v"}, "open": {"k": {}}, "more": []});
+        prune(&schema, &mut value);
+        assert_eq!(value, json!({"a": [{"b": "x"}], "map": {"k": "v"}, "open": {"k": {}}}));
     }
 
     #[test]

@@ -66,6 +66,11 @@ pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<Field
     Ok(object)
 }
 
+/// Leaves of an EndpointSlice what this program knows: a newer Kubernetes may have more.
+pub fn prune_endpoint_slice(value: &mut Value) {
+    structural::prune(schemas::endpoint_slice(), value);
+}
+
 fn from_value<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, Vec<FieldError>> {
     serde_json::from_value(value).map_err(|e| vec![FieldError::new("", Reason::Invalid, e.to_string())])
 }

@@ -52,7 +52,13 @@ pub fn judge(kind: Kind, value: Value, at: At<'_>) -> Judgement {
     }
 }
 
-fn service(value: Value, at: At<'_>) -> Judgement {
+/// A field of the spec that this program does not know is refused wherever it comes from: it may be a restriction, and serving on
+/// without it would not fail closed. (So a later field must not have a default in the CRD: `defaults_are_those_of_the_first_version`.)
+fn service(mut value: Value, at: At<'_>) -> Judgement {
+    // The status is the controller's, which may be newer, and asks for nothing.
+    if let (At::ApiServer(_), Some(object)) = (at, value.as_object_mut()) {
+        object.remove("status");
+    }
     let in_kubernetes = !matches!(at, At::Folder(_));
     let service = api::parse_mesh_service(value).and_then(|object| api::to_service(&object, in_kubernetes));
     let service = service.and_then(|service| {
@@ -75,9 +81,12 @@ fn service(value: Value, at: At<'_>) -> Judgement {
 
 /// What an API server would refuse is refused in a folder too, whose last good version stays in force. With what an API server
 /// let through a node does what it can.
-fn slice(value: Value, at: At<'_>) -> Judgement {
+fn slice(mut value: Value, at: At<'_>) -> Judgement {
+    let passed = matches!(at, At::ApiServer(_));
+    if passed {
+        api::prune_endpoint_slice(&mut value);
+    }
     let parsed = api::parse_endpoint_slice(value).and_then(|object| {
-        let passed = matches!(at, At::ApiServer(_));
         let broken = if passed { Vec::new() } else { api::broken_slice_rules(&object) };
         if broken.is_empty() { Ok(object) } else { Err(broken) }
     });
@@ -123,6 +132,32 @@ mod tests {
             }
             other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn what_a_newer_control_plane_adds_is_no_error() {
+        let slice = json!({
+            "apiVersion": api::SLICE_API_VERSION, "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "s", "labels": {api::SERVICE_NAME_LABEL: "vote"}, "later": 1},
+            "endpoints": [{"addresses": ["10.0.0.1"], "hints": {"later": []}, "conditions": {"ready": true, "later": true}}],
+            "later": {"a": 1},
+        });
+        let judged = judge(Kind::Slice, slice.clone(), At::ApiServer(&config()));
+        let Verdict::Good(Object::Slice(good)) = judged.verdict else { panic!("{judged:?}") };
+        assert_eq!((good.endpoints.len(), judged.findings.len()), (1, 0));
+        // Nobody has looked at what is in a folder.
+        assert!(matches!(judge(Kind::Slice, slice, At::Folder(&config())).verdict, Verdict::Wrong));
+        let service = |spec: Value| {
+            json!({"apiVersion": api::API_VERSION, "kind": api::KIND, "metadata": {"name": "vote"}, "spec": spec,
+                   "status": {"later": 1, "endpoints": {"later": 1}}})
+        };
+        let judged =
+            judge(Kind::Service, service(json!({"ports": [{"port": 80}]})), At::ApiServer(&config()));
+        assert!(matches!(judged.verdict, Verdict::Good(_)), "{judged:?}");
+        // What is asked for and not known may be a restriction.
+        let unknown = service(json!({"ports": [{"port": 80}], "later": true}));
+        let judged = judge(Kind::Service, unknown, At::ApiServer(&config()));
+        assert!(matches!(judged.verdict, Verdict::Wrong), "{judged:?}");
     }
 
     #[test]
