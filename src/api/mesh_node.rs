@@ -143,7 +143,7 @@ pub struct FailingService {
     /// Name of the MeshService.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// Why, in one word: PublishedPortHeld, VIPUnusable, MarksExhausted or KernelRefused.
+    /// Why, in one word: PublishedPortHeld, VIPUnusable, MarksExhausted, KernelRefused or NotUnderstood.
     #[schemars(length(max = 64))]
     pub reason: String,
     /// Why, in a sentence of at most 512 characters.

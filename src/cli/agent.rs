@@ -196,6 +196,7 @@ pub fn forward(
                 SourceMessage::Events(events, seen) => Some(Input::Events(events, seen)),
                 SourceMessage::Lock(lock) => Some(Input::Lock(lock)),
                 SourceMessage::Node(says) => Some(Input::Node(says)),
+                SourceMessage::Refused(services) => Some(Input::Refused(services)),
                 SourceMessage::Synced => {
                     // Nothing is programmed anew in the middle of an uninstallation.
                     if let Some(node) = &node {

@@ -244,6 +244,10 @@ impl Observer for Watcher {
         self.reason = format!("healing: {what}");
     }
 
+    fn refused(&mut self, services: BTreeMap<ServiceKey, String>) {
+        self.faults.not_understood(services);
+    }
+
     fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool) {
         self.health.beat();
         self.health.set_synced(synced);

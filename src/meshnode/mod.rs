@@ -150,6 +150,8 @@ pub struct Faults {
     standing: BTreeMap<ServiceKey, Fault>,
     /// Services that the kernel refused part of, at the last turn.
     refused: BTreeMap<ServiceKey, Fault>,
+    /// Services that this agent does not accept and the controller does.
+    not_understood: BTreeMap<ServiceKey, Fault>,
     /// Why the last turn failed as a whole, and since when turns have.
     whole: Option<(String, Instant)>,
 }
@@ -161,6 +163,12 @@ impl Faults {
             Some(fault) => drop(self.standing.insert(key.clone(), fault)),
             None => drop(self.standing.remove(key)),
         }
+    }
+
+    /// These services, and no others, are accepted by the controller and not here, for that reason.
+    pub fn not_understood(&mut self, services: BTreeMap<ServiceKey, String>) {
+        let fault = |(key, message)| (key, Fault { reason: "NotUnderstood", message });
+        self.not_understood = services.into_iter().map(fault).collect();
     }
 
     /// A turn has ended: what was refused, by service where it was one's.
@@ -189,13 +197,11 @@ impl Faults {
 
     /// How many fail, and the first of them.
     pub fn named(&self) -> (usize, Vec<(ServiceKey, Fault)>) {
-        let also = self.standing.iter().filter(|(key, _)| !self.refused.contains_key(*key));
-        let count = self.refused.len() + also.clone().count();
-        // The first of both are among the first of each.
-        let mut first: Vec<_> = self.refused.iter().take(NAMED).chain(also.take(NAMED)).collect();
-        first.sort_by_key(|(key, _)| *key);
-        first.truncate(NAMED);
-        (count, first.into_iter().map(|(key, fault)| (key.clone(), fault.clone())).collect())
+        // Of two reasons for one service the later one here counts.
+        let all: BTreeMap<&ServiceKey, &Fault> =
+            [&self.standing, &self.not_understood, &self.refused].into_iter().flatten().collect();
+        let first = all.iter().take(NAMED);
+        (all.len(), first.map(|(key, fault)| ((*key).clone(), (*fault).clone())).collect())
     }
 
     /// How the node is as a whole.
@@ -271,6 +277,21 @@ mod tests {
             faults.settled(&key(&format!("a{i:02}")), None);
         }
         assert_eq!(faults.named(), (0, vec![]));
+    }
+
+    #[test]
+    fn what_the_controller_accepts_and_this_agent_does_not_is_a_fault() {
+        let mut faults = Faults::default();
+        faults.settled(&key("a"), Some(fault("PublishedPortHeld")));
+        let services =
+            [(key("a"), "spec.later: is not a field here".to_owned()), (key("b"), "no".to_owned())];
+        faults.not_understood(services.into());
+        let (count, named) = faults.named();
+        assert_eq!(count, 2);
+        assert_eq!((&named[0].0, named[0].1.reason), (&key("a"), "NotUnderstood"));
+        assert_eq!(named[1].1, Fault { reason: "NotUnderstood", message: "no".into() });
+        faults.not_understood(BTreeMap::new());
+        assert_eq!(faults.named().1[0].1.reason, "PublishedPortHeld");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! When turns happen: on events, after failures, on suspicion and at every resync.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
@@ -17,7 +17,7 @@ use super::{
 use crate::{
     allocate::Lock,
     dataplane::Probe,
-    model::{node::NodeSays, snapshot::Event, unread::Unread},
+    model::{ids::ServiceKey, node::NodeSays, snapshot::Event, unread::Unread},
     plan::Op,
 };
 
@@ -32,6 +32,8 @@ pub enum Input {
     Synced(Unread),
     /// What the source knows of this node.
     Node(NodeSays),
+    /// Services that this node alone does not accept, and why: all of them.
+    Refused(BTreeMap<ServiceKey, String>),
     /// Addresses, links or routes of the node changed.
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
@@ -57,6 +59,8 @@ pub trait Observer {
     fn drift(&mut self, what: &str);
     /// What a full look found changed by others, by kind.
     fn drifted(&mut self, drift: &Drift);
+    /// The source has services that this node alone does not accept: all of them, and why.
+    fn refused(&mut self, services: BTreeMap<ServiceKey, String>);
     /// The loop is alive.
     fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool);
 }
@@ -223,6 +227,7 @@ impl<O: Observer> Agent<O> {
                 self.engine.set_node(says);
                 self.node_dirty = true;
             }
+            Input::Refused(services) => self.observer.refused(services),
             Input::NodeChanged => self.node_dirty = true,
             Input::Stop => {
                 info!("stopping; the kernel keeps what it has");

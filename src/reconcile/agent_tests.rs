@@ -1,6 +1,7 @@
 //! The loop on a kernel in memory.
 
 use std::{
+    collections::BTreeMap,
     sync::{Arc, Mutex, mpsc},
     thread,
     time::{Duration, Instant},
@@ -27,6 +28,7 @@ struct Told {
     drifted: Drift,
     in_sync: bool,
     refuse: bool,
+    refused: BTreeMap<ServiceKey, String>,
 }
 
 #[derive(Clone, Default)]
@@ -55,6 +57,10 @@ impl Observer for Ear {
 
     fn drifted(&mut self, drift: &Drift) {
         self.0.lock().unwrap().drifted.extend(drift);
+    }
+
+    fn refused(&mut self, services: BTreeMap<ServiceKey, String>) {
+        self.0.lock().unwrap().refused = services;
     }
 
     fn heartbeat(&mut self, _: &Engine, synced: bool, in_sync: bool) {
@@ -103,6 +109,15 @@ fn who_hears_nothing_of_the_source_any_more_ends_to_be_started_anew() {
     agent.until("in sync", |told| told.in_sync);
     agent.inputs.send(Input::SourceLost).unwrap();
     assert!(!agent.thread.join().unwrap());
+}
+
+#[test]
+fn what_this_node_alone_refuses_is_passed_on() {
+    let agent = run(&FakeKernel::default(), vote);
+    let services = BTreeMap::from([(ServiceKey::new("default", "later"), "spec.later".to_owned())]);
+    agent.inputs.send(Input::Refused(services.clone())).unwrap();
+    agent.until("it is told", |told| told.refused == services);
+    agent.stop();
 }
 
 #[test]

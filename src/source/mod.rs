@@ -10,7 +10,7 @@ pub mod problem;
 pub mod store;
 pub mod watch;
 
-use std::time::Instant;
+use std::{collections::BTreeMap, time::Instant};
 
 pub use files::{Loaded, load};
 pub use origin::Origin;
@@ -19,7 +19,7 @@ pub use watch::watch;
 
 use crate::{
     allocate::Lock,
-    model::{node::NodeSays, snapshot::Event},
+    model::{ids::ServiceKey, node::NodeSays, snapshot::Event},
 };
 
 /// What a source tells its reader.
@@ -33,6 +33,8 @@ pub enum SourceMessage {
     Lock(Lock),
     /// What the source knows of this node.
     Node(NodeSays),
+    /// Services that the controller accepts and this node does not, and why; replaces the list before.
+    Refused(BTreeMap<ServiceKey, String>),
     /// All that is wrong now; replaces the list before.
     Problems(Vec<Problem>),
 }

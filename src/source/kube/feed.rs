@@ -26,6 +26,8 @@ pub struct Feed {
     in_force: HashSet<ObjectId>,
     /// What is wrong, of objects with which something is.
     problems: BTreeMap<ObjectId, Vec<Problem>>,
+    /// Services whose spec the controller has accepted and this node has not, and why.
+    refused: BTreeMap<ServiceKey, String>,
     listings: BTreeMap<Kind, Listing>,
 }
 
@@ -35,7 +37,13 @@ pub const KINDS: [Kind; 2] = [Kind::Service, Kind::Slice];
 impl Feed {
     /// A feed that knows of nothing yet. `config` judges VIPs and published ports.
     pub fn new(config: NodeConfig) -> Self {
-        Self { config, in_force: HashSet::new(), problems: BTreeMap::new(), listings: BTreeMap::new() }
+        Self {
+            config,
+            in_force: HashSet::new(),
+            problems: BTreeMap::new(),
+            refused: BTreeMap::new(),
+            listings: BTreeMap::new(),
+        }
     }
 
     /// Whether every kind has been listed to its end once.
@@ -46,6 +54,12 @@ impl Feed {
     /// All that is wrong with objects now.
     pub fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.values().flatten()
+    }
+
+    /// Services that the controller has accepted as they are now and this node does not, and why: its program or its flags are
+    /// others.
+    pub fn refused(&self) -> &BTreeMap<ServiceKey, String> {
+        &self.refused
     }
 
     /// Takes in what a watch says; appends what changes by it.
@@ -69,8 +83,15 @@ impl Feed {
                 Hides::EndpointsOf(ServiceKey::new(id.key.namespace.clone(), group))
             }
         };
+        let accepted = id.kind == Kind::Service && is_accepted(&value);
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
         let Judgement { verdict, findings, severity } = judge(id.kind, value, At::ApiServer(&self.config));
+        if accepted && !matches!(verdict, Verdict::Good(_)) {
+            let why: Vec<String> = findings.iter().map(ToString::to_string).collect();
+            self.refused.insert(id.key.clone(), why.join("; "));
+        } else if id.kind == Kind::Service {
+            self.refused.remove(&id.key);
+        }
         let problem = |finding: api::FieldError| Problem {
             file: None,
             line: None,
@@ -101,6 +122,9 @@ impl Feed {
 
     fn remove(&mut self, id: ObjectId) -> Option<Event> {
         self.problems.remove(&id);
+        if id.kind == Kind::Service {
+            self.refused.remove(&id.key);
+        }
         self.withdraw(&id)
     }
 
@@ -110,6 +134,16 @@ impl Feed {
             Kind::Slice => Event::SliceGone(id.key.clone()),
         })
     }
+}
+
+/// Whether the controller has accepted a MeshService's spec as it is now. What it refuses itself it tells itself: a thousand nodes need
+/// not say so too.
+fn is_accepted(object: &Value) -> bool {
+    let status = &object["status"];
+    let is_now = status["observedGeneration"].is_i64()
+        && status["observedGeneration"] == object["metadata"]["generation"];
+    let mut conditions = status["conditions"].as_array().into_iter().flatten();
+    is_now && conditions.any(|c| c["type"] == "Accepted" && c["status"] == "True")
 }
 
 /// The object without what nobody here reads and what can be larger than all the rest.
@@ -203,6 +237,40 @@ mod tests {
         let mut more = service("x", 81);
         more.data["spec"]["sourceRanges"] = json!(["10.0.0.0/8"]);
         assert_eq!(take(&mut feed, Kind::Service, vec![Watched::Apply(more)]), ["-x"]);
+    }
+
+    #[test]
+    fn what_this_node_alone_refuses_is_told_apart() {
+        let seen = |spec: Value, observed: i64, accepted: &str| {
+            object(json!({
+                "metadata": {"name": "x", "namespace": "default", "generation": 2}, "spec": spec,
+                "status": {"observedGeneration": observed, "conditions": [{"type": "Accepted", "status": accepted,
+                    "reason": "x", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]},
+            }))
+        };
+        let refused = |object: &DynamicObject| {
+            let mut feed = Feed::new(config());
+            take(&mut feed, Kind::Service, vec![Watched::Apply(object.clone())]);
+            feed.refused().get(&ServiceKey::new("default", "x")).cloned()
+        };
+        let elsewhere = json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]});
+        let why = refused(&seen(elsewhere.clone(), 2, "True")).unwrap();
+        assert!(why.starts_with("spec.vips[0]: "), "{why}");
+        // One of a later version, and one that only a later version acts on.
+        let later = refused(&seen(json!({"later": 1, "ports": [{"port": 80}]}), 2, "True")).unwrap();
+        assert!(later.starts_with("spec.later: is not a field here"), "{later}");
+        let unsupported = json!({"sourceRanges": ["10.0.0.0/8"], "ports": [{"port": 80}]});
+        assert!(refused(&seen(unsupported, 2, "True")).unwrap().starts_with("spec.sourceRanges: "));
+        // The controller refuses it too, or has not seen it yet.
+        assert_eq!(refused(&seen(elsewhere.clone(), 2, "False")), None);
+        assert_eq!(refused(&seen(elsewhere.clone(), 1, "True")), None);
+        assert_eq!(refused(&seen(json!({"ports": [{"port": 80}]}), 2, "True")), None);
+        // It is over when the object is another one, or gone.
+        for end in [Watched::Apply(service("x", 80)), Watched::Delete(service("x", 80))] {
+            let mut feed = Feed::new(config());
+            take(&mut feed, Kind::Service, vec![Watched::Apply(seen(elsewhere.clone(), 2, "True")), end]);
+            assert!(feed.refused().is_empty());
+        }
     }
 
     #[test]

@@ -36,7 +36,7 @@ use super::{
 use crate::{
     api::{MeshService, SERVICE_NAME_LABEL},
     model::{
-        ids::{Family, PerFamily},
+        ids::{Family, PerFamily, ServiceKey},
         node::{NodeConfig, NodeSays},
         unread::Hides,
     },
@@ -129,6 +129,7 @@ pub fn watch(
                 no_node: false,
                 broken: BTreeMap::new(),
                 told: Vec::new(),
+                refused: BTreeMap::new(),
                 synced: false,
                 sender,
             };
@@ -178,6 +179,8 @@ struct Follower {
     /// Watches that have failed since they last said anything, why, and when.
     broken: BTreeMap<Watch, (String, Instant)>,
     told: Vec<Problem>,
+    /// What was told of [`Feed::refused`].
+    refused: BTreeMap<ServiceKey, String>,
     synced: bool,
     sender: Sender<SourceMessage>,
 }
@@ -231,6 +234,10 @@ impl Follower {
             self.send(SourceMessage::Events(events, seen))?;
         }
         self.tell_problems(&problems)?;
+        if self.refused != *self.feed.refused() {
+            self.refused.clone_from(self.feed.refused());
+            self.send(SourceMessage::Refused(self.refused.clone()))?;
+        }
         if !self.synced && self.feed.is_synced() && self.node_seen {
             self.synced = true;
             self.send(SourceMessage::Synced)?;

@@ -59,7 +59,7 @@ impl Watched {
                 self.problems = now.iter().map(|p| p.to_string().replace(&dir, "DIR")).collect();
                 Some(vec!["problems".into()])
             }
-            SourceMessage::Node(_) => None,
+            SourceMessage::Node(_) | SourceMessage::Refused(_) => None,
             SourceMessage::Events(events, _) => Some(events.iter().map(brief).collect()),
         }
     }

@@ -5,12 +5,12 @@ use std::{net::IpAddr, time::Duration};
 use anyhow::{Context, Result, ensure};
 use meshlb::{
     meshnode::{
-        Fault, Report, State,
+        Fault, Faults, Report, State,
         writer::{self, Handle, Request},
     },
     model::{
         ids::{PerFamily, ServiceKey},
-        node::{MarkMask, NodeConfig},
+        node::{MarkMask, NodeConfig, ReservedPorts},
     },
     source::{SourceMessage, kube},
 };
@@ -21,9 +21,10 @@ use super::controller::{
 };
 use crate::{Case, island::Islander, kubectl::Cluster};
 
-pub const CASES: [Case; 5] = [
+pub const CASES: [Case; 6] = [
     ("nodes::what_fails_on_a_node_is_in_the_status", fails_and_heals),
     ("nodes::agent_that_cannot_start_says_so", cannot_start),
+    ("nodes::agent_that_refuses_what_the_controller_accepts_says_so", refuses),
     ("nodes::report_waits_for_the_api_server", waits),
     ("nodes::agents_use_the_charts_rights_and_no_others", rights),
     ("nodes::uninstall_names_who_has_not_cleaned_up", uninstall),
@@ -168,6 +169,63 @@ fn cannot_start(cluster: &Cluster) -> Result<()> {
     let vote = until_condition(cluster, "cannot", "vote", "Programmed", "False NodeFailing")?;
     ensure!(condition(&vote, "Programmed").contains("n1: see its MeshNode"), "{:#}", vote["status"]);
     ensure!(!agent.dir().join("state").join("state.json").exists(), "something was programmed");
+    cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
+    Ok(())
+}
+
+/// An agent with other flags, or an older one, is alone in not serving a service: that is in the service's status.
+fn refuses(cluster: &Cluster) -> Result<()> {
+    alone(cluster, "refuses")?;
+    node(cluster, "n1")?;
+    let controller = Controller::start(cluster, "one")?;
+    controller.until_it_says("everything has been read")?;
+    slice(cluster, "refuses", "vote")?;
+    let publish = |port: u16| {
+        service(cluster, "refuses", "vote", &format!("{{ports: [{{port: 80, publish: {{port: {port}}}}}]}}"))
+    };
+    publish(30_099)?;
+    let config = NodeConfig {
+        name: "n1".into(),
+        ranges: PerFamily { v4: Some("10.200.0.0/16".parse()?), v6: None },
+        publish_range: 30000..=32767,
+        reserved: vec![ReservedPorts { ports: 30_099..=30_099, protocol: None }],
+        mask: MarkMask::default(),
+        zone: None,
+    };
+    let (sender, messages) = std::sync::mpsc::channel();
+    kube::watch(kube::config(Some(&cluster.kubeconfig()))?, config, false, sender)?;
+    // What the agent's loop does with it.
+    let n1 = writer(cluster, "n1")?;
+    let mut faults = Faults::default();
+    let mut report = |within: Duration| -> Result<()> {
+        while let Ok(message) = messages.recv_timeout(within) {
+            if let SourceMessage::Refused(services) = message {
+                faults.not_understood(services);
+            }
+        }
+        let (count, named) = faults.named();
+        n1.report(Report { count, named, ..serving(&[]) });
+        Ok(())
+    };
+    until_condition(cluster, "refuses", "vote", "Accepted", "True")?;
+    report(Duration::from_secs(3))?;
+    let vote = until_condition(cluster, "refuses", "vote", "Programmed", "False NotUnderstood")?;
+    ensure!(
+        condition(&vote, "Programmed").contains("n1: spec.ports[0].publish.port"),
+        "{:#}",
+        vote["status"]
+    );
+    ensure!(condition(&vote, "Ready").starts_with("False NotUnderstood"), "{:#}", vote["status"]);
+    publish(30_100)?;
+    report(Duration::from_secs(3))?;
+    until_condition(cluster, "refuses", "vote", "Ready", "True Serving")?;
+    // What the controller does not accept either is its own to tell.
+    service(cluster, "refuses", "vote", "{vips: [10.9.9.9], ports: [{port: 80}]}")?;
+    until_condition(cluster, "refuses", "vote", "Accepted", "False Invalid")?;
+    report(Duration::from_secs(3))?;
+    until("n1 has reported", PATIENCE, || Ok(n1.flush(Duration::ZERO)))?;
+    ensure!(mesh_node(cluster, "n1")?["status"]["failing"]["count"] == 0, "{:#}", mesh_node(cluster, "n1")?);
+    drop(n1);
     cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
     Ok(())
 }

@@ -34,6 +34,7 @@ struct Told {
     events: Vec<String>,
     problems: Vec<String>,
     node: Option<NodeSays>,
+    refused: Vec<String>,
     synced: bool,
 }
 
@@ -50,11 +51,15 @@ fn config(node: &str) -> Result<NodeConfig> {
 
 impl Told {
     fn begin(kubeconfig: &Path, node: Option<&str>) -> Result<Told> {
-        let config = config(node.unwrap_or("n1"))?;
+        Self::begin_with(kubeconfig, config(node.unwrap_or("n1"))?, node.is_some())
+    }
+
+    fn begin_with(kubeconfig: &Path, config: NodeConfig, node_required: bool) -> Result<Told> {
         let access = kube::config(Some(kubeconfig))?;
         let (sender, messages) = channel();
-        kube::watch(access, config, node.is_some(), sender)?;
-        Ok(Told { messages, events: Vec::new(), problems: Vec::new(), node: None, synced: false })
+        kube::watch(access, config, node_required, sender)?;
+        let (events, problems, refused) = (Vec::new(), Vec::new(), Vec::new());
+        Ok(Told { messages, events, problems, node: None, refused, synced: false })
     }
 
     fn take(&mut self, message: SourceMessage) {
@@ -65,6 +70,9 @@ impl Told {
             }
             SourceMessage::Node(says) => self.node = Some(says),
             SourceMessage::Synced => self.synced = true,
+            SourceMessage::Refused(services) => {
+                self.refused = services.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+            }
             SourceMessage::Lock(_) => {}
         }
     }

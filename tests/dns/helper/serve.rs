@@ -1,7 +1,7 @@
 //! The agent without a kernel.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::Path,
     sync::mpsc,
     time::{Duration, Instant},
@@ -15,7 +15,10 @@ use meshlb::{
     compile::service::Drains,
     dataplane::{executor::Dataplane, fake::FakeKernel},
     metrics::Metrics,
-    model::{ids::PerFamily, node::NodeFacts},
+    model::{
+        ids::{PerFamily, ServiceKey},
+        node::NodeFacts,
+    },
     plan::Op,
     reconcile::{
         Drift, Engine, Turn,
@@ -44,6 +47,8 @@ impl Observer for Served {
     fn drift(&mut self, _: &str) {}
 
     fn drifted(&mut self, _: &Drift) {}
+
+    fn refused(&mut self, _: BTreeMap<ServiceKey, String>) {}
 
     fn heartbeat(&mut self, engine: &Engine, _: bool, _: bool) {
         self.0.look(engine);
