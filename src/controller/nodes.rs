@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::status::Programmed;
+use super::status::{NODE_FAILING, Programmed};
 use crate::{
     api::{
         MeshNodeStatus,
@@ -191,7 +191,7 @@ impl Nodes {
         if count > 0 {
             let of = |name: &String| self.said.get(name).and_then(|said| said.failing.get(key));
             let first = named.into_iter().flatten().filter_map(|name| Some((name, of(name)?)));
-            let reason = first.clone().next().map_or("NodeFailing", |(_, (reason, _))| reason);
+            let reason = first.clone().next().map_or(NODE_FAILING, |(_, (reason, _))| reason);
             let first = first.map(|(name, (_, message))| format!("{name}: {message}"));
             // Why it fails is in its MeshNode: here it would be written into every service.
             let whole = self.failing.iter().filter(|name| named.is_none_or(|named| !named.contains(*name)));

@@ -318,11 +318,14 @@ pub struct News {
     pub message: String,
 }
 
+/// Reason of `Programmed` where nothing is said against a service but that nodes fail as a whole.
+pub const NODE_FAILING: &str = "NodeFailing";
+
 /// That a service has endpoints is told in an Event where it had none for so long.
 const NEWS_AFTER: jiff::SignedDuration = jiff::SignedDuration::from_secs(30);
 
 /// What is worth an Event in a change of a status: what was allocated, every condition that is not met and says something new, and nodes that
-/// begin or end to fail.
+/// begin or end to fail it. A node that fails as a whole is its MeshNode's to tell: it would be an Event of every service.
 pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     let find = |status: &MeshServiceStatus, type_: &str| {
         status.conditions.iter().find(|c| c.type_ == type_).cloned()
@@ -341,8 +344,9 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     }
     // Which nodes fail changes often; that any does, or none does any more, is the news.
     let (before, after) = (find(old, "Programmed"), find(new, "Programmed"));
-    let failed = before.is_some_and(|c| c.status == "False" && c.reason != "NotAccepted");
-    if let Some(after) = after.filter(|c| c.reason != "NotAccepted") {
+    let told_elsewhere = |reason: &str| reason == "NotAccepted" || reason == NODE_FAILING;
+    let failed = before.is_some_and(|c| c.status == "False" && !told_elsewhere(&c.reason));
+    if let Some(after) = after.filter(|c| !told_elsewhere(&c.reason)) {
         match after.status.as_str() {
             "False" if !failed => {
                 out.push(News { good: false, reason: after.reason, message: after.message });

@@ -452,6 +452,38 @@ fn what_nodes_say_is_in_the_status() {
 }
 
 #[test]
+fn a_node_that_fails_as_a_whole_is_no_event_of_every_service() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let says = |mesh: &mut Mesh, state: State, failing: &[&str]| {
+        let fault =
+            |name: &&str| (key(name), Fault { reason: "PublishedPortHeld", message: "it is held".into() });
+        let named: Vec<_> = failing.iter().map(fault).collect();
+        let report = Report { count: named.len(), named, ..Report::of(state) };
+        mesh.put_said("n1", Some(Said::new(Some("uid-n1".into()), &report.status(None, now()))));
+    };
+    let whole = || State::ProgrammingFailed("no memory".into());
+    for (state, failing, programmed, told) in [
+        (whole(), vec![], "False NodeFailing", vec![]),
+        (State::Serving, vec![], "True Programmed", vec![]),
+        // What it says of one service is that one's.
+        (whole(), vec!["a"], "False PublishedPortHeld", vec!["PublishedPortHeld"]),
+        (State::Serving, vec![], "True Programmed", vec!["Programmed"]),
+        (whole(), vec![], "False NodeFailing", vec![]),
+        (State::Serving, vec!["a"], "False PublishedPortHeld", vec!["PublishedPortHeld"]),
+    ] {
+        let before = stored.status("a");
+        says(&mut mesh, state, &failing);
+        assert_eq!(stored.write(&mut mesh), ["a"]);
+        assert!(stored.condition("a", "Programmed").starts_with(programmed));
+        let news: Vec<String> = news(&before, &stored.status("a")).into_iter().map(|n| n.reason).collect();
+        assert_eq!(news, told, "{programmed}");
+    }
+}
+
+#[test]
 fn an_alias_that_another_service_has_is_told() {
     let mut stored = Stored::default();
     let with = |aliases: &[&str]| json!({"ports": [{"port": 80}], "dns": {"aliases": aliases}});
