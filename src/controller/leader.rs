@@ -429,13 +429,15 @@ impl Leader {
         }
         if self.mesh.dirty().next().is_none() && !later {
             self.told = None;
-            if self.mesh.has_orphans() && self.since.elapsed() > HOLD_BACK {
-                self.mesh.free_orphans();
-                self.mesh.allocate();
-            }
-            if self.mesh.dirty().next().is_none() && self.mesh.is_freed() && self.write_pools().await? {
-                self.mesh.all_is_entered();
-            }
+        }
+        // Endpoints and nodes are never at rest in a large cluster: numbers of theirs that are still to be written are waited for by nobody.
+        let orphans = self.mesh.has_orphans() && self.since.elapsed() > HOLD_BACK;
+        if orphans && self.mesh.only_counts_are_due(now) {
+            self.mesh.free_orphans();
+            self.mesh.allocate();
+        }
+        if self.mesh.is_freed() && self.mesh.only_counts_are_due(now) && self.write_pools().await? {
+            self.mesh.all_is_entered();
         }
         self.measure();
         Ok(())

@@ -428,22 +428,12 @@ impl Mesh {
         }
     }
 
-    /// Of these new statuses those that hold something which the status of another service still says: they have to wait
-    /// until that one is written.
-    pub fn too_early(&self, new: &[(ServiceKey, MeshServiceStatus)]) -> BTreeSet<ServiceKey> {
-        let mut wanted: HashMap<String, &ServiceKey> = HashMap::new();
-        for (key, status) in new {
-            wanted.extend(status::held(status).into_iter().map(|value| (value, key)));
-        }
-        let mut out = BTreeSet::new();
-        for (key, entry) in &self.entries {
-            for value in status::held(&entry.status) {
-                if let Some(other) = wanted.get(&value).filter(|other| **other != key) {
-                    out.insert((*other).clone());
-                }
-            }
-        }
-        out
+    /// Whether nothing is to be written any more but what endpoints and nodes do.
+    pub fn only_counts_are_due(&self, now: jiff::Timestamp) -> bool {
+        self.dirty.iter().all(|key| match (self.entries.get(key), self.desired(key, now)) {
+            (Some(entry), Some(new)) => status::only_counts(&entry.status, &new),
+            _ => true,
+        })
     }
 
     /// The status that a service is to have.

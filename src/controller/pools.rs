@@ -20,7 +20,7 @@ use crate::model::{
 };
 
 /// Which pool.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum PoolId {
     /// Offsets in the VIP range of a family.
     Vips(Family),

@@ -272,6 +272,83 @@ fn what_moves_is_given_up_before_it_is_given() {
 }
 
 #[test]
+fn a_number_in_the_middle_of_a_range_is_given_up_before_it_is_given() {
+    let mut stored = Stored::default();
+    stored.apply("a", 2, json!({"ports": [{"port": 31000, "endPort": 31009, "publish": {"port": 31000}}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").ports[0].published_port, Some(31000));
+    // The older one gets it.
+    stored.apply("b", 1, json!({"ports": [{"port": 80, "publish": {"port": 31005}}]}));
+    stored.show("b", &mut mesh);
+    mesh.allocate();
+    let desired = |mesh: &Mesh, name: &str| mesh.desired(&key(name), now()).unwrap();
+    let (a, b) = (desired(&mesh, "a"), desired(&mesh, "b"));
+    assert_eq!(b.ports[0].published_port, Some(31005));
+    let new = [(key("b"), b)];
+    assert_eq!(mesh.too_early(&new), [key("b")].into());
+    mesh.written(&key("a"), a, None);
+    assert!(mesh.too_early(&new).is_empty());
+}
+
+#[test]
+fn numbers_of_endpoints_keep_no_number_from_being_freed() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, plain());
+    let mut mesh = stored.mesh(&Used::new());
+    assert!(!mesh.only_counts_are_due(now()), "it has yet to get its numbers");
+    stored.write(&mut mesh);
+    assert!(mesh.only_counts_are_due(now()));
+    let slice = Slice {
+        key: key("a-1"),
+        service_name: "a".into(),
+        family: Family::V4,
+        ports: vec![],
+        endpoints: vec![fixtures::endpoint("10.0.0.1", "n1")],
+    };
+    mesh.put_slice(&key("a-1"), Some(&slice));
+    assert!(mesh.dirty().next().is_some() && mesh.only_counts_are_due(now()));
+    stored.apply("b", 1, plain());
+    stored.show("b", &mut mesh);
+    mesh.allocate();
+    assert!(!mesh.only_counts_are_due(now()));
+}
+
+#[test]
+fn the_first_status_of_a_selector_waits_for_slices() {
+    let mut stored = Stored::default();
+    for (name, spec) in [
+        ("a", json!({"selector": {"app": "a"}, "ports": [{"port": 80}]})),
+        ("b", plain()),
+        ("taken", json!({"selector": {"app": "a"}, "ports": [{"port": 80}]})),
+        ("wrong", json!({"selector": {"app": "a"}, "vips": ["10.9.9.9"], "ports": [{"port": 80}]})),
+        ("refused", json!({"selector": {"app": "a"}, "ports": [{"port": 80}]})),
+    ] {
+        stored.apply(name, 1, spec);
+    }
+    let mut mesh = stored.mesh(&Used::new());
+    mesh.put_core(&key("taken"), Some(Core { uid: "1".into(), owner: None, ..Core::default() }));
+    mesh.headless_problem(&key("refused"), Some("no".into()));
+    // What is to be told without any slice is told at once.
+    for (name, waits) in [("a", true), ("b", false), ("taken", false), ("wrong", false), ("refused", false)] {
+        assert_eq!(mesh.awaits_slices(&key(name)), waits, "{name}");
+    }
+    // One without endpoints says that there are none.
+    let slice = Slice {
+        key: key("a-1"),
+        service_name: "a".into(),
+        family: Family::V4,
+        ports: vec![],
+        endpoints: vec![],
+    };
+    mesh.put_slice(&key("a-1"), Some(&slice));
+    assert!(!mesh.awaits_slices(&key("a")));
+    stored.write(&mut mesh);
+    mesh.put_slice(&key("a-1"), None);
+    assert!(!mesh.awaits_slices(&key("a")), "it has a status");
+}
+
+#[test]
 fn a_name_that_is_somebody_elses_is_told() {
     let mut stored = Stored::default();
     stored.apply("a", 1, json!({"selector": {"app": "a"}, "ports": [{"port": 80}]}));

@@ -7,7 +7,10 @@ use std::{
 
 use super::{Entry, Mesh};
 use crate::{
-    api::{SERVICE_NAME_LABEL, status::EndpointCounts},
+    api::{
+        SERVICE_NAME_LABEL,
+        status::{EndpointCounts, MeshServiceStatus},
+    },
     compile::endpoints::target_port,
     controller::headless::Wanted,
     model::{
@@ -80,6 +83,17 @@ impl Mesh {
         let more = of.count();
         let more = if more > 0 { format!("; {more} more can't be used either") } else { String::new() };
         Some(format!("EndpointSlice {slice}: {problem}{more}"))
+    }
+
+    /// Whether a service has no status yet, and will have EndpointSlices soon: its headless Service is made, or about to be.
+    pub fn awaits_slices(&self, key: &ServiceKey) -> bool {
+        self.entries.get(key).is_some_and(|entry| {
+            let service = entry.service.as_ref().filter(|_| self.services.contains_key(key));
+            entry.status == MeshServiceStatus::default()
+                && matches!(entry.headless, Wanted::This(_))
+                && entry.headless_problem.is_none()
+                && service.is_some_and(|s| self.by_service.get(&s.group()).is_none_or(BTreeSet::is_empty))
+        })
     }
 
     /// Why a service can't have endpoints, where the core Service that it names says so.

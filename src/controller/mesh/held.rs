@@ -1,6 +1,9 @@
 //! What services hold: the numbers that are in use, and what one whose spec is wrong keeps.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+};
 
 use super::Mesh;
 use crate::{
@@ -11,7 +14,7 @@ use crate::{
         pools::{PoolId, Used},
     },
     model::{
-        ids::{Family, PortId, ServiceKey},
+        ids::{PerFamily, PortId, ServiceKey},
         service::{
             FamilyPolicy, Granted, Mode, Publish, PublishMode, Scheduler, Service, ServicePort, TargetPort,
             TrafficDistribution, TrafficPolicy,
@@ -25,8 +28,7 @@ impl Mesh {
         let mut used = self.in_statuses();
         let Some(allocator) = &self.allocator else { return used };
         for (key, allocation) in allocator.iter() {
-            let ports = allocation.published.iter().map(|(id, first)| (*id, *first));
-            self.add(key, allocation.vips.iter().map(|(f, v)| (f, *v)), ports, &mut used);
+            self.each_number(key, &allocation.vips, &allocation.published, add_to(&mut used));
         }
         used
     }
@@ -36,35 +38,60 @@ impl Mesh {
             PoolId::all(&self.config).into_iter().map(|id| (id, Numbers::default())).collect();
         for (key, entry) in &self.entries {
             let granted = api::granted_of(&entry.status);
-            self.add(
-                key,
-                granted.vips.iter().map(|(f, v)| (f, *v)),
-                granted.published.into_iter(),
-                &mut used,
-            );
+            self.each_number(key, &granted.vips, &granted.published, add_to(&mut used));
         }
         used
     }
 
-    fn add(
+    /// Of these new statuses those that hold something which the status of another service still says: they have to wait
+    /// until that one is written.
+    pub fn too_early(&self, new: &[(ServiceKey, MeshServiceStatus)]) -> BTreeSet<ServiceKey> {
+        let mut wanted: HashMap<(PoolId, u128), &ServiceKey> = HashMap::new();
+        for (key, status) in new {
+            let granted = api::granted_of(status);
+            self.each_number(key, &granted.vips, &granted.published, |pool, number| {
+                wanted.insert((pool, number), key);
+            });
+        }
+        let mut out = BTreeSet::new();
+        for (key, entry) in &self.entries {
+            let granted = api::granted_of(&entry.status);
+            self.each_number(key, &granted.vips, &granted.published, |pool, number| {
+                if let Some(other) = wanted.get(&(pool, number)).filter(|other| **other != key) {
+                    out.insert((*other).clone());
+                }
+            });
+        }
+        out
+    }
+
+    /// Tells every number that a service has by these: of a range all, as its spec says how many.
+    fn each_number(
         &self,
         key: &ServiceKey,
-        vips: impl Iterator<Item = (Family, std::net::IpAddr)>,
-        ports: impl Iterator<Item = (PortId, u16)>,
-        used: &mut Used,
+        vips: &PerFamily<IpAddr>,
+        ports: &BTreeMap<PortId, u16>,
+        mut tell: impl FnMut(PoolId, u128),
     ) {
-        for (family, vip) in vips {
-            let number = self.config.ranges.get(family).and_then(|range| offset(range, &vip));
-            if let (Some(number), Some(numbers)) = (number, used.get_mut(&PoolId::Vips(family))) {
-                numbers.0.insert(number);
+        for (family, vip) in vips.iter() {
+            if let Some(number) = self.config.ranges.get(family).and_then(|range| offset(range, vip)) {
+                tell(PoolId::Vips(family), number);
             }
         }
         let service = self.entries.get(key).and_then(|e| e.service.as_ref());
         for (id, first) in ports {
-            let span = service.and_then(|s| s.ports.iter().find(|p| p.id() == id)).map_or(1, |p| p.span());
-            if let Some(numbers) = used.get_mut(&PoolId::Ports(id.protocol)) {
-                numbers.0.extend((first..=first.saturating_add(span.max(1) - 1)).map(u128::from));
+            let span = service.and_then(|s| s.ports.iter().find(|p| p.id() == *id)).map_or(1, |p| p.span());
+            for number in *first..=first.saturating_add(span.max(1) - 1) {
+                tell(PoolId::Ports(id.protocol), number.into());
             }
+        }
+    }
+}
+
+fn add_to(used: &mut Used) -> impl FnMut(PoolId, u128) {
+    |pool, number| {
+        if let Some(numbers) = used.get_mut(&pool) {
+            numbers.0.insert(number);
         }
     }
 }
