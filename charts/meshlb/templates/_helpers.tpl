@@ -74,6 +74,14 @@ app.kubernetes.io/component: controller
 {{- end }}
 {{- end }}
 
+{{- /* What no schema can say: ends the rendering with what the programs would end with. */}}
+{{- define "meshlb.checked" -}}
+{{- $ranges := index .Values.config "vip-cidr" }}
+{{- if and (eq (len $ranges) 2) (eq (contains ":" (first $ranges)) (contains ":" (last $ranges))) }}
+{{- fail (printf "config.vip-cidr: %s and %s are of one family: at most one range for each of IPv4 and IPv6" (first $ranges) (last $ranges)) }}
+{{- end }}
+{{- end }}
+
 {{- define "meshlb.agent.config" -}}
 {{- $own := dict
   "metrics-listen" (include "meshlb.listen" .Values.agent.metrics)
@@ -86,6 +94,11 @@ app.kubernetes.io/component: controller
 {{- define "meshlb.controller.config" -}}
 {{- $own := dict "metrics-listen" (include "meshlb.listen" .Values.controller.health) }}
 {{- include "meshlb.config" (merge $own .Values.config) | trim }}
+{{- end }}
+
+{{- /* Whether the API server is given by a name, which DNS has to answer. */}}
+{{- define "meshlb.apiServerByName" -}}
+{{- with .Values.apiServer.host }}{{ if not (or (contains ":" .) (regexMatch "^[0-9.]+$" .)) }}true{{ end }}{{ end }}
 {{- end }}
 
 {{- define "meshlb.apiServerEnv" -}}

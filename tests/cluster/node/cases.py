@@ -343,6 +343,19 @@ def beside_kube_proxy_in_each_mode():
     return "; ".join(notes)
 
 
+def ours():
+    """Every object of any kind that has our name or is in our namespace, as KIND NAME. Kubernetes' own are left out, and Events, which end by themselves."""
+    kinds = [k for k in kubectl("api-resources", "--verbs=list", "-o", "name").stdout.split() if k.partition(".")[0] != "events"]
+    columns = "custom-columns=K:.kind,NS:.metadata.namespace,N:.metadata.name"
+    rows = [row.split() for row in kubectl("get", ",".join(kinds), "-A", "--no-headers", "-o", columns).stdout.splitlines()]
+    own = {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt")}
+    return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NS or "meshlb" in name) and (kind, name) not in own}
+
+
+# What docs/install.md says that stays.
+STAYS = rf"CustomResourceDefinition mesh(services|nodes)\.meshlb\.dev|Namespace {NS}|Lease meshlb-controller|ConfigMap meshlb-pool-(ipv4|ipv6|tcp|udp|sctp)|Pod meshlb-test-ready"
+
+
 def helm_uninstall_leaves_nothing():
     # A chart that clears nodes says so by a hook; without one, docs/install.md has a command.
     clears = "pre-delete" in helm("get", "hooks", "meshlb").stdout
@@ -355,8 +368,11 @@ def helm_uninstall_leaves_nothing():
         cleanup()
     left = left_on_the_node()
     assert not left, f"left on the node: {left}"
-    kinds = "deployment,daemonset,replicaset,service,serviceaccount,role,rolebinding,networkpolicy,pdb,clusterrole,clusterrolebinding,job"
-    until("its objects are gone", lambda: not kubectl("get", kinds, "-A", "-l", "app.kubernetes.io/part-of=meshlb,app.kubernetes.io/managed-by=Helm", "-o", "name").stdout.strip())
+    def nothing_else():
+        left = {object_ for object_ in ours() if not re.fullmatch(STAYS, object_)}
+        assert not left, left
+        return True
+    until("its objects are gone", nothing_else)
     refused(f"{NODE}:30080")
     # The node goes on: kube-proxy's rules are there.
     assert "gitVersion" in vm("curl -sk --max-time 20 https://10.96.0.1/version").stdout
