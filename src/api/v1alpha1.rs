@@ -36,7 +36,9 @@ use super::{status::MeshServiceStatus, values::label_keys};
     printcolumn(name = "Published", type_ = "string", json_path = ".status.summary.published", description = "Ports that nodes answer on."),
     printcolumn(name = "Endpoints", type_ = "string", json_path = ".status.summary.endpoints", description = "Ready and total endpoints."),
     printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status", description = "Whether the service is served."),
+    printcolumn(name = "Reason", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].reason", description = "Why, in one word."),
     printcolumn(name = "Scheduler", type_ = "string", json_path = ".spec.scheduler", description = "IPVS scheduler.", priority = 1),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", description = "Why, in a sentence.", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]

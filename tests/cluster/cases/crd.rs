@@ -144,7 +144,7 @@ fn columns(cluster: &Cluster) -> Result<()> {
         "spec": {"ports": [{"port": 80}]}}"#;
     cluster.kubectl(&["apply", "-f", "-"], service)?.good()?;
     let status = r#"{"status": {"vips": ["10.200.0.7"], "summary": {"ports": "80/TCP", "published": "30080/TCP", "endpoints": "1/2"},
-        "conditions": [{"type": "Ready", "status": "True", "reason": "Serving", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}}"#;
+        "conditions": [{"type": "Ready", "status": "True", "reason": "AliasTaken", "message": "as one reads it", "lastTransitionTime": "2026-01-01T00:00:00Z"}]}}"#;
     cluster
         .kubectl(&["patch", "msvc", "columns", "--subresource=status", "--type=merge", "-p", status], "")?
         .good()?;
@@ -158,6 +158,8 @@ fn columns(cluster: &Cluster) -> Result<()> {
         "PUBLISHED",
         "ENDPOINTS",
         "READY",
+        "REASON",
+        "AliasTaken",
         "AGE",
         "VIP",
         "10.200.0.7",
@@ -168,6 +170,11 @@ fn columns(cluster: &Cluster) -> Result<()> {
     ] {
         ensure!(table.contains(text), "{text} is missing:\n{table}");
     }
-    ensure!(wide.contains("SCHEDULER") && wide.contains("columns"), "{wide}");
+    for text in ["SCHEDULER", "MESSAGE", "as one reads it", "columns"] {
+        ensure!(
+            wide.contains(text) && (text == "columns" || !table.contains(text)),
+            "{text}:\n{table}\n{wide}"
+        );
+    }
     Ok(())
 }
