@@ -541,8 +541,9 @@ def ours():
     return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NAMESPACE or "meshlb" in name) and (kind, name) not in own}
 
 
-# What docs/install.md says that stays. (No controller runs here that would take the Lease.)
-STAYS = {"CustomResourceDefinition meshservices.meshlb.dev", "CustomResourceDefinition meshnodes.meshlb.dev", f"Namespace {NAMESPACE}"}
+# What docs/install.md says that stays, and what an API server makes for a CRD. (No controller runs here that would take the Lease.)
+STAYS = {"CustomResourceDefinition meshservices.meshlb.dev", "CustomResourceDefinition meshnodes.meshlb.dev", "APIService v1alpha1.meshlb.dev",
+         f"Namespace {NAMESPACE}"}
 
 
 def until(what, seconds=60):

@@ -352,8 +352,8 @@ def ours():
     return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NS or "meshlb" in name) and (kind, name) not in own}
 
 
-# What docs/install.md says that stays.
-STAYS = rf"CustomResourceDefinition mesh(services|nodes)\.meshlb\.dev|Namespace {NS}|Lease meshlb-controller|ConfigMap meshlb-pool-(ipv4|ipv6|tcp|udp|sctp)|Pod meshlb-test-ready"
+# What docs/install.md says that stays, and what an API server makes for a CRD.
+STAYS = rf"CustomResourceDefinition mesh(services|nodes)\.meshlb\.dev|APIService v1alpha1\.meshlb\.dev|Namespace {NS}|Lease meshlb-controller|ConfigMap meshlb-pool-(ipv4|ipv6|tcp|udp|sctp)|Pod meshlb-test-ready"
 
 
 def helm_uninstall_leaves_nothing():
