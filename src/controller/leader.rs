@@ -65,6 +65,9 @@ const TOGETHER: Duration = Duration::from_millis(100);
 const HEADLESS_AGAIN: Duration = Duration::from_secs(10);
 /// Numbers that an earlier leader had entered are held back for this long at least: longer than a request may take.
 const HOLD_BACK: Duration = Duration::from_secs(30);
+/// The first status of a service with a selector waits for its EndpointSlices, at most this long: Kubernetes makes some twenty a second
+/// of many at once, and without any there is nothing to serve.
+const FOR_SLICES: Duration = Duration::from_secs(10);
 /// So many Events wait to be written, at most; more are lost.
 const EVENTS: usize = 1000;
 /// So many changes are taken in together, at most.
@@ -152,6 +155,7 @@ pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence
         written: HashMap::new(),
         failed: HashMap::new(),
         headless_failed: HashMap::new(),
+        awaiting: HashMap::new(),
         told: None,
     };
     leader.run().await
@@ -185,6 +189,8 @@ struct Leader {
     failed: HashMap<ServiceKey, (String, Instant)>,
     /// Services whose headless Service could not be kept, and when that was.
     headless_failed: HashMap<ServiceKey, Instant>,
+    /// Services whose first status waits for EndpointSlices, and since when.
+    awaiting: HashMap<ServiceKey, Instant>,
     told: Option<String>,
 }
 
@@ -301,6 +307,7 @@ impl Leader {
             self.written.remove(&key);
             self.failed.remove(&key);
             self.headless_failed.remove(&key);
+            self.awaiting.remove(&key);
         }
     }
 
@@ -374,8 +381,9 @@ impl Leader {
         self.mesh.allocate();
         // Before the statuses, which say what comes of it.
         let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);
-        let looked_at: BTreeSet<ServiceKey> =
-            self.mesh.dirty().chain(again.map(|(key, _)| key)).cloned().collect();
+        // One that waits for slices has had its Service made: the watch has yet to say so.
+        let dirty = self.mesh.dirty().filter(|key| !self.awaiting.contains_key(*key));
+        let looked_at: BTreeSet<ServiceKey> = dirty.chain(again.map(|(key, _)| key)).cloned().collect();
         self.keep_headless(&looked_at).await?;
         let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default();
         let mut writes = Vec::new();
@@ -389,6 +397,12 @@ impl Leader {
                 continue;
             };
             let soon = |at: &Instant, pause: Duration| at.elapsed() < pause;
+            if self.mesh.awaits_slices(key)
+                && soon(self.awaiting.entry(key.clone()).or_insert(now_at), FOR_SLICES)
+            {
+                later = true;
+                continue;
+            }
             let just_written = || self.written.get(key).is_some_and(|at| soon(at, COUNTS_EVERY));
             let just_failed = || {
                 let failed = self.failed.get(key);

@@ -579,6 +579,35 @@ fn an_alias_that_another_service_has_is_told() {
 }
 
 #[test]
+fn every_reason_is_documented() {
+    let documented = include_str!("../../docs/kubernetes.md");
+    let sources = [
+        include_str!("status.rs"),
+        include_str!("nodes.rs"),
+        include_str!("../meshnode/mod.rs"),
+        include_str!("../cli/watcher.rs"),
+        include_str!("../allocate/conflict.rs"),
+    ];
+    let word = regex::Regex::new("\"([A-Z]+[a-z][A-Za-z]+)\"").unwrap();
+    // Statuses, a type, a kind; and what is said of folders only.
+    let others = ["True", "False", "Unknown", "Ready", "Node", "LockNotFollowed"];
+    let mut seen = 0;
+    for source in sources {
+        let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+        for reason in word.captures_iter(code).map(|found| found[1].to_owned()) {
+            if !others.contains(&&*reason) {
+                seen += 1;
+                assert!(
+                    documented.contains(&format!("`{reason}`")),
+                    "docs/kubernetes.md does not say what {reason} is"
+                );
+            }
+        }
+    }
+    assert!(seen > 30, "only {seen} are found");
+}
+
+#[test]
 fn that_endpoints_are_there_is_news_where_there_were_none_for_a_while() {
     let ready = |status: &str, reason: &str, at: i64| {
         let condition = json!({"type": "Ready", "status": status, "reason": reason, "message": "",

@@ -68,6 +68,7 @@ impl Leader {
                     events.push((key.clone(), meta, status::news(&old, &new), first));
                     self.written.insert(key.clone(), Instant::now());
                     self.failed.remove(&key);
+                    self.awaiting.remove(&key);
                     self.mesh.written(&key, new, version);
                 }
                 Some(Err(e)) => {
