@@ -99,6 +99,7 @@ fn kernel(merged: &Merged, full: bool) -> Observed {
     Observed {
         virtual_servers: if full { state.virtual_servers.clone() } else { HashMap::new() },
         foreign_marks: BTreeSet::new(),
+        led_to: BTreeSet::new(),
         elements: if full { state.elements.clone() } else { Default::default() },
         program: if full { ProgramState::Installed } else { ProgramState::Absent },
         leftovers: Vec::new(),

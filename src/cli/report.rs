@@ -211,7 +211,7 @@ pub fn report(
 /// What only the owner of this host's firewall can do about it.
 pub fn firewall_advice(engine: &Engine) -> Vec<String> {
     let Some(program) = &engine.merged().state().program else { return Vec::new() };
-    netfilter::advice(program).unwrap_or_else(|e| {
+    netfilter::advice(program, engine.dataplane.netfilter.name()).unwrap_or_else(|e| {
         tracing::debug!("other nft tables can't be looked at: {e}");
         Vec::new()
     })

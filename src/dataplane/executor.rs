@@ -77,6 +77,7 @@ impl Dataplane {
         Ok(Observed {
             virtual_servers,
             foreign_marks: foreign.into_inner(),
+            led_to,
             elements: netfilter.elements,
             program: netfilter.program,
             leftovers: netfilter.leftovers,

@@ -29,6 +29,8 @@ pub struct Inner {
     pub other_routes: Vec<VipRoute>,
     /// Services that are there and that dumps don't tell of.
     pub missed: BTreeSet<VirtualServerKey>,
+    /// Marks that entries of another renderer lead to.
+    pub led_to: BTreeSet<Mark>,
     /// Sysctls that can be read and not written.
     pub read_only: BTreeSet<String>,
     /// Its addresses.
@@ -194,7 +196,7 @@ impl Netfilter for FakeKernel {
             Some(_) => ProgramState::Drifted(vec!["different".into()]),
         };
         let elements = inner.state.elements.clone();
-        Ok(NetfilterState { program, elements, leftovers: vec![], led_to: BTreeSet::new() })
+        Ok(NetfilterState { program, elements, leftovers: vec![], led_to: inner.led_to.clone() })
     }
 
     fn install(&mut self, program: &Program, elements: &Elements) -> Result<(), Error> {

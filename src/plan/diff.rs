@@ -24,6 +24,8 @@ pub struct Observed {
     pub foreign_marks: BTreeSet<Mark>,
     /// Our set elements.
     pub elements: Elements,
+    /// Marks that entries lead to, those of other renderers too.
+    pub led_to: BTreeSet<Mark>,
     /// The fixed rules, compared with the desired ones.
     pub program: ProgramState,
     /// What another renderer left.

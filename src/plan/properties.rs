@@ -143,6 +143,7 @@ fn observed(state: &KernelState) -> Observed {
         virtual_servers: state.virtual_servers.clone(),
         foreign_marks: [FOREIGN.mark].into(),
         elements: state.elements.clone(),
+        led_to: state.elements.values().flatten().copied().collect(),
         program: if state.program.is_some() { ProgramState::Installed } else { ProgramState::Absent },
         leftovers: vec![],
         routes: state.routes,

@@ -563,7 +563,7 @@ impl Engine {
     /// (after a lost state file), and real servers that are there without being wanted are drained.
     fn adopt(&mut self, observed: &mut Observed) -> Result<(), Error> {
         self.know(observed);
-        self.ours.extend(observed.elements.values().flatten().copied().filter(|mark| *mark != Mark::NOWHERE));
+        self.ours.extend(observed.led_to.iter().copied().filter(|mark| *mark != Mark::NOWHERE));
         let recover = self.recover.take();
         let state_is_lost = recover.is_some();
         let mut unknown = BTreeSet::new();

@@ -235,3 +235,37 @@ fn a_number_of_a_readable_service_goes_with_it_though_the_state_was_lost() {
     turn(&mut second, true);
     assert!(!in_kernel(&kernel).elements.keys().any(|element| element.to_string().contains("30083")));
 }
+
+/// The state is lost, and another renderer's entries still lead to its marks: nobody is given one of them before they are gone.
+#[test]
+fn marks_that_another_renderers_entries_lead_to_are_given_to_nobody() {
+    use crate::model::{ids::Mark, kernel::VirtualServerKey};
+    let kernel = FakeKernel::default();
+    let first = vote(&kernel, Allocations::default());
+    let mut first = first;
+    for n in 0..100 {
+        let name = format!("s{n}");
+        first.feed([service_with(&name, port(80, 8080)), endpoints(&name, &["10.244.1.13"])]);
+    }
+    turn(&mut first, true);
+    let marks: BTreeSet<Mark> =
+        first.allocator().iter().flat_map(|(_, a)| a.marks.values().copied()).collect();
+    // Their own renderer is not asked any more.
+    {
+        let mut inner = kernel.lock();
+        inner.state.elements.clear();
+        inner.led_to.clone_from(&marks);
+    }
+    let mut second = engine(&kernel, Allocations::default());
+    for n in 0..100 {
+        let name = format!("other{n}");
+        second.feed([service_with(&name, port(80, 8080)), endpoints(&name, &["10.244.1.14"])]);
+    }
+    second.synced(Unread::default());
+    let ops = second.prepare(true, super::tests::now()).unwrap();
+    for op in &ops {
+        if let Op::Ipvs(crate::dataplane::IpvsChange::AddReal(VirtualServerKey { mark, .. }, ..)) = op {
+            assert!(!marks.contains(mark), "{op}");
+        }
+    }
+}

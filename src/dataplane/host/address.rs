@@ -29,11 +29,14 @@ const RTM_GETADDR: u16 = 22;
 const IFINFO_LEN: usize = 16;
 const IFINFO_INDEX: usize = 4;
 const IFINFO_FLAGS: usize = 8;
-/// `IFLA_IFNAME`, `IFLA_LINKINFO`, `IFLA_INFO_KIND` (linux/if_link.h), `IFF_UP` (linux/if.h).
+/// `IFLA_IFNAME`, `IFLA_LINK`, `IFLA_LINKINFO`, `IFLA_INFO_KIND` (linux/if_link.h), `IFF_UP` (linux/if.h).
 const IFLA_IFNAME: u16 = 3;
+const IFLA_LINK: u16 = 5;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFF_UP: u32 = 1;
+/// Kinds of links that are made on another one.
+const MADE_ON_ANOTHER: [&str; 5] = ["vlan", "macvlan", "macvtap", "ipvlan", "ipvtap"];
 /// kube-proxy's ipvs mode puts every ClusterIP of the cluster on this link. It is a dummy, but the name
 /// counts whatever its kind is.
 const KUBE_IPVS_LINK: &str = "kube-ipvs0";
@@ -45,23 +48,28 @@ pub(crate) struct Link {
     /// `bridge`, `dummy`, `veth`, …; `None` for hardware and lo.
     pub(crate) kind: Option<String>,
     pub(crate) up: bool,
+    /// The link that it is made on, as a VLAN is.
+    pub(crate) lower: Option<u32>,
 }
 
 impl Link {
     /// Index and link. Decoded by hand: a link has a hundred attributes, of which two matter.
     pub(crate) fn parse(body: &[u8]) -> Option<(u32, Self)> {
         let (index, flags) = (u32_at(body, IFINFO_INDEX)?, u32_at(body, IFINFO_FLAGS)?);
-        let (mut name, mut kind) = (None, None);
+        let (mut name, mut kind, mut lower) = (None, None, None);
         for (attr, value) in attrs(body.get(IFINFO_LEN..)?) {
             match attr {
                 IFLA_IFNAME => name = Some(text_of(value)),
+                IFLA_LINK => lower = u32_at(value, 0),
                 IFLA_LINKINFO => {
                     kind = attrs(value).find(|(k, _)| *k == IFLA_INFO_KIND).map(|(_, v)| text_of(v));
                 }
                 _ => {}
             }
         }
-        Some((index, Self { name: name?, kind, up: flags & IFF_UP != 0 }))
+        // Of the others it may be a peer in another network namespace.
+        let lower = lower.filter(|_| kind.as_deref().is_some_and(|kind| MADE_ON_ANOTHER.contains(&kind)));
+        Some((index, Self { name: name?, kind, up: flags & IFF_UP != 0, lower }))
     }
 
     /// Links that hold addresses which are not really the node's: ClusterIPs of kube-proxy's ipvs mode
@@ -164,7 +172,7 @@ fn uplinks(links: &HashMap<u32, Link>, own: &[&&Address], primary: &PerFamily<Ip
         .collect()
 }
 
-/// Those of them that the node's own address is on, but for bridges and switches, on which there may be pods as well. Other links
+/// Those of them that the node's own address is on, but for bridges and switches, and VLANs on these: there may be pods as well. Other links
 /// with an address may be a network plugin's own towards pods of this node (`antrea-gw0`, `ovn-k8s-mp0`).
 fn outside(
     links: &HashMap<u32, Link>,
@@ -175,10 +183,20 @@ fn outside(
     own.iter()
         .filter(|a| primary.iter().any(|(_, ip)| *ip == a.addr))
         .filter_map(|a| links.get(&a.link))
-        .filter(|link| !matches!(link.kind.as_deref(), Some("bridge" | "openvswitch")))
+        .filter(|link| !is_on_a_switch(links, link))
         .map(|link| link.name.clone())
         .filter(|name| uplinks.contains(name))
         .collect()
+}
+
+/// Whether it is a bridge or a switch, or is made on one.
+fn is_on_a_switch(links: &HashMap<u32, Link>, link: &Link) -> bool {
+    // Bounded: whoever reads links while they change may see a circle.
+    const DEEPEST: usize = 16;
+    let lower = |link: &&Link| link.lower.and_then(|index| links.get(&index));
+    std::iter::successors(Some(link), lower)
+        .take(DEEPEST)
+        .any(|link| matches!(link.kind.as_deref(), Some("bridge" | "openvswitch")))
 }
 
 /// Design decision 5, without the kernel: `kernel_choice` is the source address that it would take for
@@ -247,7 +265,7 @@ mod tests {
     use super::*;
 
     fn link(name: &str, kind: Option<&str>) -> Link {
-        Link { name: name.into(), kind: kind.map(str::to_owned), up: true }
+        Link { name: name.into(), kind: kind.map(str::to_owned), up: true, lower: None }
     }
 
     fn address(text: &str, link: u32, flags: AddressFlags) -> Address {
@@ -372,7 +390,10 @@ mod tests {
         let (mut links, mut addresses) = node();
         let eth = links[&2].name.clone();
         // Another link with an address, which pods may be behind all the same.
-        links.insert(7, Link { name: "antrea-gw0".into(), kind: Some("openvswitch".into()), up: true });
+        links.insert(
+            7,
+            Link { lower: None, name: "antrea-gw0".into(), kind: Some("openvswitch".into()), up: true },
+        );
         addresses.push(address("10.244.9.1/24", 7, AddressFlags::empty()));
         let of = |links: &HashMap<u32, Link>| facts(links, &addresses, &rules(), &PerFamily::default());
         assert!(of(&links).uplinks.contains("antrea-gw0"));
@@ -381,6 +402,16 @@ mod tests {
             links.get_mut(&2).unwrap().kind = Some(kind.into());
             assert_eq!(of(&links).outside.contains(&eth), is, "{kind}");
             assert!(of(&links).uplinks.contains(&eth), "{kind}");
+        }
+        // A VLAN on a bridge, on which there may be guests of this node.
+        for (below, is) in
+            [(Some("bridge"), false), (Some("openvswitch"), false), (None, true), (Some("bond"), true)]
+        {
+            links.insert(8, link("below", below));
+            links.insert(9, Link { lower: Some(8), ..link("between", Some("vlan")) });
+            let own = links.get_mut(&2).unwrap();
+            (own.kind, own.lower) = (Some("vlan".into()), Some(9));
+            assert_eq!(of(&links).outside.contains(&eth), is, "{below:?}");
         }
     }
 

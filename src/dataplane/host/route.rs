@@ -385,7 +385,7 @@ mod tests {
 
     #[test]
     fn routes_read_like_ip_route() {
-        let links = HashMap::from([(4, Link { name: "eth0".into(), kind: None, up: true })]);
+        let links = HashMap::from([(4, Link { name: "eth0".into(), kind: None, up: true, lower: None })]);
         let mut route = Route {
             dst: net("10.200.0.0/24"),
             table: 254,

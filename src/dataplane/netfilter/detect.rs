@@ -138,15 +138,15 @@ fn decide(nft: Usage, legacy: Usage, plain: Option<Variant>) -> Detection {
 }
 
 /// Rules that only the firewall's owner can add, each as a line with the command: an accept of ours doesn't
-/// override a drop in another base chain.
-pub fn advice(program: &Program) -> Result<Vec<String>, Error> {
+/// override a drop in another base chain. `renderer` is the one in use.
+pub fn advice(program: &Program, renderer: &str) -> Result<Vec<String>, Error> {
     let mut reader = NftReader::new();
     if !reader.available() {
         return Ok(Vec::new());
     }
     let mut out = Vec::new();
     for chain in reader.dropping_chains()? {
-        if !accepts_there(&mut reader, &chain)? {
+        if !accepts_there(&mut reader, &chain, renderer)? {
             out.extend(chain_advice(&chain, program));
         }
     }
@@ -154,11 +154,15 @@ pub fn advice(program: &Program) -> Result<Vec<String>, Error> {
 }
 
 /// Whether it is a chain of iptables in which our rules accept what has to pass, or will once they are installed.
-fn accepts_there(reader: &mut NftReader, chain: &ForeignChain) -> Result<bool, Error> {
+fn accepts_there(reader: &mut NftReader, chain: &ForeignChain, renderer: &str) -> Result<bool, Error> {
     let Some(family) = chain.iptables else { return Ok(false) };
     let ours = format!("MESHLB-{}", chain.name);
     if reader.iptables_jump(family, &chain.table, &chain.name, &ours)?.is_some() {
         return Ok(true);
+    }
+    // That one writes rules into its own flavour only.
+    if renderer == Variant::Legacy.name() {
+        return Ok(false);
     }
     Ok(Variant::Nft.installed() && Variant::Nft.reads(family, &chain.table)?)
 }

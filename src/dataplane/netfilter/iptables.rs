@@ -218,8 +218,9 @@ impl Iptables {
             }
         }
         if guarded {
-            let whole = self.reader.table_parts(&["unmark".to_owned()])?;
-            let whole = whole.contains_key("inet meshlb unmark");
+            // What only the nftables renderer's table has.
+            let whole = self.reader.table_parts(&["post-4".to_owned(), "post-6".to_owned()])?;
+            let whole = whole.contains_key("inet meshlb post-4") || whole.contains_key("inet meshlb post-6");
             if let (true, Some((family, e))) = (whole, &unwritten) {
                 // The other renderer's table does for both families what our rules do for one of them only.
                 self.runs += 1;
@@ -237,7 +238,7 @@ impl Iptables {
                 }
             }
             self.put_table(program, elements)?;
-        } else if !self.stores.nft && self.reader.has_table()? {
+        } else if unwritten.is_none() && !self.stores.nft && self.reader.has_table()? {
             self.runs += 1;
             self.reader.delete_table()?;
         }

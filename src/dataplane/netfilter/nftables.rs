@@ -117,14 +117,25 @@ impl Nftables {
     fn need(&mut self, variant: Variant, family: Family) -> Result<Need, Error> {
         match variant {
             Variant::Nft if !self.reader.iptables_blocks(family)? => Ok(Need::Nothing),
-            Variant::Nft if variant.installed() && variant.reads(family, "filter")? => Ok(Need::Rules),
+            // Those that are there do their work, whoever can read them.
+            Variant::Nft if self.accepts(family)? => Ok(Need::Rules),
+            Variant::Nft
+                if variant.installed() && works(variant.reads(family, "filter"))?.unwrap_or(false) =>
+            {
+                Ok(Need::Rules)
+            }
             Variant::Nft => Ok(Need::Owner),
             Variant::Legacy if !variant.installed() => Ok(Need::Nothing),
             Variant::Legacy => {
-                let blocks = accept::blocks(&variant.saved(family)?);
+                let blocks = works(variant.saved(family))?.is_some_and(|saved| accept::blocks(&saved));
                 Ok(if blocks { Need::Rules } else { Need::Nothing })
             }
         }
+    }
+
+    /// Whether our accepting rules are in iptables-nft's filter table, or some of them.
+    fn accepts(&mut self, family: Family) -> Result<bool, Error> {
+        Ok(nft_chains(&mut self.reader, family)?.keys().any(|name| name.contains(" filter ")))
     }
 
     /// Writes everything; returns a part that was gone again when it was read back.
@@ -223,12 +234,15 @@ impl Nftables {
     fn put_accepting_rules(&mut self, program: &Program) -> Result<(), Error> {
         for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
             for family in Family::ALL {
-                let saved = variant.saved(family)?;
-                let wanted = match self.need(variant, family)? {
-                    Need::Nothing => false,
-                    Need::Rules => true,
-                    // Those of before nft was used there do their work, and are kept whole.
-                    Need::Owner => !self.reader.ours(family, "filter")?.is_empty(),
+                let wanted = self.need(variant, family)? == Need::Rules;
+                // A program that does not work is in nobody's way where it has nothing to do.
+                let is_nft = variant == Variant::Nft;
+                if is_nft && !wanted && nft_chains(&mut self.reader, family)?.is_empty() {
+                    continue;
+                }
+                let saved = match variant.saved(family) {
+                    Err(Error::Failed { .. }) if !wanted && !is_nft => continue,
+                    saved => saved?,
                 };
                 let mut rules = if wanted { accept::rules(program, family) } else { Vec::new() };
                 let wrote = match variant.put(family, &rules, &saved) {
@@ -243,6 +257,18 @@ impl Nftables {
             }
         }
         Ok(())
+    }
+}
+
+/// What a program says; `None` where it does not work here, and trying again won't help.
+fn works<T>(found: Result<T, Error>) -> Result<Option<T>, Error> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(e @ (Error::Permission { .. } | Error::Transient { .. })) => Err(e),
+        Err(e) => {
+            tracing::debug!("{e}");
+            Ok(None)
+        }
     }
 }
 

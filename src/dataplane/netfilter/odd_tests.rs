@@ -88,13 +88,13 @@ fn nftables_leaves_a_table_that_only_nft_can_read_to_its_owner_and_tells_him() {
         let mut r = Nftables::new().unwrap();
         r.install(&dual(), &all()).unwrap();
         is_installed(&mut r);
-        assert_eq!(advice(&dual()).unwrap(), Vec::<String>::new());
+        assert_eq!(advice(&dual(), "nftables").unwrap(), Vec::<String>::new());
         assert!(!ruleset().contains("MESHLB"), "{}", ruleset());
         sh("nft chain ip filter INPUT '{ policy drop; }'; nft chain ip6 filter FORWARD '{ policy drop; }'");
         r.install(&dual(), &all()).unwrap();
         is_installed(&mut r);
         assert!(!ruleset().contains("MESHLB"), "{}", ruleset());
-        let advice = advice(&dual()).unwrap();
+        let advice = advice(&dual(), "nftables").unwrap();
         let commands: Vec<_> = advice.iter().map(|line| line.split("nft insert").nth(1).unwrap()).collect();
         let wanted = [
             " rule ip filter INPUT ip daddr 10.200.0.0/16 accept",
@@ -110,7 +110,7 @@ fn nftables_leaves_a_table_that_only_nft_can_read_to_its_owner_and_tells_him() {
         r.install(&dual(), &all()).unwrap();
         is_installed(&mut r);
         assert_eq!(jumps(&ruleset(), "MESHLB-FORWARD"), 2, "{}", ruleset());
-        assert_eq!(super::advice(&dual()).unwrap(), Vec::<String>::new());
+        assert_eq!(super::advice(&dual(), "nftables").unwrap(), Vec::<String>::new());
     });
 }
 
@@ -127,7 +127,7 @@ fn accepting_rules_stay_where_nft_is_used_after_them() {
             r.install(&dual(), &all()).unwrap();
         }
         assert_eq!(jumps(&ruleset(), "MESHLB-INPUT"), 1, "{}", ruleset());
-        assert_eq!(advice(&dual()).unwrap(), Vec::<String>::new());
+        assert_eq!(advice(&dual(), "nftables").unwrap(), Vec::<String>::new());
         r.remove().unwrap();
         assert!(!ruleset().contains("MESHLB"), "{}", ruleset());
     });

@@ -120,6 +120,13 @@ fn filter_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram
             Family::V4 => ("-p icmp -m icmp --icmp-type 8", "icmp-proto-unreachable"),
             Family::V6 => ("-p ipv6-icmp -m icmp6 --icmpv6-type 128", "icmp6-port-unreachable"),
         };
+        // Before what is established is accepted: somebody outside may have asked before this was refused.
+        for (protocol, link) in
+            ["udp", "tcp"].into_iter().flat_map(|p| program.outside.iter().map(move |l| (p, l)))
+        {
+            let from = format!("-d {} -i {link} -p {protocol} --dport 53", f.dns());
+            input("DNS from outside", format!("{from} -j DROP"));
+        }
         input("ping", format!("-d {range} {echo} -j ACCEPT"));
         input("ICMP errors", format!("-d {range} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"));
         if family == Family::V6 {
@@ -131,10 +138,6 @@ fn filter_rules(push: Push, program: &Program, family: Family, f: &FamilyProgram
             }
         }
         for protocol in ["udp", "tcp"] {
-            for link in &program.outside {
-                let from = format!("-d {} -i {link} -p {protocol} --dport 53", f.dns());
-                input("DNS from outside", format!("{from} -j DROP"));
-            }
             input("DNS", format!("-d {} -p {protocol} --dport 53 -j ACCEPT", f.dns()));
         }
         // From elsewhere what is published comes by the ingress address; only new ones: a client may have got the number as

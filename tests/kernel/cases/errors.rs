@@ -239,6 +239,9 @@ fn one_family(cx: &mut Cx) -> Result<()> {
     wait_until("IPv4 is served", Duration::from_secs(15), || Ok(v4(&["p11", "p12"]).is_ok()))?;
     let routes = sh(cx, n1, "ip -6 route show table local dev lo")?.stdout;
     ensure!(!routes.contains("fd00:200::/112"), "a route that nothing guards: {routes}");
+    // The first retries have been: what is published by IPv6 is refused at once all the same.
+    std::thread::sleep(Duration::from_secs(3));
+    check::refused(&t.ext.connect(Proto::Tcp, n1.at(Family::V6, 30080), 1)?)?;
     m.endpoints("web", &[t.pod("p12")]);
     m.write()?;
     wait_until("IPv4 follows", Duration::from_secs(40), || Ok(v4(&["p12"]).is_ok()))?;

@@ -5,6 +5,8 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
+use nix::errno::Errno;
+
 use super::Iptables;
 use crate::{
     dataplane::{
@@ -142,6 +144,14 @@ impl Iptables {
                             reason.get_or_insert_with(|| Error::Failed {
                                 object: format!("ipset {} {}", spec.name, change.entry.key),
                                 reason: why.replace(SCRATCH, &spec.name),
+                            });
+                        }
+                        // What memory has no room for any more.
+                        Err(Error::Transient { reason: why, .. }) if why == Errno::ENOMEM.desc() => {
+                            refused.insert(*owner, elements.get(owner).copied().flatten());
+                            reason.get_or_insert_with(|| Error::Failed {
+                                object: format!("ipset {} {}", spec.name, change.entry.key),
+                                reason: why,
                             });
                         }
                         Err(e) => return Err(e),
