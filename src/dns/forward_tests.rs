@@ -538,7 +538,7 @@ fn a_datagram_that_is_lost_is_sent_again_soon() {
     let begun = Instant::now();
     assert_eq!(told(&ask(at, "lost.example.", RecordType::A)), "lost.example. 192.0.2.1");
     let took = begun.elapsed();
-    assert!((Duration::from_millis(500)..Duration::from_millis(1600)).contains(&took), "{took:?}");
+    assert!((Duration::from_millis(500)..Duration::from_millis(2500)).contains(&took), "{took:?}");
     assert_eq!(asked.lock().unwrap()["lost.example."], 2);
 }
 
