@@ -582,7 +582,11 @@ fn two_agents(cx: &mut Cx) -> Result<()> {
     first.wait_for_log("agent starts", Duration::from_secs(15))?;
     let before = n1.snapshot()?;
     let dir = m.dir.to_string_lossy().into_owned();
-    let commands: [&[&str]; 3] = [&["agent", "--source", &dir], &["apply", &dir], &["cleanup"]];
+    // With another folder: with the agent's own it waits for that one.
+    let elsewhere = cx.dir.join("elsewhere");
+    std::fs::create_dir_all(&elsewhere)?;
+    let elsewhere = elsewhere.to_string_lossy().into_owned();
+    let commands: [&[&str]; 3] = [&["agent", "--source", &dir], &["apply", &elsewhere], &["cleanup"]];
     for command in commands {
         let out = meshlb.run(n1, command)?;
         cx.note(&out);
