@@ -124,7 +124,8 @@ impl Buckets {
         let bucket = state.by_client.entry(client).or_insert(Bucket { left: full, seen: now });
         let passed = now.saturating_duration_since(bucket.seen).as_secs_f64();
         bucket.left = (bucket.left + passed * self.per_second).min(full);
-        bucket.seen = now;
+        // An answer is charged at the time when its question came, which may be before what was charged last.
+        bucket.seen = bucket.seen.max(now);
         let may = bucket.left >= 1.0;
         if may {
             bucket.left -= 1.0;
@@ -157,6 +158,17 @@ mod tests {
         assert_eq!(take("8.8.8.8", false, Duration::ZERO) + take("2001:db8::1", false, Duration::ZERO), 20);
         let free = Rate::new(0);
         assert!((0..1000).all(|_| free.take(ip("10.0.0.1"), true, start)));
+    }
+
+    #[test]
+    fn what_came_earlier_and_is_charged_later_earns_nothing() {
+        let rate = Rate::new(10);
+        let start = Instant::now();
+        let got = |at| {
+            let at = start + Duration::from_secs(at);
+            (0..100).filter(|_| rate.take(ip("10.0.0.1"), true, at)).count()
+        };
+        assert_eq!([got(10), got(6), got(10), got(11)], [20, 0, 0, 10]);
     }
 
     #[test]
