@@ -31,8 +31,9 @@ use crate::metrics::DnsMetrics;
 const COUNT: Duration = Duration::from_secs(10);
 /// Lookups that a zone may have at once, however many zones there are.
 const FEWEST: usize = 4;
-/// Questions that wait for an answer at once, many of them for the same one: each takes some memory, and nothing else.
-const MOST_WAITING: usize = 16_384;
+/// Questions that wait for an answer at once, many of them for the same one: each takes some memory, and nothing else. Each zone
+/// has its part of them.
+pub(super) const MOST_WAITING: usize = 16_384;
 
 /// Upstreams of one zone: `corp.example=10.0.0.53`, with `+` between several.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -106,7 +107,6 @@ pub struct Forwarder {
     cache: Arc<Cache>,
     /// What they are asked.
     running: Running,
-    waiting: Arc<Places>,
     probe: Arc<Probe>,
     metrics: DnsMetrics,
 }
@@ -118,6 +118,8 @@ struct Zone {
     /// Lookups that run. Each takes sockets, and the agent has other uses for those; and one zone whose upstreams say nothing
     /// must not keep others from being asked.
     running: Arc<Places>,
+    /// Questions that wait for those: of the dead zone, too, they are the most.
+    waiting: Arc<Places>,
 }
 
 impl fmt::Debug for Forwarder {
@@ -140,14 +142,19 @@ impl Forwarder {
         metrics: DnsMetrics,
     ) -> Result<Self, String> {
         let zones = config.zones.len() + usize::from(!config.upstreams.is_empty());
-        let each = (most / zones.max(1)).max(FEWEST);
+        let share = |most: usize| (most / zones.max(1)).max(FEWEST);
         let build = |zone: &Name, upstreams: &[SocketAddr]| {
             let known = upstreams.iter().map(|at| {
                 let counted = Counted { metrics: metrics.clone(), upstream: *at, zone: zone.clone() };
                 (counted, probe.state(zone, *at))
             });
             Upstreams::new(known)
-                .map(|upstreams| Zone { name: zone.clone(), upstreams, running: Places::new(each, 2) })
+                .map(|upstreams| Zone {
+                    name: zone.clone(),
+                    upstreams,
+                    running: Places::new(share(most), 2),
+                    waiting: Places::new(share(MOST_WAITING), 2),
+                })
                 .map(Arc::new)
                 .map_err(|e| format!("upstreams {upstreams:?}: {e}"))
         };
@@ -160,8 +167,7 @@ impl Forwarder {
         }
         zones.sort_by_key(|zone| std::cmp::Reverse(zone.name.iter().count()));
         let cache = Arc::new(Cache::new(config.cache, ours.clone()));
-        let waiting = Places::new(MOST_WAITING, 2);
-        Ok(Self { zones, cache, running: Running::default(), waiting, probe, metrics })
+        Ok(Self { zones, cache, running: Running::default(), probe, metrics })
     }
 
     fn zone(&self, name: &Name) -> Option<&Arc<Zone>> {
@@ -189,7 +195,7 @@ impl Forwarder {
             return Some(Arc::new(answer));
         }
         self.metrics.cache_misses.inc();
-        let waiting = self.waiting.take(client);
+        let waiting = zone.waiting.take(client);
         let begin = || self.begin(zone, &query, client);
         let lookup = waiting.as_ref().and_then(|_| self.running.join(&query, Instant::now(), begin));
         let Some(lookup) = lookup else {

@@ -18,7 +18,7 @@ use hickory_proto::{
 };
 
 use super::{
-    forward::{ForwardConfig, Forwarder},
+    forward::{ForwardConfig, Forwarder, MOST_WAITING},
     server::{Server, more_files},
     server_tests::{at, config, connect, serve, upstream_that},
     tests::{dnsrr, put, some, zone},
@@ -493,6 +493,35 @@ fn a_zone_whose_upstream_is_dead_takes_no_place_from_others() {
         // Half of the places are its own; who has none gets no answer, and may ask again.
         assert_eq!(dead.iter().filter(|answer| answer.is_none()).count(), 4);
         assert!(dead.iter().flatten().all(|answer| answer.code == ResponseCode::ServFail));
+    });
+}
+
+/// Who asks it the same again and again.
+#[test]
+fn who_waits_for_a_dead_zone_is_in_nobody_elses_way() {
+    let ((dead, _), (good, _)) = (silent(), good());
+    let config = ForwardConfig {
+        upstreams: vec![good],
+        zones: vec![format!("corp.example={dead}").parse().unwrap()],
+        cache: 100,
+    };
+    let probe = Arc::new(Probe::new(&config.all()));
+    let forwarder = Forwarder::new(&config, &zone().name, 8, probe, DnsMetrics::default()).unwrap();
+    let lookup = async |i: u8, of: &str| {
+        forwarder.lookup(&Query::query(name(of), RecordType::A), [10, 0, 0, i].into()).await
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let waiting = (0..MOST_WAITING).map(|i| lookup(u8::from(i % 2 == 0), "www.corp.example."));
+        let waiting = futures::future::join_all(waiting);
+        let others = async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            futures::future::join_all([0, 1, 2].map(|i| lookup(i, "www.example."))).await
+        };
+        let (dead, others) = futures::future::join(waiting, others).await;
+        let answered = |answer: &Option<Arc<_>>| answer.is_some();
+        assert!(others.iter().all(answered), "{others:?}");
+        assert_eq!(dead.iter().flatten().count(), MOST_WAITING / 2);
     });
 }
 
