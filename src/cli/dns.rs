@@ -22,6 +22,7 @@ use crate::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
         names::Names,
+        ports,
         records::{Context, ServiceNames},
         server::{Config, Server},
         unknown::Unknown,
@@ -157,7 +158,8 @@ impl DnsOptions {
         }
         let private = || PRIVATE.iter().filter_map(|range| range.parse().ok()).collect();
         let allow = if self.dns_allow.is_empty() { private() } else { self.dns_allow.clone() };
-        Ok(Some(Config { listen, allow, rate: self.dns_rate, forward, remembered: HashSet::new() }))
+        let (rate, remembered, ports) = (self.dns_rate, HashSet::new(), ports::DEFAULT);
+        Ok(Some(Config { listen, allow, rate, forward, remembered, ports }))
     }
 
     /// What is looked up where. A zone that is named more than once has all of its upstreams, as the root zone has those of
@@ -313,6 +315,7 @@ impl Feed {
         let server = match options.dns.config(ranges)? {
             None => None,
             Some(mut config) => {
+                config.ports = ports::of_clients(&options.proc_sys);
                 config.remembered = labels.map(|label| label.to_ascii_lowercase().into_bytes()).collect();
                 match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {
                     Ok(server) => Some(server),

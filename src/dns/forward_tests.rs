@@ -525,6 +525,34 @@ fn who_waits_for_a_dead_zone_is_in_nobody_elses_way() {
     });
 }
 
+/// What is sent again is sent by the same socket: each has a port, of which the node has few.
+#[test]
+fn a_lookup_takes_a_port_of_each_upstream_and_no_more() {
+    let from = Arc::new(Mutex::new(Vec::new()));
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let upstream = socket.local_addr().unwrap();
+    let heard = from.clone();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
+            if question.queries[0].name().to_ascii() == "www.example." {
+                heard.lock().unwrap().push((from.port(), question.metadata.id));
+            }
+        }
+    });
+    let at = at(36);
+    let mut config = config(at);
+    config.forward.upstreams = vec![upstream];
+    let _server = serve(&config, &mut some(), &DnsMetrics::default());
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.send_to(&question("www.example.", RecordType::A).to_vec().unwrap(), at).unwrap();
+    thread::sleep(Duration::from_millis(1700));
+    let sent = from.lock().unwrap().clone();
+    assert_eq!(sent.len(), 3, "{sent:?}");
+    assert!(sent.iter().all(|one| *one == sent[0]), "{sent:?}");
+}
+
 #[test]
 fn upstreams_that_are_known_to_be_dead_are_not_waited_for() {
     let (dead, _) = silent();

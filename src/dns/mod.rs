@@ -21,6 +21,7 @@ pub mod message;
 pub mod names;
 mod places;
 mod pool;
+pub mod ports;
 pub mod records;
 mod running;
 pub mod server;

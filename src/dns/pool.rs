@@ -17,8 +17,6 @@ use super::{answer::Answer, counted::Counted, message::LARGEST_UDP, udp::Connect
 
 /// An upstream has this long for one try.
 const TRY: Duration = Duration::from_secs(2);
-/// A datagram may get lost: without an answer it is sent again after this long, twice in a try.
-const AGAIN: Duration = Duration::from_millis(600);
 /// All tries together: clients wait 5 s (resolv.conf(5)).
 const ALL: Duration = Duration::from_secs(4);
 /// The same where none of them has answered when it was last looked at: who waits for them is in the way of others.
@@ -29,15 +27,16 @@ const TRIES: usize = 2;
 const AT_ONCE: usize = 2;
 /// While none of them says anything one more is asked, after each of these.
 const NEXT: Duration = Duration::from_millis(400);
-/// So many at once and no more.
-const MOST: usize = 3;
+/// So many at once and no more. Each is asked by a socket of its own.
+pub(super) const MOST: usize = 3;
 
-/// hickory-resolver connects, and a question is sent again when it is time. By its own measure that is after many seconds where an
-/// upstream has said of some names that there are none: it takes that for a failure, and slower (`NameServer::send_inner`, 0.26.3).
+/// hickory-resolver connects, and the socket sends a question again when it is time ([`Connecting`]). By the resolver's own measure that
+/// is after many seconds where an upstream has said of some names that there are none: it takes that for a failure, and slower
+/// (`NameServer::send_inner`, 0.26.3); and each sending has a socket of its own there.
 #[derive(Clone, Default)]
 struct Connect(Connecting);
 
-/// A connection by which questions are sent again after [`AGAIN`].
+/// A connection by which the resolver sends nothing again.
 #[derive(Clone)]
 struct Connection(DnsExchange<Connecting>);
 
@@ -66,7 +65,8 @@ impl DnsHandle for Connection {
     type Runtime = Connecting;
 
     fn send(&self, mut request: DnsRequest) -> Self::Response {
-        request.options_mut().retry_interval = AGAIN;
+        // After the try is over.
+        request.options_mut().retry_interval = 2 * TRY;
         self.0.send(request)
     }
 }

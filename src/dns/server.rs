@@ -29,6 +29,7 @@ use super::{
     handler::{Action, Handler, Shared, Transport},
     limit::{Allowed, Rate},
     places::Places,
+    ports::lookups,
     table::Table,
     tcp::serve_tcp,
     upstream::Probe,
@@ -60,6 +61,8 @@ pub struct Config {
     pub forward: ForwardConfig,
     /// Services and aliases that there were when names were answered last, in lower case.
     pub remembered: HashSet<Vec<u8>>,
+    /// Ports that the node has for who asks others.
+    pub ports: usize,
 }
 
 /// A running server.
@@ -101,9 +104,7 @@ impl Server {
         let elsewhere = if config.forward.is_empty() {
             None
         } else {
-            // A lookup is up to twelve sockets: four sendings to each of three upstreams. Of four files one is left, for
-            // connections and for the rest of the agent.
-            let most = (files / 16).max(64);
+            let most = lookups(files, config.ports);
             let forwarder = Forwarder::new(&config.forward, &zone.name, most, probe.clone(), metrics.clone());
             Some(Arc::new(forwarder.map_err(io::Error::other)?))
         };

@@ -36,6 +36,7 @@ pub(super) fn config(listen: SocketAddr) -> Config {
         rate: 0,
         forward: ForwardConfig { cache: 100, ..Default::default() },
         remembered: Default::default(),
+        ports: super::ports::DEFAULT,
     }
 }
 
