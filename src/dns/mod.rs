@@ -31,6 +31,7 @@ mod tcp;
 mod udp;
 pub mod unknown;
 pub mod upstream;
+mod waiting;
 pub mod zone;
 
 #[cfg(test)]

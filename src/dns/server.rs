@@ -6,7 +6,6 @@ use std::{
     net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::AtomicUsize,
         mpsc::{SyncSender, sync_channel},
     },
     time::{Duration, Instant},
@@ -33,6 +32,7 @@ use super::{
     table::Table,
     tcp::serve_tcp,
     upstream::Probe,
+    waiting::Budget,
     zone::Zone,
 };
 use crate::metrics::DnsMetrics;
@@ -83,7 +83,7 @@ struct Serving {
     handler: Arc<Handle>,
     connections: Arc<Places>,
     /// Bytes of answers that wait for clients to take them.
-    waiting: Arc<AtomicUsize>,
+    waiting: Arc<Budget>,
     more: Option<SyncSender<Arc<Asking>>>,
 }
 

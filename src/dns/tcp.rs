@@ -1,16 +1,6 @@
 //! DNS over TCP (RFC 7766).
 
-use std::{
-    collections::VecDeque,
-    io,
-    net::SocketAddr,
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::VecDeque, io, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use hickory_proto::op::ResponseCode;
@@ -32,6 +22,7 @@ use super::{
     forward::Forwarder,
     handler::{Action, Handler, Transport},
     places::Places,
+    waiting::{Budget, Waiting},
 };
 
 /// A connection without a question is closed after this long (RFC 7766, 6.2.3 leaves it to the server).
@@ -48,13 +39,7 @@ const LINGER: Duration = Duration::from_secs(1);
 const AT_ONCE: usize = 16;
 /// No question is longer: a name has 255 bytes, and what comes with it (RFC 6891) not many more.
 const LONGEST: u16 = 4096;
-/// Bytes of answers that wait for their client. Who takes so few of them is asked nothing more for, so that what a connection
-/// holds in memory is little, however much it asks.
-const WAITING: usize = 128 << 10;
-
-/// Bytes of answers of all connections that wait. While there are more, no question is taken.
-const WAITING_OF_ALL: usize = 32 << 20;
-/// So often it is looked whether there are fewer.
+/// While too many bytes of answers wait for clients, it is looked this often whether there are fewer.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Answers connections. `all` are the bytes of answers that wait, here and at other addresses.
@@ -62,7 +47,7 @@ pub(super) async fn serve_tcp(
     listener: TcpListener,
     handler: Arc<Handler<Forwarder>>,
     places: Arc<Places>,
-    all: Arc<AtomicUsize>,
+    all: Arc<Budget>,
 ) {
     loop {
         let (stream, from) = match listener.accept().await {
@@ -97,14 +82,14 @@ async fn converse(
     mut stream: TcpStream,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
-    all: &AtomicUsize,
+    all: &Arc<Budget>,
 ) -> io::Result<()> {
     // An answer is one write.
     stream.set_nodelay(true)?;
     let (mut reader, mut writer) = stream.split();
     let (asked, questions) = channel(1);
     {
-        let mut answering = pin!(answer(&mut writer, questions, from, handler, Waiting::new(all)));
+        let mut answering = pin!(answer(&mut writer, questions, from, handler, Waiting::new(all, from.ip())));
         tokio::select! {
             answered = &mut answering => answered?,
             // What has been asked is answered all the same.
@@ -148,13 +133,29 @@ async fn answer(
     mut questions: Receiver<Question>,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
-    waiting: Waiting<'_>,
+    waiting: Waiting,
 ) -> io::Result<()> {
     let waiting = &waiting;
     let mut running = FuturesUnordered::new();
     let mut ready = Ready { waiting, replies: VecDeque::new(), sent: 0, until: Instant::now() };
     let mut more = true;
+    // A question that came while there is too much, and since when it is others' that is.
+    let mut held: Option<(Question, Instant)> = None;
     loop {
+        if let Some((_, since)) = &mut held {
+            if !waiting.is_much_elsewhere() {
+                *since = Instant::now();
+            } else if since.elapsed() > SLOW {
+                // Its client may have more luck with someone else.
+                handler.metrics.limited("send");
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+        }
+        if !waiting.is_much()
+            && let Some(((packet, place), _)) = held.take()
+        {
+            running.push(async move { (reply(packet, from, handler, waiting).await, place) });
+        }
         tokio::select! {
             // What is ready goes before what is new, or it would heap up.
             biased;
@@ -162,58 +163,23 @@ async fn answer(
             Some((reply, place)) = running.next() => match reply {
                 Some(reply) => ready.push(reply, place)?,
                 // What has no answer ends the connection, since silence would have the client wait; but not for the others.
-                None => more = false,
+                None => (more, held) = (false, None),
             },
-            question = questions.recv(), if more && !waiting.is_much() => match question {
-                Some((packet, place)) => {
-                    running.push(async move { (reply(packet, from, handler, waiting).await, place) });
-                }
+            // Whether there is room is asked again when it is there: meanwhile others may have taken it.
+            question = questions.recv(), if more && held.is_none() => match question {
+                Some(question) => held = Some((question, Instant::now())),
                 None => more = false,
             },
             // Others' answers have to be taken first, and nobody tells that they were.
-            () = tokio::time::sleep(LOOK), if more && waiting.is_much() => {}
+            () = tokio::time::sleep(LOOK), if held.is_some() => {}
             else => return Ok(()),
         }
     }
 }
 
-/// Bytes of answers that wait for their clients: those of one connection, and of all.
-struct Waiting<'a> {
-    own: AtomicUsize,
-    all: &'a AtomicUsize,
-}
-
-impl<'a> Waiting<'a> {
-    fn new(all: &'a AtomicUsize) -> Self {
-        Self { own: AtomicUsize::new(0), all }
-    }
-
-    /// Whether more would be too much.
-    fn is_much(&self) -> bool {
-        self.own.load(Ordering::Relaxed) > WAITING || self.all.load(Ordering::Relaxed) > WAITING_OF_ALL
-    }
-
-    fn add(&self, bytes: usize) {
-        self.own.fetch_add(bytes, Ordering::Relaxed);
-        self.all.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    fn remove(&self, bytes: usize) {
-        self.own.fetch_sub(bytes, Ordering::Relaxed);
-        self.all.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
-impl Drop for Waiting<'_> {
-    /// What was not taken is not waited for.
-    fn drop(&mut self) {
-        self.all.fetch_sub(*self.own.get_mut(), Ordering::Relaxed);
-    }
-}
-
 /// Answers that their client has not taken yet.
 struct Ready<'a> {
-    waiting: &'a Waiting<'a>,
+    waiting: &'a Waiting,
     /// As they are written, each with its place.
     replies: VecDeque<(Vec<u8>, OwnedSemaphorePermit)>,
     /// Bytes of the first that have been written.
@@ -260,7 +226,7 @@ async fn reply(
     packet: Vec<u8>,
     from: SocketAddr,
     handler: &Handler<Forwarder>,
-    waiting: &Waiting<'_>,
+    waiting: &Waiting,
 ) -> Option<Vec<u8>> {
     let patience = Instant::now() + EARLY;
     let mut action = handler.handle(&packet, from, Transport::Tcp);
@@ -313,6 +279,7 @@ mod tests {
             handler::Shared,
             limit::{Allowed, PRIVATE, Rate},
             tests::some,
+            waiting::OF_ALL,
         },
         metrics::DnsMetrics,
     };
@@ -333,6 +300,62 @@ mod tests {
         }
     }
 
+    async fn ask(client: &mut TcpStream) {
+        let mut question = Message::query();
+        let name = Name::from_ascii("vote.default.mesh.internal.").unwrap();
+        question.add_query(Query::query(name, RecordType::A));
+        let bytes = question.to_vec().unwrap();
+        client.write_u16(u16::try_from(bytes.len()).unwrap()).await.unwrap();
+        client.write_all(&bytes).await.unwrap();
+    }
+
+    /// More than may wait for all.
+    fn much_of_others(all: &Arc<Budget>) -> Waiting {
+        let others = Waiting::new(all, [10, 0, 0, 9].into());
+        others.add(OF_ALL + 1);
+        others
+    }
+
+    #[test]
+    fn who_has_waited_for_others_for_long_is_not_kept_waiting() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, from) = listener.accept().await.unwrap();
+            let (handler, all) = (handler(), Arc::default());
+            let _others = much_of_others(&all);
+            ask(&mut client).await;
+            let begun = Began::now();
+            let served = timeout(SLOW + IDLE, converse(stream, from, &handler, &all)).await.unwrap();
+            assert!(served.is_err_and(|e| e.kind() == io::ErrorKind::TimedOut));
+            assert!((SLOW..SLOW + SLOW / 2).contains(&begun.elapsed()), "{:?}", begun.elapsed());
+        });
+    }
+
+    /// Whoever else takes nothing.
+    #[test]
+    fn a_question_that_comes_when_there_is_no_room_any_more_waits() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+            let (stream, from) = listener.accept().await.unwrap();
+            let (handler, all) = (handler(), Arc::default());
+            let asking = async {
+                // It is being waited for while there is room.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                let others = much_of_others(&all);
+                ask(&mut client).await;
+                assert!(timeout(Duration::from_millis(300), client.read_u16()).await.is_err());
+                drop(others);
+                assert!(timeout(Duration::from_secs(5), client.read_u16()).await.unwrap().is_ok());
+                drop(client);
+            };
+            futures::future::join(asking, converse(stream, from, &handler, &all)).await.1.ok();
+        });
+    }
+
     #[test]
     fn while_too_much_waits_everywhere_no_question_is_taken() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -340,17 +363,13 @@ mod tests {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
             let (stream, from) = listener.accept().await.unwrap();
-            let (handler, all) = (handler(), AtomicUsize::new(WAITING_OF_ALL + 1));
+            let (handler, all) = (handler(), Arc::default());
+            let others = much_of_others(&all);
             let asking = async {
-                let mut question = Message::query();
-                let name = Name::from_ascii("vote.default.mesh.internal.").unwrap();
-                question.add_query(Query::query(name, RecordType::A));
-                let bytes = question.to_vec().unwrap();
-                client.write_u16(u16::try_from(bytes.len()).unwrap()).await.unwrap();
-                client.write_all(&bytes).await.unwrap();
+                ask(&mut client).await;
                 assert!(timeout(Duration::from_millis(300), client.read_u16()).await.is_err());
                 // Others have taken theirs.
-                all.store(0, Ordering::Relaxed);
+                drop(others);
                 let length = timeout(Duration::from_secs(5), client.read_u16()).await.unwrap().unwrap();
                 let mut answer = vec![0; length.into()];
                 client.read_exact(&mut answer).await.unwrap();
@@ -360,18 +379,7 @@ mod tests {
             let (answers, served) =
                 futures::future::join(asking, converse(stream, from, &handler, &all)).await;
             assert!(answers == 1 && served.is_ok(), "{answers} {served:?}");
-            assert_eq!(all.load(Ordering::Relaxed), 0);
+            assert_eq!(all.all(), 0);
         });
-    }
-
-    #[test]
-    fn what_a_connection_has_waiting_ends_with_it() {
-        let all = AtomicUsize::new(7);
-        let waiting = Waiting::new(&all);
-        waiting.add(WAITING + 1);
-        assert!(waiting.is_much() && !Waiting::new(&all).is_much());
-        waiting.remove(1);
-        drop(waiting);
-        assert_eq!(all.load(Ordering::Relaxed), 7);
     }
 }
