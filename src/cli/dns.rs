@@ -200,8 +200,9 @@ impl DnsOptions {
                 }
             }
         }
-        out.sort();
-        out.dedup();
+        // In their order: the first may be the zone's own.
+        let mut seen = HashSet::new();
+        out.retain(|address| seen.insert(*address));
         Ok(out)
     }
 }
@@ -710,9 +711,14 @@ mod tests {
     #[test]
     fn a_zone_says_where_it_is_served() {
         let ranges = PerFamily { v4: Some("10.200.0.0/16".parse().unwrap()), v6: None };
-        for (listen, want) in
-            [("vip", "10.200.0.2"), ("192.0.2.1", "192.0.2.1"), ("192.0.2.1,vip", "10.200.0.2")]
-        {
+        for (listen, want) in [
+            ("vip", "10.200.0.2"),
+            ("192.0.2.1", "192.0.2.1"),
+            ("192.0.2.1,vip", "10.200.0.2"),
+            ("192.0.2.9,192.0.2.1,192.0.2.9", "192.0.2.9"),
+            ("127.0.0.53,192.0.2.1", "192.0.2.1"),
+            ("127.0.0.53", "127.0.0.53"),
+        ] {
             let zone = options(&[&format!("--dns-listen={listen}")]).zone(ranges).unwrap();
             assert_eq!(zone.servers.v4.map(|ip| ip.to_string()).as_deref(), Some(want), "{listen}");
         }

@@ -73,13 +73,15 @@ impl Zone {
         Ok(Arc::new(Self { name: parsed, labels, ranges, servers }))
     }
 
-    /// The same, served at these addresses. Where the DNS address of a family is none of them, the first one is the zone's.
+    /// The same, served at these addresses. Where the DNS address of a family is none of them, the first one is the zone's: one of
+    /// loopback, which is another machine for who asks from elsewhere, only where there is no other.
     pub fn served_at(self: &Arc<Self>, listen: &[SocketAddr]) -> Arc<Self> {
         let mut servers = PerFamily::default();
         for family in Family::ALL {
             let mut of_family = listen.iter().map(SocketAddr::ip).filter(|ip| Family::of(ip) == family);
             let own = self.servers.get(family).copied().filter(|own| of_family.clone().any(|ip| ip == *own));
-            servers.set(family, own.or_else(|| of_family.next()));
+            let known = own.or_else(|| of_family.clone().find(|ip| !ip.is_loopback()));
+            servers.set(family, known.or_else(|| of_family.next()));
         }
         Arc::new(Self { name: self.name.clone(), labels: self.labels.clone(), ranges: self.ranges, servers })
     }
@@ -241,5 +243,6 @@ mod tests {
         assert_eq!(servers(&["192.0.2.1:53", "10.200.0.2:53", "[fd00:200::2]:53"]), "10.200.0.2 fd00:200::2");
         assert_eq!(servers(&["192.0.2.1:53", "192.0.2.2:5353"]), "192.0.2.1");
         assert_eq!(servers(&["[2001:db8::1]:53", "10.200.0.2:53"]), "10.200.0.2 2001:db8::1");
+        assert_eq!(servers(&["127.0.0.53:53", "[::1]:53", "192.0.2.2:53", "192.0.2.1:53"]), "192.0.2.2 ::1");
     }
 }
