@@ -245,12 +245,7 @@ impl Table {
     fn reverse(&self, name: &Name, kind: RecordType) -> Option<Answer> {
         let Ok(net) = name.parse_arpa_name() else { return self.below_reverse(name) };
         let (addr, whole) = (net.addr(), net.prefix_len() == net.max_prefix_len());
-        let soa = self.zone.reverse_soa(addr, self.serial);
-        let cut = soa.as_ref().map_or(0, |soa| soa.name.iter().count());
-        if soa.is_some() && name.iter().count() < cut {
-            // Above our zones, which is not ours.
-            return None;
-        }
+        let soa = self.zone.reverse_soa(net, self.serial);
         if !self.synced {
             return soa.map(|_| failure());
         }
@@ -305,11 +300,8 @@ impl Table {
             return None;
         }
         let parents = (3..labels).rev().map(|n| name.trim_to(n));
-        let (parent, net) = parents.filter_map(|p| Some((p.clone(), p.parse_arpa_name().ok()?))).next()?;
-        let soa = self.zone.reverse_soa(net.addr(), self.serial)?;
-        if parent.iter().count() < soa.name.iter().count() {
-            return None;
-        }
+        let net = parents.filter_map(|parent| parent.parse_arpa_name().ok()).next()?;
+        let soa = self.zone.reverse_soa(net, self.serial)?;
         if !self.synced {
             return Some(failure());
         }

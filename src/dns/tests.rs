@@ -191,6 +191,30 @@ fn nothing_is_said_before_the_source_has_told_everything() {
     assert_eq!(told(&ask(&table, "vote.default.mesh.internal.", RecordType::A)), "10.200.7.7");
 }
 
+/// Of a range that is smaller than a zone the addresses' names are ours, and nothing else of it, wherever in the zone it begins.
+#[test]
+fn of_a_zone_that_is_shared_only_the_addresses_are_ours() {
+    for (range, inside) in [("10.200.7.0/28", 3), ("10.200.7.16/28", 17)] {
+        let ranges = PerFamily { v4: range.parse().ok(), v6: "fd00:200::/126".parse().ok() };
+        let mut names = Names::new(Zone::new("mesh.internal", ranges).unwrap());
+        let table = published(&mut names);
+        for (name, kind, want) in [
+            ("7.200.10.in-addr.arpa.", RecordType::SOA, None),
+            ("7.200.10.in-addr.arpa.", RecordType::NS, None),
+            ("x.7.200.10.in-addr.arpa.", RecordType::A, None),
+            ("99.7.200.10.in-addr.arpa.", RecordType::PTR, None),
+            (&format!("{inside}.7.200.10.in-addr.arpa."), RecordType::PTR, Some("NXDomain")),
+            (&format!("x.{inside}.7.200.10.in-addr.arpa."), RecordType::PTR, Some("NXDomain")),
+        ] {
+            let got = ask_as(&table, None, name, kind).map(|answer| told(&answer));
+            let want = want.map(|code| format!("{code} SOA 7.200.10.in-addr.arpa. 5"));
+            assert_eq!(got, want, "{range} {name}");
+        }
+        let v6 = Name::from("fd00:200::".parse::<IpAddr>().unwrap()).trim_to(33).to_ascii();
+        assert!(ask_as(&table, None, &v6, RecordType::SOA).is_none(), "{v6}");
+    }
+}
+
 #[test]
 fn a_service_without_endpoints() {
     let mut names = Names::new(zone());

@@ -133,12 +133,13 @@ impl Zone {
         })
     }
 
-    /// Where an address that is asked for by name (`4.3.2.1.in-addr.arpa`) is in a reverse zone of ours, that zone's SOA
-    /// record.
-    pub fn reverse_soa(&self, addr: IpAddr, serial: u32) -> Option<Record> {
-        let range = self.ranges.get(Family::of(&addr)).filter(|range| range.contains(&addr))?;
+    /// Where an address that is asked for by name (`4.3.2.1.in-addr.arpa`), or all of those that a name stands for
+    /// (`3.2.1.in-addr.arpa`), are in a reverse zone of ours, that zone's SOA record.
+    pub fn reverse_soa(&self, net: IpNet, serial: u32) -> Option<Record> {
+        let addr = net.addr();
+        let range = self.ranges.get(Family::of(&addr)).filter(|range| range.contains(&net))?;
         // Zones are cut at octets (IPv6: at nibbles); the range may be larger than one of them. It may be smaller, too: addresses
-        // are no zones, so it is the one that they are in, where the rest of it is someone else's.
+        // are no zones, so it is the one that they are in, where the rest of it is someone else's, as is the zone itself.
         let (unit, labels) = if addr.is_ipv4() { (8, 4) } else { (4, 32) };
         let depth = usize::from(range.prefix_len().div_ceil(unit));
         let owner = Name::from(addr).trim_to(depth.min(labels - 1) + 2);
@@ -212,14 +213,15 @@ mod tests {
 
     #[test]
     fn reverse_zones_are_cut_at_labels() {
-        let soa = |ip: &str| zone().reverse_soa(ip.parse().unwrap(), 1).map(|r| r.name.to_ascii());
+        let net = |ip: &str| IpNet::from(ip.parse::<IpAddr>().unwrap());
+        let soa = |ip: &str| zone().reverse_soa(net(ip), 1).map(|r| r.name.to_ascii());
         assert_eq!(soa("10.200.7.9").as_deref(), Some("200.10.in-addr.arpa."));
         assert_eq!(soa("10.201.7.9"), None);
         let v6 = soa("fd00:200::5").unwrap();
         assert_eq!(v6, format!("{}0.0.2.0.0.0.d.f.ip6.arpa.", "0.".repeat(20)));
         let ranges = PerFamily { v4: Some("10.200.32.0/20".parse().unwrap()), v6: None };
         let small = Zone::new("m", ranges).unwrap();
-        let owner = small.reverse_soa("10.200.33.1".parse().unwrap(), 1).unwrap().name;
+        let owner = small.reverse_soa(net("10.200.33.1"), 1).unwrap().name;
         assert_eq!(owner.to_ascii(), "33.200.10.in-addr.arpa.");
         // No address is a zone of its own.
         let ranges = PerFamily {
@@ -227,7 +229,7 @@ mod tests {
             v6: Some("fd00:200::/126".parse().unwrap()),
         };
         let tiny = Zone::new("m", ranges).unwrap();
-        let soa = |ip: &str| tiny.reverse_soa(ip.parse().unwrap(), 1).map(|r| r.name.to_ascii());
+        let soa = |ip: &str| tiny.reverse_soa(net(ip), 1).map(|r| r.name.to_ascii());
         assert_eq!(soa("10.200.7.17").as_deref(), Some("7.200.10.in-addr.arpa."));
         assert_eq!(soa("10.200.7.1"), None);
         assert_eq!(soa("fd00:200::2"), Some(format!("{}0.0.2.0.0.0.d.f.ip6.arpa.", "0.".repeat(23))));
