@@ -17,7 +17,6 @@ use super::options::Options;
 use crate::{
     allocate::Allocations,
     compile::{CompiledService, endpoints::Place, service::is_served},
-    dataplane::{ElementChange, IpvsChange},
     dns::{
         forward::{ForwardConfig, ZoneForward, parse_upstream},
         limit::PRIVATE,
@@ -30,12 +29,11 @@ use crate::{
     },
     metrics::Metrics,
     model::{
-        ids::{Family, PerFamily, ServiceKey},
+        ids::{Family, PerFamily, Scope, ServiceKey},
         kernel::Element,
         node::nth_address,
         unread::Unread,
     },
-    plan::Op,
     reconcile::Engine,
 };
 
@@ -207,20 +205,20 @@ impl DnsOptions {
     }
 }
 
-/// Services that the kernel does not serve yet as they are answered: their virtual IPs, or ports of those, are still to come.
-fn to_come(engine: &Engine, ops: &[Op]) -> BTreeSet<ServiceKey> {
-    let vips = |key: &ServiceKey| engine.merged().services().get(key).map(|compiled| compiled.vips);
-    let installs = ops.iter().any(|op| matches!(op, Op::Install { .. }));
-    let of = |op: &Op| match op {
-        Op::Element(ElementChange::Put(Element::Vip(target), _)) => {
-            let key = op.owner(engine.merged())?;
-            vips(key)?.iter().any(|(_, vip)| *vip == target.addr).then(|| key.clone())
-        }
-        // Rules that are put in place bring all entries with them: what is new is known by its IPVS service.
-        Op::Ipvs(IpvsChange::AddService(..)) if installs => op.owner(engine.merged()).cloned(),
-        _ => None,
+/// Services that the kernel does not serve yet as they are answered: one of their virtual IPs is to have entries and has none that
+/// leads to them. One with some is served there, though a port may yet come; one that is to have none (in mode DNSRR, or without
+/// endpoints) needs nothing of the kernel.
+fn to_come(engine: &Engine) -> BTreeSet<ServiceKey> {
+    let comes = |service: &CompiledService| {
+        let marks = service.ports.iter().filter_map(|port| port.marks.get(&Scope::Vip).copied()).collect();
+        service.vips.iter().any(|(_, vip)| {
+            let at = |element: &&Element| matches!(element, Element::Vip(target) if target.addr == *vip);
+            let mut entries = service.elements.keys().filter(at).peekable();
+            entries.peek().is_some() && !entries.any(|element| engine.is_led(element, &marks))
+        })
     };
-    ops.iter().filter_map(of).collect()
+    let services = engine.merged().services().iter();
+    services.filter(|(_, service)| comes(service)).map(|(key, _)| key.clone()).collect()
 }
 
 /// The names of all services, for who only looks.
@@ -434,9 +432,9 @@ impl Feed {
     /// Takes over the services that were compiled, where that has not been done yet: an agent that starts again answers as soon
     /// as it knows them, and not only when what has changed meanwhile is in the kernel. Those that are only then in the kernel
     /// may be there by their names, but nothing more is said of them.
-    pub fn begin(&mut self, engine: &Engine, ops: &[Op]) {
+    pub fn begin(&mut self, engine: &Engine) {
         if self.server.is_some() && !self.published && !engine.merged().services().is_empty() {
-            self.take_over(engine, &to_come(engine, ops));
+            self.take_over(engine, &to_come(engine));
         }
     }
 
@@ -476,10 +474,11 @@ mod tests {
     use crate::{
         dataplane::fake::FakeKernel,
         model::{
-            fixtures::{endpoint, port, service, slice},
+            fixtures::{endpoint, port, published, service, slice},
             service::{FamilyPolicy, Mode, Service, ServicePort},
             snapshot::Event,
         },
+        plan::Op,
         reconcile::tests::{after_a_restart, endpoints, engine, now, service_with},
     };
 
@@ -691,7 +690,7 @@ mod tests {
         again.synced(Unread::default());
         let ops = again.prepare(true, now()).unwrap();
         let mut feed = feed(&again);
-        feed.take_over(&again, &to_come(&again, &ops));
+        feed.take_over(&again, &to_come(&again));
         assert!(feed.a("vote.default").starts_with("10.200."), "an endpoint moved, and no more");
         assert_eq!(feed.a("db.default"), "10.244.1.3", "it needs nothing of the kernel");
         assert_eq!(
@@ -706,6 +705,42 @@ mod tests {
             (feed.a("moving.default").as_str(), feed.a("else.default").as_str()),
             ("10.200.0.9", "NXDomain")
         );
+    }
+
+    /// What the kernel serves, and what it needs nothing of it for, is answered; what has moved is not, whichever way it comes.
+    #[test]
+    fn what_is_to_come_is_what_the_kernel_has_no_entry_of() {
+        for installs in [false, true] {
+            let kernel = FakeKernel::default();
+            let at = |name: &str, vip: &str, ports: &[u16]| {
+                let ports = ports.iter().map(|n| port(*n, 8080)).collect();
+                let vips = vec![vip.parse().unwrap()];
+                Event::Service(Service { ports, vips, ..service(name) }.into())
+            };
+            let of = |name: &str| endpoints(name, &["10.244.1.1"]);
+            let published_dnsrr = || {
+                let ports = vec![published(90, 8080, Some(30090))];
+                Event::Service(Service { mode: Mode::Dnsrr, ports, ..service("db") }.into())
+            };
+            let mut first = engine(&kernel, Allocations::default());
+            first.feed([at("grows", "10.200.0.7", &[80]), at("moves", "10.200.0.8", &[80])]);
+            first.feed([at("empty", "10.200.0.6", &[80]), at("loses", "10.200.0.5", &[80])]);
+            first.feed(["grows", "moves", "loses"].map(of));
+            first.synced(Unread::default());
+            first.turn(true, now()).unwrap();
+            let mut again = after_a_restart(&kernel, &first);
+            again.feed([at("grows", "10.200.0.7", &[80, 81]), at("moves", "10.200.0.9", &[80])]);
+            again.feed([at("empty", "10.200.0.6", &[80, 81]), at("takes", "10.200.0.5", &[80])]);
+            again.feed([published_dnsrr(), at("new", "10.200.0.10", &[80])]);
+            again.feed(["grows", "moves", "takes", "db", "new"].map(of));
+            again.synced(Unread::default());
+            if let Some(program) = kernel.lock().state.program.as_mut().filter(|_| installs) {
+                program.uplinks.push("gone0".into());
+            }
+            let ops = again.prepare(true, now()).unwrap();
+            assert_eq!(ops.iter().any(|op| matches!(op, Op::Install { .. })), installs, "{ops:?}");
+            assert_eq!(to_come(&again), ["moves", "takes", "new"].map(key).into(), "{installs}");
+        }
     }
 
     #[test]

@@ -172,10 +172,10 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 }
 
 impl Observer for Watcher {
-    fn before_apply(&mut self, engine: &Engine, ops: &[Op]) -> Result<(), String> {
+    fn before_apply(&mut self, engine: &Engine, _: &[Op]) -> Result<(), String> {
         // After a restart what is answered is there already; on a kernel without anything of ours it has yet to come.
         if !engine.found_nothing() {
-            self.dns.begin(engine, ops);
+            self.dns.begin(engine);
         }
         match self.save(engine) {
             // Endpoints that are gone must not stay because a disk is full.

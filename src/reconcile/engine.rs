@@ -521,6 +521,11 @@ impl Engine {
         Ok((ops, observed))
     }
 
+    /// Whether the kernel has an entry that leads there, as far as is known.
+    pub fn is_led(&self, element: &Element, marks: &BTreeSet<Mark>) -> bool {
+        self.known.elements.get(element).copied().flatten().is_some_and(|mark| marks.contains(&mark))
+    }
+
     /// Services of which no turn has told yet: they have changed, or were compiled and not programmed.
     pub fn untold(&self) -> impl Iterator<Item = &ServiceKey> {
         self.dirty.union(&self.settled)

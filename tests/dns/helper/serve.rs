@@ -31,8 +31,8 @@ use meshlb::{
 struct Served(Feed);
 
 impl Observer for Served {
-    fn before_apply(&mut self, engine: &Engine, ops: &[Op]) -> Result<(), String> {
-        self.0.begin(engine, ops);
+    fn before_apply(&mut self, engine: &Engine, _: &[Op]) -> Result<(), String> {
+        self.0.begin(engine);
         Ok(())
     }
 
