@@ -413,9 +413,10 @@ impl Feed {
     fn note_unread(&mut self, engine: &Engine) -> bool {
         let now = engine.unread();
         let unread = self.never_read.as_ref().map_or_else(|| now.clone(), |before| before.and(now));
-        let meant = engine.held().iter().chain(&unread.services).chain(&self.to_come);
-        let unnamed = meant.filter(|key| self.names.get(key).is_none()).cloned().collect();
-        let unknown = Unknown::new(&unread, &unnamed);
+        let unnamed = |key: &&ServiceKey| self.names.get(key).is_none();
+        let meant = engine.held().iter().chain(&unread.services).filter(unnamed).cloned().collect();
+        let coming = self.to_come.iter().filter(unnamed).cloned().collect();
+        let unknown = Unknown::new(&unread, &meant, &coming);
         self.never_read = Some(unread);
         self.names.set_unknown(unknown)
     }
@@ -697,6 +698,8 @@ mod tests {
             (feed.a("new.default").as_str(), feed.a("moving.default").as_str()),
             ("ServFail", "ServFail")
         );
+        let name = Name::from_ascii("new.default.mesh.internal.").unwrap();
+        assert!(feed.names.publish(true).answer(&name, RecordType::A, None).unwrap().soon);
         assert_eq!(again.apply(&ops), vec![]);
         let services = again.take_settled();
         feed.update(&again, &services, None);

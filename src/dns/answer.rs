@@ -39,6 +39,8 @@ pub struct Answer {
     pub authorities: Vec<Record>,
     /// Additional section, without EDNS.
     pub additionals: Vec<Record>,
+    /// Whether it fails for now only: what it lacks is known as soon as the kernel serves what the source says.
+    pub soon: bool,
 }
 
 impl Answer {
@@ -103,7 +105,7 @@ impl Table {
             [] => self.apex(name, kind),
             [namespace] => match self.namespaces.get(namespace.to_ascii_lowercase().as_slice()) {
                 Some(_) => self.no_data(NEGATIVE_TTL),
-                None if self.unknown.may_be_in(namespace) => failure(),
+                None if self.unknown.may_be_in(namespace) => self.unnamed(Some(namespace)),
                 None => self.no_name(),
             },
             [before @ .., service, namespace] if before.len() <= 2 => {
@@ -113,7 +115,7 @@ impl Table {
                         self.of_service(name, before, kind, service).unwrap_or_else(|| self.no_name())
                     }
                     None if self.unknown.may_be_in(namespace) && may_stand_before_a_service(before) => {
-                        failure()
+                        self.unnamed(Some(namespace))
                     }
                     None => self.no_name(),
                 }
@@ -259,7 +261,7 @@ impl Table {
                     Answer { answers: vec![ns], ..Answer::default() }
                 }
                 // A virtual IP of a service that can't be read.
-                _ if whole && self.unknown.may_have_services() => failure(),
+                _ if whole && self.unknown.may_have_services() => self.unnamed(None),
                 _ => {
                     let code = if whole { ResponseCode::NXDomain } else { ResponseCode::NoError };
                     Answer { code, authorities: vec![soa], ..Answer::default() }
@@ -340,7 +342,7 @@ impl Table {
                 }
                 Some(answer)
             }
-            None => may_be_here(namespace).then(failure),
+            None => may_be_here(namespace).then(|| self.unnamed(Some(namespace.as_bytes()))),
         }
     }
 
@@ -360,6 +362,11 @@ impl Table {
     fn no_data(&self, ttl: u32) -> Answer {
         let soa = self.zone.soa(self.serial, ttl.min(NEGATIVE_TTL));
         Answer { authorities: vec![soa], ..Answer::default() }
+    }
+
+    /// What may be there besides what is known, in a namespace or in any.
+    fn unnamed(&self, namespace: Option<&[u8]>) -> Answer {
+        Answer { soon: self.unknown.is_coming(namespace), ..failure() }
     }
 
     fn no_name(&self) -> Answer {

@@ -76,7 +76,7 @@ impl Cache {
             code: message.metadata.response_code,
             answers: message.answers.into_iter().map(aged).collect(),
             authorities: message.authorities.into_iter().map(aged).collect(),
-            additionals: Vec::new(),
+            ..Answer::default()
         })
     }
 

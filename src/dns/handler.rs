@@ -97,8 +97,8 @@ pub struct Handler<E> {
     pub rate: Rate,
     /// What is counted.
     pub metrics: DnsMetrics,
-    /// Until when questions about our names wait for the source to be read: they get no answer, since a client asks again
-    /// after silence (resolv.conf(5): after 5 s) and takes a SERVFAIL as final.
+    /// Until when questions about our names wait for the source to be read, and for the kernel to serve what it says: they get no
+    /// answer, since a client asks again after silence (resolv.conf(5): after 5 s) and takes a SERVFAIL as final.
     pub patient_until: Instant,
     /// Services and aliases of earlier runs, in lower case, by which names of endpoints are told from the world's until then.
     pub remembered: HashSet<Vec<u8>>,
@@ -184,16 +184,17 @@ impl<E: Elsewhere> Handler<E> {
             return code(ResponseCode::Refused);
         }
         let table = self.shared.table.load();
-        let early = self.is_early(&table);
         // An address of the node is many clients': none of them a pod whose namespace is known.
         let pod = (!self.shared.node.load().contains(&client)).then_some(client);
         if let Some(answer) = table.answer(name, kind, pod) {
+            let early = self.is_early(&table, &answer);
             return if early { Decision::TooEarly } else { Decision::Answer(answer, "mesh") };
         }
         if !table.is_synced() && self.may_be_ours(name, kind, pod.is_some()) {
             // What others say of it would be taken for the truth, too.
-            let failed = || Decision::Answer(Answer::code(ResponseCode::ServFail), "mesh");
-            return if early { Decision::TooEarly } else { failed() };
+            let failed = Answer::code(ResponseCode::ServFail);
+            let early = self.is_early(&table, &failed);
+            return if early { Decision::TooEarly } else { Decision::Answer(failed, "mesh") };
         }
         match &self.elsewhere {
             // Who asks us without wanting a lookup elsewhere wants what is ours.
@@ -216,7 +217,7 @@ impl<E: Elsewhere> Handler<E> {
         let Some(ours) = table.complete(&asked.query, answer) else {
             return self.reply(&asked, answer, "forward", false);
         };
-        if self.is_early(&table) {
+        if self.is_early(&table, &ours) {
             return Action::Later(asked);
         }
         self.reply(&asked, &ours, "forward", false)
@@ -236,9 +237,9 @@ impl<E: Elsewhere> Handler<E> {
             || kind == RecordType::PTR && name.parse_arpa_name().is_ok()
     }
 
-    /// Whether what is not there yet may still come in time.
-    fn is_early(&self, table: &Table) -> bool {
-        !table.is_synced() && Instant::now() < self.patient_until
+    /// Whether there may still be a better answer in time.
+    fn is_early(&self, table: &Table, answer: &Answer) -> bool {
+        (!table.is_synced() || answer.soon) && Instant::now() < self.patient_until
     }
 
     fn reply(&self, asked: &Asked, answer: &Answer, from: &'static str, empty: bool) -> Action {

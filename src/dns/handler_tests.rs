@@ -25,13 +25,15 @@ use super::{
     message::{self, Packet},
     names::Names,
     tests::{dnsrr, put, some},
+    unknown::Unknown,
     zone::{is_localhost, is_loopback},
 };
 use crate::{
     metrics::DnsMetrics,
     model::{
         fixtures::{endpoint, slice},
-        ids::PerFamily,
+        ids::{PerFamily, ServiceKey},
+        unread::Unread,
     },
 };
 
@@ -349,6 +351,55 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
     assert!(matches!(send(&handler, &other, "10.0.0.1:4000", Transport::Udp), Action::Forward(_)));
     handler.shared.table.store(some().publish(true));
     assert_eq!(ask(&handler, &question).metadata.response_code, ResponseCode::NoError);
+}
+
+#[test]
+fn what_the_kernel_does_not_serve_yet_is_silence_and_then_an_error() {
+    let mut handler = handler(some(), 0);
+    let (meant, coming) =
+        ([ServiceKey::new("far", "lost")].into(), [ServiceKey::new("default", "new")].into());
+    let mut names = some();
+    names.set_unknown(Unknown::new(&Unread::default(), &meant, &coming));
+    handler.shared.table.store(names.publish(true));
+    handler.patient_until = Instant::now() + Duration::from_secs(60);
+    let by = |handler: &Handler<Others>, name: &str, kind| match send(
+        handler,
+        &request(name, kind),
+        "10.244.1.11:4000",
+        Transport::Udp,
+    ) {
+        Action::Later(_) => "later".into(),
+        action => format!("{:?}", reply(action).0.metadata.response_code),
+    };
+    use RecordType as T;
+    let new = [
+        ("new.default.mesh.internal.", T::A),
+        ("tasks.new.Default.mesh.internal.", T::A),
+        ("alias.default.mesh.internal.", T::AAAA),
+        ("new.", T::A),
+        ("9.9.200.10.in-addr.arpa.", T::PTR),
+    ];
+    for (name, kind) in new {
+        assert_eq!(by(&handler, name, kind), "later", "{name}");
+    }
+    // Of these nothing is awaited.
+    for (name, want) in
+        [(VOTE, "NoError"), ("x.far.mesh.internal.", "ServFail"), ("far.mesh.internal.", "ServFail")]
+    {
+        assert_eq!(by(&handler, name, T::A), want, "{name}");
+    }
+    let alias = {
+        let target = RData::CNAME(CNAME(Name::from_ascii(new[0].0).unwrap()));
+        Record::from_rdata(Name::from_ascii("new.example.").unwrap(), 60, target)
+    };
+    let action = send(&handler, &request("new.example.", T::A), "10.244.1.11:4000", Transport::Udp);
+    let Action::Forward(asked) = action else { panic!("not forwarded") };
+    let answer = Answer { answers: vec![alias], ..Answer::default() };
+    assert!(matches!(handler.forwarded(asked, &answer), Action::Later(_)));
+    handler.patient_until = Instant::now();
+    for (name, kind) in new {
+        assert_eq!(by(&handler, name, kind), "ServFail", "{name}");
+    }
 }
 
 /// What is never ours is looked up elsewhere from the start, and what may be ours waits for who may have asked for that.

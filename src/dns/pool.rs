@@ -178,7 +178,7 @@ pub(super) fn told(answer: Result<DnsResponse, NetError>) -> Result<Answer, Fail
                 return Err(Failed::Unwilling);
             }
             let (answers, authorities) = (message.answers, message.authorities);
-            Ok(Answer { code, answers, authorities, additionals: Vec::new() })
+            Ok(Answer { code, answers, authorities, ..Answer::default() })
         }
         Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
             let mut authorities = none.authorities.map(|a| a.to_vec()).unwrap_or_default();

@@ -184,8 +184,11 @@ fn nothing_is_said_before_the_source_has_told_everything() {
     for name in ["vote.default.mesh.internal.", "mesh.internal.", "7.7.200.10.in-addr.arpa."] {
         assert_eq!(told(&ask(&table, name, RecordType::PTR)), "ServFail", "{name}");
     }
-    names
-        .set_unknown(Unknown::new(&Unread::default(), &BTreeSet::from([ServiceKey::new("default", "lost")])));
+    names.set_unknown(Unknown::new(
+        &Unread::default(),
+        &BTreeSet::from([ServiceKey::new("default", "lost")]),
+        &BTreeSet::new(),
+    ));
     let table = names.publish(true);
     assert_eq!(told(&ask(&table, "lost.default.mesh.internal.", RecordType::A)), "ServFail");
     assert_eq!(told(&ask(&table, "vote.default.mesh.internal.", RecordType::A)), "10.200.7.7");
@@ -398,8 +401,11 @@ fn an_alias_does_not_speak_for_a_service_that_can_not_be_read() {
     let mut names = some();
     let of = |names: &mut Names| told(&ask(&published(names), "poll.default.mesh.internal.", RecordType::A));
     assert_eq!(of(&mut names), "10.200.7.7");
-    names
-        .set_unknown(Unknown::new(&Unread::default(), &BTreeSet::from([ServiceKey::new("default", "poll")])));
+    names.set_unknown(Unknown::new(
+        &Unread::default(),
+        &BTreeSet::from([ServiceKey::new("default", "poll")]),
+        &BTreeSet::new(),
+    ));
     assert_eq!(of(&mut names), "ServFail");
 }
 
