@@ -28,7 +28,10 @@ pub use node_checks::{check_against_node, leave_out_vips};
 pub use slice::to_slice;
 pub use slice_rules::broken_slice_rules;
 pub use v1alpha1::{MeshService, MeshServiceSpec};
-pub use validate::{is_dns_subdomain, parse_endpoint_slice, parse_mesh_service, prune_endpoint_slice};
+pub use validate::{
+    is_dns_subdomain, parse_endpoint_slice, parse_mesh_service, parse_served_endpoint_slice,
+    prune_endpoint_slice,
+};
 
 /// `apiVersion` of our objects.
 pub const API_VERSION: &str = "meshlb.dev/v1alpha1";

@@ -19,6 +19,21 @@ pub fn endpoint_slice() -> &'static Value {
     SCHEMA.get_or_init(|| parsed(include_str!("schemas/endpoint_slice.json")))
 }
 
+/// The same with any type of addresses and any protocol, since a newer Kubernetes may have more.
+pub fn served_endpoint_slice() -> &'static Value {
+    static SCHEMA: OnceLock<Value> = OnceLock::new();
+    SCHEMA.get_or_init(|| {
+        let mut schema = endpoint_slice().clone();
+        let port = "/properties/ports/items/properties/protocol";
+        for field in ["/properties/addressType", port] {
+            if let Some(Value::Object(field)) = schema.pointer_mut(field) {
+                field.remove("enum");
+            }
+        }
+        schema
+    })
+}
+
 #[expect(clippy::expect_used, reason = "both files are compiled in")]
 fn parsed(text: &str) -> Value {
     serde_json::from_str(text).expect("a test reads both files")

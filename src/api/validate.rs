@@ -47,7 +47,20 @@ fn broken_rules(value: &Value) -> Vec<FieldError> {
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<FieldError>> {
+pub fn parse_endpoint_slice(value: Value) -> Result<EndpointSlice, Vec<FieldError>> {
+    parse_slice(value, schemas::endpoint_slice())
+}
+
+/// The same of one that an API server has let through: a newer one may have types of addresses and protocols that are not known
+/// here, which [`super::to_slice`] leaves out.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn parse_served_endpoint_slice(value: Value) -> Result<EndpointSlice, Vec<FieldError>> {
+    parse_slice(value, schemas::served_endpoint_slice())
+}
+
+fn parse_slice(mut value: Value, schema: &Value) -> Result<EndpointSlice, Vec<FieldError>> {
     let mut errors = expect_type(&value, SLICE_API_VERSION, "EndpointSlice");
     // A list that is null or absent is an empty one in Go.
     if let Some(map) = value.as_object_mut() {
@@ -56,7 +69,7 @@ pub fn parse_endpoint_slice(mut value: Value) -> Result<EndpointSlice, Vec<Field
             *endpoints = json!([]);
         }
     }
-    errors.extend(structural::validate(schemas::endpoint_slice(), &mut value));
+    errors.extend(structural::validate(schema, &mut value));
     errors.extend(check_metadata(&value, false));
     if !errors.is_empty() {
         return Err(errors);

@@ -86,7 +86,9 @@ fn slice(mut value: Value, at: At<'_>) -> Judgement {
     if passed {
         api::prune_endpoint_slice(&mut value);
     }
-    let parsed = api::parse_endpoint_slice(value).and_then(|object| {
+    let parsed =
+        if passed { api::parse_served_endpoint_slice(value) } else { api::parse_endpoint_slice(value) };
+    let parsed = parsed.and_then(|object| {
         let broken = if passed { Vec::new() } else { api::broken_slice_rules(&object) };
         if broken.is_empty() { Ok(object) } else { Err(broken) }
     });
@@ -158,6 +160,27 @@ mod tests {
         let unknown = service(json!({"ports": [{"port": 80}], "later": true}));
         let judged = judge(Kind::Service, unknown, At::ApiServer(&config()));
         assert!(matches!(judged.verdict, Verdict::Wrong), "{judged:?}");
+    }
+
+    #[test]
+    fn what_a_newer_control_plane_calls_otherwise_is_left_out() {
+        let slice = |address_type: &str, protocol: &str| {
+            json!({
+                "apiVersion": api::SLICE_API_VERSION, "kind": "EndpointSlice", "addressType": address_type,
+                "metadata": {"name": "s", "labels": {api::SERVICE_NAME_LABEL: "vote"}},
+                "endpoints": [{"addresses": ["10.0.0.1"]}],
+                "ports": [{"name": "a", "port": 80, "protocol": protocol}, {"name": "b", "port": 81, "protocol": "TCP"}],
+            })
+        };
+        let judged = judge(Kind::Slice, slice("IPv4", "QUIC"), At::ApiServer(&config()));
+        let Verdict::Good(Object::Slice(good)) = judged.verdict else { panic!("{judged:?}") };
+        assert_eq!((good.endpoints.len(), good.ports.len(), good.ports[0].port), (1, 1, Some(81)));
+        assert!(judged.findings[0].to_string().starts_with("ports[0].protocol: "), "{:?}", judged.findings);
+        let judged = judge(Kind::Slice, slice("IPv8", "TCP"), At::ApiServer(&config()));
+        assert!(matches!(judged.verdict, Verdict::Withheld), "{judged:?}");
+        for wrong in [slice("IPv4", "QUIC"), slice("IPv8", "TCP")] {
+            assert!(matches!(judge(Kind::Slice, wrong, At::Folder(&config())).verdict, Verdict::Wrong));
+        }
     }
 
     #[test]
