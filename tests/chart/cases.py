@@ -462,6 +462,11 @@ def notes_are_right():
         two = of("--set", "config.vip-cidr={10.96.4.0/22,fd00:200::/112},config.zone=mesh.example")
         elsewhere = of("--set", "config.dns-listen={192.0.2.1:5300}")
         off = of("--set", "config.dns-listen={off}")
+        # By which address of it a range is given says nothing of where its names are answered.
+        at_of = {"10.200.0.1/16": "10.200.0.2", "10.200.7.0/16": "10.200.0.2", "10.255.255.255/9": "10.128.0.2", "192.168.1.130/25": "192.168.1.130",
+                 "FD00:0200::/112": "FD00:0200::2", "fd00:200::1/112": "DNS-ADDRESS", "fd00:200:0:1::/48": "DNS-ADDRESS",
+                 "fd00:200:0:0:0:0:0:0/112": "DNS-ADDRESS", "fd00:1:2:3:4:5:6::/112": "DNS-ADDRESS"}
+        ranges = {range_: of("--set", f"config.vip-cidr={{{range_}}}") for range_ in at_of}
     objects = render()
     for kind, name in re.findall(r"(daemonset)/(\S+)", notes):
         assert ("DaemonSet", name) in objects, name
@@ -472,6 +477,9 @@ def notes_are_right():
     for text, zone, at in [(notes, "mesh.internal", "10.200.0.2"), (two, "mesh.example", "10.96.4.2"), (elsewhere, "mesh.internal", "192.0.2.1:5300")]:
         block = re.search(r"^  (\S+):53 \{\n((?:      .*\n)+)  \}$", text, re.M)
         assert block and block[1] == zone and f"forward . {at}\n" in block[2], text
+    for range_, text in ranges.items():
+        assert f"forward . {at_of[range_]}\n" in text, (range_, text)
+        assert ("DNS-ADDRESS stands for" in text) == (at_of[range_] == "DNS-ADDRESS"), text
     assert "10.96.4.2, fd00:200::2" in two and "Corefile" not in off, two + off
 
 
@@ -533,12 +541,12 @@ def get(*args):
 
 
 def ours():
-    """Every object of any kind that has our name or is in our namespace, as KIND NAME. Kubernetes' own are left out, and Events, which end by themselves."""
+    """Every object of any kind that has our name, is in our namespace or is a node's report (which has the node's name), as KIND NAME. Kubernetes' own are left out, and Events, which end by themselves."""
     kinds = [k for k in kubectl("api-resources", "--verbs=list", "-o", "name").stdout.split() if k.partition(".")[0] != "events"]
     columns = "custom-columns=K:.kind,NS:.metadata.namespace,N:.metadata.name"
     rows = [row.split() for row in kubectl("get", ",".join(kinds), "-A", "--no-headers", "-o", columns).stdout.splitlines()]
     own = {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt")}
-    return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NAMESPACE or "meshlb" in name) and (kind, name) not in own}
+    return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NAMESPACE or "meshlb" in name or kind == "MeshNode") and (kind, name) not in own}
 
 
 # What docs/install.md says that stays, and what an API server makes for a CRD. (No controller runs here that would take the Lease.)

@@ -344,12 +344,12 @@ def beside_kube_proxy_in_each_mode():
 
 
 def ours():
-    """Every object of any kind that has our name or is in our namespace, as KIND NAME. Kubernetes' own are left out, and Events, which end by themselves."""
+    """Every object of any kind that has our name, is in our namespace or is a node's report (which has the node's name), as KIND NAME. Kubernetes' own are left out, and Events, which end by themselves."""
     kinds = [k for k in kubectl("api-resources", "--verbs=list", "-o", "name").stdout.split() if k.partition(".")[0] != "events"]
     columns = "custom-columns=K:.kind,NS:.metadata.namespace,N:.metadata.name"
     rows = [row.split() for row in kubectl("get", ",".join(kinds), "-A", "--no-headers", "-o", columns).stdout.splitlines()]
     own = {("ServiceAccount", "default"), ("ConfigMap", "kube-root-ca.crt")}
-    return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NS or "meshlb" in name) and (kind, name) not in own}
+    return {f"{kind} {name}" for kind, namespace, name in rows if (namespace == NS or "meshlb" in name or kind == "MeshNode") and (kind, name) not in own}
 
 
 # What docs/install.md says that stays, and what an API server makes for a CRD.
@@ -366,6 +366,7 @@ def helm_uninstall_leaves_nothing():
     if not clears:
         answers(names(), f"{NODE}:30080")
         cleanup()
+        kubectl("delete", "meshnodes", "--all")
     left = left_on_the_node()
     assert not left, f"left on the node: {left}"
     def nothing_else():
