@@ -15,8 +15,13 @@ use super::values::IpText;
 pub const NODE_KIND: &str = "MeshNode";
 /// So many failing services are named, at most: what `failing.services` may hold.
 pub const NAMED: usize = 50;
+/// So many services are listed whose spec a node does not understand: what `notUnderstood.services` may hold.
+pub const REFUSALS: usize = 1000;
 /// So many addresses are listed, at most.
 pub const ADDRESSES: usize = 32;
+
+/// Why a node does not serve the spec of a service as it is: its agent refuses it, and the controller does not.
+pub const NOT_UNDERSTOOD: &str = "NotUnderstood";
 
 /// The condition that says whether the node serves what it should.
 pub const SERVING: &str = "Serving";
@@ -53,7 +58,14 @@ pub const HELD_OFF: &str = "HeldOff";
         name = "Failing",
         type_ = "integer",
         json_path = ".status.failing.count",
-        description = "Services that the node does not serve as it should."
+        description = "Services that something of the node keeps from being served as they should be."
+    ),
+    printcolumn(
+        name = "Not-Understood",
+        type_ = "integer",
+        json_path = ".status.notUnderstood.count",
+        description = "Services whose spec the agent does not accept and the controller does.",
+        priority = 1
     ),
     printcolumn(
         name = "Renderer",
@@ -109,6 +121,11 @@ pub struct MeshNodeStatus {
     #[serde(default)]
     pub failing: Failing,
 
+    /// Services whose spec this node's agent does not accept and the controller does, for its version or its flags. Absent
+    /// where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_understood: Option<NotUnderstood>,
+
     /// Serving: whether the kernel is as it should be, but for the failing services; False with the reason
     /// ProgrammingFailed, StartFailed or HeldOff. CleanedUp, only while the node holds off for an uninstallation: whether
     /// all that was ever programmed is gone.
@@ -121,12 +138,12 @@ pub struct MeshNodeStatus {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Eq, Default, Debug)]
 #[serde(rename_all = "camelCase")]
 pub struct Failing {
-    /// How many there are.
+    /// How many there are for what is wrong on the node: those that are only not understood are in notUnderstood.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub count: i32,
 
-    /// The first 50 of them by namespace and name.
+    /// The first 50 of them by namespace and name, and, where there is room, those that are not understood.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 50), extend(
         "x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["namespace", "name"]))]
@@ -143,11 +160,45 @@ pub struct FailingService {
     /// Name of the MeshService.
     #[schemars(length(max = 63))]
     pub name: String,
-    /// Why, in one word: PublishedPortHeld, VIPUnusable, MarksExhausted, KernelRefused or NotUnderstood.
+    /// Why, in one word: PublishedPortHeld, VIPTaken, PublishedPortTaken, VIPUnusable, MarksExhausted, KernelRefused or
+    /// NotUnderstood.
     #[schemars(length(max = 64))]
     pub reason: String,
     /// Why, in a sentence of at most 512 characters.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     #[schemars(length(max = 512))]
     pub message: String,
+    /// The metadata.generation that is not understood. Absent where what is wrong is no matter of the spec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<i64>,
+}
+
+/// Services whose spec a node's agent does not accept and the controller does.
+#[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Eq, Default, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct NotUnderstood {
+    /// How many there are.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub count: i32,
+
+    /// The first 1000 of them by namespace and name. Why is in the agent's log, and of the first ones in failing.services.
+    // One owner writes all of it: with keys, every item would be in managedFields too.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 1000), extend("x-kubernetes-list-type" = "atomic"))]
+    pub services: Vec<RefusedSpec>,
+}
+
+/// A spec that a node's agent does not accept.
+#[derive(Serialize, Deserialize, JsonSchema, Clone, PartialEq, Eq, Debug)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedSpec {
+    /// Namespace of the MeshService.
+    #[schemars(length(max = 63))]
+    pub namespace: String,
+    /// Name of the MeshService.
+    #[schemars(length(max = 63))]
+    pub name: String,
+    /// The metadata.generation of that spec.
+    pub generation: i64,
 }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     admin::Health,
-    allocate::Conflict,
+    allocate::{Conflict, ServiceAllocation},
     compile::CompiledService,
     dataplane::{Error, Ipvs, ipvs::KernelIpvs},
     meshnode::{self, Fault, Faults, Report},
@@ -24,6 +24,8 @@ use crate::{
     model::{
         ids::{Mark, Scope, ServiceKey},
         kernel::VirtualServerKey,
+        refusal::Refusal,
+        service::Granted,
     },
     plan::Op,
     reconcile::{Drift, Engine, Turn, agent::Observer},
@@ -147,6 +149,7 @@ impl Watcher {
             addresses: engine.facts().published_addresses.iter().copied().collect(),
             count,
             named,
+            not_understood: self.faults.refusals(),
             state,
         });
     }
@@ -244,7 +247,7 @@ impl Observer for Watcher {
         self.reason = format!("healing: {what}");
     }
 
-    fn refused(&mut self, services: BTreeMap<ServiceKey, String>) {
+    fn refused(&mut self, services: BTreeMap<ServiceKey, Refusal>) {
         self.faults.not_understood(services);
     }
 
@@ -264,22 +267,31 @@ impl Observer for Watcher {
 fn fault_of(engine: &Engine, service: &CompiledService) -> Option<Fault> {
     let allocation = engine.allocator().get(&service.key);
     let granted = engine.snapshot().services().get(&service.key).and_then(|s| s.granted.as_ref());
-    let lost = granted.and_then(|granted| {
-        let has = |family| allocation.is_some_and(|a| a.vips.get(family).is_some());
-        granted.vips.iter().find(|(family, _)| !has(*family)).map(|(_, vip)| vip)
-    });
-    if let Some(vip) = lost {
-        let message = format!("virtual IP {vip}, which the status grants, is outside this node's --vip-cidr");
-        return Some(Fault { reason: "VIPUnusable", message });
-    }
-    let conflicts = allocation.map(|a| a.conflicts.as_slice()).unwrap_or_default();
-    if let Some(none) = conflicts.iter().find(|c| matches!(c, Conflict::MarksExhausted { .. })) {
-        return Some(Fault { reason: none.reason(), message: none.to_string() });
+    if let Some(fault) = missing(granted, allocation) {
+        return Some(fault);
     }
     // Who publishes elsewhere only does as it was told.
     let ((protocol, port), _) = engine.blocked().iter().find(|(_, owner)| **owner == service.key)?;
     let message = format!("published port {port}/{protocol} is held by a socket of this node");
     Some(Fault { reason: "PublishedPortHeld", message })
+}
+
+/// What of all that it was given a service does not have here.
+fn missing(granted: Option<&Granted>, allocation: Option<&ServiceAllocation>) -> Option<Fault> {
+    let conflicts = allocation.map(|a| a.conflicts.as_slice()).unwrap_or_default();
+    let told = |conflict: &Conflict| Fault { reason: conflict.reason(), message: conflict.to_string() };
+    // Two statuses give the same: where one of them is stale, that is soon over.
+    let taken = |c: &&Conflict| matches!(c, Conflict::VipTaken { .. } | Conflict::PortTaken { .. });
+    if let Some(taken) = conflicts.iter().find(taken) {
+        return Some(told(taken));
+    }
+    let has = |family| allocation.is_some_and(|a| a.vips.get(family).is_some());
+    let lost = granted.and_then(|granted| granted.vips.iter().find(|(family, _)| !has(*family)));
+    if let Some((_, vip)) = lost {
+        let message = format!("virtual IP {vip}, which the status grants, is outside this node's --vip-cidr");
+        return Some(Fault { reason: "VIPUnusable", message });
+    }
+    conflicts.iter().find(|c| matches!(c, Conflict::MarksExhausted { .. })).map(told)
 }
 
 /// Reads counters of all services when asked, on a connection of its own.
@@ -375,5 +387,35 @@ fn traffic_of(
         family: key.family,
         scope,
         endpoints,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::PerFamily;
+
+    #[test]
+    fn what_another_has_is_not_told_as_out_of_range() {
+        let granted = Granted {
+            vips: PerFamily { v4: "10.200.7.7".parse().ok(), v6: None },
+            published: [("80/TCP".parse().unwrap(), 30080)].into(),
+        };
+        let reason = |vip: Option<&str>, conflicts: Vec<Conflict>| {
+            let vips = PerFamily { v4: vip.and_then(|vip| vip.parse().ok()), v6: None };
+            let allocation = ServiceAllocation { vips, conflicts, ..ServiceAllocation::default() };
+            missing(Some(&granted), Some(&allocation)).map(|fault| (fault.reason, fault.message))
+        };
+        let by = || ServiceKey::new("default", "other");
+        let port = || "80/TCP".parse().unwrap();
+        let vip = Conflict::VipTaken { vip: "10.200.7.7".parse().unwrap(), by: by() };
+        let (why, message) = reason(None, vec![vip]).unwrap();
+        assert_eq!((why, &*message), ("VIPTaken", "virtual IP 10.200.7.7 belongs to default/other"));
+        let taken = Conflict::PortTaken { port: port(), number: 30080, by: by(), by_port: port() };
+        assert_eq!(reason(Some("10.200.7.7"), vec![taken]).unwrap().0, "PublishedPortTaken");
+        assert_eq!(reason(None, vec![]).unwrap().0, "VIPUnusable");
+        let marks = Conflict::MarksExhausted { port: port(), scope: Scope::Vip };
+        assert_eq!(reason(Some("10.200.7.7"), vec![marks]).unwrap().0, "MarksExhausted");
+        assert_eq!(reason(Some("10.200.7.7"), vec![]), None);
     }
 }

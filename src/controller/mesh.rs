@@ -465,7 +465,7 @@ impl Mesh {
                     &|name| self.services.contains_key(name),
                 ),
                 unmatched,
-                programmed: self.nodes.programmed(key),
+                programmed: self.nodes.programmed(key, entry.meta.generation),
                 now,
             },
             &entry.status,

@@ -6,7 +6,7 @@ use super::status::{NODE_FAILING, Programmed};
 use crate::{
     api::{
         MeshNodeStatus,
-        mesh_node::{HELD_OFF, SERVING},
+        mesh_node::{HELD_OFF, NOT_UNDERSTOOD, SERVING},
     },
     model::ids::ServiceKey,
 };
@@ -20,10 +20,39 @@ pub struct Said {
     /// The uid of the Node that it belongs to.
     owner: Option<String>,
     state: State,
-    /// Services that fail, as far as they are named: reason and message.
-    failing: BTreeMap<ServiceKey, (String, String)>,
+    /// Services that fail, as far as they are named.
+    failing: BTreeMap<ServiceKey, Failure>,
     /// Whether more fail than are named.
     more: bool,
+}
+
+/// Why a node does not serve a service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Failure {
+    reason: String,
+    /// Empty where only its name is given.
+    message: String,
+    /// Of which spec alone that is said.
+    generation: Option<i64>,
+}
+
+impl Failure {
+    /// Whether something is wrong on the node, and not with a spec.
+    fn is_local(&self) -> bool {
+        self.reason != NOT_UNDERSTOOD
+    }
+
+    /// Whether it is said of the spec as it is now. A node that is down says the same for ever.
+    fn is_of(&self, now: Option<i64>) -> bool {
+        self.is_local() || self.generation.is_none() || now.is_none() || self.generation == now
+    }
+
+    fn text(&self) -> String {
+        match (&*self.message, self.generation) {
+            ("", Some(generation)) => format!("its agent refuses generation {generation}: see its log"),
+            (message, _) => message.to_owned(),
+        }
+    }
 }
 
 /// How a node is.
@@ -49,13 +78,28 @@ impl Said {
             Some(c) if c.reason == HELD_OFF => State::HeldOff,
             Some(_) => State::Failing,
         };
-        let named = &status.failing.services;
-        let failing = named.iter().map(|f| {
-            let key = ServiceKey::new(f.namespace.as_str(), f.name.as_str());
-            (key, (f.reason.clone(), f.message.clone()))
+        let named = status.failing.services.iter().map(|f| {
+            let (reason, message) = (f.reason.clone(), f.message.clone());
+            let failure = Failure { reason, message, generation: f.generation };
+            (ServiceKey::new(f.namespace.as_str(), f.name.as_str()), failure)
         });
-        let more = usize::try_from(status.failing.count).is_ok_and(|count| count > named.len());
-        Self { owner, state, failing: failing.collect(), more }
+        let refused = status.not_understood.iter().flat_map(|list| &list.services).map(|spec| {
+            let (reason, generation) = (NOT_UNDERSTOOD.to_owned(), Some(spec.generation));
+            let failure = Failure { reason, message: String::new(), generation };
+            (ServiceKey::new(spec.namespace.as_str(), spec.name.as_str()), failure)
+        });
+        // What is said of a service in full counts.
+        let failing: BTreeMap<_, _> = refused.chain(named).collect();
+        let exceeds = |count: i32, named: usize| usize::try_from(count).is_ok_and(|count| count > named);
+        let more = match &status.not_understood {
+            Some(list) => {
+                let ours = failing.values().filter(|failure| failure.is_local()).count();
+                exceeds(status.failing.count, ours) || exceeds(list.count, list.services.len())
+            }
+            // An older agent counts both as one.
+            None => exceeds(status.failing.count, status.failing.services.len()),
+        };
+        Self { owner, state, failing, more }
     }
 }
 
@@ -78,6 +122,8 @@ pub struct Nodes {
     by_service: HashMap<ServiceKey, BTreeSet<String>>,
     /// Nodes that fail as a whole.
     failing: BTreeSet<String>,
+    /// Nodes on which something is wrong for single services.
+    faulty: BTreeSet<String>,
     /// Nodes that name only some of what fails.
     more: BTreeSet<String>,
     /// Nodes that say anything about services.
@@ -110,7 +156,8 @@ impl Nodes {
     }
 
     fn nothing_fails(&self) -> bool {
-        self.failing.is_empty() && self.by_service.is_empty()
+        // What is not understood keeps no agent from being ready, and is said for ever by one that is down.
+        self.failing.is_empty() && self.faulty.is_empty()
     }
 
     /// Names of all MeshNodes.
@@ -175,6 +222,7 @@ impl Nodes {
         let is = |test: fn(&Said) -> bool| after.as_ref().is_some_and(test);
         let mut all = put(&mut self.failing, name, is(|said| said.state == State::Failing));
         all |= put(&mut self.more, name, is(|said| said.more));
+        put(&mut self.faulty, name, is(|said| said.failing.values().any(Failure::is_local)));
         put(&mut self.counted, name, after.is_some());
         let all = all || (self.deserted && well != self.nothing_fails());
         if all || any == self.counted.is_empty() {
@@ -184,17 +232,20 @@ impl Nodes {
         Touched::Some(keys.filter(|key| old.get(*key) != new.get(*key)).cloned().collect())
     }
 
-    /// What a service's condition is to say.
-    pub fn programmed(&self, key: &ServiceKey) -> Programmed {
-        let named = self.by_service.get(key);
-        let count = named.map_or(0, |names| names.difference(&self.failing).count()) + self.failing.len();
+    /// What the condition of a service is to say, whose spec is of that generation.
+    pub fn programmed(&self, key: &ServiceKey, generation: Option<i64>) -> Programmed {
+        let of = |name: &String| self.said.get(name).and_then(|said| said.failing.get(key));
+        let named = self.by_service.get(key).into_iter().flatten();
+        let named: BTreeMap<&String, &Failure> = named
+            .filter_map(|name| Some((name, of(name)?)))
+            .filter(|(_, failure)| failure.is_of(generation))
+            .collect();
+        let whole = self.failing.iter().filter(|name| !named.contains_key(name));
+        let count = named.len() + whole.clone().count();
         if count > 0 {
-            let of = |name: &String| self.said.get(name).and_then(|said| said.failing.get(key));
-            let first = named.into_iter().flatten().filter_map(|name| Some((name, of(name)?)));
-            let reason = first.clone().next().map_or(NODE_FAILING, |(_, (reason, _))| reason);
-            let first = first.map(|(name, (_, message))| format!("{name}: {message}"));
+            let reason = named.values().next().map_or(NODE_FAILING, |failure| &failure.reason);
+            let first = named.iter().map(|(name, failure)| format!("{name}: {}", failure.text()));
             // Why it fails is in its MeshNode: here it would be written into every service.
-            let whole = self.failing.iter().filter(|name| named.is_none_or(|named| !named.contains(*name)));
             let whole = whole.map(|name| format!("{name}: see its MeshNode"));
             let mut parts: Vec<String> = first.chain(whole).take(NAMED).collect();
             if count > parts.len() {
@@ -233,7 +284,11 @@ fn put(set: &mut BTreeSet<String>, name: &str, is: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::meshnode::{Fault, Report, State as Whole};
+    use crate::{
+        api::mesh_node::FailingService,
+        meshnode::{Fault, Report, State as Whole},
+        model::refusal::Refusal,
+    };
 
     fn key(name: &str) -> ServiceKey {
         ServiceKey::new("default", name)
@@ -254,7 +309,12 @@ mod tests {
     }
 
     fn text(nodes: &Nodes, name: &str) -> String {
-        let p = nodes.programmed(&key(name));
+        text_of(nodes, name, 2)
+    }
+
+    /// The same of a spec of that generation.
+    fn text_of(nodes: &Nodes, name: &str, generation: i64) -> String {
+        let p = nodes.programmed(&key(name), Some(generation));
         format!("{} {}: {}", p.status, p.reason, p.message)
     }
 
@@ -354,6 +414,66 @@ mod tests {
         assert_eq!(nodes.put_said("n1", Some(Said::new(None, &status))), Touched::All);
         assert!(text(&nodes, "a").starts_with("False KernelRefused"));
         assert!(text(&nodes, "b").starts_with("Unknown TooManyFailures"), "{}", text(&nodes, "b"));
+    }
+
+    /// A node that does not understand generation 2 of these.
+    fn refusing(names: impl Iterator<Item = String>) -> Option<Said> {
+        let refusal = || Refusal { generation: 2, why: "spec.later: is not a field here".into() };
+        let not_understood = std::sync::Arc::new(names.map(|name| (key(&name), refusal())).collect());
+        let report = Report { not_understood, ..Report::of(Whole::Serving) };
+        Some(Said::new(None, &report.status(None, jiff::Timestamp::UNIX_EPOCH)))
+    }
+
+    #[test]
+    fn what_is_not_understood_is_said_of_that_spec_alone() {
+        let mut nodes = serving(&["n1", "n2"]);
+        let refuses = || refusing(["a".to_owned()].into_iter());
+        assert_eq!(nodes.put_said("n2", refuses()), some(&["a"]));
+        assert_eq!(
+            text(&nodes, "a"),
+            "False NotUnderstood: 1 node does not serve it as it should be: n2: spec.later: is not a field here"
+        );
+        // Mended, while that node is down.
+        assert!(text_of(&nodes, "a", 3).starts_with("True Programmed"), "{}", text_of(&nodes, "a", 3));
+        // What is wrong on a node is so whatever the spec is.
+        nodes.put_said("n1", said("n1", Whole::Serving, &["a"]));
+        assert!(text_of(&nodes, "a", 3).starts_with("False PublishedPortHeld: 1 node does"));
+        // Nor does it look as if an agent were there.
+        nodes.put_said("n1", said("n1", Whole::Serving, &[]));
+        nodes.set_deserted(true);
+        assert!(text_of(&nodes, "a", 3).starts_with("Unknown NoAgents"), "{}", text_of(&nodes, "a", 3));
+    }
+
+    #[test]
+    fn a_spec_that_many_services_have_is_refused_for_those_alone() {
+        let mut nodes = serving(&["n1"]);
+        let many: BTreeSet<ServiceKey> = (0..1000).map(|i| key(&format!("s{i:04}"))).collect();
+        let refuses = |count: usize| refusing((0..count).map(|i| format!("s{i:04}")));
+        assert_eq!(nodes.put_said("n1", refuses(1000)), Touched::Some(many));
+        assert!(text(&nodes, "a").starts_with("True Programmed"), "{}", text(&nodes, "a"));
+        assert!(text(&nodes, "s0049").ends_with("n1: spec.later: is not a field here"));
+        let unexplained = text(&nodes, "s0999");
+        assert!(
+            unexplained.starts_with("False NotUnderstood")
+                && unexplained.ends_with("n1: its agent refuses generation 2: see its log"),
+            "{unexplained}"
+        );
+        // Of what is not in the list nobody knows.
+        assert_eq!(nodes.put_said("n1", refuses(1001)), Touched::All);
+        assert!(text(&nodes, "s1000").starts_with("Unknown TooManyFailures"));
+        // An agent of an earlier version counts both as one.
+        let mut status = Report::of(Whole::Serving).status(None, jiff::Timestamp::UNIX_EPOCH);
+        status.failing.count = 1;
+        status.failing.services = vec![FailingService {
+            namespace: "default".into(),
+            name: "a".into(),
+            reason: NOT_UNDERSTOOD.into(),
+            message: "no".into(),
+            generation: None,
+        }];
+        nodes.put_said("n1", Some(Said::new(None, &status)));
+        assert!(text(&nodes, "a").starts_with("False NotUnderstood"));
+        assert!(text(&nodes, "b").starts_with("True Programmed"), "{}", text(&nodes, "b"));
     }
 
     #[test]

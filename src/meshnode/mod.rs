@@ -10,6 +10,7 @@ pub mod writer;
 use std::{
     collections::BTreeMap,
     net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -18,11 +19,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use crate::{
     api::{
         mesh_node::{
-            ADDRESSES, CLEANED_UP, Failing, FailingService, HELD_OFF, MeshNodeStatus, NAMED, SERVING,
+            ADDRESSES, CLEANED_UP, Failing, FailingService, HELD_OFF, MeshNodeStatus, NAMED, NOT_UNDERSTOOD,
+            NotUnderstood, REFUSALS, RefusedSpec, SERVING,
         },
         values::IpText,
     },
-    model::ids::ServiceKey,
+    model::{ids::ServiceKey, refusal::Refusal},
 };
 
 /// Name of the ConfigMap, in the agents' own namespace, that asks all of them to clean up and hold off.
@@ -62,10 +64,12 @@ pub struct Report {
     pub renderer: String,
     /// Addresses that published ports answer on, in order.
     pub addresses: Vec<IpAddr>,
-    /// How many services fail.
+    /// How many services fail for what is wrong on the node.
     pub count: usize,
     /// The first of them.
     pub named: Vec<(ServiceKey, Fault)>,
+    /// Services that this agent does not accept and the controller does.
+    pub not_understood: Arc<BTreeMap<ServiceKey, Refusal>>,
     /// All of it together.
     pub state: State,
 }
@@ -73,7 +77,44 @@ pub struct Report {
 impl Report {
     /// Of an agent that serves nothing.
     pub fn of(state: State) -> Self {
-        Self { renderer: String::new(), addresses: Vec::new(), count: 0, named: Vec::new(), state }
+        Self {
+            renderer: String::new(),
+            addresses: Vec::new(),
+            count: 0,
+            named: Vec::new(),
+            not_understood: Arc::default(),
+            state,
+        }
+    }
+
+    /// Those of the node first: of the others the names are in a list of their own.
+    fn failing_services(&self) -> Vec<FailingService> {
+        let failing = |key: &ServiceKey, reason: &str, message: &str, generation| FailingService {
+            namespace: key.namespace.to_string(),
+            name: key.name.to_string(),
+            reason: reason.to_owned(),
+            message: cut(message, MESSAGE),
+            generation,
+        };
+        let ours = self.named.iter().map(|(key, fault)| failing(key, fault.reason, &fault.message, None));
+        let is_named = |key: &ServiceKey| self.named.iter().any(|(named, _)| named == key);
+        let others = self.not_understood.iter().filter(|(key, _)| !is_named(key));
+        let others =
+            others.map(|(key, refusal)| failing(key, NOT_UNDERSTOOD, &refusal.why, Some(refusal.generation)));
+        ours.chain(others).take(NAMED).collect()
+    }
+
+    fn refused_specs(&self) -> Option<NotUnderstood> {
+        let spec = |(key, refusal): (&ServiceKey, &Refusal)| RefusedSpec {
+            namespace: key.namespace.to_string(),
+            name: key.name.to_string(),
+            generation: refusal.generation,
+        };
+        let count = self.not_understood.len();
+        (count > 0).then(|| NotUnderstood {
+            count: i32::try_from(count).unwrap_or(i32::MAX),
+            services: self.not_understood.iter().take(REFUSALS).map(spec).collect(),
+        })
     }
 
     /// Whether it has to be known at once.
@@ -117,20 +158,15 @@ impl Report {
                 vec![held, cleaned]
             }
         };
-        let service = |(key, fault): &(ServiceKey, Fault)| FailingService {
-            namespace: key.namespace.to_string(),
-            name: key.name.to_string(),
-            reason: fault.reason.to_owned(),
-            message: cut(&fault.message, MESSAGE),
-        };
         MeshNodeStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             renderer: self.renderer.clone(),
             addresses: self.addresses.iter().take(ADDRESSES).map(|ip| IpText(ip.to_string())).collect(),
             failing: Failing {
                 count: i32::try_from(self.count).unwrap_or(i32::MAX),
-                services: self.named.iter().take(NAMED).map(service).collect(),
+                services: self.failing_services(),
             },
+            not_understood: self.refused_specs(),
             conditions,
         }
     }
@@ -151,7 +187,7 @@ pub struct Faults {
     /// Services that the kernel refused part of, at the last turn.
     refused: BTreeMap<ServiceKey, Fault>,
     /// Services that this agent does not accept and the controller does.
-    not_understood: BTreeMap<ServiceKey, Fault>,
+    not_understood: Arc<BTreeMap<ServiceKey, Refusal>>,
     /// Why the last turn failed as a whole, and since when turns have.
     whole: Option<(String, Instant)>,
 }
@@ -166,9 +202,8 @@ impl Faults {
     }
 
     /// These services, and no others, are accepted by the controller and not here, for that reason.
-    pub fn not_understood(&mut self, services: BTreeMap<ServiceKey, String>) {
-        let fault = |(key, message)| (key, Fault { reason: "NotUnderstood", message });
-        self.not_understood = services.into_iter().map(fault).collect();
+    pub fn not_understood(&mut self, services: BTreeMap<ServiceKey, Refusal>) {
+        self.not_understood = Arc::new(services);
     }
 
     /// A turn has ended: what was refused, by service where it was one's.
@@ -195,13 +230,18 @@ impl Faults {
         self.whole = Some((message.to_owned(), since));
     }
 
-    /// How many fail, and the first of them.
+    /// How many fail for what is wrong on the node, and the first of them.
     pub fn named(&self) -> (usize, Vec<(ServiceKey, Fault)>) {
         // Of two reasons for one service the later one here counts.
         let all: BTreeMap<&ServiceKey, &Fault> =
-            [&self.standing, &self.not_understood, &self.refused].into_iter().flatten().collect();
+            [&self.standing, &self.refused].into_iter().flatten().collect();
         let first = all.iter().take(NAMED);
         (all.len(), first.map(|(key, fault)| ((*key).clone(), (*fault).clone())).collect())
+    }
+
+    /// Services that this agent does not accept and the controller does.
+    pub fn refusals(&self) -> Arc<BTreeMap<ServiceKey, Refusal>> {
+        self.not_understood.clone()
     }
 
     /// How the node is as a whole.
@@ -279,19 +319,43 @@ mod tests {
         assert_eq!(faults.named(), (0, vec![]));
     }
 
-    #[test]
-    fn what_the_controller_accepts_and_this_agent_does_not_is_a_fault() {
-        let mut faults = Faults::default();
-        faults.settled(&key("a"), Some(fault("PublishedPortHeld")));
-        let services =
-            [(key("a"), "spec.later: is not a field here".to_owned()), (key("b"), "no".to_owned())];
-        faults.not_understood(services.into());
+    /// What a status says of services that fail: name, reason and generation.
+    fn failing(faults: &Faults) -> (MeshNodeStatus, Vec<String>) {
         let (count, named) = faults.named();
-        assert_eq!(count, 2);
-        assert_eq!((&named[0].0, named[0].1.reason), (&key("a"), "NotUnderstood"));
-        assert_eq!(named[1].1, Fault { reason: "NotUnderstood", message: "no".into() });
+        let report = Report { count, named, not_understood: faults.refusals(), ..Report::of(State::Serving) };
+        let status = report.status(None, at(1));
+        let line = |f: &FailingService| format!("{} {} {:?}", f.name, f.reason, f.generation);
+        let lines = status.failing.services.iter().map(line).collect();
+        (status, lines)
+    }
+
+    fn refusals(names: impl Iterator<Item = String>) -> BTreeMap<ServiceKey, Refusal> {
+        names.map(|name| (key(&name), Refusal { generation: 2, why: "no".into() })).collect()
+    }
+
+    #[test]
+    fn what_the_controller_accepts_and_this_agent_does_not_is_told_with_its_generation() {
+        let mut faults = Faults::default();
+        faults.settled(&key("b"), Some(fault("PublishedPortHeld")));
+        faults.not_understood(refusals(["a".to_owned(), "b".to_owned()].into_iter()));
+        let (status, lines) = failing(&faults);
+        assert_eq!(lines, ["b PublishedPortHeld None", "a NotUnderstood Some(2)"]);
+        assert_eq!(status.failing.count, 1, "it counts what is wrong on the node");
+        let listed = status.not_understood.unwrap();
+        assert_eq!((listed.count, listed.services.len()), (2, 2));
         faults.not_understood(BTreeMap::new());
-        assert_eq!(faults.named().1[0].1.reason, "PublishedPortHeld");
+        assert_eq!(failing(&faults).0.not_understood, None);
+    }
+
+    #[test]
+    fn refusals_take_no_name_from_what_is_wrong_on_the_node() {
+        let mut faults = Faults::default();
+        faults.not_understood(refusals((0..1200).map(|i| format!("a{i:04}"))));
+        faults.settled(&key("z"), Some(fault("PublishedPortHeld")));
+        let (status, lines) = failing(&faults);
+        assert_eq!((status.failing.count, lines.len(), &*lines[0]), (1, NAMED, "z PublishedPortHeld None"));
+        let listed = status.not_understood.unwrap();
+        assert_eq!((listed.count, listed.services.len()), (1200, REFUSALS));
     }
 
     #[test]

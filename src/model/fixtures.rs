@@ -113,6 +113,11 @@ pub fn facts() -> NodeFacts {
 pub fn brief(event: &Event) -> String {
     match event {
         Event::Service(s) => format!("{}:{}", s.key.name, s.ports[0].port),
+        Event::Granted(key, granted) => {
+            let vips = granted.vips.iter().map(|(_, vip)| vip.to_string());
+            let all: Vec<String> = vips.chain(granted.published.values().map(ToString::to_string)).collect();
+            format!("{} has {}", key.name, all.join(" "))
+        }
         Event::ServiceGone(key) => format!("-{}", key.name),
         Event::Slice(s) => format!("slice {}", s.key.name),
         Event::SliceGone(key) => format!("-slice {}", key.name),

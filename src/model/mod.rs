@@ -9,6 +9,7 @@ pub mod fixtures;
 pub mod ids;
 pub mod kernel;
 pub mod node;
+pub mod refusal;
 pub mod service;
 pub mod small;
 pub mod snapshot;

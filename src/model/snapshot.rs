@@ -5,13 +5,20 @@ use std::{
     sync::Arc,
 };
 
-use super::{endpoints::Slice, ids::ServiceKey, service::Service, small::SmallSet};
+use super::{
+    endpoints::Slice,
+    ids::ServiceKey,
+    service::{Granted, Service},
+    small::SmallSet,
+};
 
 /// One change that a source saw.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A service appeared or changed.
     Service(Arc<Service>),
+    /// A service that goes on as it was has been given this, and nothing else.
+    Granted(ServiceKey, Granted),
     /// A service is gone.
     ServiceGone(ServiceKey),
     /// A slice appeared or changed.
@@ -46,6 +53,13 @@ impl Snapshot {
                 self.users_of.entry(group).or_default().insert(key.clone());
                 self.services.insert(key.clone(), service);
                 dirty.insert(key);
+            }
+            Event::Granted(key, granted) => {
+                let Some(service) = self.services.get_mut(&key) else { return };
+                if service.granted.as_ref() != Some(&granted) {
+                    Arc::make_mut(service).granted = Some(granted);
+                    dirty.insert(key);
+                }
             }
             Event::ServiceGone(key) => {
                 self.unlink_service(&key);
@@ -121,5 +135,32 @@ impl Snapshot {
             .filter_map(|key| self.slices.get(key).cloned())
             .map(all_ready)
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{fixtures::service, ids::PerFamily};
+
+    #[test]
+    fn what_is_granted_changes_nothing_else() {
+        let key = ServiceKey::new("default", "a");
+        let granted = |vip: &str| Granted {
+            vips: PerFamily { v4: vip.parse().ok(), v6: None },
+            published: BTreeMap::new(),
+        };
+        let mut snapshot = Snapshot::default();
+        let mut apply = |event: Event| {
+            let mut dirty = BTreeSet::new();
+            snapshot.apply(event, &mut dirty);
+            (dirty.contains(&key), snapshot.services().get(&key).cloned())
+        };
+        assert_eq!(apply(Event::Granted(key.clone(), granted("10.200.7.7"))), (false, None));
+        apply(Event::Service(service("a").into()));
+        let has = |vip: &str| Some(Arc::new(Service { granted: Some(granted(vip)), ..service("a") }));
+        for (vip, changes) in [("10.200.7.7", true), ("10.200.7.7", false), ("10.200.8.8", true)] {
+            assert_eq!(apply(Event::Granted(key.clone(), granted(vip))), (changes, has(vip)));
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::{
 use crate::{
     allocate::Lock,
     dataplane::Probe,
-    model::{ids::ServiceKey, node::NodeSays, snapshot::Event, unread::Unread},
+    model::{ids::ServiceKey, node::NodeSays, refusal::Refusal, snapshot::Event, unread::Unread},
     plan::Op,
 };
 
@@ -33,7 +33,7 @@ pub enum Input {
     /// What the source knows of this node.
     Node(NodeSays),
     /// Services that this node alone does not accept, and why: all of them.
-    Refused(BTreeMap<ServiceKey, String>),
+    Refused(BTreeMap<ServiceKey, Refusal>),
     /// Addresses, links or routes of the node changed.
     NodeChanged,
     /// The process is to end; the kernel keeps what it has.
@@ -60,7 +60,7 @@ pub trait Observer {
     /// What a full look found changed by others, by kind.
     fn drifted(&mut self, drift: &Drift);
     /// The source has services that this node alone does not accept: all of them, and why.
-    fn refused(&mut self, services: BTreeMap<ServiceKey, String>);
+    fn refused(&mut self, services: BTreeMap<ServiceKey, Refusal>);
     /// The loop is alive.
     fn heartbeat(&mut self, engine: &Engine, synced: bool, in_sync: bool);
 }

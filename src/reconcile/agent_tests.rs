@@ -15,7 +15,7 @@ use super::{
 use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
-    model::{ids::ServiceKey, unread::Unread},
+    model::{ids::ServiceKey, refusal::Refusal, unread::Unread},
     plan::Op,
 };
 
@@ -28,7 +28,7 @@ struct Told {
     drifted: Drift,
     in_sync: bool,
     refuse: bool,
-    refused: BTreeMap<ServiceKey, String>,
+    refused: BTreeMap<ServiceKey, Refusal>,
 }
 
 #[derive(Clone, Default)]
@@ -59,7 +59,7 @@ impl Observer for Ear {
         self.0.lock().unwrap().drifted.extend(drift);
     }
 
-    fn refused(&mut self, services: BTreeMap<ServiceKey, String>) {
+    fn refused(&mut self, services: BTreeMap<ServiceKey, Refusal>) {
         self.0.lock().unwrap().refused = services;
     }
 
@@ -114,7 +114,8 @@ fn who_hears_nothing_of_the_source_any_more_ends_to_be_started_anew() {
 #[test]
 fn what_this_node_alone_refuses_is_passed_on() {
     let agent = run(&FakeKernel::default(), vote);
-    let services = BTreeMap::from([(ServiceKey::new("default", "later"), "spec.later".to_owned())]);
+    let refusal = Refusal { generation: 2, why: "spec.later".to_owned() };
+    let services = BTreeMap::from([(ServiceKey::new("default", "later"), refusal)]);
     agent.inputs.send(Input::Refused(services.clone())).unwrap();
     agent.until("it is told", |told| told.refused == services);
     agent.stop();

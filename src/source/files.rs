@@ -53,7 +53,8 @@ impl Loaded {
             match event {
                 Event::Service(service) => drop(loaded.services.insert(service.key.clone(), service)),
                 Event::Slice(slice) => drop(loaded.slices.insert(slice.key.clone(), slice)),
-                Event::ServiceGone(_) | Event::SliceGone(_) => {}
+                // What is read once has every object once.
+                Event::Granted(..) | Event::ServiceGone(_) | Event::SliceGone(_) => {}
             }
         }
         loaded

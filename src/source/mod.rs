@@ -19,7 +19,7 @@ pub use watch::watch;
 
 use crate::{
     allocate::Lock,
-    model::{ids::ServiceKey, node::NodeSays, snapshot::Event},
+    model::{ids::ServiceKey, node::NodeSays, refusal::Refusal, snapshot::Event},
 };
 
 /// What a source tells its reader.
@@ -34,7 +34,7 @@ pub enum SourceMessage {
     /// What the source knows of this node.
     Node(NodeSays),
     /// Services that the controller accepts and this node does not, and why; replaces the list before.
-    Refused(BTreeMap<ServiceKey, String>),
+    Refused(BTreeMap<ServiceKey, Refusal>),
     /// All that is wrong now; replaces the list before.
     Problems(Vec<Problem>),
 }

@@ -1,6 +1,6 @@
 //! What two watches say, turned into events. No network: what comes in is what the API server sent.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use kube::{
     core::{DynamicObject, TypeMeta},
@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::listing::Listing;
 use crate::{
     api::{self, SERVICE_NAME_LABEL},
-    model::{ids::ServiceKey, node::NodeConfig, snapshot::Event, unread::Hides},
+    model::{ids::ServiceKey, node::NodeConfig, refusal::Refusal, snapshot::Event, unread::Hides},
     source::{
         judge::{At, Judgement, judge},
         object::{Kind, Object, ObjectId, Verdict},
@@ -19,15 +19,16 @@ use crate::{
     },
 };
 
-/// Which objects are in force. It keeps their names alone: the objects are with whoever takes the events.
+/// Which objects are in force. It keeps their names and uids alone: the objects are with whoever takes the events.
 #[derive(Debug)]
 pub struct Feed {
     config: NodeConfig,
-    in_force: HashSet<ObjectId>,
+    /// With the uid of the object whose version it is.
+    in_force: HashMap<ObjectId, Box<str>>,
     /// What is wrong, of objects with which something is.
     problems: BTreeMap<ObjectId, Vec<Problem>>,
     /// Services whose spec the controller has accepted and this node has not, and why.
-    refused: BTreeMap<ServiceKey, String>,
+    refused: BTreeMap<ServiceKey, Refusal>,
     listings: BTreeMap<Kind, Listing>,
 }
 
@@ -39,7 +40,7 @@ impl Feed {
     pub fn new(config: NodeConfig) -> Self {
         Self {
             config,
-            in_force: HashSet::new(),
+            in_force: HashMap::new(),
             problems: BTreeMap::new(),
             refused: BTreeMap::new(),
             listings: BTreeMap::new(),
@@ -58,13 +59,13 @@ impl Feed {
 
     /// Services that the controller has accepted as they are now and this node does not, and why: its program or its flags are
     /// others.
-    pub fn refused(&self) -> &BTreeMap<ServiceKey, String> {
+    pub fn refused(&self) -> &BTreeMap<ServiceKey, Refusal> {
         &self.refused
     }
 
     /// Takes in what a watch says; appends what changes by it.
     pub fn take(&mut self, kind: Kind, said: Watched<DynamicObject>, out: &mut Vec<Event>) {
-        let known = self.in_force.iter().chain(self.problems.keys());
+        let known = self.in_force.keys().chain(self.problems.keys());
         let known = known.filter(|id| id.kind == kind).map(|id| &id.key);
         let change = self.listings.entry(kind).or_default().take(said, known);
         if let Some((key, object)) = change.put {
@@ -83,12 +84,14 @@ impl Feed {
                 Hides::EndpointsOf(ServiceKey::new(id.key.namespace.clone(), group))
             }
         };
-        let accepted = id.kind == Kind::Service && is_accepted(&value);
+        let accepted = if id.kind == Kind::Service { accepted(&value) } else { None };
+        let uid: Box<str> = value["metadata"]["uid"].as_str().unwrap_or_default().into();
         let granted = (id.kind == Kind::Service).then(|| api::granted(&value["status"]));
         let Judgement { verdict, findings, severity } = judge(id.kind, value, At::ApiServer(&self.config));
-        if accepted && !matches!(verdict, Verdict::Good(_)) {
+        let accepted = accepted.filter(|_| !matches!(verdict, Verdict::Good(_)));
+        if let Some(generation) = accepted {
             let why: Vec<String> = findings.iter().map(ToString::to_string).collect();
-            self.refused.insert(id.key.clone(), why.join("; "));
+            self.refused.insert(id.key.clone(), Refusal { generation, why: why.join("; ") });
         } else if id.kind == Kind::Service {
             self.refused.remove(&id.key);
         }
@@ -112,11 +115,17 @@ impl Feed {
                 if let (Object::Service(service), Some(granted)) = (&mut object, granted) {
                     std::sync::Arc::make_mut(service).granted = Some(granted);
                 }
-                self.in_force.insert(id);
+                self.in_force.insert(id, uid);
                 Some(object.event())
             }
             Verdict::Withheld => self.withdraw(&id),
-            Verdict::Wrong => None,
+            Verdict::Wrong => match self.in_force.get(&id) {
+                // What is in force is that of another object, which is gone although no watch has said so.
+                Some(of) if *of != uid => self.withdraw(&id),
+                // Its last good version stays, with what is its own now: what it had may be another's.
+                Some(_) => granted.map(|granted| Event::Granted(id.key, granted)),
+                None => None,
+            },
         }
     }
 
@@ -129,21 +138,21 @@ impl Feed {
     }
 
     fn withdraw(&mut self, id: &ObjectId) -> Option<Event> {
-        self.in_force.remove(id).then(|| match id.kind {
+        self.in_force.remove(id).map(|_| match id.kind {
             Kind::Service => Event::ServiceGone(id.key.clone()),
             Kind::Slice => Event::SliceGone(id.key.clone()),
         })
     }
 }
 
-/// Whether the controller has accepted a MeshService's spec as it is now. What it refuses itself it tells itself: a thousand nodes need
+/// The generation of a MeshService whose spec the controller has accepted as it is now. What it refuses itself it tells itself: a thousand nodes need
 /// not say so too.
-fn is_accepted(object: &Value) -> bool {
+fn accepted(object: &Value) -> Option<i64> {
     let status = &object["status"];
-    let is_now = status["observedGeneration"].is_i64()
-        && status["observedGeneration"] == object["metadata"]["generation"];
+    let now = object["metadata"]["generation"].as_i64();
+    let generation = status["observedGeneration"].as_i64().filter(|seen| Some(*seen) == now)?;
     let mut conditions = status["conditions"].as_array().into_iter().flatten();
-    is_now && conditions.any(|c| c["type"] == "Accepted" && c["status"] == "True")
+    conditions.any(|c| c["type"] == "Accepted" && c["status"] == "True").then_some(generation)
 }
 
 /// The object without what nobody here reads and what can be larger than all the rest.
@@ -227,7 +236,10 @@ mod tests {
     fn what_is_wrong_keeps_its_last_good_version() {
         let mut feed = Feed::new(config());
         take(&mut feed, Kind::Service, listed(vec![service("x", 80)]));
-        assert!(take(&mut feed, Kind::Service, vec![Watched::Apply(service("x", 70_000))]).is_empty());
+        assert_eq!(
+            take(&mut feed, Kind::Service, vec![Watched::Apply(service("x", 70_000))]),
+            ["x has 10.200.7.7 30080"]
+        );
         assert_eq!(
             problems(&feed),
             ["MeshService default/x: spec.ports[0].port: must be at most 65535, not 70000"]
@@ -251,7 +263,8 @@ mod tests {
         let refused = |object: &DynamicObject| {
             let mut feed = Feed::new(config());
             take(&mut feed, Kind::Service, vec![Watched::Apply(object.clone())]);
-            feed.refused().get(&ServiceKey::new("default", "x")).cloned()
+            let refusal = feed.refused().get(&ServiceKey::new("default", "x")).cloned();
+            refusal.inspect(|refusal| assert_eq!(refusal.generation, 2)).map(|refusal| refusal.why)
         };
         let elsewhere = json!({"vips": ["10.9.9.9"], "ports": [{"port": 80}]});
         let why = refused(&seen(elsewhere.clone(), 2, "True")).unwrap();
@@ -271,6 +284,41 @@ mod tests {
             take(&mut feed, Kind::Service, vec![Watched::Apply(seen(elsewhere.clone(), 2, "True")), end]);
             assert!(feed.refused().is_empty());
         }
+    }
+
+    #[test]
+    fn what_is_wrong_has_what_it_is_given_now() {
+        let mut feed = Feed::new(config());
+        take(&mut feed, Kind::Service, listed(vec![service("x", 80)]));
+        let mut moved = service("x", 70_000);
+        moved.data["status"]["vips"] = json!(["10.200.8.8"]);
+        moved.data["status"]["ports"][0]["publishedPort"] = json!(30081);
+        assert_eq!(
+            take(&mut feed, Kind::Service, vec![Watched::Apply(moved.clone())]),
+            ["x has 10.200.8.8 30081"]
+        );
+        // Of one that never was in force nothing is.
+        let mut other = Feed::new(config());
+        assert!(take(&mut other, Kind::Service, vec![Watched::Apply(moved)]).is_empty());
+    }
+
+    #[test]
+    fn another_object_of_a_name_does_not_go_on_as_the_one_before() {
+        let of = |mut object: DynamicObject, uid: &str| {
+            object.metadata.uid = Some(uid.to_owned());
+            object
+        };
+        let mut feed = Feed::new(config());
+        take(&mut feed, Kind::Service, listed(vec![of(service("x", 80), "1")]));
+        // It went and came while no watch was there.
+        assert_eq!(take(&mut feed, Kind::Service, listed(vec![of(service("x", 70_000), "2")])), ["-x"]);
+        assert_eq!(problems(&feed).len(), 1);
+        assert!(take(&mut feed, Kind::Service, listed(vec![of(service("x", 70_000), "2")])).is_empty());
+        assert_eq!(take(&mut feed, Kind::Service, listed(vec![of(service("x", 81), "2")])), ["x:81"]);
+        let mut wrong = of(slice("s", "10.0.0.1"), "2");
+        wrong.data["ports"][0]["port"] = json!(70_000);
+        take(&mut feed, Kind::Slice, listed(vec![of(slice("s", "10.0.0.1"), "1")]));
+        assert_eq!(take(&mut feed, Kind::Slice, listed(vec![wrong])), ["-slice s"]);
     }
 
     #[test]

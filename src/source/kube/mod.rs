@@ -38,6 +38,7 @@ use crate::{
     model::{
         ids::{Family, PerFamily, ServiceKey},
         node::{NodeConfig, NodeSays},
+        refusal::Refusal,
         unread::Hides,
     },
 };
@@ -180,7 +181,7 @@ struct Follower {
     broken: BTreeMap<Watch, (String, Instant)>,
     told: Vec<Problem>,
     /// What was told of [`Feed::refused`].
-    refused: BTreeMap<ServiceKey, String>,
+    refused: BTreeMap<ServiceKey, Refusal>,
     synced: bool,
     sender: Sender<SourceMessage>,
 }

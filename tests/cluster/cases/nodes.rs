@@ -62,7 +62,7 @@ fn serving(failing: &[&ServiceKey]) -> Report {
         addresses: vec![IpAddr::from([192, 168, 50, 1])],
         count: named.len(),
         named,
-        state: State::Serving,
+        ..Report::of(State::Serving)
     }
 }
 
@@ -204,7 +204,7 @@ fn refuses(cluster: &Cluster) -> Result<()> {
             }
         }
         let (count, named) = faults.named();
-        n1.report(Report { count, named, ..serving(&[]) });
+        n1.report(Report { count, named, not_understood: faults.refusals(), ..serving(&[]) });
         Ok(())
     };
     until_condition(cluster, "refuses", "vote", "Accepted", "True")?;

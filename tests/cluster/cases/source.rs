@@ -71,7 +71,8 @@ impl Told {
             SourceMessage::Node(says) => self.node = Some(says),
             SourceMessage::Synced => self.synced = true,
             SourceMessage::Refused(services) => {
-                self.refused = services.iter().map(|(key, why)| format!("{key}: {why}")).collect();
+                self.refused =
+                    services.iter().map(|(key, refusal)| format!("{key}: {}", refusal.why)).collect();
             }
             SourceMessage::Lock(_) => {}
         }
@@ -115,6 +116,10 @@ fn text(event: &Event) -> String {
             let vip = s.granted.as_ref().and_then(|granted| granted.vips.get(Family::V4));
             let vip = vip.map_or_else(|| "no VIP".to_owned(), ToString::to_string);
             format!("{}:{} {vip}", s.key, s.ports[0].port)
+        }
+        Event::Granted(key, granted) => {
+            let vip = granted.vips.get(Family::V4);
+            format!("{key} has {}", vip.map_or_else(|| "no VIP".to_owned(), ToString::to_string))
         }
         Event::ServiceGone(key) => format!("-{key}"),
         Event::Slice(s) => format!("slice {} {}", s.key, s.endpoints.len()),

@@ -18,6 +18,7 @@ use meshlb::{
     model::{
         ids::{PerFamily, ServiceKey},
         node::NodeFacts,
+        refusal::Refusal,
     },
     plan::Op,
     reconcile::{
@@ -48,7 +49,7 @@ impl Observer for Served {
 
     fn drifted(&mut self, _: &Drift) {}
 
-    fn refused(&mut self, _: BTreeMap<ServiceKey, String>) {}
+    fn refused(&mut self, _: BTreeMap<ServiceKey, Refusal>) {}
 
     fn heartbeat(&mut self, engine: &Engine, _: bool, _: bool) {
         self.0.look(engine);
