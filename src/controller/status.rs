@@ -345,13 +345,18 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     // Which nodes fail changes often; that any does, or none does any more, is the news.
     let (before, after) = (find(old, "Programmed"), find(new, "Programmed"));
     let told_elsewhere = |reason: &str| reason == "NotAccepted" || reason == NODE_FAILING;
+    let refused = before.as_ref().is_some_and(|c| c.reason == crate::api::mesh_node::NOT_UNDERSTOOD);
+    let before_generation = before.as_ref().and_then(|c| c.observed_generation);
     let failed = before.is_some_and(|c| c.status == "False" && !told_elsewhere(&c.reason));
     if let Some(after) = after.filter(|c| !told_elsewhere(&c.reason)) {
         match after.status.as_str() {
             "False" if !failed => {
                 out.push(News { good: false, reason: after.reason, message: after.message });
             }
-            "True" if failed => out.push(News { good: true, reason: after.reason, message: after.message }),
+            // A refusal is of one generation: of the next one nothing has been said yet.
+            "True" if failed && !(refused && before_generation != after.observed_generation) => {
+                out.push(News { good: true, reason: after.reason, message: after.message });
+            }
             _ => {}
         }
     }

@@ -105,7 +105,8 @@ impl Table {
             [] => self.apex(name, kind),
             [namespace] => match self.namespaces.get(namespace.to_ascii_lowercase().as_slice()) {
                 Some(_) => self.no_data(NEGATIVE_TTL),
-                None if self.unknown.may_be_in(namespace) => self.unnamed(Some(namespace)),
+                None if self.unknown.is_coming_in(namespace) => Answer { soon: true, ..failure() },
+                None if self.unknown.may_be_in(namespace) => failure(),
                 None => self.no_name(),
             },
             [before @ .., service, namespace] if before.len() <= 2 => {
@@ -114,8 +115,10 @@ impl Table {
                     Some(service) => {
                         self.of_service(name, before, kind, service).unwrap_or_else(|| self.no_name())
                     }
-                    None if self.unknown.may_be_in(namespace) && may_stand_before_a_service(before) => {
-                        self.unnamed(Some(namespace))
+                    None if may_stand_before_a_service(before)
+                        && (self.unknown.has(&key) || self.unknown.may_be_in(namespace)) =>
+                    {
+                        self.unnamed(Some(&key))
                     }
                     None => self.no_name(),
                 }
@@ -342,7 +345,9 @@ impl Table {
                 }
                 Some(answer)
             }
-            None => may_be_here(namespace).then(|| self.unnamed(Some(namespace.as_bytes()))),
+            None => {
+                may_be_here(namespace).then(|| self.unnamed(Some(&name_key(service, namespace.as_bytes()))))
+            }
         }
     }
 
@@ -364,9 +369,9 @@ impl Table {
         Answer { authorities: vec![soa], ..Answer::default() }
     }
 
-    /// What may be there besides what is known, in a namespace or in any.
-    fn unnamed(&self, namespace: Option<&[u8]>) -> Answer {
-        Answer { soon: self.unknown.is_coming(namespace), ..failure() }
+    /// What may be there besides what is known: a service's name, by its key, or any.
+    fn unnamed(&self, name: Option<&[u8]>) -> Answer {
+        Answer { soon: self.unknown.is_coming(name), ..failure() }
     }
 
     fn no_name(&self) -> Answer {

@@ -356,8 +356,10 @@ fn before_the_source_has_been_read_there_is_silence_and_then_an_error() {
 #[test]
 fn what_the_kernel_does_not_serve_yet_is_silence_and_then_an_error() {
     let mut handler = handler(some(), 0);
-    let (meant, coming) =
-        ([ServiceKey::new("far", "lost")].into(), [ServiceKey::new("default", "new")].into());
+    let (meant, coming) = (
+        [ServiceKey::new("far", "lost")].into(),
+        ["new", "alias"].map(|n| ServiceKey::new("default", n)).into(),
+    );
     let mut names = some();
     names.set_unknown(Unknown::new(&Unread::default(), &meant, &coming));
     handler.shared.table.store(names.publish(true));
@@ -383,9 +385,14 @@ fn what_the_kernel_does_not_serve_yet_is_silence_and_then_an_error() {
         assert_eq!(by(&handler, name, kind), "later", "{name}");
     }
     // Of these nothing is awaited.
-    for (name, want) in
-        [(VOTE, "NoError"), ("x.far.mesh.internal.", "ServFail"), ("far.mesh.internal.", "ServFail")]
-    {
+    for (name, want) in [
+        (VOTE, "NoError"),
+        ("x.far.mesh.internal.", "ServFail"),
+        ("far.mesh.internal.", "ServFail"),
+        // As a search list makes of a name of the world.
+        ("example.com.default.mesh.internal.", "NXDomain"),
+        ("other.default.mesh.internal.", "NXDomain"),
+    ] {
         assert_eq!(by(&handler, name, T::A), want, "{name}");
     }
     let alias = {

@@ -6,8 +6,10 @@ use super::pool::MOST;
 
 /// Where `/proc/sys` is not to be read: as many as Linux has by default (32768 to 60999).
 pub const DEFAULT: usize = 28_232;
-/// Lookups that there may be at once, whatever there is little of.
+/// Lookups that there may be at once, however few files there may be.
 const FEWEST: usize = 64;
+/// And however few ports.
+const FEWEST_BY_PORTS: usize = 4;
 /// Of so many ports lookups may take one: the rest is for the node's other connections.
 const SHARE: usize = 4;
 
@@ -26,7 +28,7 @@ fn count(range: &str) -> Option<usize> {
 /// How many names may be looked up at once by who may have so many files and ports. A lookup is up to [`MOST`] sockets, and one
 /// by TCP after each of them; of four files one is left, for connections and for the rest of the agent.
 pub(super) fn lookups(files: usize, ports: usize) -> usize {
-    (files / 16).min(ports / SHARE / MOST).max(FEWEST)
+    (files / 16).max(FEWEST).min((ports / SHARE / MOST).max(FEWEST_BY_PORTS))
 }
 
 #[cfg(test)]
@@ -49,7 +51,8 @@ mod tests {
             (8192, DEFAULT, 512),
             (65_536, 12_000, 1000),
             (1024, DEFAULT, 64),
-            (65_536, 100, 64),
+            (65_536, 100, 8),
+            (65_536, 10, 4),
         ] {
             assert_eq!(lookups(files, ports), want, "{files} {ports}");
         }

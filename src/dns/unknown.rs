@@ -15,23 +15,26 @@ pub struct Unknown {
     services: HashSet<Vec<u8>>,
     /// Namespaces of those: any further name there may be an alias of theirs.
     namespaces: HashSet<Vec<u8>>,
-    /// Namespaces of services that are there and that the kernel does not serve yet.
+    /// Names of services that are there and that the kernel does not serve yet.
     coming: HashSet<Vec<u8>>,
+    /// Their namespaces.
+    coming_in: HashSet<Vec<u8>>,
     /// Services some of whose endpoints may be missing, by the names that they take them by.
     endpoints_of: BTreeSet<ServiceKey>,
 }
 
 impl Unknown {
-    /// What of the source can't be read, the services that are meant to be there all the same, and those of which more is said in
-    /// a moment.
+    /// What of the source can't be read, the services that are meant to be there all the same, and the names (aliases too) of
+    /// those of which more is said in a moment.
     pub fn new(unread: &Unread, meant: &BTreeSet<ServiceKey>, coming: &BTreeSet<ServiceKey>) -> Self {
         let name = |key: &ServiceKey| name_key(key.name.as_bytes(), key.namespace.as_bytes());
         let namespace = |key: &ServiceKey| key.namespace.to_ascii_lowercase().into_bytes();
         Self {
             anything: unread.anything,
             services: meant.iter().chain(coming).map(name).collect(),
-            namespaces: meant.iter().chain(coming).map(namespace).collect(),
-            coming: coming.iter().map(namespace).collect(),
+            namespaces: meant.iter().map(namespace).collect(),
+            coming: coming.iter().map(name).collect(),
+            coming_in: coming.iter().map(namespace).collect(),
             endpoints_of: unread.endpoints_of.clone(),
         }
     }
@@ -51,14 +54,14 @@ impl Unknown {
         self.anything || self.namespaces.contains(namespace.to_ascii_lowercase().as_slice())
     }
 
-    /// Whether of what a namespace may have besides, or any of them, more is known soon.
-    pub(super) fn is_coming(&self, namespace: Option<&[u8]>) -> bool {
-        match namespace {
-            Some(namespace) => {
-                !self.coming.is_empty() && self.coming.contains(namespace.to_ascii_lowercase().as_slice())
-            }
-            None => !self.coming.is_empty(),
-        }
+    /// Whether more is known soon of a service's name, by its key in the table; `None` is any of them.
+    pub(super) fn is_coming(&self, name: Option<&[u8]>) -> bool {
+        name.map_or(!self.coming.is_empty(), |name| self.coming.contains(name))
+    }
+
+    /// Whether more is known soon of a namespace.
+    pub(super) fn is_coming_in(&self, namespace: &[u8]) -> bool {
+        !self.coming_in.is_empty() && self.coming_in.contains(namespace.to_ascii_lowercase().as_slice())
     }
 
     /// Whether a service may have more endpoints; `group` is the name that it takes them by.

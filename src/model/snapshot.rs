@@ -54,8 +54,10 @@ impl Snapshot {
                 self.services.insert(key.clone(), service);
                 dirty.insert(key);
             }
-            Event::Granted(key, granted) => {
+            Event::Granted(key, mut granted) => {
                 let Some(service) = self.services.get_mut(&key) else { return };
+                // It was given for another spec: what a port that this one does not have got is none of its ports'.
+                granted.published.retain(|id, _| service.ports.iter().any(|port| port.id() == *id));
                 if service.granted.as_ref() != Some(&granted) {
                     Arc::make_mut(service).granted = Some(granted);
                     dirty.insert(key);
