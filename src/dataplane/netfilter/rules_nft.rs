@@ -306,7 +306,12 @@ impl Names {
     }
 
     fn mark_in(&self, whole: bool) -> Vec<String> {
-        self.mark_vip(whole)
+        let Self { ip, range, .. } = self;
+        // IPVS goes by its own table and would send on a segment far out of the window, say. On its way out it would be the first
+        // one of another connection for conntrack, by which none of our addresses is found: it would leave with its mark.
+        // kube-proxy drops these too (KUBE-FORWARD).
+        let mistaken = whole.then(|| format!("{ip} daddr {range} ct state invalid drop"));
+        mistaken.into_iter().chain(self.mark_vip(whole)).collect()
     }
 
     fn mark_out(&self, whole: bool) -> Vec<String> {
@@ -466,6 +471,10 @@ fn masquerade(families: &[Names], program: &Program) -> Vec<String> {
 /// of them come and go together.
 fn unmark(families: &[Names], program: &Program, whole: bool) -> Vec<String> {
     let mut rules = vec![format!("meta mark & {:#x} == 0 return", program.mask)];
+    if whole {
+        // By what conntrack knows nothing of, nothing of the following is found.
+        rules.push(format!("ct state invalid,untracked meta mark set meta mark & {:#x}", !program.mask));
+    }
     for n in families {
         let [range, addresses, lo] = n.originals();
         // Also by the node's address itself: a set can be emptied.
