@@ -29,7 +29,7 @@ fn commands(cx: &mut Cx) -> Result<()> {
     super::wait_until(
         &format!("6 connections more than {before} are counted"),
         Duration::from_secs(10),
-        || Ok(counted(v4_server(&c.service(1, "web")?)?) == before + 6),
+        || Ok(counted(v4_server(&c.service(1, "web")?)?) >= before + 6),
     )?;
     let report = c.show(1)?;
     ensure!(report["node"] == "n1" && report["renderer"] == renderer.flag(), "{report:#}");
@@ -83,9 +83,10 @@ fn commands(cx: &mut Cx) -> Result<()> {
     let out = c.meshlb.run(node, &["apply", &dir])?.ok()?;
     ensure!(out.stdout.contains("1 services, followed by"), "{out}");
     check::only(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 3)?, "p11")?;
-    super::wait_until("the other node is in sync", Duration::from_secs(10), || Ok(c.in_sync().is_ok()))?;
     ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
-    c.in_sync()
+    // What drained goes within seconds, and its entries a moment after it.
+    super::wait_until("every node is in sync", Duration::from_secs(20), || Ok(c.in_sync().is_ok()))?;
+    Ok(())
 }
 
 /// The IPv4 virtual server of a service's first port, as `show` tells of it.
