@@ -50,9 +50,14 @@ pub enum Error {
     Io(#[from] io::Error),
 }
 
+/// A connection to whoever holds this network namespace.
+fn connect() -> Option<UnixStream> {
+    UnixStream::connect_addr(&SocketAddr::from_abstract_name(NAME).ok()?).ok()
+}
+
 /// Whether somebody holds this network namespace.
 pub fn is_taken() -> bool {
-    SocketAddr::from_abstract_name(NAME).is_ok_and(|address| UnixStream::connect_addr(&address).is_ok())
+    connect().is_some()
 }
 
 impl Instance {
@@ -91,15 +96,13 @@ impl Instance {
 
 /// The process and the user that listen there, as the kernel knows them (unix(7), `SO_PEERCRED`).
 fn holder() -> Option<(i32, u32)> {
-    let peer = UnixStream::connect_addr(&SocketAddr::from_abstract_name(NAME).ok()?).ok()?;
-    let who = getsockopt(&peer, PeerCredentials).ok()?;
+    let who = getsockopt(&connect()?, PeerCredentials).ok()?;
     Some((who.pid(), who.uid()))
 }
 
 /// What the meshlb that holds this network namespace says of itself, if there is one.
 pub fn other() -> Option<String> {
-    let address = SocketAddr::from_abstract_name(NAME).ok()?;
-    let mut peer = UnixStream::connect_addr(&address).ok()?;
+    let mut peer = connect()?;
     peer.set_read_timeout(Some(PATIENCE)).ok()?;
     // Anybody can have the name.
     let mut text = [0; MAX_ABOUT];

@@ -414,8 +414,11 @@ impl Feed {
         let now = engine.unread();
         let unread = self.never_read.as_ref().map_or_else(|| now.clone(), |before| before.and(now));
         let unnamed = |key: &&ServiceKey| self.names.get(key).is_none();
-        let meant: BTreeSet<ServiceKey> =
-            engine.held().iter().chain(&unread.services).filter(unnamed).cloned().collect();
+        // One that was read before and is not there any more has been made anew since, as something that can't be read.
+        let mut all = unread.clone();
+        let is_gone = |key: &&ServiceKey| !engine.snapshot().services().contains_key(*key);
+        all.services.extend(now.services.iter().filter(is_gone).cloned());
+        let meant = engine.held().iter().chain(&all.services).filter(unnamed).cloned().collect();
         // All their names are known.
         let aliases = |key: &ServiceKey| {
             let service = engine.snapshot().services().get(key);
@@ -427,11 +430,6 @@ impl Feed {
         };
         let coming = self.to_come.iter().filter(unnamed);
         let coming = coming.flat_map(|key| std::iter::once(key.clone()).chain(aliases(key))).collect();
-        // One that was read before and is not there any more has been made anew since, as something that can't be read.
-        let mut all = unread.clone();
-        let is_gone = |key: &&ServiceKey| !engine.snapshot().services().contains_key(*key);
-        all.services.extend(now.services.iter().filter(is_gone).cloned());
-        let meant = all.services.iter().filter(unnamed).cloned().chain(meant).collect();
         let unknown = Unknown::new(&all, &meant, &coming);
         self.never_read = Some(unread);
         self.names.set_unknown(unknown)

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     allocate::{Lock, lock::LockError},
-    compile::{CompiledService, service::is_served},
+    compile::{
+        CompiledService,
+        service::{is_served, wanted_families},
+    },
     dataplane::{
         Netfilter,
         executor::Dataplane,
@@ -25,7 +28,6 @@ use crate::{
     },
     dns::{names::Names, zone::Zone},
     model::{
-        ids::Family,
         kernel::{RealServerKey, VirtualServerKey},
         node::{MarkMask, NodeConfig},
         service::{Mode, TrafficDistribution},
@@ -513,15 +515,14 @@ pub fn notes_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
 /// Families of a service that this node does not serve, and whether it serves others of it. `None` where it serves all.
 fn unserved_families(engine: &Engine, service: &CompiledService) -> Option<(bool, String)> {
     let declared = engine.snapshot().services().get(&service.key)?;
-    let wanted: Vec<Family> = match declared.mode {
-        Mode::Vip => service.vips.iter().map(|(family, _)| family).collect(),
-        // Its names are answered whatever is programmed.
-        Mode::Dnsrr if declared.ports.iter().all(|port| port.publish.is_none()) => return None,
-        Mode::Dnsrr => declared.families.clone(),
-    };
+    // Its names are answered whatever is programmed.
+    if declared.mode == Mode::Dnsrr && declared.ports.iter().all(|port| port.publish.is_none()) {
+        return None;
+    }
     let node = &engine.settings().node;
-    let (served, unserved): (Vec<_>, Vec<_>) =
-        wanted.into_iter().partition(|family| is_served(*family, node, engine.facts()));
+    let (served, unserved): (Vec<_>, Vec<_>) = wanted_families(declared, &service.vips)
+        .into_iter()
+        .partition(|family| is_served(*family, node, engine.facts()));
     let names: Vec<String> = unserved.iter().map(ToString::to_string).collect();
     (!names.is_empty()).then(|| (!served.is_empty(), names.join(" and no ")))
 }

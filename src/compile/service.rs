@@ -226,19 +226,24 @@ pub fn is_served(family: Family, config: &NodeConfig, facts: &NodeFacts) -> bool
     config.ranges.get(family).is_some() && facts.primary.get(family).is_some()
 }
 
-/// Families that the service is served in on this node: those of its VIPs, or for DNSRR those that it asks for, as far as the
-/// node serves them.
+/// Families that a service is to be served in: those of its VIPs, or for DNSRR those that it asks for.
+pub fn wanted_families(service: &Service, vips: &PerFamily<IpAddr>) -> Vec<Family> {
+    match service.mode {
+        Mode::Vip => vips.iter().map(|(f, _)| f).collect(),
+        Mode::Dnsrr => service.families.clone(),
+    }
+}
+
+/// Those of them that it is served in on this node.
 pub fn served_families(
     service: &Service,
     vips: &PerFamily<IpAddr>,
     config: &NodeConfig,
     facts: &NodeFacts,
 ) -> Vec<Family> {
-    let here = |f: &Family| is_served(*f, config, facts);
-    match service.mode {
-        Mode::Vip => vips.iter().map(|(f, _)| f).filter(here).collect(),
-        Mode::Dnsrr => service.families.iter().copied().filter(here).collect(),
-    }
+    let mut families = wanted_families(service, vips);
+    families.retain(|f| is_served(*f, config, facts));
+    families
 }
 
 fn publish(

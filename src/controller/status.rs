@@ -8,6 +8,7 @@ use crate::{
     allocate::ServiceAllocation,
     api::{
         FieldError,
+        mesh_node::NOT_UNDERSTOOD,
         status::{EndpointCounts, MeshServiceStatus, PortStatus, Summary},
         values::{IpText, Protocol as ApiProtocol},
     },
@@ -345,7 +346,7 @@ pub fn news(old: &MeshServiceStatus, new: &MeshServiceStatus) -> Vec<News> {
     // Which nodes fail changes often; that any does, or none does any more, is the news.
     let (before, after) = (find(old, "Programmed"), find(new, "Programmed"));
     let told_elsewhere = |reason: &str| reason == "NotAccepted" || reason == NODE_FAILING;
-    let refused = before.as_ref().is_some_and(|c| c.reason == crate::api::mesh_node::NOT_UNDERSTOOD);
+    let refused = before.as_ref().is_some_and(|c| c.reason == NOT_UNDERSTOOD);
     let before_generation = before.as_ref().and_then(|c| c.observed_generation);
     let failed = before.is_some_and(|c| c.status == "False" && !told_elsewhere(&c.reason));
     if let Some(after) = after.filter(|c| !told_elsewhere(&c.reason)) {

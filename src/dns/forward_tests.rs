@@ -62,6 +62,27 @@ fn silent() -> (SocketAddr, Asked) {
     counting(|_, _| None)
 }
 
+/// Ports and numbers of questions, in the order in which they came.
+type Heard = Arc<Mutex<Vec<(u16, u16)>>>;
+
+/// One that answers nothing, and notes from which ports it was asked for some names.
+fn hearing(of: impl Fn(&str) -> bool + Send + 'static) -> (SocketAddr, Heard) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let at = socket.local_addr().unwrap();
+    let heard = Heard::default();
+    let notes = heard.clone();
+    thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
+            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
+            if of(&question.queries[0].name().to_ascii()) {
+                notes.lock().unwrap().push((from.port(), question.metadata.id));
+            }
+        }
+    });
+    (at, heard)
+}
+
 /// One that answers every name with an address; some of them take a while.
 fn good() -> (SocketAddr, Asked) {
     counting(|query, answer| {
@@ -528,19 +549,7 @@ fn who_waits_for_a_dead_zone_is_in_nobody_elses_way() {
 /// What is sent again is sent by the same socket: each has a port, of which the node has few.
 #[test]
 fn a_lookup_takes_a_port_of_each_upstream_and_no_more() {
-    let from = Arc::new(Mutex::new(Vec::new()));
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let upstream = socket.local_addr().unwrap();
-    let heard = from.clone();
-    thread::spawn(move || {
-        let mut buffer = [0; 1500];
-        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
-            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
-            if question.queries[0].name().to_ascii() == "www.example." {
-                heard.lock().unwrap().push((from.port(), question.metadata.id));
-            }
-        }
-    });
+    let (upstream, from) = hearing(|name| name == "www.example.");
     let at = at(36);
     let mut config = config(at);
     config.forward.upstreams = vec![upstream];
@@ -604,19 +613,8 @@ fn a_datagram_that_is_lost_is_sent_again_soon() {
 /// Lookups take ports that are there for it, which are no listeners: a published port has to stay free of them.
 #[test]
 fn lookups_take_ports_of_clients() {
-    let from = Arc::new(Mutex::new(BTreeSet::new()));
-    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-    let upstream = socket.local_addr().unwrap();
-    let heard = from.clone();
-    thread::spawn(move || {
-        let mut buffer = [0; 1500];
-        while let Ok((n, from)) = socket.recv_from(&mut buffer) {
-            let Ok(question) = Message::from_vec(&buffer[..n]) else { continue };
-            if !question.queries[0].name().to_ascii().starts_with("meshlb-") {
-                heard.lock().unwrap().insert(from.port());
-            }
-        }
-    });
+    let (upstream, from) = hearing(|name| !name.starts_with("meshlb-"));
+    let ports = || from.lock().unwrap().iter().map(|(port, _)| *port).collect::<BTreeSet<u16>>();
     let at = at(31);
     let mut config = config(at);
     config.forward.upstreams = vec![upstream];
@@ -627,13 +625,13 @@ fn lookups_take_ports_of_clients() {
         client.send_to(&question.to_vec().unwrap(), at).unwrap();
     }
     let begun = Instant::now();
-    while from.lock().unwrap().len() < 100 {
+    while ports().len() < 100 {
         assert!(begun.elapsed() < Duration::from_secs(3), "{from:?}");
         thread::sleep(Duration::from_millis(10));
     }
     let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
     let range: Vec<u16> = range.split_whitespace().map(|n| n.parse().unwrap()).collect();
-    let ports = from.lock().unwrap().clone();
+    let ports = ports();
     let outside: Vec<_> = ports.iter().filter(|port| !(range[0]..=range[1]).contains(port)).collect();
     assert!(outside.is_empty(), "not within {range:?}: {outside:?}");
     // Without a peer (state 7) a socket takes what comes from anybody.

@@ -307,6 +307,14 @@ mod tests {
         }
     }
 
+    /// A client's end of a connection, the server's, and where the client is.
+    async fn connected() -> (TcpStream, TcpStream, SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, from) = listener.accept().await.unwrap();
+        (client, stream, from)
+    }
+
     async fn ask(client: &mut TcpStream) {
         let mut question = Message::query();
         let name = Name::from_ascii("vote.default.mesh.internal.").unwrap();
@@ -327,9 +335,7 @@ mod tests {
     fn who_has_waited_for_others_for_long_is_not_kept_waiting() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let (stream, from) = listener.accept().await.unwrap();
+            let (mut client, stream, from) = connected().await;
             let (handler, all) = (handler(), Arc::default());
             let _others = much_of_others(&all);
             ask(&mut client).await;
@@ -345,9 +351,7 @@ mod tests {
     fn a_question_that_comes_when_there_is_no_room_any_more_waits() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let (stream, from) = listener.accept().await.unwrap();
+            let (mut client, stream, from) = connected().await;
             let (handler, all) = (handler(), Arc::default());
             let asking = async {
                 // It is being waited for while there is room.
@@ -367,9 +371,7 @@ mod tests {
     fn while_too_much_waits_everywhere_no_question_is_taken() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-            let mut client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-            let (stream, from) = listener.accept().await.unwrap();
+            let (mut client, stream, from) = connected().await;
             let (handler, all) = (handler(), Arc::default());
             let others = much_of_others(&all);
             let asking = async {

@@ -147,7 +147,16 @@ impl Element {
 
     /// Whether it is of a published port.
     pub fn is_published(&self) -> bool {
-        matches!(self, Self::Published(_) | Self::Loopback(..))
+        self.published_number().is_some()
+    }
+
+    /// The protocol and the number of the published port that it is of.
+    pub fn published_number(&self) -> Option<(Protocol, u16)> {
+        match self {
+            Self::Published(to) => Some((to.protocol, to.port)),
+            Self::Loopback(_, protocol, port) => Some((*protocol, *port)),
+            _ => None,
+        }
     }
 }
 

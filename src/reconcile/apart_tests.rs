@@ -22,7 +22,7 @@ use crate::{
     plan::Op,
 };
 
-fn key(name: &str) -> ServiceKey {
+pub(super) fn key(name: &str) -> ServiceKey {
     ServiceKey::new("default", name)
 }
 
@@ -32,7 +32,8 @@ fn addresses(kernel: &FakeKernel) -> BTreeSet<String> {
     reals.map(|real| real.addr.to_string()).collect()
 }
 
-fn three(kernel: &FakeKernel) -> Engine {
+/// A service that stays readable, and two that don't.
+pub(super) fn three(kernel: &FakeKernel) -> Engine {
     let mut engine = vote(kernel, Allocations::default());
     engine.feed([service_with("bad", published(81, 8080, Some(30081))), endpoints("bad", &["10.244.1.13"])]);
     engine.feed([service_with("gone", port(82, 8080)), endpoints("gone", &["10.244.1.14"])]);

@@ -26,9 +26,18 @@ fn real(addr: &str) -> RealServerKey {
     RealServerKey { addr: addr.parse().unwrap(), port: 8080 }
 }
 
+fn flows_cut(ops: &[Op]) -> impl Iterator<Item = &PublishedFlows> {
+    ops.iter().filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None })
+}
+
+/// The destinations whose connections are cut.
 fn cut(ops: &[Op]) -> BTreeSet<String> {
-    let flows = ops.iter().filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None });
-    flows.map(|flows| flows.real.to_string()).collect()
+    flows_cut(ops).map(|flows| flows.real.to_string()).collect()
+}
+
+/// The published numbers by which connections are cut.
+fn numbers_cut(ops: &[Op]) -> BTreeSet<u16> {
+    flows_cut(ops).flat_map(|flows| flows.to.iter().map(|(_, number)| *number)).collect()
 }
 
 /// What clients connect to for this service now.
@@ -145,11 +154,7 @@ fn a_port_that_was_unpublished_while_no_agent_ran_ends_its_connections_alone() {
     second.feed([Event::Service(with(port(80, 8080)).into()), ends()]);
     second.synced(Unread::default());
     let ops = second.turn(true, now()).unwrap().ops;
-    let numbers: BTreeSet<u16> = ops
-        .iter()
-        .filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None })
-        .flat_map(|flows| flows.to.iter().map(|(_, number)| *number))
-        .collect();
+    let numbers = numbers_cut(&ops);
     assert_eq!(numbers, [30080].into());
 }
 
@@ -393,11 +398,7 @@ fn udp_flows_by_a_number_that_was_edited_end() {
         ]);
         second.synced(Unread::default());
         let ops = second.turn(!running, now()).unwrap().ops;
-        let numbers: BTreeSet<u16> = ops
-            .iter()
-            .filter_map(|op| if let Op::CutFlows(flows) = op { Some(flows) } else { None })
-            .flat_map(|flows| flows.to.iter().map(|(_, number)| *number))
-            .collect();
+        let numbers = numbers_cut(&ops);
         assert_eq!(numbers, [30053].into(), "running: {running}: {ops:?}");
     }
 }

@@ -573,14 +573,7 @@ impl Engine {
         let state_is_lost = recover.is_some();
         let mut unknown = BTreeSet::new();
         if let Some(lock) = recover {
-            let found = recover::recover_allocations(
-                &observed.virtual_servers,
-                &observed.elements,
-                observed.foreign_marks.clone(),
-                &self.settings.node,
-                &self.snapshot,
-                &lock,
-            );
+            let found = recover::recover_allocations(observed, &self.settings.node, &self.snapshot, &lock);
             unknown.clone_from(&found.retired_marks);
             self.allocator =
                 Allocator::new(self.settings.node.clone(), found, lock, observed.foreign_marks.clone());

@@ -2,36 +2,21 @@
 
 use std::collections::BTreeSet;
 
-use super::tests::{after_a_restart, endpoints, engine, service_with, turn, vote};
+use super::{
+    apart_tests::{key, three},
+    tests::{after_a_restart, endpoints, engine, service_with, turn, vote},
+};
 use crate::{
     allocate::Allocations,
     dataplane::fake::FakeKernel,
     model::{
         fixtures::{port, published},
-        ids::ServiceKey,
         kernel::KernelState,
         unread::Unread,
     },
     plan::Op,
     reconcile::Engine,
 };
-
-fn key(name: &str) -> ServiceKey {
-    ServiceKey::new("default", name)
-}
-
-/// A service that stays readable, and two that don't.
-fn three(kernel: &FakeKernel) -> Engine {
-    let mut engine = vote(kernel, Allocations::default());
-    engine.feed([
-        service_with("bad", published(81, 8080, Some(30081))),
-        endpoints("bad", &["10.244.1.13"]),
-        service_with("gone", port(82, 8080)),
-        endpoints("gone", &["10.244.1.14"]),
-    ]);
-    turn(&mut engine, true);
-    engine
-}
 
 fn feed_vote(engine: &mut Engine) {
     engine.feed([
@@ -171,29 +156,19 @@ fn a_published_number_without_an_endpoint_stays_guarded_though_the_state_was_los
 /// guarded. That makes no turn a full one.
 #[test]
 fn a_service_that_is_left_alone_is_refused_with_another_mask() {
+    use super::tests::engine_of;
     use crate::{
         compile::service::Drains,
-        dataplane::{AddressRules, executor::Dataplane},
         model::{
             fixtures::config,
             node::{MarkMask, NodeConfig},
         },
-        reconcile::Settings,
     };
     let kernel = FakeKernel::default();
     let first = three(&kernel);
     let node = NodeConfig { mask: MarkMask::new(0xff_c000).unwrap(), ..config() };
-    let settings = Settings { node, addresses: AddressRules::default(), timeouts: None };
-    let dataplane = Dataplane {
-        ipvs: Box::new(kernel.clone()),
-        netfilter: Box::new(kernel.clone()),
-        host: Box::new(kernel.clone()),
-    };
-    let previous = first.allocator().allocations();
-    let mut second =
-        Engine::new(settings, dataplane, previous, crate::allocate::Lock::default(), Drains::new());
+    let mut second = engine_of(node, &kernel, first.allocator().allocations(), Drains::new());
     second.set_earlier_mask(config().mask);
-    second.refresh_node().unwrap();
     feed_vote(&mut second);
     second.synced(Unread { services: [key("bad"), key("gone")].into(), ..Unread::default() });
     turn(&mut second, true);

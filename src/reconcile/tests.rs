@@ -16,7 +16,7 @@ use crate::{
             BridgeSubnet, Element, PublishedFlows, RealServerConfig, RealServerKey, VipRoute, VirtualServer,
             VirtualServerConfig, VirtualServerKey,
         },
-        node::NodeSays,
+        node::{NodeConfig, NodeSays},
         service::{Service, ServicePort, TrafficDistribution},
         snapshot::Event,
         unread::Unread,
@@ -40,8 +40,18 @@ pub(crate) fn after_a_restart(kernel: &FakeKernel, first: &Engine) -> Engine {
 }
 
 pub(crate) fn engine_with(kernel: &FakeKernel, previous: Allocations, drains: Drains) -> Engine {
+    engine_of(config(), kernel, previous, drains)
+}
+
+/// The engine of a node with this configuration.
+pub(crate) fn engine_of(
+    node: NodeConfig,
+    kernel: &FakeKernel,
+    previous: Allocations,
+    drains: Drains,
+) -> Engine {
     kernel.lock().facts = facts();
-    let settings = Settings { node: config(), addresses: AddressRules::default(), timeouts: None };
+    let settings = Settings { node, addresses: AddressRules::default(), timeouts: None };
     let dataplane = Dataplane {
         ipvs: Box::new(kernel.clone()),
         netfilter: Box::new(kernel.clone()),

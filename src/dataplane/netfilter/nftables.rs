@@ -113,12 +113,12 @@ impl Nftables {
         hash::texts(texts.iter().map(String::as_str))
     }
 
-    /// Whether this variant of iptables drops what we accept, and who can help it.
-    fn need(&mut self, variant: Variant, family: Family) -> Result<Need, Error> {
+    /// Whether this variant of iptables drops what we accept, and who can help it. `there` is what iptables-nft has of ours.
+    fn need(&mut self, variant: Variant, family: Family, there: &Parts) -> Result<Need, Error> {
         match variant {
             Variant::Nft if !self.reader.iptables_blocks(family)? => Ok(Need::Nothing),
             // Those that are there do their work, whoever can read them.
-            Variant::Nft if self.accepts(family)? => Ok(Need::Rules),
+            Variant::Nft if there.keys().any(|name| name.contains(" filter ")) => Ok(Need::Rules),
             Variant::Nft
                 if variant.installed() && works(variant.reads(family, "filter"))?.unwrap_or(false) =>
             {
@@ -133,9 +133,12 @@ impl Nftables {
         }
     }
 
-    /// Whether our accepting rules are in iptables-nft's filter table, or some of them.
-    fn accepts(&mut self, family: Family) -> Result<bool, Error> {
-        Ok(nft_chains(&mut self.reader, family)?.keys().any(|name| name.contains(" filter ")))
+    /// What iptables-nft has of ours, where this is that variant.
+    fn there(&mut self, variant: Variant, family: Family) -> Result<Parts, Error> {
+        match variant {
+            Variant::Nft => nft_chains(&mut self.reader, family),
+            Variant::Legacy => Ok(Parts::new()),
+        }
     }
 
     /// Writes everything; returns a part that was gone again when it was read back.
@@ -175,11 +178,11 @@ impl Nftables {
         for variant in variants {
             for family in Family::ALL {
                 let served = program.families.get(family).is_some();
-                let need = if served { self.need(*variant, family)? } else { Need::Nothing };
                 let there = match variant {
                     Variant::Nft => nft_chains(&mut self.reader, family)?,
                     Variant::Legacy => save_parts(family, &variant.saved(family)?),
                 };
+                let need = if served { self.need(*variant, family, &there)? } else { Need::Nothing };
                 let mut found = false;
                 for (name, hash) in there {
                     if need != Need::Nothing && name.contains(" filter ") {
@@ -234,10 +237,11 @@ impl Nftables {
     fn put_accepting_rules(&mut self, program: &Program) -> Result<(), Error> {
         for variant in Variant::ALL.into_iter().filter(|v| v.installed()) {
             for family in Family::ALL {
-                let wanted = self.need(variant, family)? == Need::Rules;
+                let there = self.there(variant, family)?;
+                let wanted = self.need(variant, family, &there)? == Need::Rules;
                 // A program that does not work is in nobody's way where it has nothing to do.
                 let is_nft = variant == Variant::Nft;
-                if is_nft && !wanted && nft_chains(&mut self.reader, family)?.is_empty() {
+                if is_nft && !wanted && there.is_empty() {
                     continue;
                 }
                 let saved = match variant.saved(family) {
@@ -349,8 +353,11 @@ impl Netfilter for Nftables {
         for variant in Variant::ALL {
             for family in Family::ALL {
                 // The accepting rules are not left over where they are needed.
-                let need =
-                    if self.fingerprint.is_some() { self.need(variant, family) } else { Ok(Need::Nothing) };
+                let need = if self.fingerprint.is_some() {
+                    self.there(variant, family).and_then(|there| self.need(variant, family, &there))
+                } else {
+                    Ok(Need::Nothing)
+                };
                 let done = need.and_then(|need| {
                     let but = (need != Need::Nothing).then_some("filter");
                     remove::chains_of(variant, family, but, &mut self.reader)

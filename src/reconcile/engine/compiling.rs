@@ -14,7 +14,7 @@ use tracing::debug;
 use super::{
     Engine, Served, Settings,
     marks::Others,
-    published::{Published, let_go, published},
+    published::{Published, given_up, let_go, published},
 };
 use crate::{
     allocate::Allocator,
@@ -138,12 +138,7 @@ impl Compiling<'_> {
         let services = compiled.iter().filter_map(|key| self.merged.services().get(key));
         let published: Vec<Published> = services.flat_map(|service| published(service)).collect();
         let all = std::mem::take(self.overdue);
-        self.overdue.extend(all.into_iter().filter_map(|flows| {
-            let goes_on =
-                |to: &(IpAddr, u16)| published.iter().any(|p| p.has(flows.protocol, &flows.real, to));
-            let to: BTreeSet<_> = flows.to.iter().filter(|to| !goes_on(to)).copied().collect();
-            (!to.is_empty()).then_some(PublishedFlows { to, ..flows })
-        }));
+        self.overdue.extend(all.iter().filter_map(|flows| given_up(flows, &published)));
     }
 
     fn remember_drains(&mut self, key: &ServiceKey, new: Option<&CompiledService>) {

@@ -1,13 +1,13 @@
 //! Endpoints that are gone finish their connections.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
-use super::{Engine, published::published};
+use super::{
+    Engine,
+    published::{given_up, published},
+};
 use crate::{
     compile::{
         RealState,
@@ -112,12 +112,7 @@ impl Engine {
         };
         let still = |op: &Op| match op {
             Op::CutFlows(flows) if self.overdue.contains(flows) => None,
-            Op::CutFlows(flows) => {
-                let goes_on =
-                    |to: &(IpAddr, u16)| published.iter().any(|p| p.has(flows.protocol, &flows.real, to));
-                let to: BTreeSet<_> = flows.to.iter().filter(|to| !goes_on(to)).copied().collect();
-                (!to.is_empty()).then(|| Op::CutFlows(PublishedFlows { to, ..flows.clone() }))
-            }
+            Op::CutFlows(flows) => given_up(flows, &published).map(Op::CutFlows),
             Op::ForgetUdp(flows) => {
                 let flows: UdpFlows = flows
                     .iter()

@@ -50,7 +50,10 @@ impl Engine {
         }
         if state_is_lost || !unknown.is_empty() {
             let nowhere = elements.iter().filter(|(_, mark)| **mark == Some(Mark::NOWHERE));
-            self.spared.nameless.published.extend(nowhere.filter_map(|(element, _)| number_of(element)));
+            self.spared
+                .nameless
+                .published
+                .extend(nowhere.filter_map(|(element, _)| element.published_number()));
         }
         self.spared.nameless.marks.extend(unknown);
     }
@@ -106,7 +109,7 @@ impl Engine {
             return;
         }
         let entries = self.merged.state().elements.keys();
-        let named: BTreeSet<_> = entries.filter_map(number_of).collect();
+        let named: BTreeSet<_> = entries.filter_map(Element::published_number).collect();
         let before = self.spared.nameless.published.len();
         self.spared.nameless.published.retain(|number| !named.contains(number));
         self.generation += u64::from(self.spared.nameless.published.len() != before);
@@ -216,19 +219,10 @@ impl LeftAlone {
             (_, Some(mark)) if mark != Mark::NOWHERE => self.marks.contains(&mark),
             (Element::Vip(_), _) => false,
             (Element::Published(_) | Element::Loopback(..), _) => {
-                number_of(element).is_some_and(|number| self.ports.contains(&number))
+                element.published_number().is_some_and(|number| self.ports.contains(&number))
             }
             (Element::Endpoint(addr) | Element::Local(addr), _) => self.endpoints.contains(addr),
             (Element::Own(to), _) => self.endpoints.contains(&to.addr),
         }
-    }
-}
-
-/// The number of a published port that an entry is about.
-fn number_of(element: &Element) -> Option<(Protocol, u16)> {
-    match element {
-        Element::Published(to) => Some((to.protocol, to.port)),
-        Element::Loopback(_, protocol, port) => Some((*protocol, *port)),
-        _ => None,
     }
 }

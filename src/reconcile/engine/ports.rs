@@ -46,9 +46,10 @@ impl Compiling<'_> {
                 let Some(&first) = allocation.published.get(&port.id()) else { continue };
                 // A number that is not published here is anybody's: who has it when it is to be is asked then. So it is in no
                 // family of this node, but a claim that was made outlasts the loss of an address.
-                let here = match families.is_empty() {
-                    true => self.served.get(key).is_some_and(|had| had.contains(&(port.protocol, first))),
-                    false => self.is_published_here(service, port, &slices, &families),
+                let here = if families.is_empty() {
+                    self.served.get(key).is_some_and(|had| had.contains(&(port.protocol, first)))
+                } else {
+                    self.is_published_here(service, port, &slices, &families)
                 };
                 if !here {
                     continue;

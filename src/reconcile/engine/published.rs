@@ -90,6 +90,13 @@ pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Ve
     out
 }
 
+/// What of these connections none of these ports goes on with.
+pub(super) fn given_up(flows: &PublishedFlows, by: &[Published]) -> Option<PublishedFlows> {
+    let goes_on = |to: &(IpAddr, u16)| by.iter().any(|port| port.has(flows.protocol, &flows.real, to));
+    let to: BTreeSet<_> = flows.to.iter().filter(|to| !goes_on(to)).copied().collect();
+    (!to.is_empty()).then(|| PublishedFlows { to, ..flows.clone() })
+}
+
 impl Engine {
     /// At the first look: connections that an earlier run left, by published ports to destinations that are wanted no longer.
     pub(super) fn note_unwanted(&mut self, observed: &Observed) {
@@ -103,7 +110,9 @@ impl Engine {
                 && have.zip(want).is_some_and(|(have, want)| have.reals == want.reals)
         };
         for (element, mark) in &observed.elements {
-            let (Some(protocol), Some(to)) = (protocol_of(element), connected_to(element)) else { continue };
+            let (Some((protocol, _)), Some(to)) = (element.published_number(), connected_to(element)) else {
+                continue;
+            };
             if mark.is_some_and(|mark| leads_as_it_did(element, mark)) {
                 continue;
             }
@@ -198,13 +207,5 @@ struct Ports(HashMap<ServiceKey, Vec<Published>>);
 impl Ports {
     fn of(&mut self, service: &CompiledService) -> &[Published] {
         self.0.entry(service.key.clone()).or_insert_with(|| published(service))
-    }
-}
-
-fn protocol_of(element: &Element) -> Option<Protocol> {
-    match element {
-        Element::Published(to) => Some(to.protocol),
-        Element::Loopback(_, protocol, _) => Some(*protocol),
-        _ => None,
     }
 }

@@ -13,25 +13,25 @@ use crate::{
     allocate::{Allocations, Lock, allocate},
     model::{
         ids::{Family, Mark, PortId, Protocol, ServiceKey},
-        kernel::{Element, Elements, Target, VirtualServer, VirtualServerKey},
+        kernel::{Element, Target, VirtualServerKey},
         node::NodeConfig,
         snapshot::Snapshot,
     },
+    plan::Observed,
 };
 
 /// VIPs and published ports as their names give them or as the kernel has them for the same endpoints; marks as the kernel
-/// has them for these, so that connections go on. `foreign` marks are other programs'.
+/// has them for these, so that connections go on.
 pub(super) fn recover_allocations(
-    servers: &HashMap<VirtualServerKey, VirtualServer>,
-    elements: &Elements,
-    foreign: BTreeSet<Mark>,
+    observed: &Observed,
     node: &NodeConfig,
     snapshot: &Snapshot,
     lock: &Lock,
 ) -> Allocations {
+    let foreign = observed.foreign_marks.clone();
     let fresh = allocate(snapshot.services(), node, Allocations::default(), lock.clone(), foreign);
     let mut out = fresh.allocations();
-    let kernel = Kernel::new(servers, elements, node, snapshot);
+    let kernel = Kernel::new(observed, node, snapshot);
     for family in Family::ALL {
         kernel.settle_vips(&mut out, family, lock);
     }
@@ -41,7 +41,7 @@ pub(super) fn recover_allocations(
     kernel.take_marks(&mut out);
     // Everything else that our sets lead to is not given out until it is gone from the kernel.
     let used = out.known_marks();
-    let led_to = elements.values().flatten();
+    let led_to = observed.elements.values().flatten();
     let led_to = led_to.filter(|mark| **mark != Mark::NOWHERE && !used.contains(mark));
     out.retired_marks = led_to.copied().collect();
     out
@@ -49,8 +49,7 @@ pub(super) fn recover_allocations(
 
 /// What the kernel says about addresses and ports.
 struct Kernel<'a> {
-    servers: &'a HashMap<VirtualServerKey, VirtualServer>,
-    elements: &'a Elements,
+    observed: &'a Observed,
     snapshot: &'a Snapshot,
     ingress: Vec<IpAddr>,
     /// Entries that lead to IPVS, by mark.
@@ -58,24 +57,19 @@ struct Kernel<'a> {
 }
 
 impl<'a> Kernel<'a> {
-    fn new(
-        servers: &'a HashMap<VirtualServerKey, VirtualServer>,
-        elements: &'a Elements,
-        node: &NodeConfig,
-        snapshot: &'a Snapshot,
-    ) -> Self {
+    fn new(observed: &'a Observed, node: &NodeConfig, snapshot: &'a Snapshot) -> Self {
         let mut leading = HashMap::<_, Vec<_>>::new();
-        for (element, mark) in elements {
+        for (element, mark) in &observed.elements {
             if let (Element::Vip(target), Some(mark)) = (element, mark) {
                 leading.entry(*mark).or_default().push(*target);
             }
         }
         let ingress = Family::ALL.into_iter().filter_map(|f| node.ingress(f)).collect();
-        Self { servers, elements, snapshot, ingress, leading }
+        Self { observed, snapshot, ingress, leading }
     }
 
     fn mark_at(&self, addr: IpAddr, protocol: Protocol, port: u16) -> Option<Mark> {
-        self.elements.get(&Element::Vip(Target { addr, protocol, port })).copied().flatten()
+        self.observed.elements.get(&Element::Vip(Target { addr, protocol, port })).copied().flatten()
     }
 
     fn mark_of_published(&self, protocol: Protocol, number: u16) -> Option<Mark> {
@@ -89,7 +83,7 @@ impl<'a> Kernel<'a> {
         let endpoints: BTreeSet<IpAddr> =
             slices.iter().flat_map(|s| &s.endpoints).map(|e| e.address).collect();
         let servers = Family::ALL.into_iter().filter_map(|family| {
-            self.servers.get(&VirtualServerKey { family, mark }).map(|server| &server.reals)
+            self.observed.virtual_servers.get(&VirtualServerKey { family, mark }).map(|server| &server.reals)
         });
         let found: BTreeSet<IpAddr> = servers.flat_map(|reals| reals.keys().map(|real| real.addr)).collect();
         (!found.is_empty() && !endpoints.is_empty()).then(|| !found.is_disjoint(&endpoints))

@@ -137,25 +137,18 @@ impl Iptables {
                 for ((owner, change), result) in
                     owners.into_iter().zip(&changes).zip(self.ipset.change(&changes))
                 {
-                    match result {
-                        Ok(()) => {}
-                        Err(Error::Failed { reason: why, .. }) => {
-                            refused.insert(*owner, elements.get(owner).copied().flatten());
-                            reason.get_or_insert_with(|| Error::Failed {
-                                object: format!("ipset {} {}", spec.name, change.entry.key),
-                                reason: why.replace(SCRATCH, &spec.name),
-                            });
-                        }
+                    let why = match result {
+                        Ok(()) => continue,
+                        Err(Error::Failed { reason, .. }) => reason,
                         // What memory has no room for any more.
-                        Err(Error::Transient { reason: why, .. }) if why == Errno::ENOMEM.desc() => {
-                            refused.insert(*owner, elements.get(owner).copied().flatten());
-                            reason.get_or_insert_with(|| Error::Failed {
-                                object: format!("ipset {} {}", spec.name, change.entry.key),
-                                reason: why,
-                            });
-                        }
+                        Err(Error::Transient { reason, .. }) if reason == Errno::ENOMEM.desc() => reason,
                         Err(e) => return Err(e),
-                    }
+                    };
+                    refused.insert(*owner, elements.get(owner).copied().flatten());
+                    reason.get_or_insert_with(|| Error::Failed {
+                        object: format!("ipset {} {}", spec.name, change.entry.key),
+                        reason: why.replace(SCRATCH, &spec.name),
+                    });
                 }
                 if old.is_some() {
                     self.ipset.swap(SCRATCH, &spec.name)?;
