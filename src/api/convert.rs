@@ -216,7 +216,8 @@ fn family(family: api::IpFamily) -> Family {
     }
 }
 
-fn protocol(protocol: api::Protocol) -> Protocol {
+/// The model's word for it.
+pub fn protocol(protocol: api::Protocol) -> Protocol {
     match protocol {
         api::Protocol::Tcp => Protocol::Tcp,
         api::Protocol::Udp => Protocol::Udp,

@@ -21,7 +21,7 @@ pub mod v1alpha1;
 pub mod validate;
 pub mod values;
 
-pub use convert::{granted, granted_of, readable_status, to_service};
+pub use convert::{granted, granted_of, protocol, readable_status, to_service};
 pub use error::{FieldError, Reason};
 pub use mesh_node::{MeshNode, MeshNodeStatus};
 pub use node_checks::{check_against_node, leave_out_vips};

@@ -53,10 +53,22 @@ pub struct PortStatus {
     /// Port that clients of the virtual IP connect to.
     #[schemars(range(min = 1, max = 65535))]
     pub port: i32,
-    /// Port on the nodes' own addresses, where it is published.
+    /// Last port of a range, which begins with `port`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 65535))]
+    pub end_port: Option<i32>,
+    /// Port on the nodes' own addresses, where it is published; of a range the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 65535))]
     pub published_port: Option<i32>,
+}
+
+impl PortStatus {
+    /// How many ports it spans: 1 but for a range. Status that nobody can have written is one port.
+    pub fn span(&self) -> u16 {
+        let more = self.end_port.and_then(|end| end.checked_sub(self.port));
+        more.and_then(|more| u16::try_from(more).ok()).map_or(1, |more| more.saturating_add(1))
+    }
 }
 
 /// Endpoint counts.

@@ -47,13 +47,20 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
     let wrong = session.report_problems();
     let start = Instant::now();
     let ops = session.engine.prepare(true, Timestamp::now())?;
-    session.save()?;
+    // Where there is an earlier state, endpoints that are gone do not stay because a disk is full.
+    let saved = session.save();
+    if !session.keeper.on_disk() {
+        saved?;
+    }
     let failures = session.engine.apply(&ops);
-    session.save()?;
+    let saved = session.save();
     let took = start.elapsed();
     let served = tell(&session, dir);
     for failure in failures.iter().filter(|f| !f.follows) {
         print::err(format_args!("{}: {}", failure.op, failure.error));
+    }
+    if let Err(e) = &saved {
+        print::err(format_args!("{e:#}"));
     }
     print::out(format_args!(
         "{} services, {} changes, {} failed in {:.1} ms\n",
@@ -62,7 +69,11 @@ pub fn run(options: &Options, dir: &Path) -> Result<ExitCode> {
         failures.len(),
         took.as_secs_f64() * 1e3
     ))?;
-    Ok(if failures.is_empty() && !wrong && served { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if failures.is_empty() && !wrong && served && saved.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn about() -> String {

@@ -80,7 +80,7 @@ pub struct DnsOptions {
         help_heading = "DNS"
     )]
     pub dns_forward: Vec<ZoneForward>,
-    /// Clients that are answered, besides this node [default: private addresses]
+    /// Clients that are answered, besides this node [default: private addresses, and the ranges of this node's pods where its Node says them]
     #[arg(
         long,
         global = true,
@@ -156,8 +156,9 @@ impl DnsOptions {
         }
         let private = || PRIVATE.iter().filter_map(|range| range.parse().ok()).collect();
         let allow = if self.dns_allow.is_empty() { private() } else { self.dns_allow.clone() };
+        let allow_pods = self.dns_allow.is_empty();
         let (rate, remembered, ports) = (self.dns_rate, HashSet::new(), ports::DEFAULT);
-        Ok(Some(Config { listen, allow, rate, forward, remembered, ports }))
+        Ok(Some(Config { listen, allow, allow_pods, rate, forward, remembered, ports }))
     }
 
     /// What is looked up where. A zone that is named more than once has all of its upstreams, as the root zone has those of
@@ -364,7 +365,7 @@ impl Feed {
         let servers = of_served(&self.names.zone().servers, engine);
         let changed = self.note_unread(engine) | self.names.set_servers(servers);
         if let Some(server) = &self.server {
-            server.set_node(engine.facts().all_addresses.clone());
+            server.set_node(engine.facts().all_addresses.clone(), engine.pods());
             if !keys.is_empty() || changed || !self.published {
                 self.publish();
                 if let Some(since) = since {

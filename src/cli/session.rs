@@ -121,9 +121,8 @@ impl Keeper {
             self.stale |= put(&mut state.served, runs.collect());
             self.stale |= put(&mut state.nameless, engine.nameless().clone());
             self.stale |= put(&mut state.labels, super::dns::labels(engine, &state.allocations));
-            // Once it is known: of a folder that was empty at the start it is when there is something in it.
-            let dir = self.source.dir().filter(|_| self.generation.is_none() || state.folder.is_none());
-            if let Some(folder) = dir.and_then(crate::source::watch::filled) {
+            // Of one that is empty, or was put in the place of another one, it is when there is something in it.
+            if let Some(folder) = self.source.dir().and_then(crate::source::watch::filled) {
                 self.stale |= put(&mut state.folder, Some(folder));
             }
             self.generation = Some(engine.generation());

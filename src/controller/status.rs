@@ -173,6 +173,7 @@ fn served(
             name: port.name.as_ref().map(ToString::to_string),
             protocol: protocol(port.protocol),
             port: port.port.into(),
+            end_port: port.end_port.map(i32::from),
             published_port: allocation.published.get(&port.id()).map(|n| i32::from(*n)),
         })
         .collect();
@@ -397,7 +398,18 @@ pub fn held(status: &MeshServiceStatus) -> BTreeSet<String> {
 
 /// Whether a service has no longer all that it had.
 pub fn gives_up(old: &MeshServiceStatus, new: &MeshServiceStatus) -> bool {
-    !held(old).is_subset(&held(new))
+    let spans = |status: &MeshServiceStatus| {
+        let span = |p: &PortStatus| {
+            let first = p.published_port?;
+            Some((p.protocol, first, first.saturating_add(p.span().into())))
+        };
+        status.ports.iter().filter_map(span).collect::<Vec<_>>()
+    };
+    let (before, after) = (spans(old), spans(new));
+    let has = |(protocol, first, end): &(_, i32, i32)| {
+        after.iter().any(|(p, f, e)| p == protocol && f <= first && end <= e)
+    };
+    old.vips.iter().any(|vip| !new.vips.contains(vip)) || !before.iter().all(has)
 }
 
 /// Whether a service has something else than it had.

@@ -11,7 +11,7 @@ use super::{
     status::news,
 };
 use crate::{
-    api::status::MeshServiceStatus,
+    api::status::{MeshServiceStatus, PortStatus},
     meshnode::{Fault, Report, State},
     model::{
         endpoints::{Endpoint, Slice, SlicePort},
@@ -454,6 +454,43 @@ fn ranges_enter_all_of_their_numbers() {
     stored.write(&mut mesh);
     assert_eq!(mesh.used()[&PoolId::Ports(Protocol::Tcp)], Numbers((31000..=31009).collect()));
     assert_eq!(stored.status("a").summary.unwrap().published, "31000-31009/TCP");
+}
+
+#[test]
+fn the_next_leader_keeps_all_of_a_range_whose_spec_is_wrong_by_then() {
+    let mut stored = Stored::default();
+    let range = json!({"ports": [{"port": 31000, "endPort": 31009, "publish": {"port": 31000}}]});
+    stored.apply("a", 2, range);
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    let used = mesh.used();
+    stored.apply("a", 2, json!({"ports": [{"port": 31000, "endPort": 30000, "publish": {"port": 31000}}]}));
+    stored.apply("b", 1, json!({"ports": [{"port": 80, "publish": {"port": 31005}}]}));
+    let mut mesh = stored.mesh(&used);
+    stored.write(&mut mesh);
+    assert_eq!(stored.status("a").summary.unwrap().published, "31000-31009/TCP");
+    assert!(
+        stored.condition("b", "Allocated").starts_with("False"),
+        "{}",
+        stored.condition("b", "Allocated")
+    );
+}
+
+#[test]
+fn a_range_gives_up_what_it_does_not_span_any_more() {
+    let status = |end: i32| MeshServiceStatus {
+        ports: vec![PortStatus {
+            name: None,
+            protocol: crate::api::values::Protocol::Tcp,
+            port: 31000,
+            end_port: (end > 31000).then_some(end),
+            published_port: Some(31000),
+        }],
+        ..MeshServiceStatus::default()
+    };
+    let gives_up = |old, new| super::status::gives_up(&status(old), &status(new));
+    let seen = [(31000, 31009), (31009, 31009), (31009, 31004), (31009, 31000)].map(|(a, b)| gives_up(a, b));
+    assert_eq!(seen, [false, false, true, true]);
 }
 
 #[test]

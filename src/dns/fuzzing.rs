@@ -109,6 +109,7 @@ fn handler() -> Option<Handler<Others>> {
         shared: Arc::new(Shared {
             table: ArcSwap::new(names.publish(true)),
             node: ArcSwap::from_pointee(BTreeSet::new()),
+            pods: ArcSwap::default(),
         }),
         elsewhere: Some(Arc::new(Others)),
         allowed: Allowed::new("10.0.0.0/8".parse().into_iter().collect()),

@@ -47,6 +47,8 @@ pub struct Shared {
     pub table: ArcSwap<Table>,
     /// The node's own addresses, which may ask whatever they are.
     pub node: ArcSwap<BTreeSet<IpAddr>>,
+    /// Ranges that its pods have their addresses from, where they may ask for that.
+    pub pods: ArcSwap<Allowed>,
 }
 
 /// Names that are looked up elsewhere.
@@ -108,7 +110,9 @@ impl<E> Handler<E> {
     /// Whether a client gets answers.
     pub fn is_allowed(&self, client: IpAddr) -> bool {
         let client = client.to_canonical();
-        self.allowed.contains(client) || self.shared.node.load().contains(&client)
+        self.allowed.contains(client)
+            || self.shared.node.load().contains(&client)
+            || self.shared.pods.load().contains(client)
     }
 }
 

@@ -60,6 +60,7 @@ fn handler(mut names: Names, rate: u32) -> Handler<Others> {
     let shared = Shared {
         table: ArcSwap::new(names.publish(true)),
         node: ArcSwap::from_pointee(BTreeSet::from(["203.0.113.1".parse().unwrap()])),
+        pods: ArcSwap::default(),
     };
     Handler {
         shared: Arc::new(shared),

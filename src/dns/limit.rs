@@ -24,7 +24,7 @@ pub const PRIVATE: [&str; 9] = [
 ];
 
 /// Clients that get answers.
-#[derive(Debug)]
+#[derive(Default, Debug)]
 pub struct Allowed(Vec<IpNet>);
 
 impl Allowed {

@@ -55,6 +55,8 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// To whom, besides this node.
     pub allow: Vec<IpNet>,
+    /// And to its pods, as far as their ranges are known ([`Server::set_node`]).
+    pub allow_pods: bool,
     /// Answers a second by UDP that a client gets; 0 is no limit.
     pub rate: u32,
     /// What is looked up elsewhere.
@@ -74,6 +76,7 @@ pub struct Server {
     probe: Arc<Probe>,
     metrics: DnsMetrics,
     ended: Arc<Notify>,
+    allow_pods: bool,
 }
 
 type Handle = Handler<Forwarder>;
@@ -111,6 +114,7 @@ impl Server {
         let shared = Arc::new(Shared {
             table: ArcSwap::from_pointee(Table::new(zone)),
             node: ArcSwap::from_pointee(node),
+            pods: ArcSwap::default(),
         });
         let server = Self {
             shared: shared.clone(),
@@ -119,6 +123,7 @@ impl Server {
             probe,
             metrics: metrics.clone(),
             ended: Arc::default(),
+            allow_pods: config.allow_pods,
         };
         let handler = Arc::new(Handler {
             shared,
@@ -164,9 +169,11 @@ impl Server {
         self.ended.notify_one();
     }
 
-    /// Replaces the node's own addresses.
-    pub fn set_node(&self, addresses: BTreeSet<IpAddr>) {
+    /// Replaces the node's own addresses, and the ranges of its pods.
+    pub fn set_node(&self, addresses: BTreeSet<IpAddr>, pods: &[IpNet]) {
         self.shared.node.store(Arc::new(addresses));
+        let pods = if self.allow_pods { pods.to_vec() } else { vec![] };
+        self.shared.pods.store(Arc::new(Allowed::new(pods)));
     }
 
     /// What is wrong at present.

@@ -33,6 +33,7 @@ pub(super) fn config(listen: SocketAddr) -> Config {
     Config {
         listen: vec![listen],
         allow,
+        allow_pods: false,
         rate: 0,
         forward: ForwardConfig { cache: 100, ..Default::default() },
         remembered: Default::default(),
@@ -233,8 +234,21 @@ fn who_may_not_ask_has_no_place() {
     assert!(matches!(stream.read(&mut [0; 2]), Ok(0) | Err(_)));
     assert!(begun.elapsed() < Duration::from_secs(4));
     // The node itself always may.
-    server.set_node(["127.0.0.1".parse().unwrap()].into());
+    server.set_node(["127.0.0.1".parse().unwrap()].into(), &[]);
     assert_eq!(outcome(at, "vote.default.mesh.internal."), Ok("[10.200.7.7]".into()));
+}
+
+#[test]
+fn pods_may_ask_where_nobody_is_named() {
+    for (allow_pods, may) in [(true, true), (false, false)] {
+        let at = at(if may { 12 } else { 13 });
+        let config = Config { allow: vec![], allow_pods, ..config(at) };
+        let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+        server.publish(some().publish(true));
+        server.set_node(BTreeSet::new(), &["127.0.0.0/30".parse().unwrap()]);
+        let outcome = outcome(at, "vote.default.mesh.internal.");
+        assert_eq!(outcome.is_ok_and(|answer| answer.contains("10.200.7.7")), may);
+    }
 }
 
 #[test]

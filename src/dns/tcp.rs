@@ -295,6 +295,7 @@ mod tests {
         let shared = Shared {
             table: ArcSwap::new(some().publish(true)),
             node: ArcSwap::from_pointee(BTreeSet::new()),
+            pods: ArcSwap::default(),
         };
         Handler {
             shared: Arc::new(shared),

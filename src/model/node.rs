@@ -65,6 +65,8 @@ pub struct NodeSays {
     pub addresses: PerFamily<IpAddr>,
     /// Its zone.
     pub zone: Option<Arc<str>>,
+    /// Ranges that its pods have their addresses from (`spec.podCIDRs` of the Node), as far as they are known.
+    pub pods: Vec<IpNet>,
 }
 
 /// `network + n`, where the range has such an address.

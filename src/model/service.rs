@@ -213,6 +213,11 @@ impl ServicePort {
         self.end_port.map_or(1, |end| end.saturating_sub(self.port).saturating_add(1))
     }
 
+    /// Whether a number is its port, or one of its range.
+    pub fn covers(&self, number: u16) -> bool {
+        (self.port..=self.end_port.unwrap_or(self.port)).contains(&number)
+    }
+
     /// `name`, or `port/protocol` where it has none: how people are told about it.
     pub fn label(&self) -> String {
         self.name.as_ref().map_or_else(|| self.id().to_string(), ToString::to_string)

@@ -386,8 +386,8 @@ impl<O: Observer> Agent<O> {
     /// The same line again only after a minute.
     fn complain(&mut self, line: &str) {
         let now = Instant::now();
-        let fresh = self.logged.get(line).is_none_or(|at| now.duration_since(*at) > Duration::from_secs(60));
-        if fresh {
+        self.logged.retain(|_, at| now.duration_since(*at) <= Duration::from_secs(60));
+        if !self.logged.contains_key(line) {
             self.logged.insert(line.to_owned(), now);
             error!("{line}");
         }

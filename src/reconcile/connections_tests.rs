@@ -378,6 +378,32 @@ fn udp_flows_by_a_port_that_is_published_no_longer_end() {
     assert_eq!(cut(&ops), BTreeSet::new());
 }
 
+/// A flow of datagrams to a published port has no end that a policy could wait for: it goes where the policy says now, or nobody
+/// would take it from an endpoint that goes later, whose removal is another mark's.
+#[test]
+fn udp_flows_follow_a_policy_that_was_edited() {
+    for running in [true, false] {
+        let kernel = FakeKernel::default();
+        let with = |policy| Service {
+            ports: vec![ServicePort { protocol: Protocol::Udp, ..published(53, 5353, Some(30053)) }],
+            external_policy: policy,
+            ..service("dns")
+        };
+        let ends =
+            || Event::Slice(slice("dns", vec![endpoint("10.244.1.11", "n1"), endpoint("10.244.2.12", "n2")]));
+        let mut first = engine(&kernel, Allocations::default());
+        first.feed([Event::Service(with(TrafficPolicy::Cluster).into()), ends()]);
+        first.synced(Unread::default());
+        turn(&mut first, true);
+        let mut second = if running { first } else { after_a_restart(&kernel, &first) };
+        second.feed([Event::Service(with(TrafficPolicy::Local).into()), ends()]);
+        second.synced(Unread::default());
+        let ops = second.turn(!running, now()).unwrap().ops;
+        assert_eq!(cut(&ops), ["10.244.2.12:5353".to_owned()].into(), "running: {running}: {ops:?}");
+        assert_eq!(cut(&second.turn(true, now()).unwrap().ops), BTreeSet::new());
+    }
+}
+
 /// With another number they do not go on, as those of TCP do: a flow of datagrams has no end.
 #[test]
 fn udp_flows_by_a_number_that_was_edited_end() {

@@ -1,7 +1,7 @@
 //! Reads manifests: one file, or a whole folder once.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     ffi::{OsStr, OsString},
     fs,
     io::{self, Read as _},
@@ -216,7 +216,7 @@ pub fn parse_text(path: &Path, text: &str, config: Option<&NodeConfig>) -> Parse
         Ok(documents) => documents,
         Err(e) => return whole_file(path, e.line, format!("is not valid YAML: {}", e.message)),
     };
-    let mut reader = Reader { path, config, out: ParsedFile::default() };
+    let mut reader = Reader { path, config, out: ParsedFile::default(), lines: HashMap::new() };
     for node in &documents {
         reader.object(node);
     }
@@ -227,6 +227,8 @@ struct Reader<'a> {
     path: &'a Path,
     config: Option<&'a NodeConfig>,
     out: ParsedFile,
+    /// Lines of the objects that are in there.
+    lines: HashMap<ObjectId, u64>,
 }
 
 impl Reader<'_> {
@@ -272,8 +274,8 @@ impl Reader<'_> {
         let id = ObjectId { kind, key: ServiceKey::new(namespace, name) };
         let known = !name.is_empty();
         let label = if known { id.to_string() } else { kind.as_str().to_owned() };
-        if let Some(first) = self.out.entries.iter().find(|e| e.id == id) {
-            let message = format!("is defined twice; the one in line {} is used", first.line);
+        if let Some(first) = self.lines.get(&id) {
+            let message = format!("is defined twice; the one in line {first} is used");
             return self.problem(node.line, Some(label), None, message, (Severity::Refused, Hides::Nothing));
         }
         let at = self.config.map_or(At::Manifest, At::Folder);
@@ -289,6 +291,7 @@ impl Reader<'_> {
             self.problem(line, Some(label.clone()), Some(finding.field), finding.message, bad);
         }
         if known {
+            self.lines.insert(id.clone(), node.line);
             self.out.entries.push(Entry { id, line: node.line, verdict });
         } else {
             self.out.incomplete = true;

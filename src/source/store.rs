@@ -30,6 +30,10 @@ pub struct Store {
     emitted: HashMap<ObjectId, Object>,
     /// Objects to look at before the next events go out.
     touched: BTreeSet<ObjectId>,
+    /// Files of which nobody knows all that they name.
+    incomplete: BTreeSet<OsString>,
+    /// Objects that no file names any more, unless it is one of those: they stay until it is known.
+    aside: BTreeSet<ObjectId>,
 }
 
 /// Line and verdict of each object of a file.
@@ -48,6 +52,11 @@ impl Store {
 
     /// Takes in what a file says now.
     pub fn replace(&mut self, name: OsString, parsed: ParsedFile) {
+        if parsed.incomplete {
+            self.incomplete.insert(name.clone());
+        } else {
+            self.completed(&name);
+        }
         let mut entries: Entries = parsed.entries.into_iter().map(|e| (e.id, (e.line, e.verdict))).collect();
         let old = self.files.remove(&name).unwrap_or_default();
         for (id, held) in old {
@@ -85,10 +94,18 @@ impl Store {
     /// A file is gone, and with it what only it named.
     pub fn remove(&mut self, name: &OsStr) {
         self.problems.remove(name);
+        self.completed(name);
         let Some(entries) = self.files.remove(name) else { return };
         for (id, _) in entries {
             self.disown(&id, name);
             self.touched.insert(id);
+        }
+    }
+
+    /// Nothing is hidden in this file.
+    fn completed(&mut self, name: &OsStr) {
+        if self.incomplete.remove(name) && self.incomplete.is_empty() {
+            self.touched.append(&mut self.aside);
         }
     }
 
@@ -109,6 +126,13 @@ impl Store {
         for id in std::mem::take(&mut self.touched) {
             let owner = self.owners.get(&id).and_then(SmallSet::first);
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
+            self.aside.remove(&id);
+            if verdict.is_none() && !self.incomplete.is_empty() {
+                if self.emitted.contains_key(&id) {
+                    self.aside.insert(id);
+                }
+                continue;
+            }
             match verdict.map(|(_, verdict)| verdict) {
                 Some(Verdict::Wrong) => {}
                 Some(Verdict::Good(object)) => {
@@ -148,6 +172,23 @@ impl Store {
                     hides: Hides::Nothing,
                 });
             }
+        }
+        if let (Some(file), Some(first)) = (self.incomplete.first(), self.aside.first()) {
+            let message = match self.aside.len() {
+                1 => format!("{first} is in no other file any more, and stays until this one can be read"),
+                n => format!(
+                    "{n} objects are in no other file any more, and stay until this one can be read: {first} and others"
+                ),
+            };
+            problems.push(Problem {
+                file: Some(dir.join(file)),
+                line: None,
+                object: None,
+                field: None,
+                message,
+                severity: Severity::Note,
+                hides: Hides::Nothing,
+            });
         }
         problems.sort_by(|a, b| (&a.file, a.line).cmp(&(&b.file, b.line)));
         problems
@@ -208,6 +249,29 @@ mod tests {
         // Nothing good was ever seen of z.
         assert!(put(&mut store, "b.yaml", &service("z", 0)).is_empty());
         assert_eq!(put(&mut store, "b.yaml", ""), Vec::<String>::new());
+    }
+
+    /// It may have been moved there.
+    #[test]
+    fn what_is_in_no_file_stays_while_one_can_not_be_read() {
+        let mut store = Store::default();
+        put(&mut store, "a.yaml", &(service("x", 1) + &service("w", 2)));
+        put(&mut store, "c.yaml", &service("v", 3));
+        assert!(put(&mut store, "b.yaml", "apiVersion: [").is_empty());
+        store.remove(OsStr::new("a.yaml"));
+        assert!(events(&mut store).is_empty());
+        let told = problems(&store);
+        assert!(told.iter().any(|p| p.starts_with("b.yaml: 2 objects are in no other file")), "{told:?}");
+        // Of a file that can be read it is known.
+        assert_eq!(put(&mut store, "c.yaml", &service("v", 4)), ["v:4"]);
+        assert_eq!(put(&mut store, "d.yaml", &service("w", 2)), Vec::<String>::new());
+        assert_eq!(put(&mut store, "b.yaml", &service("z", 1)), ["-x", "z:1"]);
+        assert!(problems(&store).is_empty());
+        // Nor when it is gone.
+        put(&mut store, "b.yaml", "apiVersion: [");
+        assert!(put(&mut store, "d.yaml", "").is_empty());
+        store.remove(OsStr::new("b.yaml"));
+        assert_eq!(events(&mut store), ["-w", "-z"]);
     }
 
     #[test]

@@ -150,8 +150,11 @@ impl Stamp {
         let (secs, nanos) = self.changed;
         let changed =
             u64::try_from(secs).ok().zip(u32::try_from(nanos).ok()).map(|(s, n)| Duration::new(s, n));
-        let age = changed.and_then(|c| SystemTime::now().duration_since(SystemTime::UNIX_EPOCH + c).ok());
-        age.is_none_or(|age| age < Duration::from_millis(50))
+        let Some(changed) = changed.map(|changed| SystemTime::UNIX_EPOCH + changed) else { return false };
+        // One in the future was made by another clock, or by this one before it was set.
+        let now = SystemTime::now();
+        let apart = now.duration_since(changed).or_else(|_| changed.duration_since(now));
+        apart.is_ok_and(|apart| apart < Duration::from_millis(50))
     }
 }
 

@@ -196,8 +196,13 @@ impl Matrix {
 
     /// The flavour of iptables for a case of this name: by whether the sum of its letters is odd.
     pub fn flavour(name: &str) -> Renderer {
-        let sum: u32 = name.bytes().map(u32::from).sum();
-        if sum.is_multiple_of(2) { Renderer::IptablesNft } else { Renderer::IptablesLegacy }
+        Matrix::flavour_in_turn(name, 0)
+    }
+
+    /// The same, and the other one in the next turn.
+    pub fn flavour_in_turn(name: &str, turn: usize) -> Renderer {
+        let sum: usize = name.bytes().map(usize::from).sum();
+        if (sum + turn % 2).is_multiple_of(2) { Renderer::IptablesNft } else { Renderer::IptablesLegacy }
     }
 
     /// The suffix of its name and the parameters of each case.

@@ -83,7 +83,8 @@ impl Meshlb {
         self
     }
 
-    fn command(&self, node: &Node, args: &[&str]) -> Vec<String> {
+    /// The words of a command on a node.
+    pub fn command(&self, node: &Node, args: &[&str]) -> Vec<String> {
         let mut command = vec![self.binary.to_string_lossy().into_owned()];
         command.extend(args.iter().map(|&a| a.to_owned()));
         for (flag, value) in [

@@ -12,6 +12,7 @@
 # MESHLB_BIN=FILE                  the meshlb to test, instead of the one that is built
 # MESHLB_KERNEL_FULL=1             also without a FILTER every case with both flavours of iptables, not with one of them, and
 #                                  the heavy cases with each renderer
+# MESHLB_KERNEL_TURN=N             which of them, and which heavy cases, a run without a FILTER takes [default: the day since 1970]
 # MESHLB_KERNEL_SECONDS            the limit for the whole run (4300)
 # MESHLB_KERNEL_VMS=N              the whole run in so many VMs at once (one a core, at most 4); one if the VM is up already
 # MESHLB_KERNEL_UNLOAD=1           on a host: also the tests that unload ip_vs
@@ -58,6 +59,11 @@ rm -f "$built"
 out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
 for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
 rm -rf "$out"; mkdir -p "$out"
+# Each day the thin run takes other renderers of the cases of which it takes but one.
+export MESHLB_KERNEL_TURN=${MESHLB_KERNEL_TURN:-$(($(date +%s) / 86400))}
+if [ ${#args[@]} = 0 ] && [ "${MESHLB_KERNEL_FULL:-}" != 1 ] && [ "$what" != demo ]; then
+  echo "kernel tests: turn $MESHLB_KERNEL_TURN (MESHLB_KERNEL_TURN=$MESHLB_KERNEL_TURN runs the same cases again)"
+fi
 
 if [ $where = host ]; then
   # A machine's own ip_vs may be in use.
@@ -90,7 +96,7 @@ in_vm() {
   [ -z "$prometheus" ] || cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"
   MESHLB_KERNEL_PROGRAM=${MESHLB_KERNEL_PROGRAM:-} MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL_FULL=${MESHLB_KERNEL_FULL:-} \
     MESHLB_KUBECONFIG_FOR_TESTS=${MESHLB_KUBECONFIG_FOR_TESTS:-} MESHLB_KERNEL_CLAIMS=$claims MESHLB_KUBE_BENCH=${MESHLB_KUBE_BENCH:-} \
-    MESHLB_VM_ENV="MESHLB_KUBE_BENCH MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS MESHLB_AUDIT_LOG MESHLB_PODMONITORS MESHLB_PROMETHEUS MESHLB_TOGETHER_SECONDS MESHLB_LOG_LEVEL" \
+    MESHLB_VM_ENV="MESHLB_KUBE_BENCH MESHLB_KERNEL_PROGRAM MESHLB_KERNEL_FULL MESHLB_KERNEL_TURN MESHLB_FIREWALLD MESHLB_KUBECONFIG_FOR_TESTS MESHLB_AUDIT_LOG MESHLB_PODMONITORS MESHLB_PROMETHEUS MESHLB_TOGETHER_SECONDS MESHLB_LOG_LEVEL" \
     "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/cases" ${codec:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/

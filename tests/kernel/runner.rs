@@ -78,14 +78,15 @@ impl Suite {
         }
     }
 
-    /// Adds cases so long that a whole run takes one renderer for each of them, as long as MESHLB_KERNEL_FULL is not 1.
+    /// Adds cases so long that a whole run takes one renderer for each of them, as long as MESHLB_KERNEL_FULL is not 1: another
+    /// one in the next turn.
     pub fn add_heavy(&mut self, name: &str, matrix: &Matrix, limit: Duration, run: Function) {
         let first = self.cases.len();
         self.add_slow(name, matrix, limit, run);
         let added = self.cases.len() - first;
         let sum: usize = name.bytes().map(usize::from).sum();
         for (i, case) in self.cases.iter_mut().skip(first).enumerate() {
-            case.thin = Some(i == sum % added);
+            case.thin = Some(i == (sum + turn()) % added);
         }
     }
 
@@ -380,9 +381,15 @@ pub fn main(suite: Suite) -> ExitCode {
     }
 }
 
-/// Of cases that there are with both flavours of iptables one, as [`Matrix::pair`] takes one: which it is differs between
-/// families and protocols, so that each flavour meets each of them somewhere. Of heavy cases one renderer, likewise.
-/// MESHLB_KERNEL_FULL=1 and filters run all.
+/// Which cases a thin run takes of those that there are with several renderers: each day others (run.sh gives the day, so that
+/// the VMs of one run agree, and says it).
+fn turn() -> usize {
+    std::env::var("MESHLB_KERNEL_TURN").ok().and_then(|text| text.parse().ok()).unwrap_or(0)
+}
+
+/// Of cases that there are with both flavours of iptables one: which it is differs between families and protocols, so that each
+/// flavour meets each of them somewhere, and from turn to turn. Of heavy cases one renderer, likewise. MESHLB_KERNEL_FULL=1 and
+/// filters run all.
 fn one_flavour(cases: Vec<Case>) -> Vec<Case> {
     let names: BTreeSet<String> = cases.iter().map(|c| c.name.clone()).collect();
     let wanted = |case: &Case| {
@@ -397,7 +404,7 @@ fn one_flavour(cases: Vec<Case>) -> Vec<Case> {
         };
         let rest = case.name.replace(renderer.flag(), "");
         let twin = case.name.replace(renderer.flag(), other.flag());
-        !names.contains(&twin) || twin == case.name || Matrix::flavour(&rest) == renderer
+        !names.contains(&twin) || twin == case.name || Matrix::flavour_in_turn(&rest, turn()) == renderer
     };
     cases.into_iter().filter(wanted).collect()
 }

@@ -1,10 +1,11 @@
 # shellcheck shell=bash
 # Shared by the scripts of this folder. Everything they keep is under $MESHLB_CACHE:
-#   kernel/RELEASE/   Debian's stock kernel, unpacked, not installed
+#   kernel/RELEASE/   Debian's stock kernel, unpacked, not installed; with MESHLB_KERNEL=backports kernel-backports/RELEASE/
 #   venv/             virtme-ng, where the machine has none
 #   vm-NAME/          one VM: console.log, pid, queue/ (jobs in, output and status out)
 set -euo pipefail
 cache=${MESHLB_CACHE:-$HOME/.cache/meshlb}
+kernels=$cache/kernel${MESHLB_KERNEL:+-$MESHLB_KERNEL}
 vm=$cache/vm-${MESHLB_VM:-default}
 queue=$vm/queue
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
@@ -29,12 +30,13 @@ vm_trace() { grep -naE -m1 'Kernel panic|BUG: |Oops: |general protection fault' 
 # executable KIND NAME: of what `cargo --message-format=json… >$built` has told of.
 executable() { grep "\"kind\":\[\"$1\"\]" "$built" | grep "\"name\":\"$2\"" | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -1; }
 
-# unpack_debian DIR PACKAGE…: into a new folder, with nothing installed.
+# unpack_debian DIR PACKAGE…: into a new folder, with nothing installed; apt is given $apt_options.
+apt_options=()
 unpack_debian() {
   local dir=$1 p; shift
-  apt-cache show "$1" >/dev/null 2>&1 || as_root apt-get -qq update >&2
+  apt-cache ${apt_options[@]+"${apt_options[@]}"} show "$1" >/dev/null 2>&1 || as_root apt-get -qq update >&2
   rm -rf "$dir"; mkdir -p "$dir"
-  (cd "$dir" && apt-get -qq -o APT::Sandbox::User=root download "$@" >&2 && for p in ./*.deb; do dpkg-deb -x "$p" .; done && rm -f ./*.deb)
+  (cd "$dir" && apt-get -qq -o APT::Sandbox::User=root ${apt_options[@]+"${apt_options[@]}"} download "$@" >&2 && for p in ./*.deb; do dpkg-deb -x "$p" .; done && rm -f ./*.deb)
 }
 
 # The virtme-ng to use.
@@ -53,7 +55,7 @@ firewalld_dir() { if [ -e "$cache/firewalld/usr/sbin/firewalld" ]; then echo "$c
 # The unpacked kernel with IPVS, newest first, or nothing.
 kernel_image() {
   local f
-  for f in $(ls -1 "$cache"/kernel/*/boot/vmlinuz-* 2>/dev/null | sort -rV); do
+  for f in $(ls -1 "$kernels"/*/boot/vmlinuz-* 2>/dev/null | sort -rV); do
     [ -e "${f%/boot/*}/lib/modules/${f##*/vmlinuz-}/modules.dep.bin" ] && { echo "$f"; return; }
   done
 }

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes this machine ready for the kernel tests, says what it installs and why, and does nothing the second time.
 # usage: setup.sh [--host]     --host: only what the tests need on a kernel that has IPVS itself (no VM)
+# MESHLB_KERNEL=backports       the VM gets the newer kernel of Debian's backports
 . "$(dirname "$0")/lib.sh"
 host_only=; [ "${1:-}" = --host ] && host_only=1
 
@@ -56,12 +57,24 @@ fi
 
 if [ -z "$(kernel_image)" ]; then
   package=${MESHLB_KERNEL_PACKAGE:-}
+  case ${MESHLB_KERNEL:-} in
+    '') ;;
+    backports)
+      # Lists of its own: what this machine installs from stays as it is.
+      lists=$kernels/apt; mkdir -p "$lists/lists/partial" "$lists/cache/archives/partial"
+      codename=$(. /etc/os-release && echo "$VERSION_CODENAME")
+      echo "deb http://deb.debian.org/debian $codename-backports main" >"$lists/sources.list"
+      apt_options=(-o "Dir::Etc::sourcelist=$lists/sources.list" -o Dir::Etc::sourceparts=/dev/null -o "Dir::State::Lists=$lists/lists" -o "Dir::Cache=$lists/cache")
+      apt-get -qq "${apt_options[@]}" update >&2
+      ;;
+    *) die "MESHLB_KERNEL can be backports, not $MESHLB_KERNEL" ;;
+  esac
   if [ -z "$package" ]; then
-    apt-cache show linux-image-amd64 >/dev/null 2>&1 || as_root apt-get -qq update >&2
-    package=$(apt-cache depends linux-image-amd64 | awk '/Depends:/{print $2; exit}')
+    [ ${#apt_options[@]} -gt 0 ] || apt-cache show linux-image-amd64 >/dev/null 2>&1 || as_root apt-get -qq update >&2
+    package=$(apt-cache ${apt_options[@]+"${apt_options[@]}"} depends linux-image-amd64 | awk '/Depends:/{print $2; exit}')
   fi
   [ -n "$package" ] || die "apt knows no linux-image-amd64"
-  release=${package#linux-image-} dir=$cache/kernel/${package#linux-image-}
+  release=${package#linux-image-} dir=$kernels/${package#linux-image-}
   say "setup: unpacking Debian's kernel $release into $dir: it has IPVS; nothing is installed or booted on this machine"
   unpack_debian "$dir.new" "$package"
   depmod -b "$dir.new" "$release"

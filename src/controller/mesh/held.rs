@@ -8,7 +8,10 @@ use std::{
 use super::Mesh;
 use crate::{
     allocate::offset,
-    api::{self, status::MeshServiceStatus},
+    api::{
+        self,
+        status::{MeshServiceStatus, PortStatus},
+    },
     controller::{
         numbers::Numbers,
         pools::{PoolId, Used},
@@ -65,7 +68,8 @@ impl Mesh {
         out
     }
 
-    /// Tells every number that a service has by these: of a range all, as its spec says how many.
+    /// Tells every number that a service has by these: of a range all, as its spec and its status say how many. (Where the spec
+    /// can't be read, or is a narrower one that is not yet in force, nodes serve what the status says.)
     fn each_number(
         &self,
         key: &ServiceKey,
@@ -78,14 +82,25 @@ impl Mesh {
                 tell(PoolId::Vips(family), number);
             }
         }
-        let service = self.entries.get(key).and_then(|e| e.service.as_ref());
+        let entry = self.entries.get(key);
+        let service = entry.and_then(|e| e.service.as_ref());
         for (id, first) in ports {
-            let span = service.and_then(|s| s.ports.iter().find(|p| p.id() == *id)).map_or(1, |p| p.span());
+            let wanted = service.and_then(|s| s.ports.iter().find(|p| p.id() == *id)).map_or(1, |p| p.span());
+            let span = wanted.max(entry.map_or(1, |e| span_in(&e.status, id)));
             for number in *first..=first.saturating_add(span.max(1) - 1) {
                 tell(PoolId::Ports(id.protocol), number.into());
             }
         }
     }
+}
+
+/// How many ports a status says that one of them spans.
+fn span_in(status: &MeshServiceStatus, id: &PortId) -> u16 {
+    let port = status
+        .ports
+        .iter()
+        .find(|p| i32::from(id.port) == p.port && api::protocol(p.protocol) == id.protocol);
+    port.map_or(1, PortStatus::span)
 }
 
 fn add_to(used: &mut Used) -> impl FnMut(PoolId, u128) {
@@ -109,13 +124,22 @@ pub(super) fn pinned(
     if granted == Granted::default() {
         return None;
     }
-    let port = |id: &PortId| ServicePort {
-        name: None,
-        protocol: id.protocol,
-        port: id.port,
-        end_port: None,
-        target: TargetPort::Inferred,
-        publish: Some(Publish { mode: PublishMode::Ingress, port: None, addresses: Vec::new() }),
+    let port = |(id, first): (&PortId, &u16)| {
+        let span = span_in(status, id);
+        let is_range = span > 1;
+        ServicePort {
+            name: None,
+            protocol: id.protocol,
+            port: id.port,
+            end_port: is_range.then(|| id.port.saturating_add(span - 1)),
+            target: TargetPort::Inferred,
+            // A range is never published on what somebody else chooses.
+            publish: Some(Publish {
+                mode: PublishMode::Ingress,
+                port: is_range.then_some(*first),
+                addresses: Vec::new(),
+            }),
+        }
     };
     Some(Service {
         key: key.clone(),
@@ -129,7 +153,7 @@ pub(super) fn pinned(
             FamilyPolicy::SingleStack
         },
         weights: BTreeMap::new(),
-        ports: granted.published.keys().map(port).collect(),
+        ports: granted.published.iter().map(port).collect(),
         scheduler: Scheduler::default(),
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,

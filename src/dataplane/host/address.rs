@@ -228,9 +228,13 @@ pub(crate) fn facts(
         let chosen = kernel_choice.get(family).filter(|a| candidates.contains(a));
         primary.set(family, rules.node_ips.get(family).or(chosen).or(candidates.first()).copied());
     }
-    // Link-local ones can be no endpoint's; they come and go with each pod's link, and would have everything looked at again.
-    let can_be_endpoint = |addr: &IpAddr| !matches!(addr, IpAddr::V6(a) if a.is_unicast_link_local());
-    let all_addresses: BTreeSet<IpAddr> = addresses.iter().map(|a| a.addr).filter(can_be_endpoint).collect();
+    // Link-local ones can be no endpoint's; they come and go with each pod's link, and would have everything looked at again. So it
+    // is with kube-proxy's cluster IPs.
+    let can_be_endpoint = |address: &&Address| {
+        let link_local = matches!(address.addr, IpAddr::V6(a) if a.is_unicast_link_local());
+        !link_local && links.get(&address.link).is_none_or(|link| link.name != KUBE_IPVS_LINK)
+    };
+    let all_addresses: BTreeSet<IpAddr> = addresses.iter().filter(can_be_endpoint).map(|a| a.addr).collect();
     let uplinks = uplinks(links, &own, &primary);
     let outside = outside(links, &own, &primary, &uplinks);
     NodeFacts { primary, published_addresses, all_addresses, uplinks, outside }
@@ -337,6 +341,7 @@ mod tests {
                     .iter()
                     .filter(|a| matches!(a.addr, IpAddr::V6(ip) if ip.is_unicast_link_local()))
                     .count()
+                - 1, // kube-ipvs0's
         );
     }
 

@@ -175,7 +175,7 @@ impl Host for LinuxHost {
             choice.set(family, route::default_source(&mut self.route, family));
         }
         let facts = address::facts(&links, &addresses, rules, &choice);
-        self.warn_of_strangers(rules, &facts.all_addresses);
+        self.warn_of_strangers(rules, &addresses.iter().map(|a| a.addr).collect());
         Ok(facts)
     }
 

@@ -3,7 +3,7 @@
 
 mod contents;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use self::contents::in_small_table;
 use super::{
@@ -376,15 +376,15 @@ impl Netfilter for Iptables {
             }
         }
         // A Del that a later Put takes back must not undo it.
-        let last = |change: &&&ElementChange| {
-            let (ElementChange::Put(e, _) | ElementChange::Del(e)) = **change;
-            let later = changes.iter().rev().find(|c| {
-                let (ElementChange::Put(x, _) | ElementChange::Del(x)) = c;
-                x == e
-            });
-            matches!(later, Some(ElementChange::Del(_)))
-        };
-        let dels: Vec<_> = dels.iter().filter(last).copied().collect();
+        let put_last: HashMap<_, bool> = changes
+            .iter()
+            .map(|change| match change {
+                ElementChange::Put(element, _) => (element, true),
+                ElementChange::Del(element) => (element, false),
+            })
+            .collect();
+        let stays = |change: &&&ElementChange| matches!(**change, ElementChange::Del(element) if put_last.get(element) == Some(&true));
+        let dels: Vec<_> = dels.iter().filter(|change| !stays(change)).copied().collect();
         let del = self.nft_changes(&dels);
         for (change, result) in changes.iter().zip(&mut results) {
             let nft = match change {

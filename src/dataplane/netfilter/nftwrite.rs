@@ -150,7 +150,7 @@ fn wanted<'a>(
     }
     if layout == Layout::Whole {
         // An address goes with the last port that is published on it.
-        for addr in gone.iter().map(|t| t.addr) {
+        for addr in gone.iter().map(|t| t.addr).collect::<BTreeSet<_>>() {
             let place = (Kind::Addresses, Family::of(&addr), NftKey::Addr(addr));
             if !published_on(known, addr).any(|t| !gone.contains(t)) {
                 wanted.entry(place).or_insert(None);

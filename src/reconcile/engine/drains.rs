@@ -90,11 +90,14 @@ impl Engine {
     /// What of conntrack could not be done is tried again with the next changes, some times: a kernel without the means for it
     /// must not keep the node from ever being as it should.
     pub(super) fn keep_flows(&mut self, failures: &[Failure]) {
-        const TRIES: u8 = 5;
+        /// Where the kernel lacks the means, and where it only did not work: with pauses that double, minutes.
+        const TRIES: (u8, u8) = (5, 12);
         let of_conntrack = |failure: &&Failure| matches!(failure.op, Op::ForgetUdp(_) | Op::CutFlows(_));
         self.flows_left = failures.iter().filter(of_conntrack).map(|failure| failure.op.clone()).collect();
         self.flows_tried = if self.flows_left.is_empty() { 0 } else { self.flows_tried.saturating_add(1) };
-        if self.flows_tried >= TRIES {
+        let mut errors = failures.iter().filter(of_conntrack).map(|failure| &failure.error);
+        let lacking = errors.all(|error| matches!(error, Error::MissingFeature { .. }));
+        if self.flows_tried >= if lacking { TRIES.0 } else { TRIES.1 } {
             self.flows_left.clear();
         }
     }

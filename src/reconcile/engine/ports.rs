@@ -8,7 +8,7 @@ use std::{
 use super::{Engine, Served, compiling::Compiling};
 use crate::{
     compile::{
-        endpoints::{Place, serving},
+        endpoints::{Place, serving, target_port},
         service::served_families,
     },
     dataplane::{Error, Listener, executor::Dataplane},
@@ -162,9 +162,17 @@ impl Compiling<'_> {
     /// Whether a service has an endpoint on the host network of this node that listens on that port.
     pub(super) fn has_own_endpoint(&self, key: &ServiceKey, protocol: Protocol, port: u16) -> bool {
         let Some(service) = self.snapshot.services().get(key) else { return false };
+        let published = || service.ports.iter().filter(|p| p.protocol == protocol && p.publish.is_some());
         self.snapshot.slices_for(service).iter().any(|slice| {
-            let listens = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
-            listens && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
+            let told = slice.ports.iter().any(|p| p.protocol == protocol && p.port == Some(port));
+            // A slice need not tell the number that it is asked for.
+            let asked = || {
+                published().any(|p| match target_port(p, &slice.ports) {
+                    Some(0) => p.covers(port),
+                    number => number == Some(port),
+                })
+            };
+            (told || asked()) && slice.endpoints.iter().any(|e| self.facts.all_addresses.contains(&e.address))
         })
     }
 }

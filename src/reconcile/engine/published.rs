@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// What clients from outside connect to for a port of a service, and who may answer them: by whatever mark, since that changes
-/// with a policy and leaves open connections where they are.
+/// with a policy and leaves open connections where they are. UDP has none to leave: who may answer is who the entries lead to.
 pub(super) struct Published {
     id: PortId,
     pub(super) mark: Option<Mark>,
@@ -43,7 +43,10 @@ pub(super) fn published(service: &CompiledService) -> Vec<Published> {
     let of = |port: &CompiledPort| {
         let to: BTreeSet<_> =
             service.elements.keys().filter(|e| port.publishes(e)).filter_map(connected_to).collect();
-        let marks: BTreeSet<Mark> = port.marks.values().copied().collect();
+        let udp = port.spec.protocol == Protocol::Udp;
+        let counts = |scope: &Scope| !udp || *scope == Scope::Ingress;
+        let marks: BTreeSet<Mark> =
+            port.marks.iter().filter(|(scope, _)| counts(scope)).map(|(_, mark)| *mark).collect();
         let theirs = service.reals.keys().filter(|(server, _)| marks.contains(&server.mark));
         Published {
             id: port.spec.id(),
@@ -67,7 +70,7 @@ fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
 
 /// Connections that a service has let go of: to a destination that is its port's no longer, or by a port that is not published
 /// any more. With another number they go on, but for UDP, which has no end: whoever has the number then is to have its datagrams.
-/// The plan finds UDP flows to a destination that goes by a number that stays.
+/// The plan finds UDP flows to a destination that goes by a number that stays with its mark.
 pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Vec<PublishedFlows> {
     let now: BTreeMap<PortId, Published> =
         new.map(published).unwrap_or_default().into_iter().map(|port| (port.id, port)).collect();
@@ -76,7 +79,13 @@ pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Ve
         let still = now.get(&port.id);
         let udp = port.protocol == Protocol::Udp;
         let goes_on = |real: &RealServerKey, to: &(IpAddr, u16)| {
-            still.is_some_and(|still| if udp { still.to.contains(to) } else { still.has_real(real) })
+            still.is_some_and(|still| {
+                if udp {
+                    still.to.contains(to) && (still.mark == port.mark || still.has_real(real))
+                } else {
+                    still.has_real(real)
+                }
+            })
         };
         for real in &port.reals {
             let family = Family::of(&real.addr);
@@ -144,8 +153,9 @@ impl Engine {
                         ports.of(service).iter().any(|port| port.id == id && matches(port))
                     })
                 };
-                // The plan sees to UDP flows by a number that stays.
-                if udp && had_by(&mut ports, &|port| port.to.contains(&entry.to)) {
+                // The plan sees to UDP flows by a number that stays with its mark.
+                let stays = desired.elements.get(entry.element) == Some(&Some(key.mark));
+                if udp && stays && had_by(&mut ports, &|port| port.to.contains(&entry.to)) {
                     continue;
                 }
                 for real in reals {

@@ -76,22 +76,36 @@ impl<'a> Kernel<'a> {
         self.ingress.iter().find_map(|ingress| self.mark_at(*ingress, protocol, number))
     }
 
+    fn endpoints_of(&self, service: &ServiceKey) -> BTreeSet<IpAddr> {
+        let service = self.snapshot.services().get(service);
+        let slices = service.map(|service| self.snapshot.slices_for(service)).unwrap_or_default();
+        slices.iter().flat_map(|s| &s.endpoints).map(|e| e.address).collect()
+    }
+
     /// Whether a mark leads to endpoints of this service; `None` where nothing can be compared.
     fn leads_to(&self, mark: Mark, service: &ServiceKey) -> Option<bool> {
-        let service = self.snapshot.services().get(service)?;
-        let slices = self.snapshot.slices_for(service);
-        let endpoints: BTreeSet<IpAddr> =
-            slices.iter().flat_map(|s| &s.endpoints).map(|e| e.address).collect();
+        self.leads_to_one_of(mark, &self.endpoints_of(service))
+    }
+
+    fn leads_to_one_of(&self, mark: Mark, endpoints: &BTreeSet<IpAddr>) -> Option<bool> {
+        if endpoints.is_empty() {
+            return None;
+        }
         let servers = Family::ALL.into_iter().filter_map(|family| {
             self.observed.virtual_servers.get(&VirtualServerKey { family, mark }).map(|server| &server.reals)
         });
-        let found: BTreeSet<IpAddr> = servers.flat_map(|reals| reals.keys().map(|real| real.addr)).collect();
-        (!found.is_empty() && !endpoints.is_empty()).then(|| !found.is_disjoint(&endpoints))
+        let mut found = servers.flat_map(|reals| reals.keys().map(|real| real.addr)).peekable();
+        found.peek()?;
+        Some(found.any(|addr| endpoints.contains(&addr)))
     }
 
     /// Entries that lead to endpoints of this service.
     fn leading_to(&self, service: &ServiceKey) -> impl Iterator<Item = &Target> {
-        let marks = self.leading.iter().filter(|(mark, _)| self.leads_to(**mark, service) == Some(true));
+        let endpoints = self.endpoints_of(service);
+        let marks = self
+            .leading
+            .iter()
+            .filter(move |(mark, _)| self.leads_to_one_of(**mark, &endpoints) == Some(true));
         marks.flat_map(|(_, targets)| targets)
     }
 

@@ -19,6 +19,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use futures::{Stream, StreamExt, stream};
+use ipnet::IpNet;
 use k8s_openapi::api::{core::v1::Node, discovery::v1::EndpointSlice};
 use kube::{
     Api, Client, Config,
@@ -366,7 +367,16 @@ fn what_it_says(node: &Node) -> NodeSays {
     NodeSays {
         addresses: internal_ips(node),
         zone: zone.filter(|z| !z.is_empty()).map(|z| z.as_str().into()),
+        pods: pod_ranges(node),
     }
+}
+
+/// Those of both fields: `podCIDR` is the first of `podCIDRs`, or the only one that an old network plugin wrote.
+fn pod_ranges(node: &Node) -> Vec<IpNet> {
+    let spec = node.spec.iter();
+    let texts = spec.flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+    let ranges: BTreeSet<IpNet> = texts.filter_map(|text| text.parse().ok()).collect();
+    ranges.into_iter().collect()
 }
 
 /// A node's own addresses, the first of each family.

@@ -286,15 +286,18 @@ fn node_says(cluster: &Cluster) -> Result<()> {
     let mut told = Told::begin(&cluster.kubeconfig(), Some("n7"))?;
     told.until("told that there is no such Node", PATIENCE, |t| t.says("there is no Node n7"))?;
     ensure!(!told.synced, "synced without its own Node");
-    cluster.apply("{apiVersion: v1, kind: Node, metadata: {name: n7}}")?;
+    cluster.apply(
+        "{apiVersion: v1, kind: Node, metadata: {name: n7}, spec: {podCIDR: 10.244.7.0/24, podCIDRs: [10.244.7.0/24, '2001:db8:7::/64']}}",
+    )?;
     let status = r#"{"status": {"addresses": [{"type": "Hostname", "address": "n7"}, {"type": "InternalIP", "address": "192.168.50.7"},
         {"type": "InternalIP", "address": "fd00:50::7"}, {"type": "InternalIP", "address": "192.168.51.7"}]}}"#;
     cluster
         .kubectl(&["patch", "node", "n7", "--subresource=status", "--type=merge", "-p", status], "")?
         .good()?;
     let want = PerFamily { v4: Some("192.168.50.7".parse()?), v6: Some("fd00:50::7".parse()?) };
+    let pods: Vec<ipnet::IpNet> = vec!["10.244.7.0/24".parse()?, "2001:db8:7::/64".parse()?];
     let says = |t: &Told, zone: Option<&str>| {
-        t.node == Some(NodeSays { addresses: want, zone: zone.map(Into::into) })
+        t.node == Some(NodeSays { addresses: want, zone: zone.map(Into::into), pods: pods.clone() })
     };
     told.until("its addresses", PATIENCE, |t| says(t, None) && t.synced)?;
     ensure!(told.problems.is_empty(), "{:?}", told.problems);

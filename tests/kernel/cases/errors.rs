@@ -23,17 +23,16 @@ use crate::server::everywhere;
 use crate::topology::{Node, Topology};
 
 pub fn register(suite: &mut Suite) {
-    let once = Matrix::once();
-    suite.add("errors::no_rights", &once, no_rights);
+    suite.add("errors::no_rights", &Matrix::pair(), no_rights);
     let kinds = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::Nftables]);
     suite.add("errors::overlapping_range", &kinds, overlap);
-    suite.add("errors::full_ipset", &once, full_ipset);
+    suite.add("errors::full_ipset", &Matrix::once(), full_ipset);
     suite.add_slow("errors::no_program", &Matrix::renderers(), Duration::from_secs(90), no_program);
     let legacy = Matrix::once().with_renderers(&[Renderer::IptablesLegacy]);
     let iptables = Matrix::once().with_renderers(&[Renderer::IptablesNft, Renderer::IptablesLegacy]);
     suite.add_slow("errors::nft_disappears", &iptables, Duration::from_secs(90), nft_disappears);
     suite.add_slow("errors::busy_lock", &legacy, Duration::from_secs(90), busy_lock);
-    suite.add("errors::no_ip_vs", &once, no_ip_vs);
+    suite.add("errors::no_ip_vs", &Matrix::pair(), no_ip_vs);
     suite.add_slow("errors::one_family_cannot_be_written", &iptables, Duration::from_secs(150), one_family);
 }
 

@@ -60,9 +60,10 @@ fn planned(cx: &Cx, meshlb: &Meshlb, node: &Node, m: &Manifests, what: &str) -> 
     let untold: Vec<String> = changed
         .iter()
         .filter_map(|line| {
-            let any = about(line);
-            (!any.iter().any(|name| plan.stdout.contains(name.as_str())))
-                .then(|| format!("{line} ({})", any.join(" or ")))
+            let any = about(line, &changed);
+            (!any.iter().any(|name| name.is_in(&plan.stdout))).then(|| {
+                format!("{line} ({})", any.iter().map(|n| n.0.as_str()).collect::<Vec<_>>().join(" or "))
+            })
         })
         .collect();
     cx.note(format!("{what}: {} lines are different, {} of them untold", changed.len(), untold.len()));
@@ -77,8 +78,21 @@ fn planned(cx: &Cx, meshlb: &Meshlb, node: &Node, m: &Manifests, what: &str) -> 
     Ok(())
 }
 
+/// What a plan may call something; a single word it has to say as it is, so that no entry is taken for another one.
+struct Called(String);
+
+impl Called {
+    fn is_in(&self, plan: &str) -> bool {
+        if self.0.contains(char::is_whitespace) {
+            plan.contains(&self.0)
+        } else {
+            plan.split_whitespace().any(|word| word.trim_end_matches([':', ',']) == self.0)
+        }
+    }
+}
+
 /// What a plan may call what this line is about.
-fn about(line: &str) -> Vec<String> {
+fn about(line: &str, changed: &[String]) -> Vec<Called> {
     let (section, text) = line.split_once("] ").unwrap_or((line, ""));
     let words: Vec<&str> = text.split_whitespace().collect();
     let after = |word: &str| words.iter().skip_while(|w| **w != word).nth(1).map(|w| (*w).to_owned());
@@ -94,48 +108,68 @@ fn about(line: &str) -> Vec<String> {
         }
         // With a service go its destinations.
         if section.starts_with('-') {
-            out.extend(
-                after("-f").map(|mark| {
-                    format!("- ipvs FWM {mark} IPv{}\n", if words.contains(&"-6") { 6 } else { 4 })
-                }),
-            );
-            out.extend(after("-f").map(|mark| {
-                format!("- ipvs FWM {mark} IPv{}  (", if words.contains(&"-6") { 6 } else { 4 })
-            }));
+            let version = if words.contains(&"-6") { 6 } else { 4 };
+            for end in ["\n", "  ("] {
+                out.extend(after("-f").map(|mark| format!("- ipvs FWM {mark} IPv{version}{end}")));
+            }
         }
     } else if section.ends_with("[ip") {
         out.extend(words.iter().filter(|w| w.contains('/')).map(|range| format!("route local {range}")));
     } else if section.ends_with("[ipset") {
-        let name = words.get(1).copied().unwrap_or_default().to_owned();
-        // Of a set as a whole, or of an entry.
-        if words.first() == Some(&"create") || section.starts_with('-') {
-            out.push(name);
+        let name = words.get(1).copied().unwrap_or_default();
+        // Of a set as a whole, or of an entry, which may go with its set.
+        let whole = |l: &String| l.starts_with('-') && l.contains(&format!("[ipset] create {name} "));
+        if words.first() == Some(&"create") || (section.starts_with('-') && changed.iter().any(whole)) {
+            out.push(name.to_owned());
         }
-        out.extend(addresses(text));
+        if words.first() == Some(&"add") {
+            out.extend(words.get(2).into_iter().flat_map(|entry| of_loopback(entry)));
+        }
     } else if section.ends_with("[nft") {
-        out.extend(
-            ["chain", "set", "map"]
-                .iter()
-                .filter_map(|kind| after(kind))
-                .map(|n| n.trim_end_matches(':').to_owned()),
-        );
-        if text == "table inet meshlb" || section.starts_with('-') {
+        let entries = entries(text);
+        if entries.is_empty() {
+            let kinds = ["chain", "set", "map"];
+            out.extend(kinds.iter().filter_map(|k| after(k)).map(|n| n.trim_end_matches(':').to_owned()));
+        }
+        // With the table goes all that is in it.
+        if text == "table inet meshlb" || changed.iter().any(|l| l == "-[nft] table inet meshlb") {
             out.push("inet meshlb".to_owned());
         }
-        out.extend(addresses(text));
-        // An entry of 127.0.0.1 has a number alone.
-        let number = |w: &&str| w.parse::<u16>().is_ok_and(|n| n > 1023);
-        out.extend(words.iter().map(|w| w.trim_end_matches(',')).filter(number).map(str::to_owned));
+        out.extend(entries);
     } else {
         let ours = text
             .split(|c: char| !(c.is_ascii_alphanumeric() || c == '-'))
             .filter(|w| w.starts_with("MESHLB-"));
         out.extend(ours.map(str::to_owned));
     }
+    out.into_iter().map(Called).collect()
+}
+
+/// What nft shows in this line of a set's or map's entries, of which one at least is another one.
+fn entries(text: &str) -> Vec<String> {
+    let Some((_, inside)) =
+        text.split_once(": ").filter(|(head, _)| head.contains(" set ") || head.contains(" map "))
+    else {
+        return vec![];
+    };
+    let inside = inside.trim_start_matches("elements = {").trim_end_matches('}');
+    let keys = inside.split(',').filter_map(|entry| entry.split(" : ").next()).map(str::trim);
+    let mut out = Vec::new();
+    for key in keys {
+        match key.split(" . ").collect::<Vec<_>>()[..] {
+            [addr, protocol, port] => out.push(format!("{addr},{protocol}:{port}")),
+            [protocol, port] => out.extend(of_loopback(&format!("{protocol}:{port}"))),
+            [addr] if addr.parse::<IpAddr>().is_ok() => out.push(addr.to_owned()),
+            _ => {}
+        }
+    }
     out
 }
 
-fn addresses(text: &str) -> Vec<String> {
-    let words = text.split(|c: char| !(c.is_ascii_hexdigit() || c == ':' || c == '.'));
-    words.filter_map(|w| w.parse::<IpAddr>().ok()).map(|ip| ip.to_string()).collect()
+/// An entry as a plan calls it: one of 127.0.0.1 has a number alone.
+fn of_loopback(entry: &str) -> Vec<String> {
+    match entry.split_once(':') {
+        Some(("tcp" | "udp" | "sctp", _)) => vec![format!("IPv4,{entry}"), format!("IPv6,{entry}")],
+        _ => vec![entry.to_owned()],
+    }
 }

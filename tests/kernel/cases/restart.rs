@@ -406,6 +406,20 @@ fn lock_file(cx: &mut Cx) -> Result<()> {
     agent.wait_for_log("no longer: ", Duration::from_secs(5))?;
     sleep(Duration::from_secs(1));
     ensure!(answered("10.200.7.34:80")?, "the address went with the lock file");
+    // Beside the agent: what it has given, and not what the name's hash gives, is what is written down.
+    let dir = m.dir.to_string_lossy().into_owned();
+    let before = t.node(1).snapshot()?;
+    for command in ["check", "lock"] {
+        meshlb.run(t.node(1), &[command, &dir])?.ok()?;
+    }
+    let written = fs::read_to_string(&lock)?;
+    for text in ["10.200.7.34", "fd00:200::734"] {
+        ensure!(written.contains(text), "`meshlb lock` has not written {text}:\n{written}");
+    }
+    // The agent takes it for what it knows.
+    sleep(Duration::from_secs(1));
+    check::same(&before, &t.node(1).snapshot()?, "`check` or `lock` has changed something")?;
+    ensure!(answered("10.200.7.34:80")?, "the address went when it was locked");
     Ok(())
 }
 
@@ -420,14 +434,18 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
     // Mounts are the namespace's own, so files of it are made in there too.
     n1.ns
         .enter(|| Ok(mount(Some("meshlb-test"), &dir, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?))?;
-    let result = (|| {
-        let mut agent = start(cx, &meshlb, &t, &m)?;
+    let fill = || {
         let filled = n1.ns.enter(|| {
             let mut full = fs::File::create(dir.join("full"))?;
             let room = |_: &usize| std::io::Write::write_all(&mut full, &[0; 512]).is_ok();
             Ok((0..256).take_while(room).count())
         })?;
         ensure!(filled < 256, "the disk is not full");
+        Ok(())
+    };
+    let result = (|| {
+        let mut agent = start(cx, &meshlb, &t, &m)?;
+        fill()?;
         let hosts = [t.pod("p11")];
         m.endpoints("web", &hosts);
         m.write()?;
@@ -443,6 +461,14 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         agent.wait_for_log("no longer: ", Duration::from_secs(10))?;
         wait_until("the other change", Duration::from_secs(5), || Ok(served(&t, &["p11", "p12"]).is_ok()))?;
         ensure!(agent.terminate(Duration::from_secs(5))? == 0, "the agent ended badly");
+        // So does `apply`.
+        fill()?;
+        m.endpoints("web", &[t.pod("p12")]);
+        m.service("other").port(Proto::Tcp, 80, 8080, None);
+        m.write()?;
+        let out = meshlb.run(n1, &["apply", &m.dir.to_string_lossy()])?;
+        ensure!(out.status == 1 && out.stderr.contains("can't be written"), "{out}");
+        served(&t, &["p12"])?;
         cx.cleanup(&t)
     })();
     n1.ns.enter(|| Ok(umount2(&dir, MntFlags::MNT_DETACH)?))?;

@@ -20,6 +20,39 @@ pub fn register(suite: &mut Suite) {
     );
     suite.add("telling::commands_know_the_flags", &Matrix::pair(), flags);
     suite.add("telling::slice_that_is_wrong", &Matrix::pair(), wrong_slice);
+    suite.add("telling::getting_started", &Matrix::pair(), getting_started);
+}
+
+/// The page for one machine, word for word but for its folder: the node's own server stands for Python's, and the flags of the
+/// test bed are given as one would give them by a configuration file.
+fn getting_started(cx: &mut Cx) -> Result<()> {
+    let meshlb = cx.meshlb()?.clone();
+    let t = cx.topology(&one_node())?;
+    let n1 = t.node(1);
+    cx.will_clean(n1);
+    let page = include_str!("../../../docs/getting-started.md");
+    let (_, rest) = page.split_once("```sh\n").context("no commands")?;
+    let (block, _) = rest.split_once("```").context("no end of the commands")?;
+    let folder = cx.dir.join("meshlb").to_string_lossy().into_owned();
+    let commands = meshlb.command(n1, &["\"$@\""]).join(" ");
+    let script = format!(
+        "set -e
+         sudo() {{ \"$@\"; }}
+         python3() {{ :; }}
+         hostname() {{ if [ \"$1\" = -I ]; then echo {}; else echo n1; fi; }}
+         meshlb() {{ {commands}; }}
+         curl() {{ command curl -sS --http0.9 --max-time 2 \"$1\" || true; }}
+         {}",
+        n1.v4,
+        block.replace("/etc/meshlb", &folder)
+    );
+    std::fs::create_dir_all(&n1.dir)?;
+    let out = n1.ns.run_env(&["bash", "-c", &script], &[("PATH", &meshlb.path)], "")?.ok()?;
+    cx.note(&out);
+    // By the virtual address and by the published port.
+    let answers = out.stdout.lines().filter(|line| line.starts_with("HOST-n1 peer=")).count();
+    ensure!(answers == 2, "{out}");
+    check::nothing_left(&t)
 }
 
 fn hops(cx: &mut Cx) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 pub fn register(suite: &mut Suite) {
     let slow = Duration::from_secs(120);
     suite.add_heavy("lifecycle::edits_under_load", &Matrix::renderers(), slow, edits);
-    suite.add_slow("lifecycle::schedulers", &Matrix::once(), slow, schedulers);
+    suite.add_slow("lifecycle::schedulers", &Matrix::pair(), slow, schedulers);
     suite.add_slow("lifecycle::restarts_under_load", &Matrix::pair(), slow, restarts);
     suite.add_slow("lifecycle::upgrade_under_load", &Matrix::pair(), slow, upgrade);
 }

@@ -14,7 +14,7 @@ use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 
 pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::commands_beside_an_agent", &Matrix::pair(), commands);
-    suite.add("lifecycle::wrong_object_keeps_its_last_version", &Matrix::once(), wrong_object);
+    suite.add("lifecycle::wrong_object_keeps_its_last_version", &Matrix::pair(), wrong_object);
 }
 
 fn commands(cx: &mut Cx) -> Result<()> {
