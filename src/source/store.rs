@@ -32,7 +32,8 @@ pub struct Store {
     touched: BTreeSet<ObjectId>,
     /// Files of which nobody knows all that they name.
     incomplete: BTreeSet<OsString>,
-    /// Objects that no file names any more, unless it is one of those: they stay until it is known.
+    /// Services that no file names any more, unless it is one of those: they stay until it is known. Slices don't: an endpoint
+    /// that is gone must not be waited for until somebody has mended another file.
     aside: BTreeSet<ObjectId>,
 }
 
@@ -127,7 +128,7 @@ impl Store {
             let owner = self.owners.get(&id).and_then(SmallSet::first);
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             self.aside.remove(&id);
-            if verdict.is_none() && !self.incomplete.is_empty() {
+            if verdict.is_none() && id.kind == Kind::Service && !self.incomplete.is_empty() {
                 if self.emitted.contains_key(&id) {
                     self.aside.insert(id);
                 }
@@ -177,7 +178,7 @@ impl Store {
             let message = match self.aside.len() {
                 1 => format!("{first} is in no other file any more, and stays until this one can be read"),
                 n => format!(
-                    "{n} objects are in no other file any more, and stay until this one can be read: {first} and others"
+                    "{n} services are in no other file any more, and stay until this one can be read: {first} and others"
                 ),
             };
             problems.push(Problem {
@@ -261,7 +262,7 @@ mod tests {
         store.remove(OsStr::new("a.yaml"));
         assert!(events(&mut store).is_empty());
         let told = problems(&store);
-        assert!(told.iter().any(|p| p.starts_with("b.yaml: 2 objects are in no other file")), "{told:?}");
+        assert!(told.iter().any(|p| p.starts_with("b.yaml: 2 services are in no other file")), "{told:?}");
         // Of a file that can be read it is known.
         assert_eq!(put(&mut store, "c.yaml", &service("v", 4)), ["v:4"]);
         assert_eq!(put(&mut store, "d.yaml", &service("w", 2)), Vec::<String>::new());

@@ -55,7 +55,7 @@ fn planned(cx: &Cx, meshlb: &Meshlb, node: &Node, m: &Manifests, what: &str) -> 
     ensure!(plan.status == 2, "{what}: {plan}");
     ensure!(before.diff(&node.snapshot()?).is_empty(), "{what}: plan itself has changed something");
     meshlb.apply(node, m)?;
-    let changed = before.diff(&node.snapshot()?);
+    let changed = one_by_one(before.diff(&node.snapshot()?));
     ensure!(!changed.is_empty(), "{what}: nothing was changed");
     let untold: Vec<String> = changed
         .iter()
@@ -131,8 +131,10 @@ fn about(line: &str, changed: &[String]) -> Vec<Called> {
             let kinds = ["chain", "set", "map"];
             out.extend(kinds.iter().filter_map(|k| after(k)).map(|n| n.trim_end_matches(':').to_owned()));
         }
-        // With the table goes all that is in it.
-        if text == "table inet meshlb" || changed.iter().any(|l| l == "-[nft] table inet meshlb") {
+        // Another renderer's table goes as a whole, or all of it that this one has no use for: with a set its entries.
+        let head = text.split_once(": ").map_or(text, |(head, _)| head);
+        let goes = section.starts_with('-') && changed.iter().any(|l| *l == format!("-[nft] {head}"));
+        if text == "table inet meshlb" || goes || (section.starts_with('-') && entries.is_empty()) {
             out.push("inet meshlb".to_owned());
         }
         out.extend(entries);
@@ -145,20 +147,45 @@ fn about(line: &str, changed: &[String]) -> Vec<Called> {
     out.into_iter().map(Called).collect()
 }
 
-/// What nft shows in this line of a set's or map's entries, of which one at least is another one.
-fn entries(text: &str) -> Vec<String> {
-    let Some((_, inside)) =
-        text.split_once(": ").filter(|(head, _)| head.contains(" set ") || head.contains(" map "))
-    else {
-        return vec![];
+/// nft shows several entries of a set in a line, and others beside them when one is gone: a line for each, without those that
+/// are where they were.
+fn one_by_one(changed: Vec<String>) -> Vec<String> {
+    let single = |line: &String| match inside(line) {
+        None => vec![line.clone()],
+        Some((head, entries)) => {
+            entries.split(',').map(|entry| format!("{head}: {}", entry.trim())).collect()
+        }
     };
-    let inside = inside.trim_start_matches("elements = {").trim_end_matches('}');
+    let lines: Vec<String> = changed.iter().flat_map(single).collect();
+    let other = |line: &str| match line.split_at(1) {
+        ("+", rest) => format!("-{rest}"),
+        (_, rest) => format!("+{rest}"),
+    };
+    let all: std::collections::BTreeSet<&String> = lines.iter().collect();
+    lines.iter().filter(|line| !line.ends_with(": ") && !all.contains(&other(line))).cloned().collect()
+}
+
+/// The set or map and its entries, where a line of nft shows some.
+fn inside(line: &str) -> Option<(&str, &str)> {
+    let (head, inside) =
+        line.split_once(": ").filter(|(head, _)| head.contains(" set ") || head.contains(" map "))?;
+    let is_head = ["type ", "flags ", "size "].iter().any(|word| inside.starts_with(word));
+    (!is_head).then(|| (head, inside.trim_start_matches("elements = {").trim_end_matches('}')))
+}
+
+/// What the entries of a line of nft are called.
+fn entries(text: &str) -> Vec<String> {
+    let Some((_, inside)) = inside(text) else { return vec![] };
     let keys = inside.split(',').filter_map(|entry| entry.split(" : ").next()).map(str::trim);
     let mut out = Vec::new();
     for key in keys {
         match key.split(" . ").collect::<Vec<_>>()[..] {
+            ["127.0.0.1" | "::1", protocol, port] | [protocol @ ("tcp" | "udp" | "sctp"), port] => {
+                out.extend(of_loopback(&format!("{protocol}:{port}")));
+            }
             [addr, protocol, port] => out.push(format!("{addr},{protocol}:{port}")),
-            [protocol, port] => out.extend(of_loopback(&format!("{protocol}:{port}"))),
+            // From an endpoint to itself.
+            [addr, to] if addr == to => out.push(addr.to_owned()),
             [addr] if addr.parse::<IpAddr>().is_ok() => out.push(addr.to_owned()),
             _ => {}
         }
@@ -166,8 +193,13 @@ fn entries(text: &str) -> Vec<String> {
     out
 }
 
-/// An entry as a plan calls it: one of 127.0.0.1 has a number alone.
+/// An entry as a plan calls it: one of 127.0.0.1 has a number alone, one from an endpoint to itself is the endpoint's.
 fn of_loopback(entry: &str) -> Vec<String> {
+    if let Some((addr, to)) = entry.split_once(',')
+        && addr == to
+    {
+        return vec![addr.to_owned()];
+    }
     match entry.split_once(':') {
         Some(("tcp" | "udp" | "sctp", _)) => vec![format!("IPv4,{entry}"), format!("IPv6,{entry}")],
         _ => vec![entry.to_owned()],
