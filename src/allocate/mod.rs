@@ -337,6 +337,7 @@ impl Allocator {
             self.collect_port(port.id(), outcome.cloned(), &mut found);
         }
         self.compare_with_lock(service, &mut found);
+        self.release_moved_marks(service, &found);
         let marks = if self.without_marks { Vec::new() } else { wants::marks(service, &self.config) };
         for (scopes, owner) in marks {
             match self.marks.claim(&owner) {
@@ -347,6 +348,21 @@ impl Allocator {
             }
         }
         found
+    }
+
+    /// IPVS goes on with a flow of datagrams by its addresses, whatever the mark and for as long as there are any: when a virtual IP
+    /// is another service's, its clients would stay with this one. They leave with its mark's IPVS service.
+    fn release_moved_marks(&mut self, service: &Service, new: &ServiceAllocation) {
+        let before = self.current.get(&service.key).map(|old| old.vips);
+        let before = before.or_else(|| Some(self.previous.services.get(&service.key)?.vips));
+        let moved = |(family, vip): (Family, &IpAddr)| new.vips.get(family) != Some(vip);
+        if self.without_marks || !before.is_some_and(|before| before.iter().any(moved)) {
+            return;
+        }
+        for port in service.ports.iter().filter(|port| port.protocol == Protocol::Udp) {
+            let owner = MarkOwner { service: service.key.clone(), port: port.id(), scope: Scope::Vip };
+            self.marks.release(&owner);
+        }
     }
 
     /// Adds what the lock file says in vain.

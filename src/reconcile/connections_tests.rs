@@ -404,6 +404,49 @@ fn udp_flows_follow_a_policy_that_was_edited() {
     }
 }
 
+/// IPVS would go on with them by their addresses: they go with the mark.
+#[test]
+fn udp_services_whose_virtual_ips_change_hands_get_other_marks() {
+    for running in [true, false] {
+        let kernel = FakeKernel::default();
+        let udp = || ServicePort { protocol: Protocol::Udp, ..port(53, 5353) };
+        let with = |name: &str, vip: &str| Service {
+            vips: vec![vip.parse().unwrap()],
+            ports: vec![udp(), port(80, 8080)],
+            ..service(name)
+        };
+        let ends = || [endpoints("a", &["10.244.1.11"]), endpoints("b", &["10.244.1.12"])];
+        let set =
+            |a: &str, b: &str| [Event::Service(with("a", a).into()), Event::Service(with("b", b).into())];
+        let marks = |engine: &Engine| {
+            let of =
+                |name: &str| engine.allocator().get(&ServiceKey::new("default", name)).unwrap().marks.clone();
+            ["a", "b"].map(of)
+        };
+        let mut first = engine(&kernel, Allocations::default());
+        first.feed(set("10.200.0.5", "10.200.0.6"));
+        first.feed(ends());
+        first.synced(Unread::default());
+        turn(&mut first, true);
+        let before = marks(&first);
+        let mut second = if running { first } else { after_a_restart(&kernel, &first) };
+        second.feed(set("10.200.0.6", "10.200.0.5"));
+        second.feed(ends());
+        second.synced(Unread::default());
+        let ops = second.turn(!running, now()).unwrap().ops;
+        for (before, after) in before.iter().zip(marks(&second)) {
+            for (id, mark) in &after {
+                assert_eq!(
+                    before[id] == *mark,
+                    id.0.protocol == Protocol::Tcp,
+                    "running: {running}: {ops:?}"
+                );
+            }
+        }
+        assert_eq!(turn(&mut second, true), Vec::<String>::new());
+    }
+}
+
 /// With another number they do not go on, as those of TCP do: a flow of datagrams has no end.
 #[test]
 fn udp_flows_by_a_number_that_was_edited_end() {

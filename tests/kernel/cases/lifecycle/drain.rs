@@ -26,6 +26,7 @@ pub fn register(suite: &mut Suite) {
     suite.add("lifecycle::published_ends_with_its_endpoint", &Matrix::pair(), published_ends);
     suite.add("lifecycle::sctp_drains", &Matrix::pair(), sctp_drains);
     suite.add("lifecycle::udp_client_moves", &Matrix::pair(), udp_moves);
+    suite.add("lifecycle::udp_client_of_a_moved_vip", &Matrix::pair(), udp_vip_moves);
 }
 
 /// How long a client of UDP waits before it sends again.
@@ -392,6 +393,33 @@ fn drain_over_restart(cx: &mut Cx) -> Result<()> {
 
 /// Clients that send from one port all the time leave a removed endpoint within two seconds, and only those do. Where the
 /// agents alone take longer to act on the change than that, they leave with the turn.
+/// Two services change their virtual IPs: who goes on sending to one is answered by whoever has it now.
+fn udp_vip_moves(cx: &mut Cx) -> Result<()> {
+    let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
+        web(t, m, &["p11"])?;
+        m.service("other").vips(&["10.200.0.6", "fd00:200::6"])?.port(Proto::Udp, 80, 8080, None);
+        m.endpoints("other", &[t.pod("p12")]);
+        Ok(())
+    })?;
+    let mut flows = Vec::new();
+    for family in Family::ALL {
+        let probe = Probe::new(Proto::Udp, vip(family, 80)?).within(UDP_PATIENCE);
+        flows.push(Flows::start(&c.t.pod("p21").ns, &probe, 2, Duration::from_millis(50))?);
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    c.change(|_, m| {
+        let mine = std::mem::take(&mut m.service("web").vips);
+        let theirs = std::mem::replace(&mut m.service("other").vips, mine);
+        m.service("web").vips = theirs;
+        Ok(())
+    })?;
+    std::thread::sleep(patience(Duration::from_secs(2)));
+    for flow in flows.into_iter().map(Flows::stop).collect::<Result<Vec<_>>>()?.iter().flatten() {
+        ensure!(flow.servers == ["p11", "p12"], "{flow:?}");
+    }
+    Ok(())
+}
+
 fn udp_moves(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
     let n1: &Host = c.t.node(1);
