@@ -24,8 +24,8 @@ fmt: ## formats the sources
 test: setup ## all tests: units here, kernel tests here or in a VM
 	@.ci/run unit kernel
 
-test-full: setup ## the same with both flavours of iptables everywhere, DNS, two control planes, the chart and a real node: hours
-	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel dns cluster oldest packets together chart node
+test-full: setup ## the same with both flavours of iptables everywhere, a newer kernel, DNS, two control planes, the chart and a real node: hours
+	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel newer dns cluster oldest packets together chart node
 
 test-unit: setup ## the tests that need no kernel
 	@.ci/run unit

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Whether QEMU emulates the processors in software (its TCG names itself in /proc/cpuinfo).
-fn emulated() -> bool {
+pub fn emulated() -> bool {
     static EMULATED: OnceLock<bool> = OnceLock::new();
     *EMULATED.get_or_init(|| {
         fs::read_to_string("/proc/cpuinfo")

@@ -1,5 +1,6 @@
 //! What happens over time beside running agents: endpoints and services come, change and go, agents too.
 
+mod clock;
 mod drain;
 mod identity;
 mod load;
@@ -21,6 +22,7 @@ use crate::runner::{Cx, Proto, Suite};
 use crate::topology::{Builder, Node, Topology, all};
 
 pub fn register(suite: &mut Suite) {
+    clock::register(suite);
     drain::register(suite);
     identity::register(suite);
     policy::register(suite);
