@@ -11,7 +11,8 @@ cd "$here/../.."
 [ $# -gt 0 ] || set -- kube
 # What was up before is left up.
 was_up=$(running) || was_up=
-stop() { [ -n "$was_up" ] || "$here/up.sh" --stop; }
+holder=
+stop() { [ -z "$holder" ] || kill "$holder" 2>/dev/null; rm -f "$dir"/hold/*; [ -n "$was_up" ] || "$here/up.sh" --stop; }
 trap stop EXIT
 [ -n "$was_up" ] || "$here/up.sh"
 kubectl() { "${KUBE_BIN:-$(kube_dir)}/kubectl" --kubeconfig "$dir/kubeconfig" "$@"; }
@@ -21,6 +22,16 @@ kubectl wait --for=condition=Established --timeout=30s crd/meshservices.meshlb.d
 kubectl delete lease --all -n meshlb-system >/dev/null
 # The accounts, rights and policy that the chart makes; programs run in the bed's nodes instead of pods.
 awk 'BEGIN { RS = "---\n" } /(^|\n)kind: (ServiceAccount|(Cluster)?Role|(Cluster)?RoleBinding|ValidatingAdmissionPolicy(Binding)?)\n/ { print "---"; print }' deploy/meshlb.yaml | kubectl apply -f - >/dev/null
+# A case in the VM can't stop what runs here: it asks by an object, `hold`.
+(
+  done=
+  while sleep 1; do
+    read -r what seconds id < <(kubectl get configmap hold -n meshlb-system -o jsonpath='{.data.what} {.data.seconds} {.metadata.uid}' 2>/dev/null) || true
+    [ -n "${id:-}" ] && [ "$id" != "$done" ] || continue
+    case $what in kube-apiserver | etcd) ;; *) continue ;; esac
+    done=$id; touch "$dir/hold/$what"; sleep "$seconds"; rm -f "$dir/hold/$what"
+  done
+) & holder=$!
 # No kubelet says that it is alive: Kubernetes would take the nodes' pods out of service after some seconds.
 if ! grep -q node-lifecycle "$dir/kube-controller-manager.args"; then
   echo '--controllers=*,-node-lifecycle-controller' >>"$dir/kube-controller-manager.args"

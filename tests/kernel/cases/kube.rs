@@ -35,6 +35,7 @@ pub fn register(suite: &mut Suite) {
     suite.add_slow("kube::bad_input", &Matrix::once(), limit, rows::bad);
     suite.add_slow("kube::quiet_minute", &Matrix::once(), limit, quiet::quiet);
     suite.add_slow("kube::away_for_minutes", &Matrix::once(), limit * 2, outage::outage);
+    suite.add_slow("kube::server_and_etcd_are_stopped", &Matrix::once(), limit * 3, outage::stopped);
     suite.add_slow("kube::prometheus_finds_agents", &Matrix::once(), limit, scraped::scraped);
 }
 

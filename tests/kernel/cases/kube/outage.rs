@@ -3,10 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::json;
 
 use super::bed::{Bed, PATIENCE, endpoints, granted, mesh_service, pods, service};
+use crate::cases::support::wait_until;
 use crate::check;
 use crate::client::{Flows, Load, Probe};
+use crate::kube::NAMESPACE;
 use crate::runner::{Cx, Family, Proto};
 
 /// Longer than any request may take, and than a connection goes unnoticed that says nothing any more.
@@ -83,6 +86,58 @@ pub fn outage(cx: &mut Cx) -> Result<()> {
     for flow in open.stop()? {
         let gone = flow.servers.first().is_some_and(|s| s == "p21");
         ensure!(gone || flow.errors.is_empty(), "an open connection: {flow:?}");
+    }
+    bed.end()
+}
+
+/// The API server itself is stopped for minutes, and then etcd: for the controller, too, which loses its Lease. What was served
+/// is served, by an agent that is started meanwhile too; afterwards numbers are given as ever, and none twice.
+pub fn stopped(cx: &mut Cx) -> Result<()> {
+    let mut bed = Bed::start(cx)?;
+    let t = bed.t.clone();
+    let all = ["p11", "p21", "p31"];
+    bed.kube.apply(&service())?;
+    endpoints(&bed.kube, &t, &all)?;
+    let given = granted(&bed.kube, &service())?;
+    bed.until_served(&given, &all)?;
+    let mut vips = vec![given.vips[0]];
+    for (what, away) in [("kube-apiserver", Duration::from_secs(100)), ("etcd", Duration::from_secs(20))] {
+        let probe = |to| Probe { pause: Duration::from_millis(50), ..Probe::new(Proto::Tcp, to) };
+        let loads = [
+            Load::start(&t.pod("p12").ns, &probe(given.vips[0]), 1),
+            Load::start(&t.ext.ns, &probe(t.node(2).at(Family::V6, given.ports[0])), 1),
+        ];
+        let programmed = t.snapshots()?;
+        let hold = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "hold", "namespace": NAMESPACE},
+            "data": {"what": what, "seconds": away.as_secs().to_string()}});
+        bed.kube.delete(&hold)?;
+        bed.kube.apply(&hold)?;
+        let reads = |bed: &Bed| bed.kube.get(&service()).is_ok();
+        wait_until(&format!("{what} is stopped"), PATIENCE, || Ok(!reads(&bed)))?;
+        let since = Instant::now();
+        bed.take_agent(2)?.kill();
+        bed.start_agent(2)?;
+        bed.until_served_beside_a_load(&given, &all).with_context(|| format!("without {what}"))?;
+        wait_until(&format!("{what} is back"), away + PATIENCE, || Ok(reads(&bed)))?;
+        let gone = since.elapsed();
+        for (k, (programmed, now)) in programmed.iter().zip(t.snapshots()?).enumerate() {
+            check::same(programmed, &now, &format!("on n{}, without {what}", k + 1))?;
+        }
+        // Somebody leads again, and gives what is free.
+        let new = mesh_service("default", if what == "etcd" { "later" } else { "new" });
+        wait_until("an object can be written", PATIENCE, || Ok(bed.kube.apply(&new).is_ok()))?;
+        let name = new["metadata"]["name"].as_str().context("no name")?;
+        pods(&bed.kube, &t, "default", name, &["p12", "p32"])?;
+        let other = granted(&bed.kube, &new)?;
+        bed.until_served_beside_a_load(&other, &["p12", "p32"])?;
+        ensure!(!vips.contains(&other.vips[0]), "{other:?} is given twice");
+        vips.push(other.vips[0]);
+        ensure!(granted(&bed.kube, &service())? == given, "what was granted has changed");
+        cx.note(format!("without {what} for {gone:?}"));
+        for load in loads {
+            let report = load.stop()?;
+            ensure!(report.errors.is_empty() && report.answered() > 200, "without {what}: {report:?}");
+        }
     }
     bed.end()
 }
