@@ -1,6 +1,7 @@
 //! What the leader does: follows the API server, gives out numbers, writes statuses.
 
 mod agents;
+mod awaiting;
 mod objects;
 mod writes;
 
@@ -29,6 +30,7 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use agents::Agents;
+use awaiting::Awaiting;
 use objects::{core_of, is_absent, meta_of, of_nodes};
 
 use super::{
@@ -65,9 +67,6 @@ const TOGETHER: Duration = Duration::from_millis(100);
 const HEADLESS_AGAIN: Duration = Duration::from_secs(10);
 /// Numbers that an earlier leader had entered are held back for this long at least: longer than a request may take.
 const HOLD_BACK: Duration = Duration::from_secs(30);
-/// The first status of a service with a selector waits for its EndpointSlices, at most this long: Kubernetes makes some twenty a second
-/// of many at once, and without any there is nothing to serve.
-const FOR_SLICES: Duration = Duration::from_secs(10);
 /// So many Events wait to be written, at most; more are lost.
 const EVENTS: usize = 1000;
 /// So many changes are taken in together, at most.
@@ -155,7 +154,7 @@ pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence
         written: HashMap::new(),
         failed: HashMap::new(),
         headless_failed: HashMap::new(),
-        awaiting: HashMap::new(),
+        awaiting: Awaiting::default(),
         told: None,
     };
     leader.run().await
@@ -189,8 +188,8 @@ struct Leader {
     failed: HashMap<ServiceKey, (String, Instant)>,
     /// Services whose headless Service could not be kept, and when that was.
     headless_failed: HashMap<ServiceKey, Instant>,
-    /// Services whose first status waits for EndpointSlices, and since when.
-    awaiting: HashMap<ServiceKey, Instant>,
+    /// Services whose first status waits for EndpointSlices.
+    awaiting: Awaiting,
     told: Option<String>,
 }
 
@@ -307,7 +306,7 @@ impl Leader {
             self.written.remove(&key);
             self.failed.remove(&key);
             self.headless_failed.remove(&key);
-            self.awaiting.remove(&key);
+            self.awaiting.ends(&key);
         }
     }
 
@@ -381,8 +380,11 @@ impl Leader {
         self.mesh.allocate();
         // Before the statuses, which say what comes of it.
         let again = self.headless_failed.iter().filter(|(_, at)| at.elapsed() > HEADLESS_AGAIN);
-        // One that waits for slices has had its Service made: the watch has yet to say so.
-        let dirty = self.mesh.dirty().filter(|key| !self.awaiting.contains_key(*key));
+        let seen = |key: &ServiceKey| {
+            let entry = self.mesh.entry(key);
+            entry.is_some_and(|entry| self.awaiting.has_seen(key, &entry.meta))
+        };
+        let dirty = self.mesh.dirty().filter(|key| !seen(key));
         let looked_at: BTreeSet<ServiceKey> = dirty.chain(again.map(|(key, _)| key)).cloned().collect();
         self.keep_headless(&looked_at).await?;
         let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap_or_default();
@@ -397,9 +399,7 @@ impl Leader {
                 continue;
             };
             let soon = |at: &Instant, pause: Duration| at.elapsed() < pause;
-            if self.mesh.awaits_slices(key)
-                && soon(self.awaiting.entry(key.clone()).or_insert(now_at), FOR_SLICES)
-            {
+            if self.mesh.awaits_slices(key) && self.awaiting.waits(key, &entry.meta, now_at) {
                 later = true;
                 continue;
             }
@@ -421,7 +421,11 @@ impl Leader {
             }
         }
         self.counts.take(may - counts, now_at);
-        clean.iter().for_each(|key| self.mesh.clean(key));
+        for key in &clean {
+            if !self.awaiting.ends(key) {
+                self.mesh.clean(key);
+            }
+        }
         if !writes.is_empty() {
             // First the pools: a number that is in a status was entered before.
             let gives = writes.iter().any(|w| status::differ(&w.2, &w.3));

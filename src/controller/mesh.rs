@@ -387,6 +387,13 @@ impl Mesh {
         self.dirty.remove(key);
     }
 
+    /// Something of it has to be looked at, at the next turn.
+    pub fn look_again(&mut self, key: &ServiceKey) {
+        if self.entries.contains_key(key) {
+            self.dirty.insert(key.clone());
+        }
+    }
+
     /// A service.
     pub fn entry(&self, key: &ServiceKey) -> Option<&Entry> {
         self.entries.get(key)

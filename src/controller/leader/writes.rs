@@ -68,8 +68,10 @@ impl Leader {
                     events.push((key.clone(), meta, status::news(&old, &new), first));
                     self.written.insert(key.clone(), Instant::now());
                     self.failed.remove(&key);
-                    self.awaiting.remove(&key);
                     self.mesh.written(&key, new, version);
+                    if self.awaiting.ends(&key) {
+                        self.mesh.look_again(&key);
+                    }
                 }
                 Some(Err(e)) => {
                     if requests::has_changed(&e) {

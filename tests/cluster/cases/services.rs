@@ -5,11 +5,14 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::controller::{Controller, PATIENCE, condition, get, prepare, service, until, until_condition};
+use super::controller::{
+    Controller, PATIENCE, condition, get, msvc, prepare, service, until, until_condition,
+};
 use crate::{Case, kubectl::Cluster};
 
-pub const CASES: [Case; 2] = [
+pub const CASES: [Case; 3] = [
     ("controller::selector_keeps_a_headless_service", selector),
+    ("controller::selector_is_applied_while_the_first_status_waits", waiting),
     ("controller::counts_what_a_named_service_has", named),
 ];
 
@@ -104,6 +107,44 @@ fn selector(cluster: &Cluster) -> Result<()> {
     );
     cluster.kubectl(&["delete", "pod", "vote-1", "-n", "selector", "--force", "--grace-period=0"], "")?;
     cluster.kubectl(&["delete", "node", "n1"], "")?.good()?;
+    Ok(())
+}
+
+/// Nobody makes EndpointSlices: the first status waits for them.
+fn waiting(cluster: &Cluster) -> Result<()> {
+    prepare(cluster, "waiting")?;
+    let controller = Controller::start(cluster, "one")?;
+    controller.until_it_says("everything has been read")?;
+    cluster.hold("kube-controller-manager", true)?;
+    std::thread::sleep(Duration::from_secs(1));
+    let done = edits(cluster);
+    cluster.hold("kube-controller-manager", false)?;
+    done
+}
+
+fn edits(cluster: &Cluster) -> Result<()> {
+    let find = |name: &str| get(cluster, &["service", name, "-n", "waiting"]);
+    let selects = |name: &str, app: &str| {
+        until(&format!("{name} selects {app}"), Duration::from_secs(4), || {
+            Ok(find(name).is_ok_and(|found| found["spec"]["selector"]["app"] == app))
+        })
+    };
+    let apply = |name: &str, app: &str| {
+        service(cluster, "waiting", name, &format!("{{selector: {{app: {app}}}, {HTTP}}}"))
+    };
+    let told = |name: &str| Ok::<_, anyhow::Error>(!msvc(cluster, "waiting", name)?["status"].is_null());
+    for name in ["vote", "freed", "deleted"] {
+        apply(name, "typo")?;
+        selects(name, "typo")?;
+    }
+    apply("vote", "vote")?;
+    service(cluster, "waiting", "freed", &format!("{{serviceName: other, {HTTP}}}"))?;
+    cluster.kubectl(&["delete", "service", "deleted", "-n", "waiting"], "")?.good()?;
+    selects("vote", "vote")?;
+    ensure!(!told("vote")?, "it has not waited: this says nothing");
+    until("freed has no Service", Duration::from_secs(4), || Ok(find("freed").is_err()))?;
+    until("a status", PATIENCE, || told("deleted"))?;
+    selects("deleted", "typo")?;
     Ok(())
 }
 
