@@ -71,11 +71,11 @@ pub fn run(options: &Options, source: &str, namespace: Option<String>) -> Result
     if let Err(e) = &ran {
         node.report(Report::of(State::StartFailed(format!("{e:#}"))));
         // Where neither can be had, the log has to do.
-        if node.wait_for_request(TOLD_WITHIN) != Request::Uninstall {
+        if !matches!(node.wait_for_request(TOLD_WITHIN), Request::Uninstall(_)) {
             node.flush(TOLD_WITHIN);
         }
     }
-    if node.request() == Request::Uninstall {
+    if matches!(node.request(), Request::Uninstall(_)) {
         return super::uninstall::hold_off(options, &node, (&metrics, &health), &inputs);
     }
     ran

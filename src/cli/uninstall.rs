@@ -3,7 +3,10 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     process::ExitCode,
-    sync::mpsc::{Receiver, RecvTimeoutError},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
     time::{Duration, Instant},
 };
 
@@ -49,6 +52,8 @@ const GRACE: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_secs(2);
 /// A request that has no answer by then has failed.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A request that is there already is replaced by ours so often: somebody else may do the same.
+const TRIES: usize = 3;
 
 /// Flags of `meshlb uninstall`.
 #[derive(Args, Clone, Debug)]
@@ -95,19 +100,28 @@ struct Cluster {
 
 impl Cluster {
     async fn cancel(&self) -> Result<ExitCode> {
-        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
-        match timed(PATIENCE, api.delete(UNINSTALL, &DeleteParams::default())).await {
-            Ok(_) => print::out(format_args!(
+        if self.withdraw().await? {
+            print::out(format_args!(
                 "withdrawn: the agents serve again within {} s\n",
                 GRACE.as_secs() + 10
-            ))?,
-            Err(kube::Error::Api(status)) if status.code == 404 => print::out(format_args!(
-                "nothing to withdraw: there is no ConfigMap {}/{UNINSTALL}\n",
-                self.namespace
-            ))?,
-            Err(e) => return Err(e).context(self.about()),
-        };
+            ))?;
+        } else {
+            print::out(format_args!("nothing to withdraw: there is no {}\n", self.about()))?;
+        }
         Ok(ExitCode::SUCCESS)
+    }
+
+    /// Deletes the request; whether there was one.
+    async fn withdraw(&self) -> Result<bool> {
+        match timed(PATIENCE, self.requests().delete(UNINSTALL, &DeleteParams::default())).await {
+            Ok(_) => Ok(true),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(false),
+            Err(e) => Err(e).context(self.about()),
+        }
+    }
+
+    fn requests(&self) -> Api<ConfigMap> {
+        Api::namespaced(self.client.clone(), &self.namespace)
     }
 
     fn about(&self) -> String {
@@ -116,15 +130,15 @@ impl Cluster {
 
     async fn uninstall(&self, timeout: u64) -> Result<ExitCode> {
         let daemonset = self.daemonset().await?;
-        self.ask(daemonset.as_ref()).await?;
-        print::out(format_args!(
-            "asked by ConfigMap {}/{UNINSTALL}: agents clean up and hold off\n",
-            self.namespace
-        ))?;
+        if let (Some(name), None) = (&self.daemonset, &daemonset) {
+            return self.without_agents(name).await;
+        }
+        let asked = self.ask(daemonset.as_ref()).await?;
+        print::out(format_args!("asked by {}: agents clean up and hold off\n", self.about()))?;
         let end = Instant::now() + Duration::from_secs(timeout);
         let mut told = BTreeSet::new();
         let left = loop {
-            let nodes = self.nodes(daemonset.as_ref()).await;
+            let nodes = self.nodes(daemonset.as_ref(), &asked).await;
             // An API server that is away for a moment is asked again.
             let left = match nodes {
                 Ok(nodes) => {
@@ -165,15 +179,32 @@ impl Cluster {
         let Some(name) = &self.daemonset else { return Ok(None) };
         let api: Api<DaemonSet> = Api::namespaced(self.client.clone(), &self.namespace);
         let found = timed(PATIENCE, api.get_opt(name)).await;
-        let found = found.with_context(|| format!("DaemonSet {}/{name}", self.namespace))?;
-        if found.is_none() {
-            bail!("there is no DaemonSet {}/{name}: no agent would clean up", self.namespace);
-        }
-        Ok(found)
+        found.with_context(|| format!("DaemonSet {}/{name}", self.namespace))
     }
 
-    /// Makes the ConfigMap that the agents watch.
-    async fn ask(&self, daemonset: Option<&DaemonSet>) -> Result<()> {
+    /// The agents are gone, as after an uninstallation that was interrupted when they had cleaned up: then no MeshNode says otherwise.
+    async fn without_agents(&self, name: &str) -> Result<ExitCode> {
+        let about = format!("there is no DaemonSet {}/{name}", self.namespace);
+        // To whatever request they had answered, by now nobody serves again.
+        let nodes = self.nodes(None, "").await?.into_iter();
+        let left: Vec<String> = nodes.filter(|(_, left)| left.is_some()).map(|(name, _)| name).collect();
+        if !left.is_empty() {
+            bail!(
+                "{about}: no agent would clean up, and by their MeshNodes these nodes are not clean: {}. Run `meshlb cleanup` \
+                 there and delete the MeshNodes",
+                left.join(", ")
+            );
+        }
+        self.forget().await?;
+        // The next installation must not find it.
+        self.withdraw().await?;
+        print::out(format_args!("{about}, and no node that is not clean: there is nothing to do\n"))?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// Makes the ConfigMap that the agents watch, and returns its uid. One that is there is of an earlier try, which all may have answered
+    /// before their reports were deleted, and may belong to nobody: another takes its place.
+    async fn ask(&self, daemonset: Option<&DaemonSet>) -> Result<String> {
         let owner = daemonset.and_then(|d| kube::Resource::owner_ref(d, &()));
         let map = ConfigMap {
             metadata: ObjectMeta {
@@ -184,12 +215,14 @@ impl Cluster {
             },
             ..ConfigMap::default()
         };
-        let api: Api<ConfigMap> = Api::namespaced(self.client.clone(), &self.namespace);
-        match timed(PATIENCE, api.create(&PostParams::default(), &map)).await {
-            Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-            Err(e) => Err(e).with_context(|| self.about()),
+        for _ in 0..TRIES {
+            match timed(PATIENCE, self.requests().create(&PostParams::default(), &map)).await {
+                Ok(made) => return Ok(made.metadata.uid.unwrap_or_default()),
+                Err(kube::Error::Api(status)) if status.code == 409 => drop(self.withdraw().await?),
+                Err(e) => return Err(e).with_context(|| self.about()),
+            }
         }
+        bail!("{} is made again and again: does another uninstallation run?", self.about())
     }
 
     fn mesh_nodes(&self) -> Api<DynamicObject> {
@@ -197,7 +230,11 @@ impl Cluster {
     }
 
     /// Every node that has an agent or had one, and what there is left to do.
-    async fn nodes(&self, daemonset: Option<&DaemonSet>) -> Result<BTreeMap<String, Option<String>>> {
+    async fn nodes(
+        &self,
+        daemonset: Option<&DaemonSet>,
+        asked: &str,
+    ) -> Result<BTreeMap<String, Option<String>>> {
         let mut nodes = BTreeMap::new();
         if let Some(selector) = daemonset.and_then(|d| d.spec.as_ref()).map(|spec| &spec.selector) {
             let labels = selector.match_labels.iter().flatten();
@@ -214,7 +251,7 @@ impl Cluster {
         for object in found.context("MeshNodes")?.items {
             let status = object.data.get("status").cloned().unwrap_or_default();
             let status: MeshNodeStatus = serde_json::from_value(status).unwrap_or_default();
-            nodes.insert(object.metadata.name.unwrap_or_default(), left(&status));
+            nodes.insert(object.metadata.name.unwrap_or_default(), left(&status, asked));
         }
         Ok(nodes)
     }
@@ -230,11 +267,15 @@ impl Cluster {
     }
 }
 
-/// What keeps a node from being clean.
-fn left(status: &MeshNodeStatus) -> Option<String> {
+/// What keeps a node from being clean, by its answer to the request of this uid: an earlier one may have been withdrawn since, and its
+/// agent may serve again.
+fn left(status: &MeshNodeStatus, asked: &str) -> Option<String> {
     let condition = |type_: &str| status.conditions.iter().find(|c| c.type_ == type_);
     match (condition(CLEANED_UP), condition(SERVING)) {
-        (Some(cleaned), _) if cleaned.status == "True" => None,
+        (Some(cleaned), _) if cleaned.status == "True" && cleaned.message.contains(asked) => None,
+        (Some(cleaned), _) if cleaned.status == "True" => {
+            Some("its agent has answered another request only, and not this one".to_owned())
+        }
         (Some(cleaned), _) => Some(cleaned.message.clone()),
         (None, Some(serving)) => {
             Some(format!("its agent has not answered; it last said {} ({})", serving.reason, serving.message))
@@ -260,10 +301,19 @@ pub fn hold_off(
     metrics.in_sync(false);
     metrics.services(0);
     let mut clean = false;
+    let mut asked: Arc<str> = Arc::default();
     let mut next = Instant::now();
     let mut told = String::new();
     loop {
         health.beat();
+        let request = node.request();
+        if let Request::Uninstall(by) = &request
+            && asked != *by
+        {
+            // Whoever asks anew is answered anew.
+            asked = by.clone();
+            (clean, next) = (false, Instant::now());
+        }
         if !clean && Instant::now() >= next {
             next = Instant::now() + CLEAN_AGAIN;
             let done = match cleanup::clean(options) {
@@ -285,7 +335,7 @@ pub fn hold_off(
                 Err(_) => {}
             }
             clean = done.is_ok();
-            node.report(Report::of(State::HeldOff(done)));
+            node.report(Report::of(State::HeldOff { asked: asked.clone(), cleaned: done }));
         }
         match inputs.recv_timeout(Duration::from_secs(1)) {
             Ok(Input::Stop) | Err(RecvTimeoutError::Disconnected) => {
@@ -309,11 +359,14 @@ mod tests {
 
     #[test]
     fn who_has_not_cleaned_up_is_told_apart() {
-        let status = |state: State| Report::of(state).status(None, jiff::Timestamp::UNIX_EPOCH);
-        assert_eq!(left(&status(State::HeldOff(Ok(())))), None);
-        assert_eq!(left(&status(State::HeldOff(Err("rules: busy".into())))), Some("rules: busy".into()));
-        let serving = left(&status(State::Serving)).unwrap();
+        let left = |state: State| left(&Report::of(state).status(None, jiff::Timestamp::UNIX_EPOCH), "u2");
+        let held_off = |asked: &str, cleaned| State::HeldOff { asked: asked.into(), cleaned };
+        assert_eq!(left(held_off("u2", Ok(()))), None);
+        assert_eq!(left(held_off("u2", Err("rules: busy".into()))), Some("rules: busy".into()));
+        let stale = left(held_off("u1", Ok(()))).unwrap();
+        assert!(stale.contains("another request"), "{stale}");
+        let serving = left(State::Serving).unwrap();
         assert!(serving.contains("has not answered") && serving.contains("Serving"), "{serving}");
-        assert!(left(&MeshNodeStatus::default()).unwrap().contains("has not answered"));
+        assert!(super::left(&MeshNodeStatus::default(), "u2").unwrap().contains("has not answered"));
     }
 }

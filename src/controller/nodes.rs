@@ -382,9 +382,15 @@ mod tests {
         // Another reason of the same is no reason to write all services.
         assert_eq!(nodes.put_said("n2", failed("still none")), some(&[]));
         // Who holds off is not asked.
-        assert_eq!(nodes.put_said("n2", said("n2", Whole::HeldOff(Ok(())), &[])), Touched::All);
+        assert_eq!(
+            nodes.put_said("n2", said("n2", Whole::HeldOff { asked: "u1".into(), cleaned: Ok(()) }, &[])),
+            Touched::All
+        );
         assert!(text(&nodes, "a").starts_with("True"));
-        assert_eq!(nodes.put_said("n1", said("n1", Whole::HeldOff(Ok(())), &[])), Touched::All);
+        assert_eq!(
+            nodes.put_said("n1", said("n1", Whole::HeldOff { asked: "u1".into(), cleaned: Ok(()) }, &[])),
+            Touched::All
+        );
         assert!(text(&nodes, "a").starts_with("Unknown NoAgents"));
         assert_eq!(nodes.states()["held_off"], 2);
     }

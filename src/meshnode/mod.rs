@@ -53,8 +53,13 @@ pub enum State {
     ProgrammingFailed(String),
     /// The agent could not start.
     StartFailed(String),
-    /// It holds off for an uninstallation; what could not be removed, if anything.
-    HeldOff(Result<(), String>),
+    /// It holds off for an uninstallation.
+    HeldOff {
+        /// Uid of the ConfigMap that asks for it: what was said to an earlier one is no answer.
+        asked: Arc<str>,
+        /// What could not be removed, if anything.
+        cleaned: Result<(), String>,
+    },
 }
 
 /// What there is to say.
@@ -119,7 +124,7 @@ impl Report {
 
     /// Whether it has to be known at once.
     fn is_urgent(&self) -> bool {
-        matches!(self.state, State::StartFailed(_) | State::HeldOff(_))
+        matches!(self.state, State::StartFailed(_) | State::HeldOff { .. })
     }
 
     /// The status that says it; `old` is the one that is there.
@@ -144,15 +149,15 @@ impl Report {
             }
             State::ProgrammingFailed(why) => vec![condition(SERVING, false, "ProgrammingFailed", why)],
             State::StartFailed(why) => vec![condition(SERVING, false, "StartFailed", why)],
-            State::HeldOff(cleaned) => {
+            State::HeldOff { asked, cleaned } => {
                 let held = condition(SERVING, false, HELD_OFF, "an uninstallation is under way");
                 let cleaned = match cleaned {
-                    Ok(()) => condition(
-                        CLEANED_UP,
-                        true,
-                        CLEANED_UP,
-                        "nothing of meshlb is left in this node's kernel",
-                    ),
+                    Ok(()) => {
+                        let message = format!(
+                            "nothing of meshlb is left in this node's kernel; asked by ConfigMap {UNINSTALL}, uid {asked}"
+                        );
+                        condition(CLEANED_UP, true, CLEANED_UP, &message)
+                    }
                     Err(why) => condition(CLEANED_UP, false, "CleanupFailed", why),
                 };
                 vec![held, cleaned]
@@ -288,12 +293,16 @@ mod tests {
         assert_eq!(said(&second), ["Serving False ProgrammingFailed"]);
         assert_eq!(second.conditions[0].last_transition_time, Time(at(3)));
         assert_eq!(second.conditions[0].message, "ipset: no memory");
-        report.state = State::HeldOff(Err("rules: busy".into()));
+        let held_off = |asked: &str, cleaned| State::HeldOff { asked: asked.into(), cleaned };
+        report.state = held_off("u1", Err("rules: busy".into()));
         let third = report.status(Some(&second), at(4));
         assert_eq!(said(&third), ["Serving False HeldOff", "CleanedUp False CleanupFailed"]);
         assert_eq!(third.conditions[0].last_transition_time, Time(at(3)));
-        report.state = State::HeldOff(Ok(()));
-        assert_eq!(said(&report.status(Some(&third), at(5)))[1], "CleanedUp True CleanedUp");
+        report.state = held_off("u1", Ok(()));
+        let fourth = report.status(Some(&third), at(5));
+        assert_eq!(said(&fourth)[1], "CleanedUp True CleanedUp");
+        report.state = held_off("u2", Ok(()));
+        assert_ne!(report.status(Some(&fourth), at(6)), fourth, "who asks again is answered");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use serde_json::json;
 use tokio::sync::watch;
 use tracing::{debug, info, warn};
 
-use super::{Report, UNINSTALL};
+use super::{Report, State, UNINSTALL};
 use crate::{
     api::{API_VERSION, MeshNode, MeshNodeStatus, mesh_node::NODE_KIND},
     source::kube::{pause, timed, why},
@@ -49,14 +49,14 @@ pub struct Settings {
 }
 
 /// Whether an uninstallation is asked for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Request {
     /// Not known yet.
     Unknown,
     /// No, since then.
     None(Instant),
-    /// Yes.
-    Uninstall,
+    /// Yes, by the ConfigMap of this uid.
+    Uninstall(Arc<str>),
 }
 
 struct Shared {
@@ -87,7 +87,7 @@ impl Handle {
 
     /// Whether an uninstallation is asked for, as far as known.
     pub fn request(&self) -> Request {
-        with(&self.shared, |shared| shared.request)
+        with(&self.shared, |shared| shared.request.clone())
     }
 
     /// Waits until it is known whether an uninstallation is asked for, and not longer than that.
@@ -173,8 +173,8 @@ struct Writer<F> {
     last_write: Option<Instant>,
     retry: Option<(Instant, Duration)>,
     told: String,
-    /// What was said before the last handle went away or held off is not said again once somebody has deleted it.
-    said_last: bool,
+    /// What was written last: that everything is removed is not said again once somebody has deleted it.
+    said_last: Option<Report>,
 }
 
 impl<F: Fn()> Writer<F> {
@@ -199,7 +199,7 @@ impl<F: Fn()> Writer<F> {
             last_write: None,
             retry: None,
             told: String::new(),
-            said_last: false,
+            said_last: None,
         }
     }
 
@@ -207,7 +207,7 @@ impl<F: Fn()> Writer<F> {
         let mut streams = vec![own_object(self.client.clone(), &self.settings.node)];
         match &self.settings.namespace {
             Some(namespace) => streams.push(request(self.client.clone(), namespace)),
-            None => self.asked(false),
+            None => self.asked(None),
         }
         let mut said = stream::select_all(streams);
         loop {
@@ -235,16 +235,16 @@ impl<F: Fn()> Writer<F> {
             Said::Node(Event::InitDone) if self.listed.0 => {}
             Said::Node(Event::InitDone | Event::Delete(_)) => self.seen = Seen::Nothing,
             Said::Request(Event::Init) => self.listed.1 = false,
-            Said::Request(Event::InitApply(_) | Event::Apply(_)) => {
+            Said::Request(Event::InitApply(map) | Event::Apply(map)) => {
                 self.listed.1 = true;
-                self.asked(true);
+                self.asked(Some(map.metadata.uid.unwrap_or_default().into()));
             }
             Said::Request(Event::InitDone) if self.listed.1 => {}
-            Said::Request(Event::InitDone | Event::Delete(_)) => self.asked(false),
+            Said::Request(Event::InitDone | Event::Delete(_)) => self.asked(None),
             Said::Failed(what, error) => {
                 // An agent must not wait for what it may not read. One that knew that it is asked still does.
-                if what == "configmaps" && with(&self.shared, |s| s.request) == Request::Unknown {
-                    self.asked(false);
+                if what == "configmaps" && with(&self.shared, |s| s.request == Request::Unknown) {
+                    self.asked(None);
                 }
                 if let Some(message) = why(&self.url, what, &error) {
                     self.tell(format!("this node's MeshNode can't be kept: {message}"));
@@ -253,14 +253,17 @@ impl<F: Fn()> Writer<F> {
         }
     }
 
-    fn asked(&self, yes: bool) {
-        let before = with(&self.shared, |shared| shared.request);
-        let now = match (yes, before) {
-            (true, Request::Uninstall) | (false, Request::None(_)) => return,
-            (true, _) => Request::Uninstall,
-            (false, _) => Request::None(Instant::now()),
+    fn asked(&self, by: Option<Arc<str>>) {
+        let before = with(&self.shared, |shared| shared.request.clone());
+        let now = match by {
+            Some(by) => Request::Uninstall(by),
+            None if matches!(before, Request::None(_)) => return,
+            None => Request::None(Instant::now()),
         };
-        if yes {
+        if now == before {
+            return;
+        }
+        if matches!(now, Request::Uninstall(_)) {
             // Before anybody who waits for it goes on.
             (self.uninstall)();
         }
@@ -273,8 +276,11 @@ impl<F: Fn()> Writer<F> {
         let old = match &self.seen {
             Seen::Unknown => return None,
             Seen::There(old) => old.as_ref(),
-            // An uninstallation that is done has deleted it.
-            Seen::Nothing if self.said_last && matches!(report.state, super::State::HeldOff(Ok(()))) => {
+            // An uninstallation that is done has deleted it. Who asks anew gets another answer.
+            Seen::Nothing
+                if self.said_last.as_ref() == Some(&report)
+                    && matches!(report.state, State::HeldOff { cleaned: Ok(()), .. }) =>
+            {
                 return None;
             }
             Seen::Nothing => None,
@@ -309,7 +315,7 @@ impl<F: Fn()> Writer<F> {
                 self.last_write = Some(Instant::now());
                 self.retry = None;
                 self.different = None;
-                self.said_last = matches!(report.state, super::State::HeldOff(_));
+                self.said_last = Some(report);
                 self.seen = Seen::There(Some(status));
                 if !std::mem::take(&mut self.told).is_empty() {
                     info!("MeshNode {} is written again", self.settings.node);
@@ -384,4 +390,55 @@ fn request(client: Client, namespace: &str) -> stream::BoxStream<'static, Said> 
     let config = watcher::Config::default().fields(&format!("metadata.name={UNINSTALL}"));
     let said = watcher(Api::<ConfigMap>::namespaced(client, namespace), config).backoff(pause());
     said.map(|said| said.map_or_else(|e| Said::Failed("configmaps", e), Said::Request)).boxed()
+}
+
+#[cfg(test)]
+mod tests {
+    use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
+    use super::*;
+
+    fn request(uid: &str) -> ConfigMap {
+        let metadata = ObjectMeta { uid: Some(uid.to_owned()), ..ObjectMeta::default() };
+        ConfigMap { metadata, ..ConfigMap::default() }
+    }
+
+    fn cleaned(asked: &str) -> Report {
+        Report::of(State::HeldOff { asked: asked.into(), cleaned: Ok(()) })
+    }
+
+    #[tokio::test]
+    async fn who_has_cleaned_up_says_it_once_to_each_request() {
+        use watcher::Event;
+        let client = Client::try_from(Config::new("http://127.0.0.1:1/".parse().unwrap())).unwrap();
+        let (reports, receiver) = watch::channel(None);
+        let shared = Shared { request: Request::Unknown, written: true };
+        let shared = Arc::new((Mutex::new(shared), Condvar::new()));
+        let handle = Handle { reports, shared: shared.clone() };
+        let settings = Settings { node: "n1".into(), namespace: None };
+        let told = Arc::new(Mutex::new(0));
+        let count = told.clone();
+        let uninstall = move || *count.lock().unwrap() += 1;
+        let mut writer = Writer::new(client, String::new(), settings, receiver, shared, uninstall);
+        writer.take(Said::Node(Event::InitDone));
+        writer.take(Said::Request(Event::InitApply(request("u1"))));
+        writer.take(Said::Request(Event::Apply(request("u1"))));
+        assert_eq!((handle.request(), *told.lock().unwrap()), (Request::Uninstall("u1".into()), 1));
+        handle.report(cleaned("u1"));
+        assert!(writer.due(Instant::now()).is_some());
+        // It is written, and deleted when all is done.
+        writer.said_last = Some(cleaned("u1"));
+        assert_eq!(writer.due(Instant::now()), None);
+        // The uninstallation is begun anew.
+        writer.take(Said::Request(Event::Delete(request("u1"))));
+        assert!(matches!(handle.request(), Request::None(_)));
+        writer.take(Said::Request(Event::Apply(request("u2"))));
+        assert_eq!((handle.request(), *told.lock().unwrap()), (Request::Uninstall("u2".into()), 2));
+        handle.report(cleaned("u2"));
+        assert!(writer.due(Instant::now()).is_some());
+        // A list that was read anew may leave out the deletion.
+        writer.take(Said::Request(Event::Init));
+        writer.take(Said::Request(Event::InitApply(request("u3"))));
+        assert_eq!(handle.request(), Request::Uninstall("u3".into()));
+    }
 }

@@ -203,6 +203,7 @@ def rights():
     equal(role("ClusterRole", "meshlb-system-meshlb-uninstall"), [(["meshlb.dev"], ["meshnodes"], None, ["list", "deletecollection"])])
     equal(role("Role", "meshlb-uninstall"), [
         ([""], ["configmaps"], None, ["create"]),
+        ([""], ["configmaps"], ["meshlb-uninstall"], ["delete"]),
         (["apps"], ["daemonsets"], ["meshlb-agent"], ["get"]),
         ([""], ["pods"], None, ["list"]),
     ])
@@ -670,9 +671,15 @@ def uninstall_by_its_job(agent):
             owner = get("configmap", "meshlb-uninstall", "-n", NAMESPACE)["metadata"]["ownerReferences"][0]
             equal((owner["kind"], owner["name"]), ("DaemonSet", "meshlb-agent"))
             assert helm.poll() is None, "helm did not wait for its Job"
-            done = {"type": "CleanedUp", "status": "True", "reason": "CleanedUp", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+            # It asks anew, and the agent has to answer that.
+            uid = lambda: get("configmap", "meshlb-uninstall", "-n", NAMESPACE)["metadata"]["uid"]
+            before = uid()
+            again = subprocess.Popen([os.environ["MESHLB_BIN"], *args, *flags], stdout=subprocess.PIPE, text=True)
+            until(lambda: "meshlb-uninstall" in kubectl("get", "configmap", "-n", NAMESPACE, "-o", "name").stdout and uid() != before)
+            done = {"type": "CleanedUp", "status": "True", "reason": "CleanedUp", "message": uid(), "lastTransitionTime": "2026-01-01T00:00:00Z"}
             kubectl("patch", "meshnode", "chart-node", "--subresource=status", "--type=merge", "-p", json.dumps({"status": {"conditions": [done]}}))
-            assert "1 nodes are clean" in run(os.environ["MESHLB_BIN"], *args, *flags).stdout
+            said = again.communicate(timeout=180)[0]
+            assert again.returncode == 0 and "1 nodes are clean" in said, said
         kubectl("patch", "pod", pod_["metadata"]["name"], "-n", NAMESPACE, "--subresource=status", "--type=merge", "-p", '{"status": {"phase": "Succeeded"}}')
         assert helm.wait(120) == 0, helm.stdout.read()
     finally:
