@@ -435,15 +435,11 @@ impl Leader {
             // What one service gives up another one gets only then.
             let (giving, taking): (Vec<_>, Vec<_>) =
                 writes.into_iter().partition(|w| status::gives_up(&w.2, &w.3));
-            self.write_statuses(giving).await?;
-            let new: Vec<_> = taking
-                .iter()
-                .filter(|w| status::differ(&w.2, &w.3))
-                .map(|w| (w.0.clone(), w.3.clone()))
-                .collect();
-            let early = if new.is_empty() { BTreeSet::new() } else { self.mesh.too_early(&new) };
+            later |= self.write_in_order(giving).await?;
+            let new = taking.iter().filter(|w| status::differ(&w.2, &w.3));
+            let early = self.mesh.too_early(new.map(|w| (&w.0, &w.3)));
             later |= !early.is_empty();
-            self.write_statuses(taking.into_iter().filter(|w| !early.contains(&w.0)).collect()).await?;
+            self.write_statuses(taking.into_iter().filter(|w| !early.contains_key(&w.0)).collect()).await?;
         }
         if self.mesh.dirty().next().is_none() && !later {
             self.told = None;

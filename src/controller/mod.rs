@@ -11,6 +11,7 @@ pub mod lease;
 pub mod mesh;
 pub mod nodes;
 pub mod numbers;
+mod order;
 pub mod pace;
 pub mod pools;
 pub mod requests;

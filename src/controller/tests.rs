@@ -7,8 +7,9 @@ use super::{
     mesh::{Core, Mesh, Meta},
     nodes::Said,
     numbers::Numbers,
+    order,
     pools::{PoolId, Used},
-    status::news,
+    status::{gives_up, news},
 };
 use crate::{
     api::status::{MeshServiceStatus, PortStatus},
@@ -265,10 +266,34 @@ fn what_moves_is_given_up_before_it_is_given() {
     let desired = |mesh: &Mesh, name: &str| mesh.desired(&key(name), now()).unwrap();
     let (a, b) = (desired(&mesh, "a"), desired(&mesh, "b"));
     assert_eq!(b.vips[0].0, stored.vip("a"));
-    let new = [(key("b"), b)];
-    assert_eq!(mesh.too_early(&new), [key("b")].into());
+    let new = [(&key("b"), &b)];
+    assert_eq!(mesh.too_early(new), [(key("b"), [key("a")].into())].into());
     mesh.written(&key("a"), a, None);
-    assert!(mesh.too_early(&new).is_empty());
+    assert!(mesh.too_early(new).is_empty());
+}
+
+#[test]
+fn of_those_that_give_and_take_who_gives_is_the_first() {
+    let mut stored = Stored::default();
+    let on = |port: u16| json!({"ports": [{"port": 80, "publish": {"port": port}}]});
+    stored.apply("a", 1, on(30080));
+    stored.apply("b", 2, on(30081));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    for (name, port) in [("a", 30081), ("b", 30082)] {
+        stored.apply(name, 1, on(port));
+        stored.show(name, &mut mesh);
+    }
+    mesh.allocate();
+    let desired = |name: &str| mesh.desired(&key(name), now()).unwrap();
+    let (a, b) = (desired("a"), desired("b"));
+    assert!(gives_up(&stored.status("a"), &a) && gives_up(&stored.status("b"), &b));
+    let new = [(&key("a"), &a), (&key("b"), &b)];
+    let waits = mesh.too_early(new);
+    assert_eq!(waits, [(key("a"), [key("b")].into())].into());
+    assert_eq!(order::next(&[key("a"), key("b")].into(), &waits), [key("b")].into());
+    mesh.written(&key("b"), b.clone(), None);
+    assert!(mesh.too_early(new).is_empty());
 }
 
 #[test]
@@ -285,10 +310,10 @@ fn a_number_in_the_middle_of_a_range_is_given_up_before_it_is_given() {
     let desired = |mesh: &Mesh, name: &str| mesh.desired(&key(name), now()).unwrap();
     let (a, b) = (desired(&mesh, "a"), desired(&mesh, "b"));
     assert_eq!(b.ports[0].published_port, Some(31005));
-    let new = [(key("b"), b)];
-    assert_eq!(mesh.too_early(&new), [key("b")].into());
+    let new = [(&key("b"), &b)];
+    assert_eq!(mesh.too_early(new), [(key("b"), [key("a")].into())].into());
     mesh.written(&key("a"), a, None);
-    assert!(mesh.too_early(&new).is_empty());
+    assert!(mesh.too_early(new).is_empty());
 }
 
 #[test]

@@ -13,11 +13,14 @@ use crate::{
     controller::{
         headless::{self, Todo},
         mesh::Meta,
-        requests,
+        order, requests,
         status::{self, News},
     },
     model::ids::ServiceKey,
 };
+
+/// A service's status: of that version of it, the one that it has, and the one that it is to have.
+pub(super) type Write = (ServiceKey, Meta, MeshServiceStatus, MeshServiceStatus);
 
 impl Leader {
     /// Enters all that is in use. Whether that went well; what did not is tried again.
@@ -44,10 +47,27 @@ impl Leader {
         }
     }
 
-    pub(super) async fn write_statuses(
-        &mut self,
-        writes: Vec<(ServiceKey, Meta, MeshServiceStatus, MeshServiceStatus)>,
-    ) -> Result<()> {
+    /// Writes statuses of services that give something up, some of which may get what another one of them gives up. Whether any has to wait
+    /// for others than these.
+    pub(super) async fn write_in_order(&mut self, mut writes: Vec<Write>) -> Result<bool> {
+        let mut waits = self.mesh.too_early(writes.iter().map(|w| (&w.0, &w.3)));
+        while !writes.is_empty() {
+            let next = order::next(&writes.iter().map(|w| w.0.clone()).collect(), &waits);
+            if next.is_empty() {
+                return Ok(true);
+            }
+            let (now, left) = writes.into_iter().partition(|w| next.contains(&w.0));
+            writes = left;
+            self.write_statuses(now).await?;
+            waits.retain(|_, others| {
+                others.retain(|other| !next.contains(other) || self.failed.contains_key(other));
+                !others.is_empty()
+            });
+        }
+        Ok(false)
+    }
+
+    pub(super) async fn write_statuses(&mut self, writes: Vec<Write>) -> Result<()> {
         let (client, fence) = (&self.client, &self.fence);
         let mut done = stream::iter(writes)
             .map(|(key, meta, old, new)| async move {

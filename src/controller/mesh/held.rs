@@ -1,7 +1,7 @@
 //! What services hold: the numbers that are in use, and what one whose spec is wrong keeps.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     net::IpAddr,
 };
 
@@ -14,6 +14,7 @@ use crate::{
     },
     controller::{
         numbers::Numbers,
+        order::Waits,
         pools::{PoolId, Used},
     },
     model::{
@@ -46,9 +47,12 @@ impl Mesh {
         used
     }
 
-    /// Of these new statuses those that hold something which the status of another service still says: they have to wait
-    /// until that one is written.
-    pub fn too_early(&self, new: &[(ServiceKey, MeshServiceStatus)]) -> BTreeSet<ServiceKey> {
+    /// Of these new statuses those that hold something which the status of another service still says, with all such others: they have
+    /// to wait until those are written.
+    pub fn too_early<'a>(
+        &self,
+        new: impl IntoIterator<Item = (&'a ServiceKey, &'a MeshServiceStatus)>,
+    ) -> Waits {
         let mut wanted: HashMap<(PoolId, u128), &ServiceKey> = HashMap::new();
         for (key, status) in new {
             let granted = api::granted_of(status);
@@ -56,12 +60,15 @@ impl Mesh {
                 wanted.insert((pool, number), key);
             });
         }
-        let mut out = BTreeSet::new();
+        let mut out = Waits::new();
+        if wanted.is_empty() {
+            return out;
+        }
         for (key, entry) in &self.entries {
             let granted = api::granted_of(&entry.status);
             self.each_number(key, &granted.vips, &granted.published, |pool, number| {
                 if let Some(other) = wanted.get(&(pool, number)).filter(|other| **other != key) {
-                    out.insert((*other).clone());
+                    out.entry((*other).clone()).or_default().insert(key.clone());
                 }
             });
         }
