@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Cases of run.sh, which sets HELM, KUBECTL, PROMTOOL, MESHLB_BIN and, for those on a control plane, KUBECONFIG."""
+"""Cases of run.sh, which sets HELM, KUBECTL, KUBE_SCORE, KUBERNETES_VALIDATE, PROMTOOL, MESHLB_BIN and, for those on a control plane, KUBECONFIG."""
 
 import http.server
 import json
@@ -85,6 +85,51 @@ def equal(have, want):
 def lints():
     for flags in [(), *(("-f", str(v)) for v in VALUES)]:
         run(HELM, "lint", "--strict", "--kube-version", "1.31.0", CHART, *flags)
+
+
+def schemas_of_the_oldest_and_the_newest_kubernetes():
+    others = {"PodMonitor", "ServiceMonitor", "PrometheusRule"}
+    texts = {flags: template(*flags).stdout for flags in [(), *(("-f", str(v)) for v in VALUES)]}
+    texts["deploy"] = (ROOT / "deploy/meshlb.yaml").read_text()
+    for what, text in texts.items():
+        objects = [d for d in load(text) if d["kind"] not in others]
+        assert objects, what
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            yaml.safe_dump_all(objects, file)
+            file.flush()
+            for version in ("1.31.0", "1.37.0"):
+                run(os.environ["KUBERNETES_VALIDATE"], "--strict", "--quiet", "-k", version, file.name)
+
+
+def scores():
+    everywhere = [
+        # A limit on CPU would only delay changes, which are bursts.
+        "--ignore-container-cpu-limit",
+        # The tag is a version, or a digest wins; a node that can't reach the registry has to be able to start its agent.
+        "--ignore-test=container-image-pull-policy",
+        # Nothing writes to its own file system, which is read-only, and kubelet rotates the logs. A node whose kubelet does not count local
+        # storage (localStorageCapacityIsolation: false, as without root) would take no pod that asks for some.
+        "--ignore-test=container-ephemeral-storage-request-and-limit",
+    ]
+    by_kind = {
+        "Deployment": [],
+        "DaemonSet": [
+            # On the host's network no NetworkPolicy applies.
+            "--ignore-test=pod-networkpolicy",
+            # Only root may program the kernel.
+            "--ignore-test=container-security-context-user-group-id",
+        ],
+        # They are there for a moment, as hooks, to ask the API server or the pods; a policy would have to come and go with them.
+        "Job": ["--ignore-test=pod-networkpolicy"],
+        "Pod": ["--ignore-test=pod-networkpolicy"],
+    }
+    objects = load(template("--set", "networkPolicy.enabled=true").stdout)
+    equal(sorted({d["kind"] for d in objects} & {*by_kind, "CronJob", "StatefulSet", "ReplicaSet"}), sorted(by_kind))
+    for kind, flags in by_kind.items():
+        # What selects pods is looked at beside them.
+        beside = [d for d in objects if d["kind"] == kind or (kind == "Deployment" and d["kind"] in ("NetworkPolicy", "PodDisruptionBudget"))]
+        run(os.environ["KUBE_SCORE"], "score", "--kubernetes-version", "v1.31", "--exit-one-on-warning", *everywhere, *flags, "-",
+            stdin=yaml.safe_dump_all(beside))
 
 
 def default_objects():
@@ -836,7 +881,7 @@ def server_takes_manifests():
     kubectl("delete", "crd", "meshservices.meshlb.dev", "meshnodes.meshlb.dev")
 
 
-CASES = [lints, default_objects, switches, labels_and_namespaces, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one,
+CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one,
          deploy_is_the_chart, rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]

@@ -4,7 +4,7 @@
 #   tests/chart/run.sh [--server] [FILTER…]
 #
 # --server  also installs, upgrades and removes the chart on a real control plane (tests/cluster), started and ended here
-# HELM=FILE, KUBE_BIN=DIR (with kubectl; with --server the control plane's programs too): instead of building them
+# HELM=FILE, KUBE_SCORE=FILE, KUBERNETES_VALIDATE=FILE, KUBE_BIN=DIR (with kubectl; with --server the control plane's programs too): instead of building them
 # MESHLB_BIN=FILE: the program that is to understand the configuration [default: it is built]
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,6 +15,7 @@ export MESHLB_CLUSTER_NAME=${MESHLB_CLUSTER_NAME:+$MESHLB_CLUSTER_NAME-}chart
 cd "$here/../.."
 
 need_helm
+need_manifest_checkers
 python3 -c 'import yaml' 2>/dev/null || {
   say "chart: installing python3-yaml from Debian: the checks read what is rendered with it"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-yaml >/dev/null
@@ -25,7 +26,7 @@ if [ -z "${MESHLB_BIN:-}" ]; then
   MESHLB_BIN=$(executable bin meshlb); rm -f "$built"
 fi
 PROMTOOL=$(d=$(prometheus_dir) && echo "$d/promtool") || PROMTOOL=
-export HELM MESHLB_BIN PROMTOOL KUBECTL=${KUBE_BIN:-$(kube_dir)}/kubectl
+export HELM KUBE_SCORE KUBERNETES_VALIDATE MESHLB_BIN PROMTOOL KUBECTL=${KUBE_BIN:-$(kube_dir)}/kubectl
 
 if [ "${1:-}" = --server ]; then
   shift

@@ -61,6 +61,28 @@ need_helm() {
     -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$helm_version" "helm.sh/helm/v3/cmd/helm@$helm_version"
 }
 
+# Sets KUBE_SCORE and KUBERNETES_VALIDATE, which look at manifests without a cluster.
+need_manifest_checkers() {
+  local score=v1.20.0 validate=1.37.0
+  KUBE_SCORE=${KUBE_SCORE:-$cache/kube-score/$score/kube-score}
+  [ -x "$KUBE_SCORE" ] || {
+    say "building kube-score $score (from the Go module proxy) into $cache/kube-score: it reads the rendered chart for what is missing in it"
+    mkdir -p "${KUBE_SCORE%/*}"
+    CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=mod GOBIN=${KUBE_SCORE%/*} nice -n 10 "$(go_bin)" install \
+      -trimpath -ldflags "-s -w" "github.com/zegl/kube-score/cmd/kube-score@$score"
+  }
+  KUBERNETES_VALIDATE=${KUBERNETES_VALIDATE:-$cache/kubernetes-validate/$validate/bin/kubernetes-validate}
+  [ -x "$KUBERNETES_VALIDATE" ] || {
+    python3 -c 'import venv, ensurepip' 2>/dev/null || {
+      say "installing python3-venv from Debian: a place for kubernetes-validate, which Debian does not package"
+      as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends python3-venv >/dev/null
+    }
+    say "installing kubernetes-validate $validate (PyPI) into $cache/kubernetes-validate: it has the schemas of the oldest and the newest Kubernetes"
+    python3 -m venv "$cache/kubernetes-validate/$validate"
+    "$cache/kubernetes-validate/$validate/bin/pip" -q install "kubernetes-validate==$validate"
+  }
+}
+
 # Sets PROMETHEUS to one that knows Kubernetes, built if need be: Debian's is built without.
 need_prometheus() {
   local version=v0.316.0 # of the Go module: Prometheus 3.16.0
