@@ -119,7 +119,7 @@ fn serve(
     if let Some(addr) = options.metrics_listen.0 {
         serve_admin(addr, Arc::new(metrics.clone()), health.clone())?;
     }
-    let dns = Feed::start(options, &session.engine, session.keeper.labels(), metrics)?;
+    let dns = Feed::start(options, source, &session.engine, session.keeper.labels(), metrics)?;
     let watcher = Watcher::new(session.keeper, metrics.clone(), health.clone(), traffic, dns, node.cloned());
     let asked = Agent::new(session.engine, watcher, pace).run(inputs);
     Ok(if asked { ExitCode::SUCCESS } else { ExitCode::FAILURE })

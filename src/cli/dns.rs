@@ -35,6 +35,7 @@ use crate::{
         unread::Unread,
     },
     reconcile::Engine,
+    source::Origin,
 };
 
 /// The word for the DNS addresses in `--dns-listen`.
@@ -305,6 +306,7 @@ impl Feed {
     /// Flags that can't be.
     pub fn start<'a>(
         options: &Options,
+        source: &Origin,
         engine: &Engine,
         labels: impl Iterator<Item = &'a str>,
         metrics: &Metrics,
@@ -315,6 +317,8 @@ impl Feed {
         let server = match options.dns.config(ranges)? {
             None => None,
             Some(mut config) => {
+                // A folder says no ranges of pods: nobody has to wait for them.
+                config.allow_pods &= *source == Origin::Kube;
                 config.ports = ports::of_clients(&options.proc_sys);
                 config.remembered = labels.map(|label| label.to_ascii_lowercase().into_bytes()).collect();
                 match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {
@@ -364,13 +368,11 @@ impl Feed {
         }
         let servers = of_served(&self.names.zone().servers, engine);
         let changed = self.note_unread(engine) | self.names.set_servers(servers);
-        if let Some(server) = &self.server {
-            server.set_node(engine.facts().all_addresses.clone(), engine.pods());
-            if !keys.is_empty() || changed || !self.published {
-                self.publish();
-                if let Some(since) = since {
-                    self.metrics.dns().changed(since.elapsed());
-                }
+        self.see_node(engine);
+        if self.server.is_some() && (!keys.is_empty() || changed || !self.published) {
+            self.publish();
+            if let Some(since) = since {
+                self.metrics.dns().changed(since.elapsed());
             }
         }
         others
@@ -436,9 +438,17 @@ impl Feed {
         self.names.set_unknown(unknown)
     }
 
-    /// Takes over that something of the source can be read at last where nothing else has come of that, as when it was deleted:
-    /// no turn follows.
+    /// Takes over what the source says of the node: who may ask does not depend on what is in the kernel.
+    pub fn see_node(&self, engine: &Engine) {
+        if let Some(server) = &self.server {
+            server.set_node(&engine.facts().all_addresses, engine.pods());
+        }
+    }
+
+    /// Takes over what no turn follows: what the source says of the node, and that something can be read at last where nothing
+    /// else has come of that, as when it was deleted.
     pub fn look(&mut self, engine: &Engine) {
+        self.see_node(engine);
         let all_read = self.never_read.as_ref().is_some_and(Unread::is_empty);
         if self.published && !all_read && engine.untold().next().is_none() && self.note_unread(engine) {
             self.publish();

@@ -176,6 +176,7 @@ fn tell_changes(about: &str, before: &[String], now: &[String]) {
 
 impl Observer for Watcher {
     fn before_apply(&mut self, engine: &Engine, _: &[Op]) -> Result<(), String> {
+        self.dns.see_node(engine);
         // After a restart what is answered is there already; on a kernel without anything of ours it has yet to come.
         if !engine.found_nothing() {
             self.dns.begin(engine);

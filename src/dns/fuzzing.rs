@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use hickory_net::NetError;
 use hickory_proto::{
     op::{DnsResponse, Message, Query},
@@ -109,7 +109,7 @@ fn handler() -> Option<Handler<Others>> {
         shared: Arc::new(Shared {
             table: ArcSwap::new(names.publish(true)),
             node: ArcSwap::from_pointee(BTreeSet::new()),
-            pods: ArcSwap::default(),
+            pods: ArcSwapOption::from_pointee(Allowed::default()),
         }),
         elsewhere: Some(Arc::new(Others)),
         allowed: Allowed::new("10.0.0.0/8".parse().into_iter().collect()),

@@ -7,7 +7,7 @@ use std::{
     time::Instant,
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use hickory_proto::{
     op::{Message, OpCode, Query, ResponseCode},
     rr::{DNSClass, Name, RecordType},
@@ -47,8 +47,19 @@ pub struct Shared {
     pub table: ArcSwap<Table>,
     /// The node's own addresses, which may ask whatever they are.
     pub node: ArcSwap<BTreeSet<IpAddr>>,
-    /// Ranges that its pods have their addresses from, where they may ask for that.
-    pub pods: ArcSwap<Allowed>,
+    /// Ranges that its pods have their addresses from, where they may ask for that; nothing as long as the source may yet say them.
+    pub pods: ArcSwapOption<Allowed>,
+}
+
+/// Whether a client gets answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum May {
+    /// It does.
+    Ask,
+    /// It does not.
+    Not,
+    /// It does where it is one of this node's pods, whose ranges are not known yet: a refusal it would take as final.
+    NotKnown,
 }
 
 /// Names that are looked up elsewhere.
@@ -108,11 +119,16 @@ pub struct Handler<E> {
 
 impl<E> Handler<E> {
     /// Whether a client gets answers.
-    pub fn is_allowed(&self, client: IpAddr) -> bool {
+    pub fn may(&self, client: IpAddr) -> May {
         let client = client.to_canonical();
-        self.allowed.contains(client)
-            || self.shared.node.load().contains(&client)
-            || self.shared.pods.load().contains(client)
+        if self.allowed.contains(client) || self.shared.node.load().contains(&client) {
+            return May::Ask;
+        }
+        match &*self.shared.pods.load() {
+            Some(pods) if pods.contains(client) => May::Ask,
+            None if Instant::now() < self.patient_until => May::NotKnown,
+            _ => May::Not,
+        }
     }
 }
 
@@ -126,7 +142,12 @@ impl<E: Elsewhere> Handler<E> {
             self.metrics.limited("noise");
             return Action::Ignore;
         }
-        let allowed = self.is_allowed(client);
+        let may = self.may(client);
+        if may == May::NotKnown {
+            self.metrics.limited("early");
+            return Action::Ignore;
+        }
+        let allowed = may == May::Ask;
         let within = transport == Transport::Tcp || self.rate.take(client, allowed, began);
         let (request, query) = match packet {
             Packet::Question(request, query) if allowed || within => (*request, query),

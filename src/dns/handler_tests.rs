@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use hickory_proto::{
     op::{Edns, Message, MessageType, OpCode, Query, ResponseCode},
     rr::{
@@ -60,7 +60,7 @@ fn handler(mut names: Names, rate: u32) -> Handler<Others> {
     let shared = Shared {
         table: ArcSwap::new(names.publish(true)),
         node: ArcSwap::from_pointee(BTreeSet::from(["203.0.113.1".parse().unwrap()])),
-        pods: ArcSwap::default(),
+        pods: ArcSwapOption::from_pointee(Allowed::default()),
     };
     Handler {
         shared: Arc::new(shared),
@@ -312,6 +312,27 @@ fn too_fast_is_told_to_come_by_tcp_in_no_more_bytes() {
     let strangers: Vec<_> =
         (0..20).map(|_| send(&handler, &question, "198.51.100.7:4000", Transport::Udp)).collect();
     assert_eq!(strangers.iter().filter(|a| matches!(a, Action::Ignore)).count(), 10);
+}
+
+#[test]
+fn who_may_be_a_pod_of_the_node_is_not_refused_before_its_ranges_are_known() {
+    let mut handler = handler(some(), 0);
+    let question = request(VOTE, RecordType::A);
+    let asks =
+        |handler: &Handler<Others>, client: &str| match send(handler, &question, client, Transport::Udp) {
+            Action::Ignore => "nothing".to_owned(),
+            action => format!("{:?}", reply(action).0.metadata.response_code),
+        };
+    let (pod, other, private) = ("198.51.100.7:4000", "192.0.2.7:4000", "10.0.0.1:4000");
+    handler.patient_until = Instant::now() + Duration::from_secs(20);
+    handler.shared.pods.store(None);
+    assert_eq!([pod, other, private].map(|from| asks(&handler, from)), ["nothing", "nothing", "NoError"]);
+    handler.shared.pods.store(Some(Arc::new(Allowed::new(vec!["198.51.100.0/24".parse().unwrap()]))));
+    assert_eq!([pod, other, private].map(|from| asks(&handler, from)), ["NoError", "Refused", "NoError"]);
+    // A source that does not say them at all is not waited for for ever.
+    handler.shared.pods.store(None);
+    handler.patient_until = Instant::now();
+    assert_eq!([pod, private].map(|from| asks(&handler, from)), ["Refused", "NoError"]);
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub const PRIVATE: [&str; 9] = [
 ];
 
 /// Clients that get answers.
-#[derive(Default, Debug)]
+#[derive(Default, PartialEq, Eq, Debug)]
 pub struct Allowed(Vec<IpNet>);
 
 impl Allowed {

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use ipnet::IpNet;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -55,7 +55,7 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// To whom, besides this node.
     pub allow: Vec<IpNet>,
-    /// And to its pods, as far as their ranges are known ([`Server::set_node`]).
+    /// And to its pods, whose ranges the source says ([`Server::set_node`]).
     pub allow_pods: bool,
     /// Answers a second by UDP that a client gets; 0 is no limit.
     pub rate: u32,
@@ -114,7 +114,11 @@ impl Server {
         let shared = Arc::new(Shared {
             table: ArcSwap::from_pointee(Table::new(zone)),
             node: ArcSwap::from_pointee(node),
-            pods: ArcSwap::default(),
+            pods: if config.allow_pods {
+                ArcSwapOption::empty()
+            } else {
+                ArcSwapOption::from_pointee(Allowed::default())
+            },
         });
         let server = Self {
             shared: shared.clone(),
@@ -169,11 +173,17 @@ impl Server {
         self.ended.notify_one();
     }
 
-    /// Replaces the node's own addresses, and the ranges of its pods.
-    pub fn set_node(&self, addresses: BTreeSet<IpAddr>, pods: &[IpNet]) {
-        self.shared.node.store(Arc::new(addresses));
-        let pods = if self.allow_pods { pods.to_vec() } else { vec![] };
-        self.shared.pods.store(Arc::new(Allowed::new(pods)));
+    /// Takes over the node's own addresses, and the ranges of its pods, where the source has said them.
+    pub fn set_node(&self, addresses: &BTreeSet<IpAddr>, pods: Option<&[IpNet]>) {
+        if **self.shared.node.load() != *addresses {
+            self.shared.node.store(Arc::new(addresses.clone()));
+        }
+        if let Some(pods) = pods.filter(|_| self.allow_pods) {
+            let pods = Allowed::new(pods.to_vec());
+            if self.shared.pods.load().as_deref() != Some(&pods) {
+                self.shared.pods.store(Some(Arc::new(pods)));
+            }
+        }
     }
 
     /// What is wrong at present.

@@ -234,7 +234,7 @@ fn who_may_not_ask_has_no_place() {
     assert!(matches!(stream.read(&mut [0; 2]), Ok(0) | Err(_)));
     assert!(begun.elapsed() < Duration::from_secs(4));
     // The node itself always may.
-    server.set_node(["127.0.0.1".parse().unwrap()].into(), &[]);
+    server.set_node(&["127.0.0.1".parse().unwrap()].into(), None);
     assert_eq!(outcome(at, "vote.default.mesh.internal."), Ok("[10.200.7.7]".into()));
 }
 
@@ -245,10 +245,33 @@ fn pods_may_ask_where_nobody_is_named() {
         let config = Config { allow: vec![], allow_pods, ..config(at) };
         let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
         server.publish(some().publish(true));
-        server.set_node(BTreeSet::new(), &["127.0.0.0/30".parse().unwrap()]);
+        server.set_node(&BTreeSet::new(), Some(&["127.0.0.0/30".parse().unwrap()]));
+        connect(at);
         let outcome = outcome(at, "vote.default.mesh.internal.");
         assert_eq!(outcome.is_ok_and(|answer| answer.contains("10.200.7.7")), may);
     }
+}
+
+#[test]
+fn pods_whose_ranges_are_not_known_yet_wait_over_tcp() {
+    let at = at(14);
+    let config = Config { allow: vec![], allow_pods: true, ..config(at) };
+    let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+    server.publish(some().publish(true));
+    let mut stream = connect(at);
+    let bytes = {
+        let mut question = Message::query();
+        let name = Name::from_ascii("vote.default.mesh.internal.").unwrap();
+        question.add_query(Query::query(name, RecordType::A));
+        question.to_vec().unwrap()
+    };
+    stream.write_all(&u16::try_from(bytes.len()).unwrap().to_be_bytes()).unwrap();
+    stream.write_all(&bytes).unwrap();
+    assert!(outcome(at, "vote.default.mesh.internal.").unwrap_err().starts_with("no answer"));
+    server.set_node(&BTreeSet::new(), Some(&["127.0.0.0/30".parse().unwrap()]));
+    let mut length = [0; 2];
+    stream.read_exact(&mut length).unwrap();
+    assert_eq!(outcome(at, "vote.default.mesh.internal."), Ok("[10.200.7.7]".into()));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use tokio::{
 use super::{
     answer::Answer,
     forward::Forwarder,
-    handler::{Action, Handler, Transport},
+    handler::{Action, Handler, May, Transport},
     places::Places,
     waiting::{Budget, Waiting},
 };
@@ -60,7 +60,7 @@ pub(super) async fn serve_tcp(
             }
         };
         // Who gets no answers takes no place from those who do.
-        if !handler.is_allowed(from.ip()) {
+        if handler.may(from.ip()) == May::Not {
             handler.metrics.limited("client");
             continue;
         }
@@ -70,10 +70,31 @@ pub(super) async fn serve_tcp(
         };
         let (handler, all) = (handler.clone(), all.clone());
         tokio::spawn(async move {
-            // It ends when the client does, or takes too long.
-            let _ = converse(stream, from, &handler, &all).await;
+            if is_admitted(from, &handler).await {
+                // It ends when the client does, or takes too long.
+                let _ = converse(stream, from, &handler, &all).await;
+            }
             drop(place);
         });
+    }
+}
+
+/// Whether a client gets answers: who may be a pod of this node waits until that is known.
+async fn is_admitted(from: SocketAddr, handler: &Handler<Forwarder>) -> bool {
+    let patience = Instant::now() + EARLY;
+    loop {
+        match handler.may(from.ip()) {
+            May::Ask => return true,
+            May::NotKnown if Instant::now() < patience => tokio::time::sleep(EARLY / 50).await,
+            May::NotKnown => {
+                handler.metrics.limited("early");
+                return false;
+            }
+            May::Not => {
+                handler.metrics.limited("client");
+                return false;
+            }
+        }
     }
 }
 
@@ -274,7 +295,7 @@ async fn reply(
 mod tests {
     use std::{collections::BTreeSet, time::Instant as Began};
 
-    use arc_swap::ArcSwap;
+    use arc_swap::{ArcSwap, ArcSwapOption};
     use hickory_proto::{
         op::{Message, Query},
         rr::{Name, RecordType},
@@ -295,7 +316,7 @@ mod tests {
         let shared = Shared {
             table: ArcSwap::new(some().publish(true)),
             node: ArcSwap::from_pointee(BTreeSet::new()),
-            pods: ArcSwap::default(),
+            pods: ArcSwapOption::from_pointee(Allowed::default()),
         };
         Handler {
             shared: Arc::new(shared),

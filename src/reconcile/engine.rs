@@ -83,8 +83,8 @@ pub struct Engine {
     settings: Settings,
     /// What the settings said of the node at first: it outweighs the source.
     given: NodeSays,
-    /// Ranges of this node's pods, as far as they are known.
-    pods: Vec<IpNet>,
+    /// Ranges of this node's pods, once the source has said them.
+    pods: Option<Vec<IpNet>>,
     /// The kernel side.
     pub dataplane: Dataplane,
     snapshot: Snapshot,
@@ -174,7 +174,7 @@ impl Engine {
         };
         Self {
             given,
-            pods: vec![],
+            pods: None,
             recover: previous.services.is_empty().then(|| lock.clone()),
             allocator: Allocator::new(settings.node.clone(), previous, lock, BTreeSet::new()),
             generation: 0,
@@ -298,16 +298,16 @@ impl Engine {
         if self.given.addresses.is_empty() {
             self.settings.addresses.node_ips = says.addresses;
         }
-        self.pods = says.pods;
+        self.pods = Some(says.pods);
         if self.given.zone.is_none() && self.settings.node.zone != says.zone {
             self.settings.node.zone = says.zone;
             self.dirty.extend(self.snapshot.services().keys().cloned());
         }
     }
 
-    /// Ranges of this node's pods, as far as the source knows them.
-    pub fn pods(&self) -> &[IpNet] {
-        &self.pods
+    /// Ranges of this node's pods, once the source has said what it knows of them.
+    pub fn pods(&self) -> Option<&[IpNet]> {
+        self.pods.as_deref()
     }
 
     /// Marks of an earlier run that the kernel can't have from it, since the machine was started anew: whoever has an IPVS

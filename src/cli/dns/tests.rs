@@ -1,12 +1,20 @@
 //! When what is answered, and what a command line asks for.
 
-use hickory_proto::{op::ResponseCode, rr::RecordType};
+use std::{net::UdpSocket, time::Duration};
+
+use hickory_proto::{
+    op::{Message, Query, ResponseCode},
+    rr::RecordType,
+};
 
 use super::*;
 use crate::{
     dataplane::fake::FakeKernel,
+    dns::ask,
+    metrics::DnsMetrics,
     model::{
         fixtures::{endpoint, port, published, service, slice},
+        node::NodeSays,
         service::{FamilyPolicy, Mode, Service, ServicePort},
         snapshot::Event,
     },
@@ -371,6 +379,43 @@ fn what_is_deleted_before_it_was_read_is_missing_without_a_turn() {
     engine.synced(Unread::default());
     feed.look(&engine);
     assert_eq!((feed.a("x.default").as_str(), feed.a("default").as_str()), ("NXDomain", "NXDomain"));
+}
+
+#[test]
+fn ranges_of_pods_are_taken_over_without_a_turn() {
+    let mut engine = engine(&FakeKernel::default(), Allocations::default());
+    engine.feed([dnsrr("db"), Event::Slice(slice("db", vec![endpoint("10.244.1.12", "n1")]))]);
+    let at: SocketAddr = ([127, 0, 54, 1], 5300).into();
+    let mut config = options(&[]).config(engine.settings().node.ranges).unwrap().unwrap();
+    (config.listen, config.allow) = (vec![at], vec![]);
+    let mut feed = feed(&engine);
+    let zone = Zone::new("mesh.internal", engine.settings().node.ranges).unwrap();
+    feed.server = Some(Server::start(&config, zone, BTreeSet::new(), DnsMetrics::default()).unwrap());
+    engine.synced(Unread::default());
+    feed.turned(&mut engine);
+    // The pod. 127.0.0.1 is the node's own.
+    let pod = UdpSocket::bind("127.0.0.2:0").unwrap();
+    pod.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let mut question = Message::query();
+    question.add_query(Query::query(Name::from_ascii("db.default.mesh.internal.").unwrap(), RecordType::A));
+    let told = || {
+        let mut buffer = [0; 512];
+        pod.send_to(&question.to_vec().unwrap(), at).unwrap();
+        let n = pod.recv(&mut buffer).ok()?;
+        Some(Message::from_vec(&buffer[..n]).unwrap().metadata.response_code)
+    };
+    let begun = Instant::now();
+    while ask::addresses(at, "mesh.internal.", RecordType::A).is_err() {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", feed.problems());
+    }
+    assert_eq!(told(), None);
+    let mut said = |range: &str| {
+        engine.set_node(NodeSays { pods: vec![range.parse().unwrap()], ..NodeSays::default() });
+        feed.look(&engine);
+        told()
+    };
+    assert_eq!(said("127.0.0.0/30"), Some(ResponseCode::NoError));
+    assert_eq!(said("192.0.2.0/24"), Some(ResponseCode::Refused));
 }
 
 #[test]

@@ -25,7 +25,7 @@ use meshlb::{
         Drift, Engine, Turn,
         agent::{Agent, Observer, Pace},
     },
-    source,
+    source::{self, Origin},
 };
 
 /// Feeds the DNS server as the real agent does.
@@ -80,7 +80,13 @@ pub fn run(dir: &str, flags: &[&str]) -> Result<()> {
     let (sender, messages) = mpsc::channel();
     let _watch = source::watch::watch(Path::new(dir), settings.node.clone(), sender, None)?;
     let engine = Engine::new(settings, dataplane, Allocations::default(), Lock::default(), Drains::new());
-    let feed = Feed::start(&parsed.options, &engine, std::iter::empty(), &metrics)?;
+    let feed = Feed::start(
+        &parsed.options,
+        &Origin::folder(Path::new(dir))?,
+        &engine,
+        std::iter::empty(),
+        &metrics,
+    )?;
     let (sender, inputs) = mpsc::channel();
     agent::forward(messages, metrics.clone(), None, sender)?;
     let pace = Pace { resync: Duration::from_secs(3600), probe: Duration::from_secs(1) };
