@@ -12,7 +12,7 @@ use hickory_proto::{
 
 use super::{
     choice::{Addresses, Random},
-    records::{Main, PortNames, ServiceNames},
+    records::{Main, PortNames, ServiceNames, TASKS},
     table::{Table, name_key},
     zone::{NEGATIVE_TTL, Zone, is_localhost, is_of_top_level},
 };
@@ -160,7 +160,7 @@ impl Table {
                 };
                 Some(self.addresses(name, kind, service.ttl, &addrs))
             }
-            [label] if label.eq_ignore_ascii_case(b"tasks") => {
+            [label] if label.eq_ignore_ascii_case(TASKS.as_bytes()) => {
                 if lacks(&service.tasks) {
                     return Some(failure());
                 }
@@ -403,7 +403,7 @@ fn may_stand_before_a_service(labels: &[&[u8]]) -> bool {
 pub(super) fn is_short(labels: &[&[u8]]) -> bool {
     match labels {
         [_] => true,
-        [first, _] => first.eq_ignore_ascii_case(b"tasks"),
+        [first, _] => first.eq_ignore_ascii_case(TASKS.as_bytes()),
         [port, protocol, _] => port.starts_with(b"_") && protocol.starts_with(b"_"),
         _ => false,
     }

@@ -12,6 +12,9 @@ use crate::{
     },
 };
 
+/// The label below a service's name that all of its endpoints have together.
+pub const TASKS: &str = "tasks";
+
 /// Everything that the names of one service answer.
 #[derive(Debug)]
 pub struct ServiceNames {
@@ -243,10 +246,11 @@ fn place(known: &[Known], address: IpAddr) -> Option<usize> {
     known.binary_search_by_key(&address, |known| known.address).ok()
 }
 
-/// Its hostname, else the name of its pod, else its address with dashes: what is a label.
+/// Its hostname, else the name of its pod, else its address with dashes: what is a label, and not `tasks`, which is the name of all
+/// of them.
 fn label(endpoint: &Endpoint) -> Arc<str> {
     let names = [&endpoint.hostname, &endpoint.target];
-    let usable = names.into_iter().flatten().find(|name| is_label(name));
+    let usable = names.into_iter().flatten().find(|name| is_label(name) && !name.eq_ignore_ascii_case(TASKS));
     match usable {
         Some(name) if name.bytes().any(|b| b.is_ascii_uppercase()) => name.to_ascii_lowercase().into(),
         Some(name) => name.clone(),

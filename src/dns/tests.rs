@@ -361,6 +361,31 @@ fn an_endpoint_that_looks_like_no_word_has_its_names() {
     assert_eq!(told(&ask(&table, host, RecordType::A)), "10.244.1.1");
 }
 
+/// The name that all endpoints have together is none of one of them.
+#[test]
+fn an_endpoint_that_is_called_tasks_has_a_name_of_its_own() {
+    let mut names = Names::new(zone());
+    let mut db = dnsrr("db");
+    db.ports[0].name = Some("pg".into());
+    let mut ends =
+        vec![endpoint("10.244.1.1", "n1"), endpoint("10.244.1.2", "n1"), endpoint("10.244.1.3", "n1")];
+    ends[0].hostname = Some("Tasks".into());
+    ends[1].target = Some("tasks".into());
+    (ends[2].hostname, ends[2].target) = (Some("tasks".into()), Some("db-2".into()));
+    put(&mut names, &db, &[slice("db", ends)], PerFamily::default());
+    let table = published(&mut names);
+    let own = "db.default.mesh.internal.";
+    let hosts = ["10-244-1-1", "10-244-1-2", "db-2"].map(|label| format!("{label}.{own}"));
+    for (host, i) in hosts.iter().zip(1..) {
+        assert_eq!(told(&ask(&table, host, RecordType::A)), format!("10.244.1.{i}"));
+        assert_eq!(told(&ask(&table, &format!("{i}.1.244.10.in-addr.arpa."), RecordType::PTR)), *host);
+    }
+    let srv = told(&ask(&table, &format!("_pg._tcp.{own}"), RecordType::SRV));
+    assert_eq!(srv, hosts.map(|host| format!("0 1 8080 {host}")).join(" "));
+    let all = told(&ask(&table, &format!("tasks.{own}"), RecordType::A));
+    assert_eq!(all, "10.244.1.1 10.244.1.2 10.244.1.3");
+}
+
 #[test]
 fn aliases_come_and_go_and_have_one_owner() {
     let mut names = some();
