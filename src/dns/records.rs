@@ -1,6 +1,6 @@
 //! What the names of one service answer, worked out when the service changes and not per query.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::HashSet, net::IpAddr, sync::Arc};
 
 use super::choice::{Addresses, Turn};
 use crate::{
@@ -91,7 +91,7 @@ pub struct PortNames {
 }
 
 /// A place where a port is found.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct PortTarget {
     /// Label of the endpoint; the service's own name where there is none.
     pub label: Option<Arc<str>>,
@@ -283,7 +283,7 @@ fn ports(
         let targets = match service.mode {
             Mode::Vip => vec![PortTarget { label: None, port: port.port, weight: 1 }],
             Mode::Dnsrr => {
-                let mut targets = Vec::new();
+                let (mut targets, mut seen) = (Vec::new(), HashSet::new());
                 for &family in &service.families {
                     for (real, candidate) in serving(service, port, slices, family, node, service.internal())
                     {
@@ -294,7 +294,7 @@ fn ports(
                         let port = if real.port == 0 { port.port } else { real.port };
                         let target = PortTarget { label: Some(known[place].label.clone()), port, weight };
                         // Both families of one endpoint are one target.
-                        if !targets.contains(&target) {
+                        if seen.insert(target.clone()) {
                             targets.push(target);
                         }
                     }
