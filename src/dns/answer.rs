@@ -11,7 +11,7 @@ use hickory_proto::{
 };
 
 use super::{
-    choice::{Addresses, Random},
+    choice::{Addresses, Random, in_random_order},
     records::{Main, PortNames, ServiceNames, TASKS},
     table::{Table, name_key},
     zone::{NEGATIVE_TTL, Zone, is_localhost, is_of_top_level},
@@ -208,7 +208,10 @@ impl Table {
         }
         let mut out = Answer::default();
         let Some(own) = self.name_of(service) else { return failure() };
-        for target in &port.targets {
+        // Some clients take the first, and of a long answer by UDP they see no more than its beginning.
+        let targets = port.targets.iter().map(|target| (target, target.weight));
+        let targets = RANDOM.with_borrow_mut(|random| in_random_order(targets, random));
+        for target in targets {
             let (host, addrs) = match &target.label {
                 None => (own.clone(), service.addresses()),
                 Some(label) => {

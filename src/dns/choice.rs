@@ -35,8 +35,7 @@ impl Addresses {
         self.entries.is_empty()
     }
 
-    /// All, in random order; a heavier one comes first more often (Efraimidis and Spirakis, "Weighted random sampling
-    /// with a reservoir", 2006: the order by `u^(1/w)`).
+    /// All, in random order; a heavier one comes first more often.
     pub fn shuffled(&self, random: &mut Random) -> Vec<IpAddr> {
         if self.rotation.is_empty() {
             let mut out: Vec<_> = self.entries.iter().map(|(addr, _)| *addr).collect();
@@ -45,11 +44,7 @@ impl Addresses {
             }
             return out;
         }
-        let key = |weight: u16, random: &mut Random| random.unit().ln() / f64::from(weight);
-        let mut keyed: Vec<_> =
-            self.entries.iter().map(|(addr, weight)| (key(*weight, random), *addr)).collect();
-        keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
-        keyed.into_iter().map(|(_, addr)| addr).collect()
+        in_random_order(self.entries.iter().copied(), random)
     }
 
     /// The one whose turn it is. Each round has everyone as often as it weighs, in an order of its own: a client that asks
@@ -60,6 +55,15 @@ impl Addresses {
         let place = if self.rotation.is_empty() { k } else { *self.rotation.get(k)? as usize };
         self.entries.get(place).map(|(addr, _)| *addr)
     }
+}
+
+/// These in random order; a heavier one comes first more often (Efraimidis and Spirakis, "Weighted random sampling with a
+/// reservoir", 2006: the order by `u^(1/w)`).
+pub fn in_random_order<T>(weighed: impl Iterator<Item = (T, u16)>, random: &mut Random) -> Vec<T> {
+    let mut keyed: Vec<_> =
+        weighed.map(|(what, weight)| (random.unit().ln() / f64::from(weight), what)).collect();
+    keyed.sort_by(|a, b| b.0.total_cmp(&a.0));
+    keyed.into_iter().map(|(_, what)| what).collect()
 }
 
 /// Whose turn it is. No lock and no list: the order of a round is worked out from its number.

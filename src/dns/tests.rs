@@ -1,6 +1,10 @@
 //! Names and what they answer.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use hickory_proto::{
     op::ResponseCode,
@@ -359,6 +363,26 @@ fn an_endpoint_that_looks_like_no_word_has_its_names() {
     let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", RecordType::SRV);
     assert_eq!((srv.answers.len(), srv.additionals[0].name.to_ascii().as_str()), (1, host));
     assert_eq!(told(&ask(&table, host, RecordType::A)), "10.244.1.1");
+}
+
+#[test]
+fn places_of_a_port_come_in_another_order_each_time() {
+    let mut names = Names::new(zone());
+    let mut db = dnsrr("db");
+    db.ports[0].name = Some("pg".into());
+    let ends = (1..=4).map(|i| endpoint(&format!("10.244.1.{i}"), "n1")).collect();
+    put(&mut names, &db, &[slice("db", ends)], PerFamily::default());
+    let table = published(&mut names);
+    let mut first = BTreeMap::<String, usize>::new();
+    for _ in 0..400 {
+        let srv = ask(&table, "_pg._tcp.db.default.mesh.internal.", RecordType::SRV);
+        assert_eq!(srv.answers.len(), 4);
+        let RData::SRV(data) = &srv.answers[0].data else { panic!("{:?}", srv.answers) };
+        // The addresses come in the order of the hosts.
+        assert_eq!(data.target, srv.additionals[0].name);
+        *first.entry(data.target.to_ascii()).or_default() += 1;
+    }
+    assert!(first.len() == 4 && first.values().all(|n| (50..150).contains(n)), "{first:?}");
 }
 
 /// The name that all endpoints have together is none of one of them.
