@@ -1,6 +1,12 @@
 //! The upstreams of one zone, asked for one answer.
 
-use std::{collections::VecDeque, net::IpAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    net::IpAddr,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures::stream::{FuturesUnordered, StreamExt as _};
 use hickory_net::{
@@ -82,16 +88,28 @@ struct Upstream {
 impl Upstream {
     /// What it says, at its `n`-th try.
     async fn ask(&self, query: &Query, n: usize) -> (&Self, usize, Result<Answer, Failed>) {
-        let mut options = DnsRequestOptions::default();
-        options.use_edns = true;
-        options.edns_payload_len = LARGEST_UDP;
-        options.recursion_desired = true;
-        let answer = self.counted.count(self.pool.lookup(query.clone(), options).first_answer()).await;
+        let edns = self.state.takes_edns(Instant::now());
+        let mut answer = self.send(query, edns).await;
+        if edns && is_foreign(&answer) {
+            // It may be EDNS that it does not know (RFC 6891, 7), and mostly is.
+            answer = self.send(query, false).await;
+            if !is_foreign(&answer) {
+                self.state.lacks_edns(Instant::now());
+            }
+        }
         let told = told(answer);
         if told.is_ok() {
             self.state.answered();
         }
         (self, n, told)
+    }
+
+    async fn send(&self, query: &Query, edns: bool) -> Result<DnsResponse, NetError> {
+        let mut options = DnsRequestOptions::default();
+        options.use_edns = edns;
+        options.edns_payload_len = LARGEST_UDP;
+        options.recursion_desired = true;
+        self.counted.count(self.pool.lookup(query.clone(), options).first_answer()).await
     }
 }
 
@@ -166,6 +184,16 @@ impl Upstreams {
             }
         }
     }
+}
+
+/// Whether an upstream says that it does not understand what it is asked.
+fn is_foreign(answer: &Result<DnsResponse, NetError>) -> bool {
+    let code = match answer {
+        Ok(response) => response.metadata.response_code,
+        Err(NetError::Dns(DnsError::ResponseCode(code))) => *code,
+        Err(_) => return false,
+    };
+    matches!(code, ResponseCode::FormErr | ResponseCode::NotImp)
 }
 
 /// What an upstream has said, as it has said it.

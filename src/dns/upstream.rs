@@ -32,6 +32,8 @@ const ZONE: &str = "meshlb-probe.";
 const LOOPS_FOR: Duration = Duration::from_secs(120);
 /// So many of them are remembered.
 const MOST_LOOPS: usize = 64;
+/// So long an upstream that does not know EDNS is asked without: it may be replaced by one that does (RFC 6891, 6.2.2).
+const PLAIN_FOR: Duration = Duration::from_secs(300);
 /// Names of so many looks at an upstream are remembered.
 const LAST_NAMES: usize = 3;
 
@@ -54,6 +56,8 @@ pub struct State {
     took: AtomicU32,
     /// It has answered others' questions since the last look.
     answered: AtomicBool,
+    /// When it was found not to know EDNS, and to answer without.
+    plain: Mutex<Option<Instant>>,
 }
 
 impl State {
@@ -82,6 +86,17 @@ impl State {
                 what.store(is, Ordering::Relaxed);
             }
         }
+    }
+
+    /// It has answered a question without EDNS that it did not understand with it.
+    pub fn lacks_edns(&self, now: Instant) {
+        *self.plain.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+    }
+
+    /// Whether it is asked with EDNS.
+    pub fn takes_edns(&self, now: Instant) -> bool {
+        let since = *self.plain.lock().unwrap_or_else(PoisonError::into_inner);
+        since.is_none_or(|since| now.saturating_duration_since(since) > PLAIN_FOR)
     }
 
     /// Takes over what a look at it has shown; whether it answers at all.
@@ -260,6 +275,14 @@ mod tests {
         assert!(state.is_good());
         assert!(state.note(Some(ResponseCode::ServFail), second) && state.is_good());
         assert!(state.note(Some(ResponseCode::NXDomain), second) && state.is_good());
+    }
+
+    #[test]
+    fn that_an_upstream_lacks_edns_is_not_believed_for_ever() {
+        let (state, now) = (State::default(), Instant::now());
+        assert!(state.takes_edns(now));
+        state.lacks_edns(now);
+        assert!(!state.takes_edns(now + PLAIN_FOR) && state.takes_edns(now + PLAIN_FOR + PATIENCE));
     }
 
     /// An upstream that has an answer to a name keeps it, and so hides a loop that is made later.
