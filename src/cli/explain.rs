@@ -64,7 +64,7 @@ pub fn explain(report: &Report, service: &ServiceReport, server: Option<SocketAd
     for problem in &report.node_problems {
         let _ = writeln!(out, "  ! {problem}");
     }
-    names::lines(&mut out, &service.names, server);
+    names::lines(&mut out, &service.names, service.more_names, server);
     for port in &service.ports {
         for server in &port.virtual_servers {
             for scope in &server.scopes {

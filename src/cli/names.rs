@@ -38,7 +38,15 @@ pub struct NameReport {
     pub state: Option<String>,
 }
 
-/// The names of a service: its own, its aliases, its endpoints' together, its ports.
+/// Endpoints whose own names are told, and asked for: a service may have thousands.
+const MOST_ENDPOINTS: usize = 10;
+
+/// How many endpoints of a service have names that [`of`] leaves out.
+pub fn left_out(names: &Names, key: &ServiceKey) -> usize {
+    names.get(key).map_or(0, |service| service.labels().skip(MOST_ENDPOINTS).count())
+}
+
+/// The names of a service: its own, its aliases, its endpoints' together, its ports, and those of some endpoints.
 pub fn of(names: &Names, key: &ServiceKey) -> Vec<NameReport> {
     let Some(service) = names.get(key) else { return Vec::new() };
     let below = format!("{}.{}", key.namespace, names.zone().name.to_ascii().trim_end_matches('.'));
@@ -63,6 +71,14 @@ pub fn of(names: &Names, key: &ServiceKey) -> Vec<NameReport> {
             single: false,
             state: None,
         });
+    }
+    for label in service.labels().take(MOST_ENDPOINTS) {
+        for family in Family::ALL {
+            let mut addresses = service.labelled(label).filter(|ip| Family::of(ip) == family).peekable();
+            if addresses.peek().is_some() {
+                out.extend(name(format!("{label}.{own}"), family, addresses, false));
+            }
+        }
     }
     out
 }
@@ -91,15 +107,20 @@ fn name(
     Some(NameReport { name, kind, answers, single, state: None })
 }
 
-/// Asks a server for names of addresses and notes how it answers.
+/// Asks a server for these names and notes how it answers.
 pub fn ask(reports: &mut [NameReport], server: SocketAddr) {
     for report in reports.iter_mut() {
-        let kind = match report.kind {
-            "A" => RecordType::A,
-            "AAAA" => RecordType::AAAA,
-            _ => continue,
+        let name = format!("{}.", report.name);
+        let addresses = |kind| {
+            let found = ask::addresses(server, &name, kind)?;
+            Ok(found.iter().map(ToString::to_string).collect())
         };
-        let state = match ask::addresses(server, &format!("{}.", report.name), kind) {
+        let found = match report.kind {
+            "A" => addresses(RecordType::A),
+            "AAAA" => addresses(RecordType::AAAA),
+            _ => ask::places(server, &name),
+        };
+        let state = match found {
             Err(e) => e,
             Ok(found) => verdict(report, &found),
         };
@@ -112,18 +133,17 @@ pub fn ask(reports: &mut [NameReport], server: SocketAddr) {
     }
 }
 
-fn verdict(report: &NameReport, found: &[IpAddr]) -> String {
+fn verdict(report: &NameReport, found: &[String]) -> String {
     let want: BTreeSet<&str> = report.answers.iter().map(String::as_str).collect();
-    let texts: Vec<String> = found.iter().map(ToString::to_string).collect();
-    let have: BTreeSet<&str> = texts.iter().map(String::as_str).collect();
+    let have: BTreeSet<&str> = found.iter().map(String::as_str).collect();
     let right =
         if report.single { have.is_subset(&want) && have.len() == want.len().min(1) } else { have == want };
     if right {
         "ok".into()
-    } else if texts.is_empty() {
+    } else if found.is_empty() {
         "answers nothing".into()
     } else {
-        format!("answers {}", texts.join(" "))
+        format!("answers {}", found.join(" "))
     }
 }
 
@@ -132,8 +152,8 @@ pub fn fine(reports: &[NameReport]) -> bool {
     reports.iter().all(|report| report.state.as_deref().is_none_or(|state| state == "ok"))
 }
 
-/// A line a name.
-pub fn lines(out: &mut String, reports: &[NameReport], server: Option<SocketAddr>) {
+/// A line a name. Of `left_out` endpoints the names are not there.
+pub fn lines(out: &mut String, reports: &[NameReport], left_out: usize, server: Option<SocketAddr>) {
     let asked = match server {
         Some(server) => format!("asked at {server}"),
         None => "no agent serves DNS here".into(),
@@ -147,5 +167,8 @@ pub fn lines(out: &mut String, reports: &[NameReport], server: Option<SocketAddr
         };
         let state = report.state.as_ref().map_or(String::new(), |state| format!(": {state}"));
         let _ = writeln!(out, "  {} {} {answers}{state}", report.name, report.kind);
+    }
+    if left_out > 0 {
+        let _ = writeln!(out, "  and names of {left_out} more endpoints");
     }
 }

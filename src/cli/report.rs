@@ -66,6 +66,8 @@ pub struct ServiceReport {
     pub total_endpoints: usize,
     /// Its names. `explain` asks for them.
     pub names: Vec<NameReport>,
+    /// Endpoints whose names are not among them.
+    pub more_names: usize,
     /// Its ports.
     pub ports: Vec<PortReport>,
     /// Conflicts and other reasons why it is not served as declared.
@@ -195,7 +197,7 @@ pub fn report(
     let compiled: Vec<_> = engine.merged().services().values().filter(|s| wanted(s)).cloned().collect();
     let mut services = Vec::with_capacity(compiled.len());
     for service in &compiled {
-        let names = super::names::of(names, &service.key);
+        let names = (super::names::of(names, &service.key), super::names::left_out(names, &service.key));
         services.push(service_report(engine, observed, service, names, problems(service))?);
     }
     Ok(Report {
@@ -254,7 +256,7 @@ fn service_report(
     engine: &mut Engine,
     observed: &Observed,
     service: &CompiledService,
-    names: Vec<NameReport>,
+    (names, more_names): (Vec<NameReport>, usize),
     problems: Vec<String>,
 ) -> Result<ServiceReport, Error> {
     let mut ports = Vec::new();
@@ -272,6 +274,7 @@ fn service_report(
         ready_endpoints: service.endpoints.0,
         total_endpoints: service.endpoints.1,
         names,
+        more_names,
         ports,
         problems,
         notes: notes_of(engine, service),

@@ -149,6 +149,9 @@ pub fn wide(report: &Report) -> String {
         let mut names: Vec<String> = service.names.iter().map(|n| n.name.clone()).collect();
         names.dedup();
         if !names.is_empty() {
+            if service.more_names > 0 {
+                names.push(format!("and those of {} more endpoints", service.more_names));
+            }
             let _ = writeln!(out, "  names {}", names.join(", "));
         }
         for port in &service.ports {

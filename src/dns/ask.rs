@@ -20,6 +20,29 @@ const PATIENCE: Duration = Duration::from_millis(700);
 /// # Errors
 /// A text for people.
 pub fn addresses(server: SocketAddr, name: &str, kind: RecordType) -> Result<Vec<IpAddr>, String> {
+    let answer = answer(server, name, kind)?;
+    let found = answer.answers.iter().filter_map(|record| match &record.data {
+        RData::A(a) => Some(IpAddr::V4(a.0)),
+        RData::AAAA(a) => Some(IpAddr::V6(a.0)),
+        _ => None,
+    });
+    Ok(found.collect())
+}
+
+/// Where a server says that a port is found, each `host:port`.
+///
+/// # Errors
+/// A text for people.
+pub fn places(server: SocketAddr, name: &str) -> Result<Vec<String>, String> {
+    let answer = answer(server, name, RecordType::SRV)?;
+    let found = answer.answers.iter().filter_map(|record| match &record.data {
+        RData::SRV(srv) => Some(format!("{}:{}", srv.target.to_ascii().trim_end_matches('.'), srv.port)),
+        _ => None,
+    });
+    Ok(found.collect())
+}
+
+fn answer(server: SocketAddr, name: &str, kind: RecordType) -> Result<Message, String> {
     let name = Name::from_ascii(name).map_err(|e| e.to_string())?;
     let mut request = Message::query();
     request.metadata.recursion_desired = true;
@@ -33,15 +56,9 @@ pub fn addresses(server: SocketAddr, name: &str, kind: RecordType) -> Result<Vec
         answer = tcp(server, &bytes).map_err(|e| format!("no answer by TCP: {e}"))?;
     }
     match answer.metadata.response_code {
-        ResponseCode::NoError => {}
-        code => return Err(format!("{code}")),
+        ResponseCode::NoError => Ok(answer),
+        code => Err(format!("{code}")),
     }
-    let found = answer.answers.iter().filter_map(|record| match &record.data {
-        RData::A(a) => Some(IpAddr::V4(a.0)),
-        RData::AAAA(a) => Some(IpAddr::V6(a.0)),
-        _ => None,
-    });
-    Ok(found.collect())
 }
 
 fn udp(server: SocketAddr, bytes: &[u8], id: u16) -> Result<Message, String> {

@@ -184,6 +184,13 @@ impl ServiceNames {
         rest.take_while(move |known| *known.label == *label).map(|known| known.address)
     }
 
+    /// The labels below the service's name that are answered with addresses of endpoints, each once.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        let mut before = None;
+        let labels = self.by_label.iter().map(|place| &*self.known[*place as usize].label);
+        labels.filter(move |label| before.replace(*label) != Some(*label))
+    }
+
     /// The label below the service's name that is answered with an address, none for its own name; `None` where no name is.
     pub fn name_of_address(&self, address: IpAddr) -> Option<Option<&str>> {
         if self.has_vip(address) {
