@@ -56,6 +56,17 @@ if [ ${#args[@]} = 0 ]; then
   codec_bin=$(executable test kernel)
 fi
 rm -f "$built"
+# Clients with other resolvers than glibc's, for cases about DNS; Go's where there is a Go.
+resolvers=$cache/resolvers/$(cat "$repo"/tests/dns/client/client.{c,go} | sha256sum | cut -c1-12)
+if [ ! -x "$resolvers/client-musl" ]; then
+  mkdir -p "$resolvers"
+  musl-gcc -O1 -static -o "$resolvers/client-musl.$$" "$repo/tests/dns/client/client.c"
+  mv "$resolvers/client-musl.$$" "$resolvers/client-musl"
+fi
+if [ ! -x "$resolvers/client-go" ] && go=$(PATH=$PATH:/usr/local/go/bin:$cache/go/bin command -v go); then
+  (cd "$repo/tests/dns/client" && CGO_ENABLED=0 GO111MODULE=off GOTOOLCHAIN=local "$go" build -ldflags "-s -w" -o "$resolvers/client-go.$$" client.go)
+  mv "$resolvers/client-go.$$" "$resolvers/client-go"
+fi
 out=${CARGO_TARGET_DIR:-$repo/target}/kernel-test
 for a in ${args[@]+"${args[@]}"}; do [ "$a" != --list ] || exec "$test_bin" "${args[@]}"; done
 rm -rf "$out"; mkdir -p "$out"
@@ -74,7 +85,7 @@ if [ $where = host ]; then
     args+=("${skip[@]}")
   fi
   [ -z "$codec_bin" ] || MESHLB_KERNEL_TESTS=1 "$codec_bin" --ignored --test-threads 1 ${skip[@]+--skip a_reload_of_the_module}
-  PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
+  PATH=$PATH:$(prometheus_dir) MESHLB_FIREWALLD=$(firewalld_dir) MESHLB_RESOLVERS=$resolvers MESHLB_KERNEL=1 MESHLB_BIN=$meshlb_bin MESHLB_KERNEL_OUT=$out exec "$test_bin" ${args[@]+"${args[@]}"}
 fi
 
 # in_vm NAME CLAIMS CODEC: in the VM of that name, which is left as it was. With CLAIMS, a folder, several VMs share the
@@ -91,6 +102,7 @@ in_vm() {
   run=$vm/run-$$-$(date +%s)
   rm -rf "$vm"/run-*; mkdir -p "$run/out"
   cp "$test_bin" "$run/cases"
+  cp "$resolvers"/client-* "$run/"
   [ -z "$codec" ] || cp "$codec" "$run/codec"
   for f in "$run/cases" ${codec:+"$run/codec"} "$meshlb_bin"; do strip -g -o "$run/${f##*/}.s" "$f" 2>/dev/null && mv "$run/${f##*/}.s" "$run/${f##*/}" || [ -e "$run/${f##*/}" ] || cp "$f" "$run/"; done
   [ -z "$prometheus" ] || cp "$(prometheus_dir)"/prom{etheus,tool} "$run/"
@@ -100,13 +112,14 @@ in_vm() {
     "$vm_dir/run.sh" -t "${MESHLB_KERNEL_SECONDS:-4300}" <<EOF
 rm -rf /tmp/root/kernel-test; mkdir /tmp/root/kernel-test
 cp $(printf '%q ' "$run/cases" ${codec:+"$run/codec"} "$run/${meshlb_bin##*/}") /tmp/root/kernel-test/
+cp $(printf %q "$run")/client-* /tmp/root/kernel-test/
 mkdir -p /tmp/root/kernel-test/out
 [ -z "$prometheus" ] || cp $run/prom{etheus,tool} /tmp/root/usr/bin/
 claims=
 [ -z "$claims" ] || { mkdir -p /tmp/root/kernel-test/claims; mount --bind $(printf %q "$claims") /tmp/root/kernel-test/claims; claims=/kernel-test/claims; }
 codec=0
 [ ! -e /tmp/root/kernel-test/codec ] || /tmp/in-tools env MESHLB_KERNEL_TESTS=1 /kernel-test/codec --ignored --test-threads 1 || codec=\$?
-/tmp/in-tools env MESHLB_KERNEL=1 MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
+/tmp/in-tools env MESHLB_KERNEL=1 MESHLB_RESOLVERS=/kernel-test MESHLB_BIN=/kernel-test/${meshlb_bin##*/} MESHLB_KERNEL_OUT=/kernel-test/out RUST_BACKTRACE=${RUST_BACKTRACE:-0} \
   MESHLB_KERNEL_CLAIMS="\$claims" /kernel-test/cases $(printf '%q ' ${args[@]+"${args[@]}"})
 rc=\$?
 [ \$rc != 0 ] || rc=\$codec

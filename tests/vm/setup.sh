@@ -22,6 +22,7 @@ need modprobe kmod "loads ip_vs and friends"
 need wg wireguard-tools "makes the keys of the WireGuard overlay"
 need strace strace "counts what an agent that starts again writes"
 need dig bind9-dnsutils "asks the DNS server"
+need musl-gcc musl-tools "builds a client with musl's resolver, the one of images on Alpine, which asks the DNS server too"
 need tcpdump tcpdump "shows packets when a case is looked into by hand"
 need curl curl "the client of the demo (make demo)"
 if [ -z "$host_only" ]; then

@@ -16,6 +16,7 @@ mod kube;
 mod kube_bench;
 mod kube_proxy;
 mod lifecycle;
+mod lookups;
 mod many;
 mod neighbours;
 mod ownership;
@@ -52,6 +53,7 @@ pub fn register(suite: &mut Suite) {
     telling::register(suite);
     planned::register(suite);
     dns::register(suite);
+    lookups::register(suite);
     facts::register(suite);
     scrape::register(suite);
     healing::register(suite);
