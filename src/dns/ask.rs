@@ -29,17 +29,17 @@ pub fn addresses(server: SocketAddr, name: &str, kind: RecordType) -> Result<Vec
     Ok(found.collect())
 }
 
-/// Where a server says that a port is found, each `host:port`.
+/// The addresses of a name, or with SRV the places of a port, each `host:port`; and whether there are more than fit into an answer.
 ///
 /// # Errors
 /// A text for people.
-pub fn places(server: SocketAddr, name: &str) -> Result<Vec<String>, String> {
-    let answer = answer(server, name, RecordType::SRV)?;
+pub fn texts(server: SocketAddr, name: &str, kind: RecordType) -> Result<(Vec<String>, bool), String> {
+    let answer = answer(server, name, kind)?;
     let found = answer.answers.iter().filter_map(|record| match &record.data {
         RData::SRV(srv) => Some(format!("{}:{}", srv.target.to_ascii().trim_end_matches('.'), srv.port)),
-        _ => None,
+        data => data.ip_addr().map(|ip| ip.to_string()),
     });
-    Ok(found.collect())
+    Ok((found.collect(), answer.metadata.truncation))
 }
 
 fn answer(server: SocketAddr, name: &str, kind: RecordType) -> Result<Message, String> {
