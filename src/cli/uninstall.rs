@@ -206,7 +206,7 @@ impl Cluster {
     /// before their reports were deleted, and may belong to nobody: another takes its place.
     async fn ask(&self, daemonset: Option<&DaemonSet>) -> Result<String> {
         let owner = daemonset.and_then(|d| kube::Resource::owner_ref(d, &()));
-        let map = ConfigMap {
+        let mut map = ConfigMap {
             metadata: ObjectMeta {
                 name: Some(UNINSTALL.to_owned()),
                 labels: Some([("app.kubernetes.io/part-of".to_owned(), "meshlb".to_owned())].into()),
@@ -218,7 +218,15 @@ impl Cluster {
         for _ in 0..TRIES {
             match timed(PATIENCE, self.requests().create(&PostParams::default(), &map)).await {
                 Ok(made) => return Ok(made.metadata.uid.unwrap_or_default()),
-                Err(kube::Error::Api(status)) if status.code == 409 => drop(self.withdraw().await?),
+                Err(kube::Error::Api(status)) if status.code == 409 => {
+                    // Whose it was it is still, or it would outlive that.
+                    if daemonset.is_none()
+                        && let Ok(Some(old)) = timed(PATIENCE, self.requests().get_opt(UNINSTALL)).await
+                    {
+                        map.metadata.owner_references = old.metadata.owner_references;
+                    }
+                    self.withdraw().await?;
+                }
                 Err(e) => return Err(e).with_context(|| self.about()),
             }
         }

@@ -502,6 +502,21 @@ fn the_next_leader_keeps_all_of_a_range_whose_spec_is_wrong_by_then() {
 }
 
 #[test]
+fn what_was_a_range_waits_for_nobody_who_has_a_number_that_it_would_have_spanned() {
+    let mut stored = Stored::default();
+    stored.apply("a", 1, json!({"ports": [{"port": 31000, "endPort": 31009, "publish": {"port": 31000}}]}));
+    stored.apply("b", 2, json!({"ports": [{"port": 80, "publish": {"port": 30085}}]}));
+    let mut mesh = stored.mesh(&Used::new());
+    stored.write(&mut mesh);
+    stored.apply("a", 1, json!({"ports": [{"port": 31000, "publish": {"port": 30080}}]}));
+    stored.show("a", &mut mesh);
+    mesh.allocate();
+    let new = mesh.desired(&key("a"), now()).unwrap();
+    assert_eq!(new.ports[0].published_port, Some(30080));
+    assert!(mesh.too_early([(&key("a"), &new)]).is_empty());
+}
+
+#[test]
 fn a_range_gives_up_what_it_does_not_span_any_more() {
     let status = |end: i32| MeshServiceStatus {
         ports: vec![PortStatus {

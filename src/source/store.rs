@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::{OsStr, OsString},
     path::Path,
+    sync::Arc,
 };
 
 use super::{
@@ -129,7 +130,12 @@ impl Store {
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             self.aside.remove(&id);
             if verdict.is_none() && id.kind == Kind::Service && !self.incomplete.is_empty() {
-                if self.emitted.contains_key(&id) {
+                if let Some(Object::Service(service)) = self.emitted.get_mut(&id) {
+                    // Whoever is named goes before it where both want the same address or number.
+                    if service.created != u64::MAX {
+                        Arc::make_mut(service).created = u64::MAX;
+                        events.push(Event::Service(service.clone()));
+                    }
                     self.aside.insert(id);
                 }
                 continue;
@@ -260,17 +266,18 @@ mod tests {
         put(&mut store, "c.yaml", &service("v", 3));
         assert!(put(&mut store, "b.yaml", "apiVersion: [").is_empty());
         store.remove(OsStr::new("a.yaml"));
-        assert!(events(&mut store).is_empty());
+        // They are told once more: as what gives way to others.
+        assert_eq!(events(&mut store), ["w:2", "x:1"]);
         let told = problems(&store);
         assert!(told.iter().any(|p| p.starts_with("b.yaml: 2 services are in no other file")), "{told:?}");
         // Of a file that can be read it is known.
         assert_eq!(put(&mut store, "c.yaml", &service("v", 4)), ["v:4"]);
-        assert_eq!(put(&mut store, "d.yaml", &service("w", 2)), Vec::<String>::new());
+        assert_eq!(put(&mut store, "d.yaml", &service("w", 2)), ["w:2"]);
         assert_eq!(put(&mut store, "b.yaml", &service("z", 1)), ["-x", "z:1"]);
         assert!(problems(&store).is_empty());
         // Nor when it is gone.
         put(&mut store, "b.yaml", "apiVersion: [");
-        assert!(put(&mut store, "d.yaml", "").is_empty());
+        assert_eq!(put(&mut store, "d.yaml", ""), ["w:2"]);
         store.remove(OsStr::new("b.yaml"));
         assert_eq!(events(&mut store), ["-w", "-z"]);
     }

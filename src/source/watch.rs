@@ -461,6 +461,7 @@ impl Follower {
     }
 
     fn tell(&mut self, since: Instant) -> Result<(), Gone> {
+        let events = self.store.take_events();
         let folder = self.trouble.iter().chain(&self.unwatched).chain(&self.bad_lock).cloned();
         let problems: Vec<Problem> = folder.chain(self.store.problems(&self.dir)).collect();
         // That all can be read again is told after what was read: until then, what is missing may be in it.
@@ -468,7 +469,6 @@ impl Follower {
         if !mended {
             self.tell_problems(&problems)?;
         }
-        let events = self.store.take_events();
         if !events.is_empty() {
             self.send(SourceMessage::Events(events, since))?;
         }

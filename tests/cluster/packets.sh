@@ -23,6 +23,7 @@ kubectl delete lease --all -n meshlb-system >/dev/null
 # The accounts, rights and policy that the chart makes; programs run in the bed's nodes instead of pods.
 awk 'BEGIN { RS = "---\n" } /(^|\n)kind: (ServiceAccount|(Cluster)?Role|(Cluster)?RoleBinding|ValidatingAdmissionPolicy(Binding)?)\n/ { print "---"; print }' deploy/meshlb.yaml | kubectl apply -f - >/dev/null
 # A case in the VM can't stop what runs here: it asks by an object, `hold`.
+kubectl delete configmap hold -n meshlb-system --ignore-not-found >/dev/null
 (
   done=
   while sleep 1; do

@@ -6,7 +6,7 @@
 set -euo pipefail
 cache=${MESHLB_CACHE:-$HOME/.cache/meshlb}
 kernels=$cache/kernel${MESHLB_KERNEL:+-$MESHLB_KERNEL}
-vm=$cache/vm-${MESHLB_VM:-default}
+vm=$cache/vm-${MESHLB_VM:-default}${MESHLB_KERNEL:+-$MESHLB_KERNEL}
 queue=$vm/queue
 PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 

@@ -5,7 +5,7 @@ use std::{
     net::IpAddr,
 };
 
-use super::Mesh;
+use super::{Entry, Mesh};
 use crate::{
     allocate::offset,
     api::{
@@ -32,7 +32,9 @@ impl Mesh {
         let mut used = self.in_statuses();
         let Some(allocator) = &self.allocator else { return used };
         for (key, allocation) in allocator.iter() {
-            self.each_number(key, &allocation.vips, &allocation.published, add_to(&mut used));
+            let entry = self.entries.get(key);
+            let span = |id: &PortId| entry.map_or(1, |e| span_of(e.service.as_deref(), &e.status, id));
+            self.each_number(&allocation.vips, &allocation.published, span, add_to(&mut used));
         }
         used
     }
@@ -40,11 +42,21 @@ impl Mesh {
     pub(super) fn in_statuses(&self) -> Used {
         let mut used: Used =
             PoolId::all(&self.config).into_iter().map(|id| (id, Numbers::default())).collect();
-        for (key, entry) in &self.entries {
-            let granted = api::granted_of(&entry.status);
-            self.each_number(key, &granted.vips, &granted.published, add_to(&mut used));
+        for entry in self.entries.values() {
+            self.each_in_status(entry, add_to(&mut used));
         }
         used
+    }
+
+    /// Every number that the status of a service says.
+    fn each_in_status(&self, entry: &Entry, tell: impl FnMut(PoolId, u128)) {
+        let granted = api::granted_of(&entry.status);
+        // One that was written before statuses told the ends of ranges leaves that to the spec.
+        let span = |id: &PortId| match span_in(&entry.status, id) {
+            1 => span_of(entry.service.as_deref(), &entry.status, id),
+            span => span,
+        };
+        self.each_number(&granted.vips, &granted.published, span, tell);
     }
 
     /// Of these new statuses those that hold something which the status of another service still says, with all such others: they have
@@ -56,7 +68,8 @@ impl Mesh {
         let mut wanted: HashMap<(PoolId, u128), &ServiceKey> = HashMap::new();
         for (key, status) in new {
             let granted = api::granted_of(status);
-            self.each_number(key, &granted.vips, &granted.published, |pool, number| {
+            let span = |id: &PortId| span_in(status, id);
+            self.each_number(&granted.vips, &granted.published, span, |pool, number| {
                 wanted.insert((pool, number), key);
             });
         }
@@ -65,8 +78,7 @@ impl Mesh {
             return out;
         }
         for (key, entry) in &self.entries {
-            let granted = api::granted_of(&entry.status);
-            self.each_number(key, &granted.vips, &granted.published, |pool, number| {
+            self.each_in_status(entry, |pool, number| {
                 if let Some(other) = wanted.get(&(pool, number)).filter(|other| **other != key) {
                     out.entry((*other).clone()).or_default().insert(key.clone());
                 }
@@ -75,13 +87,12 @@ impl Mesh {
         out
     }
 
-    /// Tells every number that a service has by these: of a range all, as its spec and its status say how many. (Where the spec
-    /// can't be read, or is a narrower one that is not yet in force, nodes serve what the status says.)
+    /// Tells every number of these: of a range all, as `span` says how many.
     fn each_number(
         &self,
-        key: &ServiceKey,
         vips: &PerFamily<IpAddr>,
         ports: &BTreeMap<PortId, u16>,
+        span: impl Fn(&PortId) -> u16,
         mut tell: impl FnMut(PoolId, u128),
     ) {
         for (family, vip) in vips.iter() {
@@ -89,15 +100,19 @@ impl Mesh {
                 tell(PoolId::Vips(family), number);
             }
         }
-        let entry = self.entries.get(key);
-        let service = entry.and_then(|e| e.service.as_ref());
         for (id, first) in ports {
-            let wanted = service.and_then(|s| s.ports.iter().find(|p| p.id() == *id)).map_or(1, |p| p.span());
-            let span = wanted.max(entry.map_or(1, |e| span_in(&e.status, id)));
-            for number in *first..=first.saturating_add(span.max(1) - 1) {
+            for number in *first..=first.saturating_add(span(id).max(1) - 1) {
                 tell(PoolId::Ports(id.protocol), number.into());
             }
         }
+    }
+}
+
+/// How many ports one spans: as the spec says or, where that can't be read, as the status does.
+fn span_of(service: Option<&Service>, status: &MeshServiceStatus, id: &PortId) -> u16 {
+    match service {
+        Some(service) => service.ports.iter().find(|p| p.id() == *id).map_or(1, ServicePort::span),
+        None => span_in(status, id),
     }
 }
 

@@ -1,6 +1,9 @@
 //! Endpoints that are gone finish their connections.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use jiff::Timestamp;
 
@@ -16,7 +19,7 @@ use crate::{
     dataplane::{Error, executor::Failure},
     model::{
         ids::{Family, Mark, Protocol, Scope},
-        kernel::{PublishedFlows, RealServerKey, UdpFlows, VirtualServerKey},
+        kernel::{Element, PublishedFlows, RealServerKey, Target, UdpFlows, VirtualServerKey},
     },
     plan::Op,
 };
@@ -90,8 +93,9 @@ impl Engine {
     /// What of conntrack could not be done is tried again with the next changes, some times: a kernel without the means for it
     /// must not keep the node from ever being as it should.
     pub(super) fn keep_flows(&mut self, failures: &[Failure]) {
-        /// Where the kernel lacks the means, and where it only did not work: with pauses that double, minutes.
-        const TRIES: (u8, u8) = (5, 12);
+        /// Where the kernel lacks the means, and where it only did not work: with pauses that double, some 13 s, after which a node
+        /// is not told to fail for it yet.
+        const TRIES: (u8, u8) = (5, 8);
         let of_conntrack = |failure: &&Failure| matches!(failure.op, Op::ForgetUdp(_) | Op::CutFlows(_));
         self.flows_left = failures.iter().filter(of_conntrack).map(|failure| failure.op.clone()).collect();
         self.flows_tried = if self.flows_left.is_empty() { 0 } else { self.flows_tried.saturating_add(1) };
@@ -110,18 +114,29 @@ impl Engine {
         let servers = &self.merged.state().virtual_servers;
         let published: Vec<_> =
             self.merged.services().values().flat_map(|service| published(service)).collect();
-        let takes = |real: &RealServerKey| {
-            servers.values().any(|server| server.reals.get(real).is_some_and(|config| config.weight > 0))
+        let elements = &self.merged.state().elements;
+        let takes = |real: &RealServerKey, (addr, port): &(IpAddr, u16)| {
+            let target = Target { addr: *addr, protocol: Protocol::Udp, port: *port };
+            let own = if addr.is_loopback() {
+                Element::Loopback(Family::of(addr), Protocol::Udp, *port)
+            } else {
+                Element::Published(target)
+            };
+            let marks = [elements.get(&Element::Vip(target)), elements.get(&own)];
+            marks.into_iter().flatten().flatten().any(|mark| {
+                let server = servers.get(&VirtualServerKey { family: Family::of(&real.addr), mark: *mark });
+                server.and_then(|s| s.reals.get(real)).is_some_and(|config| config.weight > 0)
+            })
         };
         let still = |op: &Op| match op {
             Op::CutFlows(flows) if self.overdue.contains(flows) => None,
             Op::CutFlows(flows) => given_up(flows, &published).map(Op::CutFlows),
             Op::ForgetUdp(flows) => {
-                let flows: UdpFlows = flows
-                    .iter()
-                    .filter(|(real, _)| !takes(real))
-                    .map(|(real, to)| (*real, to.clone()))
-                    .collect();
+                let left = |(real, to): (&RealServerKey, &BTreeSet<(IpAddr, u16)>)| {
+                    let to: BTreeSet<_> = to.iter().filter(|to| !takes(real, to)).copied().collect();
+                    (!to.is_empty()).then_some((*real, to))
+                };
+                let flows: UdpFlows = flows.iter().filter_map(left).collect();
                 (!flows.is_empty()).then_some(Op::ForgetUdp(flows))
             }
             op => Some(op.clone()),

@@ -16,13 +16,15 @@ use crate::{
 };
 
 /// What clients from outside connect to for a port of a service, and who may answer them: by whatever mark, since that changes
-/// with a policy and leaves open connections where they are. UDP has none to leave: who may answer is who the entries lead to.
+/// with a policy and leaves open connections where they are.
 pub(super) struct Published {
     id: PortId,
     pub(super) mark: Option<Mark>,
     pub(super) protocol: Protocol,
     pub(super) to: BTreeSet<(IpAddr, u16)>,
     reals: BTreeSet<RealServerKey>,
+    /// Those that the entries lead to. A flow of datagrams has no end that another policy could wait for.
+    led_to: BTreeSet<RealServerKey>,
 }
 
 impl Published {
@@ -33,7 +35,8 @@ impl Published {
 
     /// Whether such connections are this port's.
     pub(super) fn has(&self, protocol: Protocol, real: &RealServerKey, to: &(IpAddr, u16)) -> bool {
-        self.protocol == protocol && self.to.contains(to) && self.has_real(real)
+        let reals = if protocol == Protocol::Udp { &self.led_to } else { &self.reals };
+        self.protocol == protocol && self.to.contains(to) && reals.contains(real)
     }
 }
 
@@ -43,16 +46,16 @@ pub(super) fn published(service: &CompiledService) -> Vec<Published> {
     let of = |port: &CompiledPort| {
         let to: BTreeSet<_> =
             service.elements.keys().filter(|e| port.publishes(e)).filter_map(connected_to).collect();
-        let udp = port.spec.protocol == Protocol::Udp;
-        let counts = |scope: &Scope| !udp || *scope == Scope::Ingress;
-        let marks: BTreeSet<Mark> =
-            port.marks.iter().filter(|(scope, _)| counts(scope)).map(|(_, mark)| *mark).collect();
+        let marks: BTreeSet<Mark> = port.marks.values().copied().collect();
         let theirs = service.reals.keys().filter(|(server, _)| marks.contains(&server.mark));
+        let ingress = port.marks.get(&Scope::Ingress);
+        let led_to = theirs.clone().filter(|(server, _)| Some(&server.mark) == ingress);
         Published {
             id: port.spec.id(),
-            mark: port.marks.get(&Scope::Ingress).copied(),
+            mark: ingress.copied(),
             protocol: port.spec.protocol,
             to,
+            led_to: led_to.map(|(_, real)| *real).collect(),
             reals: theirs.map(|(_, real)| *real).collect(),
         }
     };
@@ -70,7 +73,8 @@ fn connected_to(element: &Element) -> Option<(IpAddr, u16)> {
 
 /// Connections that a service has let go of: to a destination that is its port's no longer, or by a port that is not published
 /// any more. With another number they go on, but for UDP, which has no end: whoever has the number then is to have its datagrams.
-/// The plan finds UDP flows to a destination that goes by a number that stays with its mark.
+/// The plan finds UDP flows to a destination that goes by a number that stays with its mark. One whose policy was edited may go on
+/// where it was, as long as IPVS remembers it and has the destination by another mark; with that it ends.
 pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Vec<PublishedFlows> {
     let now: BTreeMap<PortId, Published> =
         new.map(published).unwrap_or_default().into_iter().map(|port| (port.id, port)).collect();
@@ -80,11 +84,13 @@ pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Ve
         let udp = port.protocol == Protocol::Udp;
         let goes_on = |real: &RealServerKey, to: &(IpAddr, u16)| {
             still.is_some_and(|still| {
-                if udp {
-                    still.to.contains(to) && (still.mark == port.mark || still.has_real(real))
-                } else {
-                    still.has_real(real)
+                if !udp {
+                    return still.has_real(real);
                 }
+                let was_led = port.led_to.contains(real);
+                let is_led = still.led_to.contains(real);
+                let plan_sees = was_led && still.mark == port.mark;
+                still.to.contains(to) && (is_led || plan_sees || (!was_led && still.has_real(real)))
             })
         };
         for real in &port.reals {

@@ -133,15 +133,17 @@ fn edits(cluster: &Cluster) -> Result<()> {
         service(cluster, "waiting", name, &format!("{{selector: {{app: {app}}}, {HTTP}}}"))
     };
     let told = |name: &str| Ok::<_, anyhow::Error>(!msvc(cluster, "waiting", name)?["status"].is_null());
-    for name in ["vote", "freed", "deleted"] {
+    apply("vote", "typo")?;
+    selects("vote", "typo")?;
+    apply("vote", "vote")?;
+    selects("vote", "vote")?;
+    ensure!(!told("vote")?, "it has not waited: this says nothing");
+    for name in ["freed", "deleted"] {
         apply(name, "typo")?;
         selects(name, "typo")?;
     }
-    apply("vote", "vote")?;
     service(cluster, "waiting", "freed", &format!("{{serviceName: other, {HTTP}}}"))?;
     cluster.kubectl(&["delete", "service", "deleted", "-n", "waiting"], "")?.good()?;
-    selects("vote", "vote")?;
-    ensure!(!told("vote")?, "it has not waited: this says nothing");
     until("freed has no Service", Duration::from_secs(4), || Ok(find("freed").is_err()))?;
     until("a status", PATIENCE, || told("deleted"))?;
     selects("deleted", "typo")?;

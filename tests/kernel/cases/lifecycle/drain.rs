@@ -391,8 +391,6 @@ fn drain_over_restart(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// Clients that send from one port all the time leave a removed endpoint within two seconds, and only those do. Where the
-/// agents alone take longer to act on the change than that, they leave with the turn.
 /// Two services change their virtual IPs: who goes on sending to one is answered by whoever has it now.
 fn udp_vip_moves(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| {
@@ -420,6 +418,8 @@ fn udp_vip_moves(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
+/// Clients that send from one port all the time leave a removed endpoint within two seconds, and only those do. Where the
+/// agents alone take longer to act on the change than that, they leave with the turn.
 fn udp_moves(cx: &mut Cx) -> Result<()> {
     let mut c = Cluster::start(cx, &two_nodes(), |t, m| web(t, m, &["p11", "p12", "p21", "p22"]))?;
     let n1: &Host = c.t.node(1);
