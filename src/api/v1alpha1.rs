@@ -211,8 +211,8 @@ pub struct Port {
     pub end_port: Option<i32>,
 
     /// Port that the endpoints listen on: a number from 1 to 65535, or the name of a port in their
-    /// EndpointSlices (or NAME-tcp, -udp or -sctp: in a core Service two protocols may not share a name). Default: the
-    /// slice port of this port's name and protocol, else the slice's only port of this protocol, else port.
+    /// EndpointSlices. Default: the slice port of this port's name and protocol, else the slice's only port of
+    /// this protocol, else port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("minimum" = 1, "maximum" = 65535, "maxLength" = 15,
         "pattern" = r"^([0-9]+-)*[0-9]*[a-z][a-z0-9]*(-[a-z0-9]+)*$"))]

@@ -1,6 +1,6 @@
 //! Which endpoints serve a port, and where they listen.
 
-use std::{collections::BTreeMap, fmt};
+use std::collections::BTreeMap;
 
 use crate::model::{
     endpoints::{Endpoint, Slice, SlicePort},
@@ -32,9 +32,7 @@ pub fn target_port(port: &ServicePort, of_slice: &[SlicePort]) -> Option<u16> {
     match &port.target {
         TargetPort::Number(number) => Some(*number),
         TargetPort::Name(name) => {
-            let called = |name: &str| of_protocol().find(|p| p.name.as_deref() == Some(name));
-            let found = called(name).or_else(|| called(&second_name(name, port.protocol)));
-            found.and_then(|p| p.port)
+            of_protocol().find(|p| p.name.as_deref() == Some(&**name)).and_then(|p| p.port)
         }
         TargetPort::Inferred => {
             let same_name = |p: &&SlicePort| p.name.as_deref() == port.name.as_deref();
@@ -48,12 +46,6 @@ pub fn target_port(port: &ServicePort, of_slice: &[SlicePort]) -> Option<u16> {
             }
         }
     }
-}
-
-/// What a port is called in EndpointSlices where another protocol has its own name there: two ports of a core Service may not have one
-/// name, not even with different protocols.
-pub fn second_name(name: &str, protocol: impl fmt::Display) -> String {
-    format!("{name}-{}", protocol.to_string().to_lowercase())
 }
 
 /// Where a client is that asks on this node.
@@ -155,26 +147,6 @@ mod tests {
         let found =
             choose(service, ends.iter().map(|e| (e.address, e)), Place { node, zone }, service.internal());
         found.values().filter_map(|c| c.endpoint.node.as_deref()).collect::<Vec<_>>().join(" ")
-    }
-
-    #[test]
-    fn a_name_that_two_protocols_have_is_found_for_both() {
-        use crate::model::ids::Protocol;
-        let named =
-            |name: &str, protocol, port| SlicePort { name: Some(name.into()), protocol, port: Some(port) };
-        let mut port = crate::model::fixtures::port(53, 53);
-        port.target = TargetPort::Name("dns".into());
-        let mut slice = vec![named("dns", Protocol::Tcp, 53), named("dns-udp", Protocol::Udp, 5353)];
-        for (protocol, want) in
-            [(Protocol::Tcp, Some(53)), (Protocol::Udp, Some(5353)), (Protocol::Sctp, None)]
-        {
-            port.protocol = protocol;
-            assert_eq!(target_port(&port, &slice), want, "{protocol}");
-        }
-        // Its own name comes first.
-        slice.push(named("dns", Protocol::Udp, 54));
-        port.protocol = Protocol::Udp;
-        assert_eq!(target_port(&port, &slice), Some(54));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use serde_json::{Value, json};
 
 use super::mesh::Core;
-use crate::{api, compile::endpoints::second_name, model::ids::ServiceKey};
+use crate::{api, model::ids::ServiceKey};
 
 /// Label of what the controller makes.
 pub const MANAGED_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "meshlb");
@@ -28,34 +28,27 @@ pub fn desired(key: &ServiceKey, uid: &str, object: &Value) -> Option<Value> {
     let mut taken = BTreeSet::new();
     let mut ports = Vec::new();
     let all = || spec["ports"].as_array().into_iter().flatten();
-    let protocol_of = |port: &Value| port["protocol"].as_str().unwrap_or("TCP").to_owned();
-    let mut looked_up: BTreeSet<String> = BTreeSet::new();
+    let looked_up: BTreeSet<&str> = all().filter_map(|port| port["targetPort"].as_str()).collect();
     for port in all() {
-        let Some(name) = port["targetPort"].as_str() else { continue };
-        if !looked_up.insert(name.to_owned()) {
-            looked_up.insert(second_name(name, protocol_of(port)));
-        }
-    }
-    for port in all() {
-        let protocol = protocol_of(port);
+        let protocol = port["protocol"].as_str().unwrap_or("TCP");
         let number = &port["port"];
         // A slice's ports are called as the Service's, whatever the pods call them: a named target is looked up by that name.
         let target = if port["targetPort"].is_null() { number } else { &port["targetPort"] };
         // A port with a number for a target is looked up by nothing, and leaves that name to the one that is.
-        let free = |name: &&str| target.is_null() || !looked_up.contains(*name);
+        let free = |name: &&str| target.is_null() || !looked_up.contains(name);
         let name = target.as_str().or(port["name"].as_str().filter(free));
         let name = name.map_or_else(|| format!("{}-{number}", protocol.to_lowercase()), str::to_owned);
-        if taken.insert((name.clone(), protocol.clone())) {
-            ports.push((name, protocol, number.clone(), target.clone()));
+        if taken.insert((name.clone(), protocol.to_owned())) {
+            ports.push((name, protocol.to_owned(), number.clone(), target.clone()));
         }
     }
+    // Two ports of a Service may not have one name, not even with different protocols.
     let mut names = BTreeSet::new();
     let ports: Vec<Value> = ports
         .into_iter()
-        .filter_map(|(name, protocol, port, target)| {
-            let second = second_name(&name, &protocol);
-            let name = [name, second].into_iter().find(|name| names.insert(name.clone()))?;
-            Some(json!({"name": name, "protocol": protocol, "port": port, "targetPort": target}))
+        .filter(|(name, ..)| names.insert(name.clone()))
+        .map(|(name, protocol, port, target)| {
+            json!({"name": name, "protocol": protocol, "port": port, "targetPort": target})
         })
         .collect();
     Some(json!({
@@ -357,22 +350,6 @@ mod tests {
             service.unwrap()["spec"]["ports"],
             json!([{"name": "tcp-80", "protocol": "TCP", "port": 80, "targetPort": 8080},
                    {"name": "web", "protocol": "TCP", "port": 81, "targetPort": "web"}])
-        );
-    }
-
-    #[test]
-    fn a_name_that_two_protocols_have_is_another_one_for_the_second() {
-        let service = of(json!({
-            "selector": {"app": "dns"},
-            "ports": [{"port": 53, "targetPort": "dns"}, {"port": 53, "protocol": "UDP", "targetPort": "dns"},
-                      {"name": "dns-udp", "port": 54, "protocol": "UDP"}],
-        }));
-        let ports = &service.unwrap()["spec"]["ports"];
-        assert_eq!(
-            *ports,
-            json!([{"name": "dns", "protocol": "TCP", "port": 53, "targetPort": "dns"},
-                   {"name": "dns-udp", "protocol": "UDP", "port": 53, "targetPort": "dns"},
-                   {"name": "udp-54", "protocol": "UDP", "port": 54, "targetPort": 54}])
         );
     }
 

@@ -229,7 +229,7 @@ impl ServicePort {
 pub enum TargetPort {
     /// That port on every endpoint.
     Number(u16),
-    /// The slice port of that name, or of that name and the protocol's.
+    /// The slice port of that name.
     Name(Arc<str>),
     /// The slice port of the service port's name and protocol, else the slice's only port of that
     /// protocol, else the service port's own number.
