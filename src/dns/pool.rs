@@ -90,16 +90,17 @@ impl Upstream {
     async fn ask(&self, query: &Query, n: usize) -> (&Self, usize, Result<Answer, Failed>) {
         let edns = self.state.takes_edns(Instant::now());
         let mut answer = self.send(query, edns).await;
-        if edns && is_foreign(&answer) {
+        let again = edns && is_foreign(&answer);
+        if again {
             // It may be EDNS that it does not know (RFC 6891, 7), and mostly is.
             answer = self.send(query, false).await;
-            if !is_foreign(&answer) {
-                self.state.lacks_edns(Instant::now());
-            }
         }
         let told = told(answer);
         if told.is_ok() {
             self.state.answered();
+            if again {
+                self.state.lacks_edns(Instant::now());
+            }
         }
         (self, n, told)
     }

@@ -54,7 +54,7 @@ impl RuntimeProvider for Connecting {
         Box::pin(async move {
             let socket = UdpSocket::bind(from).await?;
             socket.connect(server).await?;
-            Ok(Connected { socket, again: Mutex::default() })
+            Ok(Connected { socket, asked: Mutex::default(), again: Mutex::default() })
         })
     }
 }
@@ -63,6 +63,8 @@ impl RuntimeProvider for Connecting {
 /// socket for each sending would be as many ports, of which a node has no more than for its own connections.
 pub(super) struct Connected {
     socket: UdpSocket,
+    /// What was sent last.
+    asked: Mutex<Vec<u8>>,
     again: Mutex<Option<Again>>,
 }
 
@@ -102,11 +104,16 @@ impl DnsUdpSocket for Connected {
         buffer: &mut [u8],
     ) -> Poll<io::Result<(usize, SocketAddr)>> {
         self.poll_again(cx);
-        let mut buffer = ReadBuf::new(buffer);
         loop {
-            match ready!(self.socket.poll_recv_from(cx, &mut buffer)) {
+            let mut read = ReadBuf::new(&mut *buffer);
+            match ready!(self.socket.poll_recv_from(cx, &mut read)) {
                 Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {}
-                read => return Poll::Ready(read.map(|from| (buffer.filled().len(), from))),
+                Err(e) => return Poll::Ready(Err(e)),
+                Ok(from) => {
+                    let n = read.filled().len();
+                    let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+                    return Poll::Ready(Ok((with_question(buffer, n, &asked).unwrap_or(n), from)));
+                }
             }
         }
     }
@@ -114,9 +121,34 @@ impl DnsUdpSocket for Connected {
     fn poll_send_to(&self, cx: &mut Context<'_>, bytes: &[u8], _: SocketAddr) -> Poll<io::Result<usize>> {
         let sent = ready!(self.socket.poll_send(cx, bytes));
         if sent.is_ok() {
+            bytes.clone_into(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner));
             let again = Again { bytes: bytes.to_vec(), left: TIMES, next: Box::pin(sleep(AGAIN)) };
             *self.again.lock().unwrap_or_else(PoisonError::into_inner) = Some(again);
         }
         Poll::Ready(sent)
     }
+}
+
+/// Bytes of a header (RFC 1035, 4.1.1).
+const HEADER: usize = 12;
+
+/// A server that does not understand a question need not say which one it was: its answer is a header. The library takes one
+/// without the question for forged, so that is put in, and this is its length then. `None` for any other answer.
+fn with_question(answer: &mut [u8], length: usize, asked: &[u8]) -> Option<usize> {
+    let (header, question) = (answer.get(..HEADER.min(length))?, asked.get(HEADER..)?);
+    let is_of_asked = header.get(..2)? == asked.get(..2)? && header.get(2)? & 0x80 != 0;
+    // FORMERR and NOTIMP.
+    let is_foreign = matches!(header.get(3)? & 0x0f, 1 | 4);
+    if !is_of_asked || !is_foreign || header.get(4..6)? != [0, 0] {
+        return None;
+    }
+    // A name without compression, type and class.
+    let mut end = 0;
+    while let label @ 1.. = usize::from(*question.get(end)?) {
+        end += 1 + label;
+    }
+    let question = question.get(..end + 5)?;
+    answer.get_mut(HEADER..HEADER + question.len())?.copy_from_slice(question);
+    answer.get_mut(4..HEADER)?.copy_from_slice(&[0, 1, 0, 0, 0, 0, 0, 0]);
+    Some(HEADER + question.len())
 }

@@ -141,7 +141,15 @@ impl Store {
                 continue;
             }
             match verdict.map(|(_, verdict)| verdict) {
-                Some(Verdict::Wrong) => {}
+                Some(Verdict::Wrong) => {
+                    // It is named again, and gives way no longer.
+                    if let Some(Object::Service(service)) = self.emitted.get_mut(&id)
+                        && service.created == u64::MAX
+                    {
+                        Arc::make_mut(service).created = 0;
+                        events.push(Event::Service(service.clone()));
+                    }
+                }
                 Some(Verdict::Good(object)) => {
                     if self.emitted.get(&id) != Some(object) {
                         events.push(object.event());
@@ -275,6 +283,11 @@ mod tests {
         assert_eq!(put(&mut store, "d.yaml", &service("w", 2)), ["w:2"]);
         assert_eq!(put(&mut store, "b.yaml", &service("z", 1)), ["-x", "z:1"]);
         assert!(problems(&store).is_empty());
+        // One that comes back wrong is what it was.
+        put(&mut store, "b.yaml", "apiVersion: [");
+        assert_eq!(put(&mut store, "c.yaml", ""), ["v:4"]);
+        assert_eq!(put(&mut store, "b.yaml", &(service("v", 70000) + &service("z", 1))), ["v:4"]);
+        assert_eq!(put(&mut store, "b.yaml", &service("z", 1)), ["-v"]);
         // Nor when it is gone.
         put(&mut store, "b.yaml", "apiVersion: [");
         assert_eq!(put(&mut store, "d.yaml", ""), ["w:2"]);

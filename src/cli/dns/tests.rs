@@ -412,7 +412,8 @@ fn ranges_of_pods_are_taken_over_without_a_turn() {
     let mut said = |range: &str| {
         engine.set_node(NodeSays { pods: vec![range.parse().unwrap()], ..NodeSays::default() });
         feed.look(&engine);
-        told()
+        // A datagram may be late on a busy machine.
+        (0..20).find_map(|_| told())
     };
     assert_eq!(said("127.0.0.0/30"), Some(ResponseCode::NoError));
     assert_eq!(said("192.0.2.0/24"), Some(ResponseCode::Refused));
