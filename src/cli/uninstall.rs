@@ -48,6 +48,8 @@ const CLEAN_AGAIN: Duration = Duration::from_secs(10);
 /// An agent goes on serving this long after the request was withdrawn: the request goes with the DaemonSet too, a moment
 /// before the agents themselves do.
 const GRACE: Duration = Duration::from_secs(30);
+/// Agents write their reports at most every ten seconds.
+const FIRST_REPORTS: Duration = Duration::from_secs(15);
 /// How often the agents' reports are looked at.
 const LOOK: Duration = Duration::from_secs(2);
 /// A request that has no answer by then has failed.
@@ -135,7 +137,8 @@ impl Cluster {
         }
         let asked = self.ask(daemonset.as_ref()).await?;
         print::out(format_args!("asked by {}: agents clean up and hold off\n", self.about()))?;
-        let end = Instant::now() + Duration::from_secs(timeout);
+        let begun = Instant::now();
+        let end = begun + Duration::from_secs(timeout);
         let mut told = BTreeSet::new();
         let left = loop {
             let nodes = self.nodes(daemonset.as_ref(), &asked).await;
@@ -153,7 +156,9 @@ impl Cluster {
                 Err(e) if Instant::now() >= end => return Err(e),
                 Err(e) => [("the API server".to_owned(), format!("{e:#}"))].into(),
             };
-            if left.is_empty() || Instant::now() >= end {
+            // Without a DaemonSet only reports say which nodes there are, and after an earlier uninstallation there are none yet.
+            let nobody = told.is_empty() && daemonset.is_none() && begun.elapsed() < FIRST_REPORTS;
+            if (left.is_empty() && !nobody) || Instant::now() >= end {
                 break left;
             }
             tokio::time::sleep(LOOK).await;

@@ -452,7 +452,9 @@ fn full_disk(cx: &mut Cx) -> Result<()> {
         // It is told before the change is made.
         agent.wait_for_log("can't be written", Duration::from_secs(10))?;
         wait_until("the change", Duration::from_secs(5), || Ok(served(&t, &["p11"]).is_ok()))?;
-        ensure!(metric(n1, "meshlb_problems{of=\"state\"}")? > 0.0, "the metric says nothing of it");
+        wait_until("the metric says so", Duration::from_secs(5), || {
+            Ok(metric(n1, "meshlb_problems{of=\"state\"}")? > 0.0)
+        })?;
         ready(n1, &mut agent)?;
         // There is room again: it is written with the next change.
         n1.ns.enter(|| Ok(fs::remove_file(dir.join("full"))?))?;
