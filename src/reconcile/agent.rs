@@ -83,7 +83,7 @@ const SERVICES_REST: u32 = 200;
 /// Destinations of this many services are looked at with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 32);
-const REALS_TIME: Duration = Duration::from_millis(3);
+const REALS_TIME: Duration = Duration::from_millis(2);
 /// The host's sockets are listed every this many probes: while one of them keeps a port from being published, and to
 /// notice those that come later.
 const BLOCKED_EVERY: u32 = 5;

@@ -64,9 +64,9 @@ impl Default for Timing {
     }
 }
 
-/// A comparison of all files is not repeated before this many times as long as it took: half a percent of a
-/// core. inotify has told of almost everything meanwhile.
-const RESCAN_REST: u32 = 200;
+/// A comparison of all files is not repeated before this many times as long as it took: a fifth of a percent
+/// of a core. inotify has told of almost everything meanwhile.
+const RESCAN_REST: u32 = 500;
 /// But at least this often.
 const RESCAN_AT_LEAST: Duration = Duration::from_secs(60);
 
