@@ -7,7 +7,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -277,7 +277,7 @@ impl Drop for Controller {
 /// Connections from a namespace to the API server.
 pub struct Relay {
     stopped: Arc<AtomicBool>,
-    streams: Arc<Mutex<Vec<TcpStream>>>,
+    streams: Arc<Mutex<Vec<Weak<TcpStream>>>>,
     thread: Option<thread::JoinHandle<()>>,
 }
 
@@ -286,7 +286,7 @@ impl Relay {
         let listener = ns.enter(|| Ok(TcpListener::bind(RELAY)?))?;
         listener.set_nonblocking(true)?;
         let stopped = Arc::new(AtomicBool::new(false));
-        let streams: Arc<Mutex<Vec<TcpStream>>> = Arc::default();
+        let streams: Arc<Mutex<Vec<Weak<TcpStream>>>> = Arc::default();
         let (stop, open) = (stopped.clone(), streams.clone());
         let thread = thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
@@ -301,18 +301,19 @@ impl Relay {
     }
 }
 
-fn pass(near: TcpStream, to: &str, open: &Mutex<Vec<TcpStream>>) -> io::Result<()> {
+fn pass(near: TcpStream, to: &str, open: &Mutex<Vec<Weak<TcpStream>>>) -> io::Result<()> {
     near.set_nonblocking(false)?;
-    let far = TcpStream::connect(to)?;
-    let mut list = open.lock().unwrap_or_else(PoisonError::into_inner);
-    for (mut from, mut into) in [(near.try_clone()?, far.try_clone()?), (far.try_clone()?, near.try_clone()?)]
-    {
+    let (near, far) = (Arc::new(near), Arc::new(TcpStream::connect(to)?));
+    for (from, into) in [(near.clone(), far.clone()), (far.clone(), near.clone())] {
         thread::spawn(move || {
-            let _ = io::copy(&mut from, &mut into);
+            let _ = io::copy(&mut &*from, &mut &*into);
             let _ = into.shutdown(Shutdown::Write);
         });
     }
-    list.extend([near, far]);
+    // Those that have ended are closed: without an API server there are many.
+    let mut list = open.lock().unwrap_or_else(PoisonError::into_inner);
+    list.retain(|stream| stream.strong_count() > 0);
+    list.extend([Arc::downgrade(&near), Arc::downgrade(&far)]);
     Ok(())
 }
 
@@ -322,7 +323,9 @@ impl Drop for Relay {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
-        for stream in self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for stream in
+            self.streams.lock().unwrap_or_else(PoisonError::into_inner).iter().filter_map(Weak::upgrade)
+        {
             let _ = stream.shutdown(Shutdown::Both);
         }
     }
