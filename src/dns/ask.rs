@@ -21,12 +21,7 @@ const PATIENCE: Duration = Duration::from_millis(700);
 /// A text for people.
 pub fn addresses(server: SocketAddr, name: &str, kind: RecordType) -> Result<Vec<IpAddr>, String> {
     let answer = answer(server, name, kind)?;
-    let found = answer.answers.iter().filter_map(|record| match &record.data {
-        RData::A(a) => Some(IpAddr::V4(a.0)),
-        RData::AAAA(a) => Some(IpAddr::V6(a.0)),
-        _ => None,
-    });
-    Ok(found.collect())
+    Ok(answer.answers.iter().filter_map(|record| record.data.ip_addr()).collect())
 }
 
 /// The addresses of a name, or with SRV the places of a port, each `host:port`; and whether there are more than fit into an answer.

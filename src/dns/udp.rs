@@ -68,9 +68,8 @@ pub(super) struct Connected {
     again: Mutex<Option<Again>>,
 }
 
-/// What has been sent and not been answered.
+/// When what has been sent and not been answered is sent again.
 struct Again {
-    bytes: Vec<u8>,
     /// How often it may yet be sent.
     left: u8,
     next: Pin<Box<Sleep>>,
@@ -85,7 +84,7 @@ impl Connected {
                 return;
             }
             // What can't be sent is lost, as anything may be.
-            let _ = self.socket.try_send(&sent.bytes);
+            let _ = self.socket.try_send(&self.asked.lock().unwrap_or_else(PoisonError::into_inner));
             match sent.left.checked_sub(1).filter(|left| *left > 0) {
                 Some(left) => (sent.left, sent.next) = (left, Box::pin(sleep(AGAIN))),
                 None => *again = None,
@@ -122,7 +121,7 @@ impl DnsUdpSocket for Connected {
         let sent = ready!(self.socket.poll_send(cx, bytes));
         if sent.is_ok() {
             bytes.clone_into(&mut self.asked.lock().unwrap_or_else(PoisonError::into_inner));
-            let again = Again { bytes: bytes.to_vec(), left: TIMES, next: Box::pin(sleep(AGAIN)) };
+            let again = Again { left: TIMES, next: Box::pin(sleep(AGAIN)) };
             *self.again.lock().unwrap_or_else(PoisonError::into_inner) = Some(again);
         }
         Poll::Ready(sent)

@@ -130,26 +130,15 @@ impl Store {
             let verdict = owner.and_then(|name| self.files.get(name)).and_then(|f| f.get(&id));
             self.aside.remove(&id);
             if verdict.is_none() && id.kind == Kind::Service && !self.incomplete.is_empty() {
-                if let Some(Object::Service(service)) = self.emitted.get_mut(&id) {
-                    // Whoever is named goes before it where both want the same address or number.
-                    if service.created != u64::MAX {
-                        Arc::make_mut(service).created = u64::MAX;
-                        events.push(Event::Service(service.clone()));
-                    }
+                events.extend(self.set_created(&id, u64::MAX));
+                if self.emitted.contains_key(&id) {
                     self.aside.insert(id);
                 }
                 continue;
             }
             match verdict.map(|(_, verdict)| verdict) {
-                Some(Verdict::Wrong) => {
-                    // It is named again, and gives way no longer.
-                    if let Some(Object::Service(service)) = self.emitted.get_mut(&id)
-                        && service.created == u64::MAX
-                    {
-                        Arc::make_mut(service).created = 0;
-                        events.push(Event::Service(service.clone()));
-                    }
-                }
+                // It may have been set aside, and is named again.
+                Some(Verdict::Wrong) => events.extend(self.set_created(&id, 0)),
                 Some(Verdict::Good(object)) => {
                     if self.emitted.get(&id) != Some(object) {
                         events.push(object.event());
@@ -167,6 +156,16 @@ impl Store {
             }
         }
         events
+    }
+
+    /// Where two want the same address or number the one that was made first has it. In a folder that is always 0, but for what is
+    /// set aside, which gives way to whoever is named.
+    fn set_created(&mut self, id: &ObjectId, created: u64) -> Option<Event> {
+        let Some(Object::Service(service)) = self.emitted.get_mut(id) else { return None };
+        (service.created != created).then(|| {
+            Arc::make_mut(service).created = created;
+            Event::Service(service.clone())
+        })
     }
 
     /// All that is wrong now, in order of files and lines.

@@ -25,8 +25,8 @@ pub(super) struct Published {
     reals: BTreeSet<RealServerKey>,
     /// Those that the entries lead to. A flow of datagrams has no end that another policy could wait for.
     led_to: BTreeSet<RealServerKey>,
-    /// And those of other marks: IPVS may still have a flow of before an edit.
-    others: BTreeSet<(Mark, RealServerKey)>,
+    /// All, with their marks: IPVS may still have a flow of before an edit by one that no entry leads to.
+    by_mark: BTreeSet<(Mark, RealServerKey)>,
 }
 
 impl Published {
@@ -58,7 +58,7 @@ pub(super) fn published(service: &CompiledService) -> Vec<Published> {
             protocol: port.spec.protocol,
             to,
             led_to: led_to.map(|(_, real)| *real).collect(),
-            others: theirs.clone().map(|(server, real)| (server.mark, *real)).collect(),
+            by_mark: theirs.clone().map(|(server, real)| (server.mark, *real)).collect(),
             reals: theirs.map(|(_, real)| *real).collect(),
         }
     };
@@ -94,7 +94,7 @@ pub(super) fn let_go(old: &CompiledService, new: Option<&CompiledService>) -> Ve
                 let is_led = still.led_to.contains(real);
                 let plan_sees = was_led && still.mark == port.mark;
                 let has = |(_, other): &&(Mark, RealServerKey)| other == real;
-                let stays = || port.others.iter().filter(has).all(|other| still.others.contains(other));
+                let stays = || port.by_mark.iter().filter(has).all(|other| still.by_mark.contains(other));
                 still.to.contains(to) && (is_led || plan_sees || (!was_led && stays()))
             })
         };

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use crate::check;
 use crate::client::Probe;
 use crate::machine::patience;
 use crate::manifests::{Endpoint, Manifests};
+use crate::program::{Agent, Meshlb};
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Host, Topology};
 
@@ -312,8 +314,8 @@ fn follows(cx: &mut Cx) -> Result<()> {
     Ok(())
 }
 
-/// While no agent runs, questions are dropped and not refused.
-fn away(cx: &mut Cx) -> Result<()> {
+/// An agent that serves one service, `web`.
+pub(super) fn web_alone(cx: &Cx) -> Result<(Meshlb, Arc<Topology>, Manifests, Agent)> {
     let meshlb = cx.meshlb()?.clone();
     let t = cx.topology(&one_node())?;
     let mut m = cx.manifests()?;
@@ -321,6 +323,12 @@ fn away(cx: &mut Cx) -> Result<()> {
     m.endpoints("web", &[t.pod("p11")]);
     m.write()?;
     let agent = start(cx, &meshlb, &t, &m)?;
+    Ok((meshlb, t, m, agent))
+}
+
+/// While no agent runs, questions are dropped and not refused.
+fn away(cx: &mut Cx) -> Result<()> {
+    let (_, t, _m, agent) = web_alone(cx)?;
     let (p12, n1) = (t.pod("p12"), t.node(1));
     let name = format!("web.{ZONE}");
     answers_with(p12, SERVERS[0], &name, "A", &["10.200.0.5"])?;

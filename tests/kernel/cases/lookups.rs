@@ -13,8 +13,8 @@ use hickory_proto::op::{Message, Query};
 use hickory_proto::rr::{Name, RecordType};
 use serde_json::json;
 
-use super::dns::{SERVERS, ZONE, server, use_server};
-use super::support::{one_node, ready, start};
+use super::dns::{SERVERS, ZONE, server, use_server, web_alone};
+use super::support::{ready, start};
 use crate::program::Agent;
 use crate::runner::{Cx, Family, Matrix, Proto, Suite};
 use crate::topology::{Host, PodNetwork, Topology};
@@ -169,13 +169,7 @@ fn first_v4(host: &Host, name: &str, n: usize) -> Result<BTreeMap<IpAddr, usize>
 
 /// Killed, ended and started again under load: nobody with the usual retry sees it.
 fn under_load(cx: &mut Cx) -> Result<()> {
-    let meshlb = cx.meshlb()?.clone();
-    let t = cx.topology(&one_node())?;
-    let mut m = cx.manifests()?;
-    m.service("web").vips(&["10.200.0.5", "fd00:200::5"])?.port(Proto::Tcp, 80, 8080, None);
-    m.endpoints("web", &[t.pod("p11")]);
-    m.write()?;
-    let agent = start(cx, &meshlb, &t, &m)?;
+    let (meshlb, t, m, agent) = web_alone(cx)?;
     let n1 = t.node(1);
     // As resolv.conf(5) has it by default: 5 s, twice. Either family's server is asked.
     let hosts = [(t.pod("p11"), Family::V4), (t.pod("p12"), Family::V6)];
