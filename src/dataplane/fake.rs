@@ -7,8 +7,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use ipvs_netlink::ServiceFlags;
+
 use super::{
-    AddressRules, Counters, ElementChange, Error, Host, Ipvs, IpvsChange, Listener, Netfilter,
+    AddressRules, Counters, ElementChange, Error, Host, Ipvs, IpvsChange, Listed, Listener, Netfilter,
     NetfilterState, Probe, ProgramState,
 };
 use crate::model::{
@@ -29,6 +31,10 @@ pub struct Inner {
     pub other_routes: Vec<VipRoute>,
     /// Services that are there and that dumps don't tell of.
     pub missed: BTreeSet<VirtualServerKey>,
+    /// It has no list of IPVS services for people, but the beginning of one.
+    pub no_list: bool,
+    /// Services that this list leaves out.
+    pub left_out: BTreeSet<VirtualServerKey>,
     /// Marks that entries of another renderer lead to.
     pub led_to: BTreeSet<Mark>,
     /// Sysctls that can be read and not written.
@@ -112,6 +118,28 @@ impl Ipvs for FakeKernel {
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error> {
         Ok(self.dump(keep)?.into_iter().map(|(k, v)| (k, v.config)).collect())
+    }
+
+    fn list(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+        each: &mut dyn FnMut(&Listed<'_>),
+    ) -> Result<bool, Error> {
+        let no_list = self.may_fail("list")?.no_list;
+        let left_out = self.lock().left_out.clone();
+        for (key, server) in self.dump(keep)? {
+            if left_out.contains(&key) {
+                continue;
+            }
+            let reals: Vec<_> = server.reals.iter().map(|(real, config)| (*real, *config)).collect();
+            let odd = ServiceFlags::PERSISTENT | ServiceFlags::ONE_PACKET;
+            let plain = server.config.flags & odd.bits() == 0;
+            each(&Listed { mark: key.mark, scheduler: &server.config.scheduler, plain, reals: &reals });
+            if no_list {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error> {

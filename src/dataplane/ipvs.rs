@@ -1,7 +1,11 @@
 //! [`Ipvs`] on the real kernel, by the `ipvs-netlink` crate.
 
+mod listing;
+
 use std::{
     collections::{BTreeMap, HashMap},
+    fs::File,
+    io::BufReader,
     net::IpAddr,
     sync::Arc,
 };
@@ -11,7 +15,7 @@ use ipvs_netlink::{
     ServiceFlags, ServiceId,
 };
 
-use super::{Counters, Error, Ipvs, IpvsChange};
+use super::{Counters, Error, Ipvs, IpvsChange, Listed};
 use crate::model::{
     ids::{Family, Mark},
     kernel::{
@@ -22,6 +26,8 @@ use crate::model::{
 /// The IPVS table of the network namespace in which the client was opened.
 pub struct KernelIpvs {
     client: Client,
+    /// It was told that the list for people is not as we know it.
+    no_list: bool,
 }
 
 /// With this in the environment each change goes to the kernel in a message of its own, as tests want that stop after each.
@@ -38,7 +44,7 @@ impl KernelIpvs {
             // What the kernel makes of this, twice as much, has room for one answer.
             options.receive_buffer = 2000;
         }
-        Ok(Self { client: Client::open_with(options).map_err(error)? })
+        Ok(Self { client: Client::open_with(options).map_err(error)?, no_list: false })
     }
 }
 
@@ -160,6 +166,22 @@ impl Ipvs for KernelIpvs {
         Ok(out)
     }
 
+    fn list(
+        &mut self,
+        keep: &dyn Fn(Mark) -> bool,
+        each: &mut dyn FnMut(&Listed<'_>),
+    ) -> Result<bool, Error> {
+        // Not there (a /proc without it), or not as we know it: there is a dearer way.
+        let Ok(file) = File::open(listing::PATH) else { return Ok(false) };
+        let read = listing::read(BufReader::with_capacity(16 << 10, file), keep, each);
+        if let Err(e) = &read
+            && !std::mem::replace(&mut self.no_list, true)
+        {
+            tracing::warn!("{}: {e}; what others change in IPVS is noticed later", listing::PATH);
+        }
+        Ok(read.is_ok())
+    }
+
     fn service(&mut self, key: VirtualServerKey) -> Result<Option<VirtualServerConfig>, Error> {
         match self.client.service(&service_id(key)) {
             Ok(found) => Ok(found.map(|service| virtual_config(&service.config))),
@@ -242,8 +264,12 @@ fn real_config(config: &DestinationConfig) -> RealServerConfig {
         Forwarding::Masquerade | Forwarding::Local if !limited => {
             RealServerConfig { weight: u32::try_from(config.weight).unwrap_or(0) }
         }
-        _ => RealServerConfig { weight: ALTERED },
+        _ => altered(),
     }
+}
+
+fn altered() -> RealServerConfig {
+    RealServerConfig { weight: ALTERED }
 }
 
 #[cfg(test)]

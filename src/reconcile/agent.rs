@@ -74,16 +74,16 @@ pub struct Pace {
     pub probe: Duration,
 }
 
-/// A service dump every this many probes: with the default of one second, a missing IPVS service is found within four,
-/// where a dump is cheap.
-const SERVICES_EVERY: u32 = 3;
-/// What a service dump may cost: after one that took a time, there is none for this many times as long. So
-/// it never takes more than half a percent of a core, and where there are thousands of services it is rarer.
-const SERVICES_REST: u32 = 200;
-/// Destinations of this many services are looked at with each probe, in rotation: fewer where that takes
+/// What looking at all IPVS services may cost: after one that took a time there is none for [`SERVICES_CHEAP`] times as long, for
+/// three seconds at most (so what is gone is seen within four, and is back within five), but
+/// for [`SERVICES_DEAR`] times as long in any case: never more than 0.6 % of a core.
+const SERVICES_CHEAP: u32 = 1000;
+const SERVICES_DEAR: u32 = 180;
+const SERVICES_SOON: Duration = Duration::from_secs(3);
+/// This many services, with their destinations, are looked at one by one with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
-const REALS_PER_PROBE: (usize, usize) = (4, 32);
-const REALS_TIME: Duration = Duration::from_millis(2);
+const REALS_PER_PROBE: (usize, usize) = (4, 16);
+const REALS_TIME: Duration = Duration::from_millis(1);
 /// The host's sockets are listed every this many probes: while one of them keeps a port from being published, and to
 /// notice those that come later.
 const BLOCKED_EVERY: u32 = 5;
@@ -449,21 +449,23 @@ impl<O: Observer> Agent<O> {
         }
     }
 
-    /// The cheap look: rules and sets by their own probe, IPVS services every few seconds, destinations
-    /// in rotation, routes.
+    /// The cheap look: rules and sets by their own probe, IPVS as often as it may cost, destinations in rotation, routes.
     fn look(&mut self) -> Result<Option<String>, String> {
         if let Probe::Changed(what) = self.engine.dataplane.netfilter.probe().map_err(|e| e.to_string())? {
             return Ok(Some(what));
         }
         let start = Instant::now();
-        let services = self.probes.is_multiple_of(SERVICES_EVERY) && start >= self.services_rest;
-        let before = thread_cpu();
-        let found = self.engine.look_at_servers(services, &mut self.rotation).map_err(|e| e.to_string());
-        if services {
+        if start >= self.services_rest {
+            let before = thread_cpu();
+            let found = self.engine.look_at_all();
             // CPU time: a busy machine makes a look longer, not dearer.
-            self.services_rest = start + thread_cpu().saturating_sub(before) * SERVICES_REST;
+            let took = thread_cpu().saturating_sub(before);
+            self.services_rest = start + (took * SERVICES_CHEAP).min(SERVICES_SOON).max(took * SERVICES_DEAR);
+            if let Some(found) = found.map_err(|e| e.to_string())? {
+                return Ok(Some(found));
+            }
         }
-        found
+        self.engine.look_at_some(&mut self.rotation).map_err(|e| e.to_string())
     }
 }
 

@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 
 use super::{
     Engine,
-    tests::{after_a_restart, endpoints, engine, now, service_with, turn, vote},
+    tests::{after_a_restart, endpoints, engine, look, now, service_with, turn, vote},
 };
 use crate::{
     allocate::Allocations,
@@ -208,8 +208,7 @@ fn what_fails_each_time_keeps_nothing_else_from_being_done_or_looked_at() {
     assert_eq!(engine.turn(false, now()).unwrap().failures, vec![]);
     assert!(!engine.allocator().has_retired_marks());
     // What is looked at is as it was left.
-    let mut rotation = super::rotation::Rotation::new(4, 32, Duration::from_secs(1));
-    assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
+    assert_eq!(look(&mut engine), None);
     kernel.lock().impossible.clear();
     turn(&mut engine, true);
     assert!(engine.failing().is_empty());

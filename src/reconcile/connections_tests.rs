@@ -6,7 +6,9 @@ use jiff::SignedDuration;
 
 use super::{
     Engine,
-    tests::{after_a_restart, endpoints, engine, engine_with, foreign_server, now, service_with, turn, vote},
+    tests::{
+        after_a_restart, endpoints, engine, engine_with, foreign_server, look, now, service_with, turn, vote,
+    },
 };
 use crate::{
     allocate::Allocations,
@@ -285,8 +287,7 @@ fn another_programs_service_with_a_mark_that_was_ours_is_left_alone() {
     assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
     assert!(!engine.allocator().has_retired_marks());
     kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());
-    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
-    assert_eq!(engine.look_at_servers(true, &mut rotation), Ok(None));
+    assert_eq!(look(&mut engine), None);
     for (name, full) in [("more", false), ("most", true)] {
         engine.feed([service_with(name, port(83, 8080)), endpoints(name, &["10.244.1.15"])]);
         turn(&mut engine, full);
@@ -529,8 +530,7 @@ fn marks_that_no_state_knows_are_given_back_too() {
     assert!(!kernel.lock().state.virtual_servers.contains_key(&foreign));
     let theirs = foreign_server();
     kernel.lock().state.virtual_servers.insert(foreign, theirs.clone());
-    let mut rotation = super::rotation::Rotation::new(4, 32, std::time::Duration::from_secs(1));
-    assert_eq!(second.look_at_servers(true, &mut rotation), Ok(None));
+    assert_eq!(look(&mut second), None);
     turn(&mut second, true);
     assert_eq!(kernel.lock().state.virtual_servers[&foreign], theirs);
 }

@@ -7,6 +7,7 @@ mod drift;
 mod known;
 mod lasting;
 mod left_alone;
+mod look;
 mod marks;
 mod ports;
 mod published;
@@ -128,6 +129,8 @@ pub struct Engine {
     bare: bool,
     /// Connections by published ports that a service has let go of, and that conntrack would go on with.
     overdue: BTreeSet<PublishedFlows>,
+    /// For so many looks the kernel's list of IPVS services is not asked for, since it left out too many.
+    partly_listed: u32,
     /// What could not be taken out of conntrack; no comparison finds it again.
     flows_left: Vec<Op>,
     /// How often that was tried.
@@ -201,6 +204,7 @@ impl Engine {
             swept: false,
             bare: false,
             overdue: BTreeSet::new(),
+            partly_listed: 0,
             flows_left: Vec::new(),
             flows_tried: 0,
             blocked: BTreeMap::new(),

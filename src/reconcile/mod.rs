@@ -11,6 +11,8 @@ pub mod engine;
 #[cfg(test)]
 mod left_alone_tests;
 pub mod listeners;
+#[cfg(test)]
+mod look_tests;
 pub mod rotation;
 mod steady;
 #[cfg(test)]

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the agent costs while it runs: change, memory and idle; one life of an agent gives all three.
+# What the agent costs while it runs (change, memory, idle), and how soon it heals: one life of an agent gives all of them.
 
 # Two agents, one with ten services and one with many: sets SMALL and LARGE to their processes.
 two_agents() {
@@ -19,6 +19,7 @@ row_agent() {
     agent_memory "$renderer"
     agent_idle "$renderer"
     agent_change "$renderer"
+    agent_heal "$renderer"
     agent_stop; AGENT=$SMALL; agent_stop
     node_down small; node_down node
   done
@@ -61,4 +62,28 @@ agent_change() {
     "$(awk -v a="${large%% *}" -v b="${small%% *}" 'BEGIN { printf "%.3f", a / b }')" \
     "$(awk '{ printf "%.6f\n", $1 / $2 }' "$file" | summary | awk -v n="$times" '{ printf "%.3f–%.3f, n=%d", $2, $3, n }')" "<= 1.2" \
     "$(awk -v a="${large%% *}" -v b="${small%% *}" 'BEGIN { print (a / b <= 1.2 ? "met" : "NOT MET") }')"
+}
+
+# Takes a service, or a destination, away behind the agent's back, and waits until it is there again.
+agent_heal() {
+  local file=$OUT/heal-$1 i service what start
+  on_node ipvsadm -Sn | awk '$1 == "-a"' >"$WORK/destinations"
+  for what in service destination; do
+    : >"$file-$what"
+    for i in 1 2 3 4 5; do
+      # All over the table.
+      read -r _ _ service _ real _ < <(sed -n "$(($(wc -l <"$WORK/destinations") * i / 6))p" "$WORK/destinations")
+      now; start=$NOW
+      if [ $what = service ]; then on_node ipvsadm -D -f "$service"; else on_node ipvsadm -d -f "$service" -r "$real"; fi
+      until on_node ipvsadm -Ln -f "$service" 2>/dev/null | grep -q " $real "; do
+        now; [ $(((NOW - start) / 1000000000)) -lt 600 ] || { missed "heal: the $what $service $real did not come back"; return; }
+        sleep 0.2
+      done
+      now; awk -v t=$((NOW - start)) 'BEGIN { printf "%.2f\n", t / 1e9 }' >>"$file-$what"
+      "$HELPER_BIN" quiet "$LARGE"
+    done
+    row heal "$1: a $what of $SERVICES services × 5 that was taken away is back after" "$(summary <"$file-$what" | cut -d' ' -f1) s" \
+      "$(summary <"$file-$what" | awk '{ printf "%.1f–%.1f s, n=5", $2, $3 }')" "<= 5 s" \
+      "$(summary <"$file-$what" | awk '{ print ($3 <= 5 ? "met" : "NOT MET") }')"
+  done
 }

@@ -1,16 +1,15 @@
 //! What we know of the kernel: what was read last, and what was written since.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use super::Engine;
 use crate::{
-    dataplane::{ElementChange, Error, IpvsChange, ProgramState},
+    dataplane::{ElementChange, IpvsChange, ProgramState},
     model::{
         ids::Family,
         kernel::{KernelState, VirtualServer},
     },
     plan::{Observed, Op},
-    reconcile::rotation::Rotation,
 };
 
 impl Engine {
@@ -102,67 +101,5 @@ impl Engine {
             }
             Op::ForgetUdp(_) | Op::RemoveLeftovers(_) => {}
         }
-    }
-
-    /// Compares IPVS with what we know we wrote, cheaply: destinations of some services in rotation, all
-    /// services where `services` says so, sysctls and routes. Says what differs.
-    ///
-    /// # Errors
-    /// When the kernel can't be read.
-    pub fn look_at_servers(
-        &mut self,
-        services: bool,
-        rotation: &mut Rotation,
-    ) -> Result<Option<String>, Error> {
-        let ranges = self.settings.node.ranges;
-        let routes = self.dataplane.host.vip_routes(&ranges)?;
-        if routes != self.known.routes {
-            return Ok(Some("the route of a VIP range is not as it should be".into()));
-        }
-        for (path, value) in &self.known.sysctls {
-            if self.merged.state().sysctls.contains_key(path)
-                && self.dataplane.host.sysctl(path)?.is_some_and(|found| found != *value)
-            {
-                return Ok(Some(format!("sysctl {} was changed", path.replace('/', "."))));
-            }
-        }
-        if self.merged.state().timeouts.is_some()
-            && let Some(known) = self.known.timeouts
-            && self.dataplane.ipvs.timeouts()? != known
-        {
-            return Ok(Some("the IPVS timeouts were changed".into()));
-        }
-        if services {
-            let (ours, settings) = (&self.ours, &self.settings);
-            let mut found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
-            for (key, server) in &self.known.virtual_servers {
-                let config = match found.remove(key) {
-                    Some(config) => Some(config),
-                    None => self.dataplane.ipvs.service(*key)?,
-                };
-                if config.as_ref() != Some(&server.config) {
-                    return Ok(Some(format!("IPVS service {key} is missing or different")));
-                }
-            }
-            if !found.is_empty() {
-                return Ok(Some("IPVS has a service with one of our marks that is not wanted".into()));
-            }
-        }
-        let start = Instant::now();
-        for done in 0..self.known.virtual_servers.len().min(rotation.most) {
-            if done >= rotation.least && start.elapsed() > rotation.budget {
-                break;
-            }
-            let Some(key) = rotation.next(&self.known) else { break };
-            // Taken out since the round began.
-            let Some(server) = self.known.virtual_servers.get(&key) else { continue };
-            let found = self.dataplane.ipvs.reals(key)?;
-            let same = found.len() == server.reals.len()
-                && found.iter().all(|(real, (config, _))| server.reals.get(real) == Some(config));
-            if !same {
-                return Ok(Some(format!("destinations of IPVS service {key} are not as they should be")));
-            }
-        }
-        Ok(None)
     }
 }

@@ -117,6 +117,7 @@ pub(super) fn drifts(node: &Node) -> Result<f64> {
 /// What is broken, and how.
 fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
     let mark = "$(awk '$1 == \"FWM\" { print $2; exit }' /proc/net/ip_vs)";
+    let first = r#"m=$(ipvsadm -Sn | awk '$1 == "-a" && / 10\.244/ { print $3; exit }')"#;
     let mut out = vec![
         ("ipvsadm -C", "ipvsadm -C".to_owned()),
         ("one service deleted", format!("ipvsadm -D -f $((0x{mark}))")),
@@ -125,6 +126,13 @@ fn scripts(renderer: Renderer) -> Vec<(&'static str, String)> {
             "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/ -w .*//; s/^-a/-d/; s/ -m$//' | xargs ipvsadm".to_owned(),
         ),
         ("one destination's weight 0", "ipvsadm -Sn | grep -m1 -- '-f .* -r 10.244' | sed 's/^-a/-e/; s/ -w .*/ -w 0/' | xargs ipvsadm".to_owned()),
+        ("one service's scheduler changed", format!("{first}; ipvsadm -E -f $m -s wlc")),
+        ("one service made persistent", format!("{first}; ipvsadm -E -f $m -s rr -p 60")),
+        ("one destination too many", format!("{first}; ipvsadm -a -f $m -r 10.244.9.9:8080 -m")),
+        (
+            "all destinations of a service deleted",
+            format!("{first}; ipvsadm -Sn | awk -v m=$m '$1 == \"-a\" && $3 == m && / 10\\.244/ {{ print \"-d -f\", m, $4, $5 }}' | xargs -L 1 ipvsadm"),
+        ),
         ("routes deleted", "ip route del local 10.200.0.0/16 dev lo; ip -6 route del local fd00:200::/112 dev lo".to_owned()),
         ("lo down and up", "ip link set lo down; ip link set lo up".to_owned()),
         ("a sysctl changed", "echo 0 > /proc/sys/net/ipv4/vs/conntrack".to_owned()),

@@ -97,10 +97,15 @@ pub(super) fn start_proxy(node: &Node, mode: &str, kubeconfig: &Path) -> Result<
     Agent::spawn(&node.ns, &command, &[], node.dir.join("kube-proxy.log"))
 }
 
-/// Removes what kube-proxy has programmed on a node.
+/// Removes what kube-proxy has programmed on a node. After its ipvs mode it can't delete chains of its other modes to which it still
+/// jumps from chains of that mode, says so and ends with 1, without us too: the second time there is nothing in the way.
 pub(super) fn clear_proxy(node: &Node) -> Result<()> {
     let program = program().context("no kube-proxy")?.display().to_string();
-    node.ns.run_with(&[&program, "--cleanup"], "", PATIENCE)?.ok().map(drop)
+    let clean = || node.ns.run_with(&[&program, "--cleanup"], "", PATIENCE);
+    if clean()?.ok().is_ok() {
+        return Ok(());
+    }
+    clean()?.ok().map(drop)
 }
 
 /// kube-proxy on every node.
