@@ -24,10 +24,10 @@ pub fn register(suite: &mut Suite) {
         suite.add("vip::from_outside", &protos, from_outside);
         suite.add("vip::unallocated_is_refused", &one, unallocated);
         suite.add("routing_mesh::published_port_on_every_node", &protos, published);
-        suite.add("routing_mesh::from_inside", &two, published_inside);
+        suite.add("routing_mesh::from_inside", &protos, published_inside);
         suite.add("routing_mesh::published_number_of_a_client", &two, number_of_a_client);
-        suite.add("vip::hairpin", &two, hairpin);
-        suite.add("vip::from_outside_to_bridges", &two, from_outside_to_bridges);
+        suite.add("vip::hairpin", &protos, hairpin);
+        suite.add("vip::from_outside_to_bridges", &protos, from_outside_to_bridges);
     }
 }
 
