@@ -11,6 +11,7 @@
 # MESHLB_BENCH_SERVICES   services of the large state (10000); each has five endpoints
 # MESHLB_BENCH_REPEAT     repetitions of what takes long (5)
 # MESHLB_BENCH_RENDERERS  "iptables-nft nftables"
+# MESHLB_BENCH_IDLE_SECONDS  how long an idle agent is watched (90)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)
@@ -57,7 +58,7 @@ rc=0
 kernel_rows=()
 for r in "${rows[@]}"; do [ "$r" = plan ] || kernel_rows+=("$r"); done
 if [ ${#kernel_rows[@]} -gt 0 ]; then
-  vars="MESHLB_BENCH_SERVICES MESHLB_BENCH_REPEAT MESHLB_BENCH_RENDERERS"
+  vars="MESHLB_BENCH_SERVICES MESHLB_BENCH_REPEAT MESHLB_BENCH_RENDERERS MESHLB_BENCH_IDLE_SECONDS MESHLB_BENCH_CHANGES"
   if [ $where = host ]; then
     work=$(mktemp -d)
     MESHLB_BIN=$meshlb_bin HELPER_BIN=$helper_bin OUT=$out WORK=$work "$here/rows.sh" "${kernel_rows[@]}" || rc=$?

@@ -283,6 +283,12 @@ impl Cx {
         self.meshlb.as_ref().ok_or_else(|| Skip("needs meshlb, not the reference program".to_owned()).into())
     }
 
+    /// The same with another renderer than the case's.
+    pub fn meshlb_by(&self, renderer: Renderer) -> Result<Meshlb> {
+        self.meshlb()?;
+        Meshlb::new(&self.work, renderer)
+    }
+
     /// Something to be shown if the case fails (or at once, with `--nocapture`).
     pub fn note(&self, text: impl fmt::Display) {
         if self.nocapture {

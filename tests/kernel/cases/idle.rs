@@ -101,20 +101,24 @@ endpoints: [{{addresses: ['{pod}'], conditions: {{ready: true}}, nodeName: idle}
     }
 }
 
-/// IPv4 by the renderer of the case, IPv6 by nftables.
+/// Both families by each renderer.
 fn start(cx: &mut Cx) -> Result<()> {
-    let meshlb = cx.meshlb()?.clone();
-    let nftables = Meshlb { renderer: Renderer::Nftables, ..meshlb.clone() };
-    let [v4, v6] = &PLANS;
-    let running = vec![one(cx, &meshlb, v4)?, one(cx, &nftables, v6)?];
+    let mut running = Vec::new();
+    for renderer in Renderer::ALL {
+        let meshlb = cx.meshlb_by(renderer)?;
+        for plan in &PLANS {
+            running.push(one(cx, &meshlb, plan).with_context(|| format!("{} by {renderer:?}", plan.name))?);
+        }
+    }
     *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = running;
     BEGUN.store(true, Ordering::Relaxed);
     Ok(())
 }
 
 fn one(cx: &mut Cx, meshlb: &Meshlb, plan: &Plan) -> Result<Idle> {
-    let spaces =
-        ["node", "client", "pod"].map(|n| Netns::create_as(format!("{IDLE_PREFIX}{n}-{}", plan.name)));
+    let renderer = meshlb.renderer.flag();
+    let spaces = ["node", "client", "pod"]
+        .map(|n| Netns::create_as(format!("{IDLE_PREFIX}{n}-{}-{renderer}", plan.name)));
     let [node, client, pod] = spaces;
     let (node, client, pod) = (node?, client?, pod?);
     let prefix = plan.prefix;
@@ -147,7 +151,7 @@ fn one(cx: &mut Cx, meshlb: &Meshlb, plan: &Plan) -> Result<Idle> {
         "--node=idle".to_owned(),
         format!("--node-ip={}", plan.node),
         format!("--vip-cidr={}", plan.range),
-        format!("--renderer={}", meshlb.renderer.flag()),
+        format!("--renderer={renderer}"),
         format!("--state-dir={}", path("state")),
         format!("--run-dir={}", path("run")),
     ]
@@ -156,7 +160,7 @@ fn one(cx: &mut Cx, meshlb: &Meshlb, plan: &Plan) -> Result<Idle> {
     node.run_env(&command, &[("PATH", &meshlb.path)], "")?.ok()?;
     let mut connections = Vec::new();
     for (what, ip, port) in [("by VIP", plan.vip, 80), ("by published port", plan.node, 30080)] {
-        let what = format!("{} {what}", plan.name);
+        let what = format!("{} {what}, {renderer}", plan.name);
         let to = SocketAddr::new(ip.parse()?, port);
         let stream = client.enter(|| Ok(TcpStream::connect_timeout(&to, Duration::from_secs(5))?));
         let stream = stream.with_context(|| what.clone())?;
