@@ -131,6 +131,8 @@ pub struct Engine {
     overdue: BTreeSet<PublishedFlows>,
     /// For so many looks the kernel's list of IPVS services is not asked for, since it left out too many.
     partly_listed: u32,
+    /// For so many looks at such a list that left out few, those are not searched for what is not wanted.
+    strangers_rest: u32,
     /// What could not be taken out of conntrack; no comparison finds it again.
     flows_left: Vec<Op>,
     /// How often that was tried.
@@ -205,6 +207,7 @@ impl Engine {
             bare: false,
             overdue: BTreeSet::new(),
             partly_listed: 0,
+            strangers_rest: 0,
             flows_left: Vec::new(),
             flows_tried: 0,
             blocked: BTreeMap::new(),

@@ -11,7 +11,7 @@
 # MESHLB_BENCH_SERVICES   services of the large state (10000); each has five endpoints
 # MESHLB_BENCH_REPEAT     repetitions of what takes long (5)
 # MESHLB_BENCH_RENDERERS  "iptables-nft nftables"
-# MESHLB_BENCH_IDLE_SECONDS  how long an idle agent is watched (90)
+# MESHLB_BENCH_IDLE_SECONDS  how long an idle agent is watched (180)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)

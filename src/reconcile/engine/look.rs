@@ -17,7 +17,7 @@ use crate::{
 
 /// So many that a list has left out are looked at one by one.
 const MISSING: usize = 32;
-/// After a list that has left out more, there is none for so many looks.
+/// After a list that has left out more there is none for so many looks, and after one that has left out fewer for so many no dump.
 const PARTLY_LISTED: u32 = 60;
 
 impl Engine {
@@ -84,12 +84,20 @@ impl Engine {
             if missing.is_empty() {
                 return Ok(None);
             }
-            if missing.len() > MISSING {
-                self.partly_listed = PARTLY_LISTED;
-            }
+            let many = missing.len() > MISSING;
             for key in missing.into_iter().take(MISSING) {
                 if let Some(found) = self.look_at_server(key)? {
                     return Ok(Some(found));
+                }
+            }
+            // They are there: the list is a part. A stranger may be left out, too: that is looked for now and then.
+            if many {
+                self.partly_listed = PARTLY_LISTED;
+            } else {
+                let rest = self.strangers_rest.checked_sub(1);
+                self.strangers_rest = rest.unwrap_or(PARTLY_LISTED);
+                if rest.is_some() {
+                    return Ok(None);
                 }
             }
         }

@@ -165,5 +165,5 @@ fn row(cx: &mut Cx) -> Result<()> {
     let (now, most) = memory(proxy.pid())?;
     println!("bench: kube-proxy {services} {now:.1} {most:.1}");
     drop(proxy);
-    clear_proxy(t.node(1))
+    clear_proxy(t.node(1), "nftables")
 }

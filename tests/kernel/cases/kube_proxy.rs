@@ -99,11 +99,11 @@ pub(super) fn start_proxy(node: &Node, mode: &str, kubeconfig: &Path) -> Result<
 
 /// Removes what kube-proxy has programmed on a node. After its ipvs mode it can't delete chains of its other modes to which it still
 /// jumps from chains of that mode, says so and ends with 1, without us too: the second time there is nothing in the way.
-pub(super) fn clear_proxy(node: &Node) -> Result<()> {
+pub(super) fn clear_proxy(node: &Node, mode: &str) -> Result<()> {
     let program = program().context("no kube-proxy")?.display().to_string();
     let clean = || node.ns.run_with(&[&program, "--cleanup"], "", PATIENCE);
-    if clean()?.ok().is_ok() {
-        return Ok(());
+    if mode == "ipvs" {
+        clean()?;
     }
     clean()?.ok().map(drop)
 }
@@ -123,7 +123,7 @@ impl Proxies {
     /// Ends them and takes out what they have programmed, as one does who changes the mode.
     fn stop(self, t: &Topology) -> Result<()> {
         drop(self.running);
-        t.nodes.iter().try_for_each(clear_proxy)
+        t.nodes.iter().try_for_each(|node| clear_proxy(node, self.mode))
     }
 
     fn alive(&mut self) -> Result<()> {
