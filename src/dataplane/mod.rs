@@ -132,7 +132,7 @@ pub trait Ipvs {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error>;
-    /// Shows each fwmark service whose mark `keep` accepts, with its destinations: a third of what a dump costs, and less than
+    /// Shows each fwmark service whose mark `keep` accepts, with its destinations: a sixth of what a dump costs, and less than
     /// a dump tells. Some may be left out, as many as other network namespaces have. `false` where the kernel has no such list; some were shown by then, maybe.
     fn list(&mut self, keep: &dyn Fn(Mark) -> bool, each: &mut dyn FnMut(&Listed<'_>))
     -> Result<bool, Error>;

@@ -76,14 +76,14 @@ pub struct Pace {
 
 /// What looking at all IPVS services may cost: after one that took a time there is none for [`SERVICES_CHEAP`] times as long, for
 /// three seconds at most (so what is gone is seen within four, and is back within five), but
-/// for [`SERVICES_DEAR`] times as long in any case: never more than 0.6 % of a core.
+/// for [`SERVICES_DEAR`] times as long in any case: never more than half a percent of a core.
 const SERVICES_CHEAP: u32 = 1000;
-const SERVICES_DEAR: u32 = 180;
+const SERVICES_DEAR: u32 = 200;
 const SERVICES_SOON: Duration = Duration::from_secs(3);
 /// This many services, with their destinations, are looked at one by one with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 16);
-const REALS_TIME: Duration = Duration::from_millis(1);
+const REALS_TIME: Duration = Duration::from_micros(500);
 /// The host's sockets are listed every this many probes: while one of them keeps a port from being published, and to
 /// notice those that come later.
 const BLOCKED_EVERY: u32 = 5;

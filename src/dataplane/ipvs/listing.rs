@@ -1,7 +1,7 @@
 //! `/proc/net/ip_vs`: what the kernel lists for people (`ip_vs_info_seq_show` in `net/netfilter/ipvs/ip_vs_ctl.c`).
 //!
-//! One text of all services and destinations, which costs the kernel a third of what reading them by netlink does, since that
-//! takes a dump for each service. It leaves things out: see [`Listed`]; and services, where other network namespaces have some: `ip_vs_info_seq_next`
+//! One text of all services and destinations, which costs a sixth of what reading them by netlink does, since that takes a
+//! dump for each service. It leaves things out: see [`Listed`]; and services, where other network namespaces have some: `ip_vs_info_seq_next`
 //! counts theirs, and `ip_vs_info_array`, by which each page of the text goes on, does not.
 
 use std::{
