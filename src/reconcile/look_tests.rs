@@ -37,6 +37,17 @@ fn two(kernel: &FakeKernel) -> (Engine, VirtualServerKey) {
     (engine, key)
 }
 
+/// And more than are looked at one by one.
+fn many(kernel: &FakeKernel) -> Engine {
+    let (mut engine, _) = two(kernel);
+    for n in 0..40 {
+        let name = format!("more-{n}");
+        engine.feed([service_with(&name, port(82, 8080)), endpoints(&name, &["10.244.1.14"])]);
+    }
+    turn(&mut engine, false);
+    engine
+}
+
 #[test]
 fn what_is_as_it_should_be_is_no_drift() {
     let kernel = FakeKernel::default();
@@ -131,12 +142,7 @@ fn what_a_list_leaves_out_is_looked_at_by_itself() {
 #[test]
 fn a_list_that_leaves_out_many_is_not_asked_for_a_while() {
     let kernel = FakeKernel::default();
-    let (mut engine, _) = two(&kernel);
-    for n in 0..40 {
-        let name = format!("more-{n}");
-        engine.feed([service_with(&name, port(82, 8080)), endpoints(&name, &["10.244.1.14"])]);
-    }
-    turn(&mut engine, false);
+    let mut engine = many(&kernel);
     let all: Vec<_> = kernel.lock().state.virtual_servers.keys().copied().collect();
     kernel.lock().left_out.extend(all.clone());
     assert_eq!(look(&mut engine), None);
@@ -155,12 +161,7 @@ fn a_list_that_leaves_out_many_is_not_asked_for_a_while() {
 #[test]
 fn a_list_is_asked_again_after_all_was_gone() {
     let kernel = FakeKernel::default();
-    let (mut engine, _) = two(&kernel);
-    for n in 0..40 {
-        let name = format!("more-{n}");
-        engine.feed([service_with(&name, port(82, 8080)), endpoints(&name, &["10.244.1.14"])]);
-    }
-    turn(&mut engine, false);
+    let mut engine = many(&kernel);
     let all = std::mem::take(&mut kernel.lock().state.virtual_servers);
     assert!(look(&mut engine).unwrap().contains("missing"));
     kernel.lock().state.virtual_servers = all;

@@ -66,7 +66,7 @@ agent_change() {
 
 # Takes a service, or a destination, away behind the agent's back, and waits until it is there again.
 agent_heal() {
-  local file=$OUT/heal-$1 i service what start
+  local file=$OUT/heal-$1 i service what start median least most
   on_node ipvsadm -Sn | awk '$1 == "-a"' >"$WORK/destinations"
   for what in service destination; do
     : >"$file-$what"
@@ -82,8 +82,8 @@ agent_heal() {
       now; awk -v t=$((NOW - start)) 'BEGIN { printf "%.2f\n", t / 1e9 }' >>"$file-$what"
       "$HELPER_BIN" quiet "$LARGE"
     done
-    row heal "$1: a $what of $SERVICES services × 5 that was taken away is back after" "$(summary <"$file-$what" | cut -d' ' -f1) s" \
-      "$(summary <"$file-$what" | awk '{ printf "%.1f–%.1f s, n=5", $2, $3 }')" "<= 5 s" \
-      "$(summary <"$file-$what" | awk '{ print ($3 <= 5 ? "met" : "NOT MET") }')"
+    read -r median least most < <(summary <"$file-$what")
+    row heal "$1: a $what of $SERVICES services × 5 that was taken away is back after" "$median s" "$(printf '%.1f–%.1f s, n=5' "$least" "$most")" \
+      "<= 5 s" "$(awk -v m="$most" 'BEGIN { print (m <= 5 ? "met" : "NOT MET") }')"
   done
 }

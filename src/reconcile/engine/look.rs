@@ -10,7 +10,7 @@ use crate::{
     dataplane::{Error, Listed},
     model::{
         ids::{Family, Mark},
-        kernel::{VirtualServer, VirtualServerKey},
+        kernel::{RealServerConfig, RealServerKey, VirtualServer, VirtualServerKey},
     },
     reconcile::rotation::Rotation,
 };
@@ -64,43 +64,49 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn look_at_all(&mut self) -> Result<Option<String>, Error> {
+        if self.partly_listed > 0 {
+            self.partly_listed -= 1;
+            return self.look_by_dump();
+        }
         let (ours, settings) = (&self.ours, &self.settings);
         let keep = |mark| Self::is_ours(ours, settings, mark);
         let mut comparison = Comparison::new(&self.known.virtual_servers);
-        let listed = self.partly_listed.checked_sub(1);
-        self.partly_listed = listed.unwrap_or(0);
-        if listed.is_none() && self.dataplane.ipvs.list(&keep, &mut |found| comparison.see(found))? {
-            let Suspicion { different, missing, strangers } = comparison.end();
-            for key in different {
-                if let Some(found) = self.look_at_server(key)? {
-                    return Ok(Some(found));
-                }
-            }
-            for key in strangers {
-                if self.dataplane.ipvs.service(key)?.is_some() {
-                    return Ok(Some(unwanted(key)));
-                }
-            }
-            if missing.is_empty() {
-                return Ok(None);
-            }
-            let many = missing.len() > MISSING;
-            for key in missing.into_iter().take(MISSING) {
-                if let Some(found) = self.look_at_server(key)? {
-                    return Ok(Some(found));
-                }
-            }
-            // They are there: the list is a part. A stranger may be left out, too: that is looked for now and then.
-            if many {
-                self.partly_listed = PARTLY_LISTED;
-            } else {
-                let rest = self.strangers_rest.checked_sub(1);
-                self.strangers_rest = rest.unwrap_or(PARTLY_LISTED);
-                if rest.is_some() {
-                    return Ok(None);
-                }
+        if !self.dataplane.ipvs.list(&keep, &mut |found| comparison.see(found))? {
+            return self.look_by_dump();
+        }
+        let Suspicion { different, missing, strangers } = comparison.end();
+        for key in different {
+            if let Some(found) = self.look_at_server(key)? {
+                return Ok(Some(found));
             }
         }
+        for key in strangers {
+            if self.dataplane.ipvs.service(key)?.is_some() {
+                return Ok(Some(unwanted(key)));
+            }
+        }
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        for key in missing.iter().take(MISSING) {
+            if let Some(found) = self.look_at_server(*key)? {
+                return Ok(Some(found));
+            }
+        }
+        // They are there: the list is a part. A stranger may be left out, too: that is looked for now and then.
+        if missing.len() > MISSING {
+            self.partly_listed = PARTLY_LISTED;
+        } else if self.strangers_rest > 0 {
+            self.strangers_rest -= 1;
+            return Ok(None);
+        } else {
+            self.strangers_rest = PARTLY_LISTED;
+        }
+        self.look_by_dump()
+    }
+
+    /// All services, and no destinations.
+    fn look_by_dump(&mut self) -> Result<Option<String>, Error> {
         let (ours, settings) = (&self.ours, &self.settings);
         let mut found = self.dataplane.ipvs.dump_services(&|mark| Self::is_ours(ours, settings, mark))?;
         for (key, server) in &self.known.virtual_servers {
@@ -123,8 +129,7 @@ impl Engine {
             return Ok(Some(differs(key)));
         }
         let found = self.dataplane.ipvs.reals(key)?;
-        let same = found.len() == server.reals.len()
-            && found.iter().all(|(real, (config, _))| server.reals.get(real) == Some(config));
+        let same = same_reals(server, found.iter().map(|(real, (config, _))| (real, config)));
         Ok((!same).then(|| format!("destinations of IPVS service {key} are not as they should be")))
     }
 }
@@ -176,8 +181,7 @@ impl<'a> Comparison<'a> {
         let server = self.known.get(&key);
         let same = server.is_some_and(|server| {
             same_config(server, found)
-                && server.reals.len() == found.reals.len()
-                && found.reals.iter().all(|(real, config)| server.reals.get(real) == Some(config))
+                && same_reals(server, found.reals.iter().map(|(real, config)| (real, config)))
         });
         if server.is_some() {
             self.seen.insert(key);
@@ -214,6 +218,13 @@ fn with(mark: Mark) -> impl Iterator<Item = VirtualServerKey> {
     Family::ALL.into_iter().map(move |family| VirtualServerKey { family, mark })
 }
 
+fn same_reals<'a>(
+    server: &VirtualServer,
+    mut found: impl ExactSizeIterator<Item = (&'a RealServerKey, &'a RealServerConfig)>,
+) -> bool {
+    found.len() == server.reals.len() && found.all(|(real, config)| server.reals.get(real) == Some(config))
+}
+
 fn same_config(server: &VirtualServer, found: &Listed<'_>) -> bool {
     found.plain && *server.config.scheduler == *found.scheduler
 }
@@ -223,7 +234,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::kernel::{RealServerConfig, RealServerKey, VirtualServerConfig};
+    use crate::model::kernel::VirtualServerConfig;
 
     const MARK: Mark = Mark(0x100);
 
