@@ -120,6 +120,10 @@ impl Ipvs for FakeKernel {
         Ok(self.dump(keep)?.into_iter().map(|(k, v)| (k, v.config)).collect())
     }
 
+    fn count(&mut self) -> Option<u32> {
+        u32::try_from(self.lock().state.virtual_servers.len()).ok()
+    }
+
     fn list(
         &mut self,
         keep: &dyn Fn(Mark) -> bool,

@@ -1,5 +1,6 @@
 //! [`Ipvs`] on the real kernel, by the `ipvs-netlink` crate.
 
+mod count;
 mod listing;
 
 use std::{
@@ -15,6 +16,7 @@ use ipvs_netlink::{
     ServiceFlags, ServiceId,
 };
 
+use self::count::Counter;
 use super::{Counters, Error, Ipvs, IpvsChange, Listed};
 use crate::model::{
     ids::{Family, Mark},
@@ -26,6 +28,7 @@ use crate::model::{
 /// The IPVS table of the network namespace in which the client was opened.
 pub struct KernelIpvs {
     client: Client,
+    counter: Option<Counter>,
     /// It was told that the list for people is not as we know it.
     no_list: bool,
 }
@@ -44,7 +47,8 @@ impl KernelIpvs {
             // What the kernel makes of this, twice as much, has room for one answer.
             options.receive_buffer = 2000;
         }
-        Ok(Self { client: Client::open_with(options).map_err(error)?, no_list: false })
+        let client = Client::open_with(options).map_err(error)?;
+        Ok(Self { client, counter: Counter::open(), no_list: false })
     }
 }
 
@@ -164,6 +168,10 @@ impl Ipvs for KernelIpvs {
             out.insert(key, virtual_config(&service.config));
         }
         Ok(out)
+    }
+
+    fn count(&mut self) -> Option<u32> {
+        self.counter.as_ref()?.services()
     }
 
     fn list(

@@ -80,6 +80,9 @@ pub struct Pace {
 const SERVICES_CHEAP: u32 = 1000;
 const SERVICES_DEAR: u32 = 200;
 const SERVICES_SOON: Duration = Duration::from_secs(3);
+/// And so many times as long where there are more or fewer services than there were: somebody has just taken some out, or goes on
+/// changing their own.
+const SERVICES_COUNTED: u32 = 10;
 /// This many services, with their destinations, are looked at one by one with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 16);
@@ -131,8 +134,10 @@ pub struct Agent<O> {
     next_probe: Instant,
     probes: u32,
     rotation: Rotation,
-    /// No service dump before.
+    /// No look at all of IPVS before.
     services_rest: Instant,
+    /// The same where the number of services has changed.
+    services_counted: Instant,
     logged: HashMap<String, Instant>,
     source_lost: bool,
     /// How many destinations were left alone when that was told last.
@@ -167,6 +172,7 @@ impl<O: Observer> Agent<O> {
             probes: 0,
             rotation: Rotation::new(REALS_PER_PROBE.0, REALS_PER_PROBE.1, REALS_TIME),
             services_rest: now,
+            services_counted: now,
             logged: HashMap::new(),
             source_lost: false,
             kept_told: 0,
@@ -455,12 +461,13 @@ impl<O: Observer> Agent<O> {
             return Ok(Some(what));
         }
         let start = Instant::now();
-        if start >= self.services_rest {
+        if start >= self.services_rest || (start >= self.services_counted && self.engine.counts_otherwise()) {
             let before = thread_cpu();
             let found = self.engine.look_at_all();
             // CPU time: a busy machine makes a look longer, not dearer.
             let took = thread_cpu().saturating_sub(before);
             self.services_rest = start + (took * SERVICES_CHEAP).min(SERVICES_SOON).max(took * SERVICES_DEAR);
+            self.services_counted = start + took * SERVICES_COUNTED;
             if let Some(found) = found.map_err(|e| e.to_string())? {
                 return Ok(Some(found));
             }

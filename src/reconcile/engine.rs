@@ -133,6 +133,8 @@ pub struct Engine {
     partly_listed: u32,
     /// For so many looks at such a list that left out few, those are not searched for what is not wanted.
     strangers_rest: u32,
+    /// By how many the services that the kernel counts were more than those we know of, when they were looked at last.
+    not_known: Option<i64>,
     /// What could not be taken out of conntrack; no comparison finds it again.
     flows_left: Vec<Op>,
     /// How often that was tried.
@@ -208,6 +210,7 @@ impl Engine {
             overdue: BTreeSet::new(),
             partly_listed: 0,
             strangers_rest: 0,
+            not_known: None,
             flows_left: Vec::new(),
             flows_tried: 0,
             blocked: BTreeMap::new(),

@@ -114,6 +114,28 @@ fn a_service_that_is_gone_or_one_too_many_is_seen() {
     }
 }
 
+#[test]
+fn fewer_or_more_services_are_seen_by_their_number() {
+    let kernel = FakeKernel::default();
+    let (mut engine, key) = two(&kernel);
+    assert!(!engine.counts_otherwise(), "nothing was looked at");
+    assert_eq!(look(&mut engine), None);
+    engine.feed([service_with("one-more", port(83, 8080))]);
+    turn(&mut engine, false);
+    assert!(!engine.counts_otherwise(), "our own change");
+    let gone = kernel.lock().state.virtual_servers.remove(&key).unwrap();
+    assert!(engine.counts_otherwise());
+    look(&mut engine).unwrap();
+    assert!(engine.counts_otherwise(), "it is not back yet");
+    kernel.lock().state.virtual_servers.insert(key, gone);
+    assert!(!engine.counts_otherwise());
+    let theirs = VirtualServerKey { family: Family::V4, mark: Mark(0x7fff_0000) };
+    kernel.lock().state.virtual_servers.insert(theirs, foreign_server());
+    assert!(engine.counts_otherwise());
+    assert_eq!(look(&mut engine), None);
+    assert!(!engine.counts_otherwise(), "somebody else's");
+}
+
 /// The kernel goes by position in its table, and others may change theirs meanwhile; and a list leaves out as many as other network
 /// namespaces have.
 #[test]

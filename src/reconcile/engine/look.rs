@@ -64,6 +64,27 @@ impl Engine {
     /// # Errors
     /// When the kernel can't be read.
     pub fn look_at_all(&mut self) -> Result<Option<String>, Error> {
+        let not_known = self.not_known();
+        let found = self.compare_all()?;
+        if found.is_none() {
+            self.not_known = not_known;
+        }
+        Ok(found)
+    }
+
+    /// Whether the kernel counts more or fewer services than it did at the last look at all of them that found nothing, but for
+    /// our own changes.
+    pub fn counts_otherwise(&mut self) -> bool {
+        let now = self.not_known();
+        self.not_known.is_some() && now.is_some() && self.not_known != now
+    }
+
+    fn not_known(&mut self) -> Option<i64> {
+        let known = i64::try_from(self.known.virtual_servers.len()).ok()?;
+        self.dataplane.ipvs.count().map(|count| i64::from(count) - known)
+    }
+
+    fn compare_all(&mut self) -> Result<Option<String>, Error> {
         if self.partly_listed > 0 {
             self.partly_listed -= 1;
             return self.look_by_dump();
