@@ -29,7 +29,7 @@ thread_local! {
 }
 
 /// What is answered.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Answer {
     /// Response code.
     pub code: ResponseCode,
@@ -54,6 +54,22 @@ impl Answer {
         let data = HINFO::new("RFC8482".into(), String::new());
         let record = Record::from_rdata(name.clone(), NEGATIVE_TTL, RData::HINFO(data));
         Self { answers: vec![record], ..Self::default() }
+    }
+}
+
+impl Answer {
+    /// The same with the name letter by letter as it was asked for, where another client's, or none of them, was so: one may look
+    /// for its own letters (draft-vixie-dnsext-dns0x20).
+    pub fn as_asked(&self, name: &Name) -> Option<Self> {
+        let others = |record: &Record| record.name == *name && !record.name.eq_case(name);
+        if !self.answers.iter().any(others) {
+            return None;
+        }
+        let mut out = self.clone();
+        for record in out.answers.iter_mut().filter(|record| others(record)) {
+            record.name.clone_from(name);
+        }
+        Some(out)
     }
 }
 
@@ -128,7 +144,7 @@ impl Table {
     }
 
     /// The service that has a name. What is known of another's alias is nothing where a service of that name is unread.
-    fn service(&self, key: &[u8]) -> Option<&ServiceNames> {
+    pub(super) fn service(&self, key: &[u8]) -> Option<&ServiceNames> {
         let entry = self.names.get(key)?;
         (!entry.alias || !self.unknown.has(key)).then_some(&*entry.service)
     }
@@ -151,14 +167,11 @@ impl Table {
                 if matches!(&service.main, Main::Endpoints(_, of) if lacks(of)) {
                     return Some(failure());
                 }
-                let addrs = |family| match &service.main {
-                    Main::Vips(vips) => vips.get(family).copied().into_iter().collect(),
-                    Main::Endpoints(DnsAnswer::Shuffle, of) => shuffled(of.get(family)),
-                    Main::Endpoints(DnsAnswer::Single, of) => {
-                        of.get(family).and_then(|of| of.next(service.turns.of(family))).into_iter().collect()
-                    }
-                };
-                Some(self.addresses(name, kind, service.ttl, &addrs))
+                Some(
+                    self.addresses(name, kind, service.ttl, &|family| {
+                        main_addresses(service, family).to_vec()
+                    }),
+                )
             }
             [label] if label.eq_ignore_ascii_case(TASKS.as_bytes()) => {
                 if lacks(&service.tasks) {
@@ -252,6 +265,14 @@ impl Table {
     /// Names of addresses.
     fn reverse(&self, name: &Name, kind: RecordType) -> Option<Answer> {
         let Ok(net) = name.parse_arpa_name() else { return self.below_reverse(name) };
+        // `005.0.200.10.in-addr.arpa` is read as an address, too, and is none's.
+        if Name::from(net.addr()).trim_to(name.iter().count()) != *name {
+            let authorities = vec![self.zone.reverse_soa(net, self.serial)?];
+            return Some(match self.synced {
+                true => Answer { code: ResponseCode::NXDomain, authorities, ..Answer::default() },
+                false => failure(),
+            });
+        }
         let (addr, whole) = (net.addr(), net.prefix_len() == net.max_prefix_len());
         let soa = self.zone.reverse_soa(net, self.serial);
         if !self.synced {
@@ -379,6 +400,43 @@ impl Table {
 
     fn no_name(&self) -> Answer {
         Answer { code: ResponseCode::NXDomain, ..self.no_data(NEGATIVE_TTL) }
+    }
+}
+
+/// What a service's own name answers of a family. It may be that there are some and nobody knows of them, where it is empty.
+pub(super) fn main_addresses(service: &ServiceNames, family: Family) -> Few {
+    let one = |ip: Option<IpAddr>| ip.map_or_else(Few::default, Few::One);
+    match &service.main {
+        Main::Vips(vips) => one(vips.get(family).copied()),
+        Main::Endpoints(DnsAnswer::Shuffle, of) => Few::Many(shuffled(of.get(family))),
+        Main::Endpoints(DnsAnswer::Single, of) => {
+            one(of.get(family).and_then(|of| of.next(service.turns.of(family))))
+        }
+    }
+}
+
+/// Addresses, of which there is mostly one.
+#[derive(Debug)]
+pub(super) enum Few {
+    /// It.
+    One(IpAddr),
+    /// None or more.
+    Many(Vec<IpAddr>),
+}
+
+impl Default for Few {
+    fn default() -> Self {
+        Self::Many(Vec::new())
+    }
+}
+
+impl std::ops::Deref for Few {
+    type Target = [IpAddr];
+    fn deref(&self) -> &[IpAddr] {
+        match self {
+            Self::One(ip) => std::slice::from_ref(ip),
+            Self::Many(all) => all,
+        }
     }
 }
 

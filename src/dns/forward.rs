@@ -14,12 +14,14 @@ use hickory_proto::{
     rr::Name,
 };
 
+use prometheus_client::metrics::gauge::Gauge;
+
 use super::{
     answer::Answer,
     cache::Cache,
     counted::Counted,
     handler::Elsewhere,
-    places::Places,
+    places::{Place, Places},
     pool::Upstreams,
     running::Running,
     special::{is_nobodys, special},
@@ -174,12 +176,21 @@ impl Forwarder {
         self.zones.iter().find(|zone| zone.name.zone_of(name))
     }
 
+    /// [`Self::find`], and the answer when it is there.
+    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Option<Arc<Answer>> {
+        match self.find(query, client) {
+            Found::Answer(answer) => Some(answer),
+            Found::Later(lookup) => Some(lookup.answer().await),
+            Found::NoPlace => None,
+        }
+    }
+
     /// Looks a client's question up, together with who else asks the same. Aliases are answered as they were told, and not followed: where they lead to is what
     /// the upstream has to know, but for names that are ours, which are never asked elsewhere
-    /// ([`super::handler::Handler::forwarded`]). `None` where so many run already that there is no place for one more.
-    pub async fn lookup(&self, query: &Query, client: IpAddr) -> Option<Arc<Answer>> {
+    /// ([`super::handler::Handler::forwarded`]).
+    pub fn find(&self, query: &Query, client: IpAddr) -> Found {
         let Some(zone) = self.zone(query.name()) else {
-            return Some(Arc::new(Answer::code(ResponseCode::Refused)));
+            return Found::Answer(Arc::new(Answer::code(ResponseCode::Refused)));
         };
         let mut name = query.name().clone();
         name.set_fqdn(true);
@@ -187,24 +198,26 @@ impl Forwarder {
         // What nobody has, someone does that was named for it, or for more than that but not for everything.
         let is_someones = !zone.name.is_root() && is_nobodys(query.name());
         if let Some(answer) = special(&query).filter(|_| !is_someones) {
-            return Some(Arc::new(answer));
+            return Found::Answer(Arc::new(answer));
         }
         // What is in the cache takes no place.
         if let Some(answer) = self.cache.get(&query, Instant::now()) {
             self.metrics.cache_hits.inc();
-            return Some(Arc::new(answer));
+            return Found::Answer(Arc::new(answer));
         }
         self.metrics.cache_misses.inc();
-        let waiting = zone.waiting.take(client);
         let begin = || self.begin(zone, &query, client);
-        let lookup = waiting.as_ref().and_then(|_| self.running.join(&query, Instant::now(), begin));
-        let Some(lookup) = lookup else {
-            self.metrics.limited("forwards");
-            return None;
-        };
-        let answer = lookup.await;
-        self.count();
-        Some(answer)
+        let lookup = zone.waiting.take(client).and_then(|place| {
+            let lookup = self.running.join(&query, Instant::now(), begin)?;
+            Some(Lookup { lookup, _place: place })
+        });
+        lookup.map_or_else(
+            || {
+                self.metrics.limited("forwards");
+                Found::NoPlace
+            },
+            Found::Later,
+        )
     }
 
     /// A lookup in a zone, where there is a place for one more.
@@ -216,11 +229,12 @@ impl Forwarder {
     ) -> Option<BoxFuture<'static, Arc<Answer>>> {
         let place = zone.running.take(client)?;
         let (zone, cache, query) = (zone.clone(), self.cache.clone(), query.clone());
+        let entries = self.metrics.cache_entries.clone();
         let lookup = async move {
             let _place = place;
             let found = zone.upstreams.ask(&query).await;
             let now = Instant::now();
-            Arc::new(match found {
+            let answer = match found {
                 Some(answer) => {
                     cache.put(query, &answer, now);
                     answer
@@ -230,21 +244,46 @@ impl Forwarder {
                     // Another lookup of it may have had more luck.
                     cache.put_failure(query, now)
                 }
-            })
+            };
+            count(&cache, &entries);
+            Arc::new(answer)
         };
         Some(lookup.boxed())
-    }
-
-    fn count(&self) {
-        self.metrics.cache_entries.set(i64::try_from(self.cache.len()).unwrap_or(i64::MAX));
     }
 
     /// Counts now and then what is left in the cache, where nothing new comes.
     pub async fn watch(&self) {
         loop {
             tokio::time::sleep(COUNT).await;
-            self.count();
+            count(&self.cache, &self.metrics.cache_entries);
         }
+    }
+}
+
+fn count(cache: &Cache, entries: &Gauge) {
+    entries.set(i64::try_from(cache.len()).unwrap_or(i64::MAX));
+}
+
+/// What there is of a name of others by now.
+pub enum Found {
+    /// The answer.
+    Answer(Arc<Answer>),
+    /// It has to be asked for.
+    Later(Lookup),
+    /// So many are asked for already that there is no place for one more.
+    NoPlace,
+}
+
+/// A lookup that a client waits for. It goes on while someone waits for its answer, and takes a place as long.
+pub struct Lookup {
+    lookup: futures::future::Shared<BoxFuture<'static, Arc<Answer>>>,
+    _place: Place,
+}
+
+impl Lookup {
+    /// Its answer.
+    pub async fn answer(self) -> Arc<Answer> {
+        self.lookup.await
     }
 }
 

@@ -14,9 +14,10 @@ use hickory_proto::{
 };
 
 use super::{
-    answer::{Answer, is_short},
+    answer::{Answer, is_short, main_addresses},
     limit::{Allowed, Rate},
     message::{self, LARGEST_UDP, PLAIN_UDP, Packet, Shape},
+    quick,
     table::Table,
     zone::{is_localhost, is_loopback, is_of_top_level},
 };
@@ -135,10 +136,22 @@ impl<E> Handler<E> {
 impl<E: Elsewhere> Handler<E> {
     /// What is done with a packet from there.
     pub fn handle(&self, bytes: &[u8], from: SocketAddr, transport: Transport) -> Action {
+        self.take(bytes, from, transport, quick::Question::read(bytes))
+    }
+
+    /// The same of a packet that may be the commonest question.
+    pub(super) fn take(
+        &self,
+        bytes: &[u8],
+        from: SocketAddr,
+        transport: Transport,
+        question: Option<quick::Question<'_>>,
+    ) -> Action {
         let began = Instant::now();
         let client = from.ip().to_canonical();
-        let packet = message::read(bytes);
-        if matches!(packet, Packet::Noise) || from.port() == 0 {
+        let read = || message::read(bytes);
+        let packet = if question.is_some() { None } else { Some(read()) };
+        if matches!(packet, Some(Packet::Noise)) || from.port() == 0 {
             self.metrics.limited("noise");
             return Action::Ignore;
         }
@@ -149,7 +162,12 @@ impl<E: Elsewhere> Handler<E> {
         }
         let allowed = may == May::Ask;
         let within = transport == Transport::Tcp || self.rate.take(client, allowed, began);
-        let (request, query) = match packet {
+        if let Some(question) = question.filter(|_| allowed && within)
+            && let Some(reply) = self.quick(&question, client, transport, began)
+        {
+            return Action::Reply(reply);
+        }
+        let (request, query) = match packet.unwrap_or_else(read) {
             Packet::Question(request, query) if allowed || within => (*request, query),
             Packet::Malformed(metadata) if allowed && within => {
                 // What another operation has in the place of a question is not known here.
@@ -182,6 +200,34 @@ impl<E: Elsewhere> Handler<E> {
             return self.reply(&asked, &Answer::default(), "refused", true);
         }
         self.look(asked)
+    }
+
+    /// The answer to the commonest question where it is about a service that has such addresses.
+    fn quick(
+        &self,
+        question: &quick::Question<'_>,
+        client: IpAddr,
+        transport: Transport,
+        began: Instant,
+    ) -> Option<Vec<u8>> {
+        let table = self.shared.table.load();
+        let service = question.service(&table)?;
+        let family = question.family();
+        let addresses = main_addresses(service, family);
+        if addresses.is_empty() {
+            return None;
+        }
+        let (udp, recursive) = (transport == Transport::Udp, self.elsewhere.is_some());
+        let limit = if udp { question.limit_udp() } else { u16::MAX };
+        let times = question.times(addresses.len(), limit);
+        let reply = if udp && !self.rate.take_amplified(client, times, began) {
+            self.metrics.limited("rate");
+            question.truncated(recursive)
+        } else {
+            question.answer(&addresses, service.ttl, limit, recursive)
+        };
+        self.metrics.answered_address(family, transport.label(), began.elapsed());
+        Some(reply)
     }
 
     /// What is done with a question by now.
@@ -240,7 +286,8 @@ impl<E: Elsewhere> Handler<E> {
     pub fn forwarded(&self, asked: Box<Asked>, answer: &Answer) -> Action {
         let table = self.shared.table.load();
         let Some(ours) = table.complete(&asked.query, answer) else {
-            return self.reply(&asked, answer, "forward", false);
+            let as_asked = answer.as_asked(asked.query.name());
+            return self.reply(&asked, as_asked.as_ref().unwrap_or(answer), "forward", false);
         };
         if self.is_early(&table, &ours) {
             return Action::Later(asked);

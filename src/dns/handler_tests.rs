@@ -24,6 +24,7 @@ use super::{
     limit::{Allowed, PRIVATE, Rate},
     message::{self, Packet},
     names::Names,
+    quick,
     tests::{dnsrr, put, some},
     unknown::Unknown,
     zone::{is_localhost, is_loopback},
@@ -31,7 +32,7 @@ use super::{
 use crate::{
     metrics::DnsMetrics,
     model::{
-        fixtures::{endpoint, slice},
+        fixtures::{endpoint, service, slice},
         ids::{PerFamily, ServiceKey},
         unread::Unread,
     },
@@ -56,6 +57,8 @@ impl Elsewhere for Others {
 fn handler(mut names: Names, rate: u32) -> Handler<Others> {
     let many = (1..=300_u16).map(|i| endpoint(&format!("10.245.{}.{}", i / 256, i % 256), "n1")).collect();
     put(&mut names, &dnsrr("many"), &[slice("many", many)], PerFamily::default());
+    let both = PerFamily { v4: "10.200.7.8".parse().ok(), v6: "fd00:200::8".parse().ok() };
+    put(&mut names, &service("both"), &[], both);
     let private: Vec<IpNet> = PRIVATE.iter().map(|r| r.parse().unwrap()).collect();
     let shared = Shared {
         table: ArcSwap::new(names.publish(true)),
@@ -501,6 +504,43 @@ fn a_forwarded_answer_is_not_ours() {
     assert!(!answer.metadata.authoritative && answer.metadata.recursion_available);
 }
 
+/// One answer is many clients', and some look for their own letters in it.
+#[test]
+fn a_forwarded_answer_has_the_letters_of_its_question() {
+    let handler = handler(some(), 0);
+    let told = Name::from_ascii("www.example.").unwrap();
+    let other = Name::from_ascii("other.example.").unwrap();
+    let alias = Record::from_rdata(told, 60, RData::CNAME(CNAME(other.clone())));
+    let address = Record::from_rdata(other, 60, RData::A(A([192, 0, 2, 1].into())));
+    let answer = Answer { answers: vec![alias, address], ..Answer::default() };
+    for asked in ["wWw.example.", "www.example."] {
+        let action = send(&handler, &request(asked, RecordType::A), "10.0.0.1:4000", Transport::Udp);
+        let Action::Forward(question) = action else { panic!("not forwarded") };
+        let (answer, _) = reply(handler.forwarded(question, &answer));
+        let names: Vec<_> = answer.answers.iter().map(|record| record.name.to_ascii()).collect();
+        assert_eq!(names, [asked, "other.example."]);
+    }
+}
+
+/// That both ways lead to the same is to be worth something.
+#[test]
+fn the_commonest_questions_go_the_quick_way() {
+    let handler = handler(some(), 0);
+    let table = handler.shared.table.load();
+    let mut question = request(VOTE, RecordType::A);
+    for edns in [None, Some(Edns::new())] {
+        question.edns = edns;
+        for (name, goes) in
+            [(VOTE, true), ("Db.default.MESH.internal.", true), ("no.default.mesh.internal.", false)]
+        {
+            question.queries[0].set_name(Name::from_ascii(name).unwrap());
+            let bytes = question.to_vec().unwrap();
+            let read = quick::Question::read(&bytes).unwrap();
+            assert_eq!(read.service(&table).is_some(), goes, "{name}");
+        }
+    }
+}
+
 #[test]
 fn an_alias_to_a_name_of_ours_is_early_or_fails_as_the_name_does() {
     let mut handler = handler(some(), 0);
@@ -571,4 +611,70 @@ proptest! {
             }
         });
     }
+    /// What is answered to the commonest question is what would be answered to it by way of a message.
+    #[test]
+    fn the_quick_way_leads_to_the_same_answer(
+        bytes in prop_oneof![2 => asking(), 1 => asking().prop_flat_map(nearly)],
+        tcp: bool,
+        rate in prop::sample::select(vec![0, 2]),
+    ) {
+        let how = if tcp { Transport::Tcp } else { Transport::Udp };
+        // A fast one and a slow one: each counts.
+        let of = |quick: bool| {
+            let handler = handler(some(), rate);
+            (0..6).map(|_| {
+                let question = quick::Question::read(&bytes).filter(|_| quick);
+                match handler.take(&bytes, from("10.244.1.11:99"), how, question) {
+                    Action::Reply(reply) => comparable(&reply),
+                    other => format!("{other:?}").split('(').next().unwrap_or_default().to_owned(),
+                }
+            }).collect::<Vec<_>>()
+        };
+        for (quick, slow) in of(true).iter().zip(of(false)) {
+            prop_assert_eq!(quick, &slow);
+        }
+    }
+}
+
+/// Questions about names that have addresses and about others, by all kinds of clients.
+fn asking() -> impl Strategy<Value = Vec<u8>> {
+    let names = ["vote", "db", "many", "poll", "both", "tasks.vote", "vote.other", "nothing"];
+    let zones =
+        ["default.mesh.internal.", "DEFAULT.mesh.Internal.", "default.mesh.internal.example.", "default."];
+    let kinds = [RecordType::A, RecordType::AAAA, RecordType::TXT];
+    let edns =
+        prop::option::of((any::<u16>(), any::<bool>(), prop::bool::weighted(0.2), prop::bool::weighted(0.2)));
+    let select = |of: &[&'static str]| prop::sample::select(of.to_vec());
+    let asked = (select(&names), select(&zones), prop::sample::select(kinds.to_vec()));
+    (asked, edns, any::<[bool; 4]>(), any::<u16>()).prop_map(|((name, zone, kind), edns, flags, id)| {
+        let mut request = request(&format!("{name}.{zone}"), kind);
+        let metadata = &mut request.metadata;
+        metadata.id = id;
+        [metadata.recursion_desired, metadata.checking_disabled] = [flags[0], flags[1]];
+        [metadata.authentic_data, metadata.authoritative] = [flags[2], flags[3]];
+        request.edns = edns.map(|(payload, dnssec_ok, newer, option)| {
+            let mut edns = Edns::new();
+            edns.set_max_payload(payload).set_dnssec_ok(dnssec_ok).set_version(u8::from(newer));
+            if option {
+                edns.options_mut().insert(EdnsOption::Unknown(65_001, vec![7; 8]));
+            }
+            edns
+        });
+        request.to_vec().unwrap()
+    })
+}
+
+/// An answer but for the order of its addresses. Of one that is cut, not how many it has: the library leaves one out that would fit,
+/// since it writes each name as a whole before it makes it a pointer; and it makes no more than about a hundred of them pointers.
+fn comparable(reply: &[u8]) -> String {
+    let mut message = Message::from_vec(reply).unwrap();
+    let mut records: Vec<_> = message.answers.drain(..).map(|record| record.to_string()).collect();
+    records.sort();
+    // As it is, whatever a library makes of it.
+    let (flags, question) = (&reply[..6], &reply[12..reply.len().min(40)]);
+    if message.metadata.truncation {
+        return format!("{flags:?} {} {question:?} {message:?}", records.is_empty());
+    }
+    let length = Some(reply.len()).filter(|_| records.len() < 100);
+    format!("{length:?} {flags:?} {question:?} {records:?} {message:?}")
 }

@@ -22,6 +22,7 @@ pub mod names;
 mod places;
 mod pool;
 pub mod ports;
+mod quick;
 pub mod records;
 mod running;
 pub mod server;

@@ -12,7 +12,13 @@ use std::{
 pub struct Places {
     most: usize,
     each: usize,
-    taken: Mutex<HashMap<IpAddr, usize>>,
+    taken: Mutex<Taken>,
+}
+
+#[derive(Default, Debug)]
+struct Taken {
+    all: usize,
+    by_client: HashMap<IpAddr, usize>,
 }
 
 impl Places {
@@ -25,11 +31,12 @@ impl Places {
     pub fn take(self: &Arc<Self>, client: IpAddr) -> Option<Place> {
         let client = client.to_canonical();
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = taken.get(&client).copied().unwrap_or(0);
-        if own >= self.each || taken.values().sum::<usize>() >= self.most {
+        let own = taken.by_client.get(&client).copied().unwrap_or(0);
+        if own >= self.each || taken.all >= self.most {
             return None;
         }
-        taken.insert(client, own + 1);
+        taken.all += 1;
+        taken.by_client.insert(client, own + 1);
         Some(Place { of: self.clone(), client })
     }
 }
@@ -44,10 +51,11 @@ pub struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let mut taken = self.of.taken.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(n) = taken.get_mut(&self.client) {
+        taken.all -= 1;
+        if let Some(n) = taken.by_client.get_mut(&self.client) {
             *n -= 1;
             if *n == 0 {
-                taken.remove(&self.client);
+                taken.by_client.remove(&self.client);
             }
         }
     }
@@ -66,11 +74,12 @@ mod tests {
         let of_two: Vec<_> = std::iter::from_fn(|| places.take(two)).collect();
         assert_eq!(of_two.len(), 3);
         assert!(places.take(three).is_none());
-        assert_eq!(places.taken.lock().unwrap().len(), 2, "who gets none is not remembered");
+        assert_eq!(places.taken.lock().unwrap().by_client.len(), 2, "who gets none is not remembered");
         of_one.pop();
         let third = places.take(three);
         assert!(third.is_some() && places.take(one).is_none());
         drop((of_one, of_two, third));
-        assert!(places.taken.lock().unwrap().is_empty());
+        let taken = places.taken.lock().unwrap();
+        assert!(taken.all == 0 && taken.by_client.is_empty());
     }
 }

@@ -24,8 +24,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    forward::{ForwardConfig, Forwarder},
-    handler::{Action, Handler, Shared, Transport},
+    answer::Answer,
+    forward::{ForwardConfig, Forwarder, Found},
+    handler::{Action, Asked, Handler, Shared, Transport},
     limit::{Allowed, Rate},
     places::Places,
     ports::lookups,
@@ -144,7 +145,9 @@ impl Server {
             waiting: Arc::default(),
             more: second_reader(),
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        // What the second thread has others asked comes by a queue that is looked at after so many tasks of this one's.
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().global_queue_interval(4).build()?;
         let (listen, own) = (config.listen.clone(), server.clone());
         std::thread::Builder::new().name("dns".into()).spawn(move || {
             let ended = own.ended.clone();
@@ -247,6 +250,7 @@ impl Server {
                 // A node without IPv6.
                 Err(e) if e.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
                     info!("no DNS on {address}: {e}");
+                    self.metrics.not_listening(&text);
                     return;
                 }
                 Err(e) => format!("DNS can't be served on {address}: {e}"),
@@ -321,19 +325,30 @@ impl Asking {
             Action::Later(_) => self.handler.metrics.limited("early"),
             Action::Reply(reply) => self.send(&reply, from),
             Action::Forward(asked) => {
-                let own = Arc::clone(self);
-                self.runtime.spawn(async move {
-                    let Some(elsewhere) = &own.handler.elsewhere else { return };
-                    // A resolver asks again after silence, when there may be a place; SERVFAIL it takes as final, or it asks
-                    // again at once, and that of everyone would be a storm.
-                    let Some(answer) = elsewhere.lookup(&asked.query, from.ip()).await else { return };
-                    match own.handler.forwarded(asked, &answer) {
-                        Action::Reply(reply) => own.send(&reply, from),
-                        Action::Later(_) => own.handler.metrics.limited("early"),
-                        Action::Ignore | Action::Forward(_) => {}
+                let Some(elsewhere) = &self.handler.elsewhere else { return };
+                // Here, and not in a task: what has no place must not be kept, and what is known has to wait for nothing.
+                match elsewhere.find(&asked.query, from.ip()) {
+                    Found::Answer(answer) => self.forwarded(asked, &answer, from),
+                    Found::Later(lookup) => {
+                        let own = Arc::clone(self);
+                        self.runtime.spawn(async move {
+                            let answer = lookup.answer().await;
+                            own.forwarded(asked, &answer, from);
+                        });
                     }
-                });
+                    // A resolver asks again after silence, when there may be a place; SERVFAIL it takes as final, or it asks again
+                    // at once, and that of everyone would be a storm.
+                    Found::NoPlace => {}
+                }
             }
+        }
+    }
+
+    fn forwarded(&self, asked: Box<Asked>, answer: &Answer, from: SocketAddr) {
+        match self.handler.forwarded(asked, answer) {
+            Action::Reply(reply) => self.send(&reply, from),
+            Action::Later(_) => self.handler.metrics.limited("early"),
+            Action::Ignore | Action::Forward(_) => {}
         }
     }
 

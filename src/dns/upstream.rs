@@ -194,7 +194,7 @@ impl Probe {
 fn question(zone: &Name, random: u64) -> Name {
     let label = format!("meshlb-{random:016x}");
     let under = if zone.is_root() { Name::from_ascii(ZONE).unwrap_or_default() } else { zone.clone() };
-    // A zone so long that no label fits before it is asked for itself.
+    // A zone so long that no label fits before it is asked for itself, as others may do.
     under.prepend_label(label).unwrap_or(under)
 }
 
@@ -202,6 +202,9 @@ impl Watched {
     /// A name to ask for.
     fn next_name(&self) -> Name {
         let name = question(&self.zone, Random::default().number());
+        if name == self.zone {
+            return name;
+        }
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         if names.len() >= LAST_NAMES {
             names.pop_front();

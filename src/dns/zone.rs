@@ -35,6 +35,8 @@ pub struct Zone {
     pub name: Name,
     /// Its labels, in lower case.
     labels: Vec<Box<[u8]>>,
+    /// It as it is sent, in lower case.
+    wire: Vec<u8>,
     /// Ranges of virtual IPs, whose reverse zones are ours.
     ranges: PerFamily<IpNet>,
     /// Addresses that it is served at, on a node that serves both families.
@@ -69,8 +71,9 @@ impl Zone {
         for (family, range) in ranges.iter() {
             servers.set(family, nth_address(range, 2));
         }
-        let labels = parsed.iter().map(Box::from).collect();
-        Ok(Arc::new(Self { name: parsed, labels, ranges, servers }))
+        let labels: Vec<_> = parsed.iter().map(Box::from).collect();
+        let wire = wire(&labels);
+        Ok(Arc::new(Self { name: parsed, labels, wire, ranges, servers }))
     }
 
     /// The same, served at these addresses. Where the DNS address of a family is none of them, the first one is the zone's: one of
@@ -83,7 +86,13 @@ impl Zone {
             let known = own.or_else(|| of_family.clone().find(|ip| !ip.is_loopback()));
             servers.set(family, known.or_else(|| of_family.next()));
         }
-        Arc::new(Self { name: self.name.clone(), labels: self.labels.clone(), ranges: self.ranges, servers })
+        let (name, labels, wire) = (self.name.clone(), self.labels.clone(), self.wire.clone());
+        Arc::new(Self { name, labels, wire, ranges: self.ranges, servers })
+    }
+
+    /// It as it is sent (RFC 1035, 3.1), in lower case.
+    pub(super) fn wire(&self) -> &[u8] {
+        &self.wire
     }
 
     /// The labels that a name has before the zone; `None` outside it.
@@ -145,6 +154,13 @@ impl Zone {
         let owner = Name::from(addr).trim_to(depth.min(labels - 1) + 2);
         Some(self.soa_of(owner, serial, NEGATIVE_TTL))
     }
+}
+
+fn wire(labels: &[Box<[u8]>]) -> Vec<u8> {
+    // No label is longer than 63 bytes, and the last one is the root's.
+    let each =
+        labels.iter().flat_map(|label| std::iter::once(label.len() as u8).chain(label.iter().copied()));
+    each.chain([0]).collect()
 }
 
 /// Whether it is a name of whichever machine asks (RFC 6761, 6.3), never a service's.

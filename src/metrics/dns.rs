@@ -1,6 +1,10 @@
 //! Series of the DNS server.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use hickory_proto::rr::Name;
 use prometheus_client::{
@@ -9,6 +13,7 @@ use prometheus_client::{
 };
 
 use super::{Label, Timer};
+use crate::model::ids::Family as IpFamily;
 
 /// Upper bounds in seconds: an answer of our own takes microseconds, a forwarded one as long as the upstream.
 const SECONDS: [f64; 13] =
@@ -20,11 +25,21 @@ type Text<const N: usize> = [(&'static str, String); N];
 /// Why [`DnsMetrics::limited`] counts.
 const REASONS: [&str; 7] = ["rate", "client", "connections", "forwards", "early", "noise", "send"];
 
+/// What counts one answer.
+#[derive(Clone, Debug)]
+struct Answered {
+    number: Counter,
+    seconds: Histogram,
+}
+
 /// All series of the DNS server. Clones are handles to the same ones.
 #[derive(Clone, Debug)]
 pub struct DnsMetrics {
     queries: Family<[Label; 3], Counter>,
     seconds: Timer<1>,
+    /// Of these for the commonest answers, by family and transport, as soon as there was one: looking them up by their labels
+    /// takes as long as the answer.
+    common: Arc<[OnceLock<Answered>; 4]>,
     dropped: Family<[Label; 1], Counter>,
     /// Lookups that were answered from the cache of forwarded names.
     pub cache_hits: Counter,
@@ -55,6 +70,7 @@ impl Default for DnsMetrics {
         Self {
             queries: Family::default(),
             seconds: Family::new_with_constructor(timer),
+            common: Arc::default(),
             dropped: Family::default(),
             cache_hits: Counter::default(),
             cache_misses: Counter::default(),
@@ -68,6 +84,13 @@ impl Default for DnsMetrics {
     }
 }
 
+impl Answered {
+    fn count(&self, took: Duration) {
+        self.number.inc();
+        self.seconds.observe(took.as_secs_f64());
+    }
+}
+
 impl DnsMetrics {
     /// One answer. `from` says who gave it: `mesh`, `forward` or `refused`.
     pub fn answered(
@@ -78,9 +101,33 @@ impl DnsMetrics {
         from: &'static str,
         took: Duration,
     ) {
+        self.answered_series(kind, code, transport, from).count(took);
+    }
+
+    fn answered_series(
+        &self,
+        kind: &'static str,
+        code: &'static str,
+        transport: &'static str,
+        from: &'static str,
+    ) -> Answered {
         let labels = [("type", kind), ("rcode", code), ("transport", transport)];
-        self.queries.get_or_create_owned(&labels).inc();
-        self.seconds.get_or_create(&[("from", from)]).observe(took.as_secs_f64());
+        let seconds = self.seconds.get_or_create(&[("from", from)]).clone();
+        Answered { number: self.queries.get_or_create_owned(&labels), seconds }
+    }
+
+    /// An answer of ours with addresses.
+    pub fn answered_address(&self, family: IpFamily, transport: &'static str, took: Duration) {
+        let (kind, place) = match family {
+            IpFamily::V4 => ("A", 0),
+            IpFamily::V6 => ("AAAA", 2),
+        };
+        let place = place + usize::from(transport == "tcp");
+        let series = || self.answered_series(kind, "NOERROR", transport, "mesh");
+        match self.common.get(place) {
+            Some(common) => common.get_or_init(series).count(took),
+            None => series().count(took),
+        }
     }
 
     /// A query without the answer that it asked for: `rate` (told to come by TCP), `client` (not allowed),
@@ -112,6 +159,13 @@ impl DnsMetrics {
         self.listening.get_or_create_owned(&labels).set(i64::from(yes));
     }
 
+    /// An address is none of this node's to serve.
+    pub fn not_listening(&self, address: &str) {
+        for transport in ["udp", "tcp"] {
+            self.listening.remove(&[("address", address.to_owned()), ("transport", transport.to_owned())]);
+        }
+    }
+
     /// A change is answered this long after it was seen.
     pub fn changed(&self, took: Duration) {
         self.change_seconds.observe(took.as_secs_f64());
@@ -141,7 +195,7 @@ impl DnsMetrics {
         registry.register("cache_hits", "Forwarded lookups answered from the cache", self.cache_hits.clone());
         registry.register(
             "cache_misses",
-            "Forwarded lookups that went to an upstream",
+            "Forwarded lookups that the cache had no answer to",
             self.cache_misses.clone(),
         );
         registry.register("cache_entries", "Answers in the cache", self.cache_entries.clone());
