@@ -59,8 +59,9 @@ const COUNTS_EVERY: Duration = Duration::from_secs(5);
 const COUNTS_A_SECOND: u32 = 100;
 /// What a new service is given is in its status: of many at once, an Event tells so many, and one more each second.
 const FIRST_EVENTS: u32 = 20;
-/// What could not be written is tried again after this long.
+/// What could not be written is tried again after this long; what can't be again and again, after twice as long each time.
 const AGAIN: Duration = Duration::from_secs(1);
+const AGAIN_MOST: Duration = Duration::from_secs(60);
 /// Changes that come within this time of one another are one turn.
 const TOGETHER: Duration = Duration::from_millis(100);
 /// A headless Service that could not be kept is tried again after this long.
@@ -160,6 +161,23 @@ pub async fn lead(client: Client, settings: &Settings, told: &Told, fence: Fence
     leader.run().await
 }
 
+/// A status that could not be written.
+struct Failed {
+    /// The version of the service that this was tried for.
+    version: String,
+    at: Instant,
+    /// How long it is not tried again for that version.
+    pause: Duration,
+}
+
+impl Failed {
+    /// Now, after it may have failed before.
+    fn now(version: String, before: Option<&Self>) -> Self {
+        let pause = before.filter(|before| before.version == version).map(|before| before.pause * 2);
+        Self { version, at: Instant::now(), pause: pause.unwrap_or(AGAIN).min(AGAIN_MOST) }
+    }
+}
+
 struct Leader {
     url: String,
     client: Client,
@@ -184,8 +202,8 @@ struct Leader {
     synced: bool,
     /// When a service's status was last written.
     written: HashMap<ServiceKey, Instant>,
-    /// Services whose status could not be written, with the version that this was tried for, and when.
-    failed: HashMap<ServiceKey, (String, Instant)>,
+    /// Services whose status could not be written.
+    failed: HashMap<ServiceKey, Failed>,
     /// Services whose headless Service could not be kept, and when that was.
     headless_failed: HashMap<ServiceKey, Instant>,
     /// Services whose first status waits for EndpointSlices.
@@ -406,7 +424,7 @@ impl Leader {
             let just_written = || self.written.get(key).is_some_and(|at| soon(at, COUNTS_EVERY));
             let just_failed = || {
                 let failed = self.failed.get(key);
-                failed.is_some_and(|(version, at)| *version == entry.meta.resource_version && soon(at, AGAIN))
+                failed.is_some_and(|f| f.version == entry.meta.resource_version && soon(&f.at, f.pause))
             };
             if new == entry.status {
                 clean.push(key.clone());

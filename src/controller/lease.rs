@@ -53,13 +53,25 @@ impl Elector {
     /// # Errors
     /// The API server can't be asked or does not allow it.
     pub async fn hold(&mut self) -> Result<Held, kube::Error> {
-        timed(PATIENCE, self.try_to_hold()).await
+        let mut last = false;
+        let tries = async {
+            loop {
+                match self.try_to_hold().await? {
+                    Some(held) => return Ok(held),
+                    None if last => return Ok(Held::Others("another one".into())),
+                    // Whoever wrote it need not have wanted it: somebody labels it, say.
+                    None => last = true,
+                }
+            }
+        };
+        timed(PATIENCE, tries).await
     }
 
-    async fn try_to_hold(&mut self) -> Result<Held, kube::Error> {
+    /// `None` where it was written meanwhile.
+    async fn try_to_hold(&mut self) -> Result<Option<Held>, kube::Error> {
         // Counted from before the request: what the API server notes is later.
         let asked = Instant::now();
-        let ours = Held::Ours(asked + DEADLINE);
+        let ours = Some(Held::Ours(asked + DEADLINE));
         let Some(mut lease) = self.api.get_opt(NAME).await? else {
             let lease = Lease {
                 metadata: ObjectMeta { name: Some(NAME.to_owned()), ..ObjectMeta::default() },
@@ -67,7 +79,7 @@ impl Elector {
             };
             return match self.api.create(&PostParams::default(), &lease).await {
                 Ok(_) => Ok(ours),
-                Err(kube::Error::Api(status)) if status.code == 409 => Ok(Held::Others("another one".into())),
+                Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
                 Err(e) => Err(e),
             };
         };
@@ -82,13 +94,13 @@ impl Elector {
             .and_then(|s| u64::try_from(s).ok())
             .map_or(DURATION, Duration::from_secs);
         if !holder.is_empty() && holder != self.identity && since.elapsed() < duration {
-            return Ok(Held::Others(holder));
+            return Ok(Some(Held::Others(holder)));
         }
         // With the resource version: whoever was faster has it.
         lease.spec = Some(self.record(Some(&spec)));
         match self.api.replace(NAME, &PostParams::default(), &lease).await {
             Ok(_) => Ok(ours),
-            Err(kube::Error::Api(status)) if status.code == 409 => Ok(Held::Others("another one".into())),
+            Err(kube::Error::Api(status)) if status.code == 409 => Ok(None),
             Err(e) => Err(e),
         }
     }

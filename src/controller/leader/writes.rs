@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::ObjectReference;
 use tracing::{debug, info, warn};
 
-use super::{AT_ONCE, HEADLESS_AGAIN, Leader};
+use super::{AT_ONCE, Failed, HEADLESS_AGAIN, Leader};
 use crate::{
     api::{self, status::MeshServiceStatus},
     controller::{
@@ -34,16 +34,17 @@ impl Leader {
             // Another one has written it, or it was deleted: it has to be taken over anew.
             Err(e) if requests::has_changed(&e) => bail!("the pool objects have changed: {e}"),
             Err(e) => {
-                self.tell(format!("the pool objects can't be written: {e}"));
+                self.tell(cause(&e), &format!("the pool objects can't be written: {e}"));
                 Ok(false)
             }
         }
     }
 
-    fn tell(&mut self, problem: String) {
-        if self.told.as_ref() != Some(&problem) {
+    /// Once for one cause, whichever of many services it is told of.
+    fn tell(&mut self, cause: String, problem: &str) {
+        if self.told.as_ref() != Some(&cause) {
             warn!("{problem}; it is tried again");
-            self.told = Some(problem);
+            self.told = Some(cause);
         }
     }
 
@@ -97,15 +98,16 @@ impl Leader {
                     if requests::has_changed(&e) {
                         debug!("{key}: {e}");
                     } else {
-                        problem = Some(format!("the status of {key} can't be written: {e}"));
+                        problem = Some((cause(&e), format!("the status of {key} can't be written: {e}")));
                     }
-                    self.failed.insert(key, (meta.resource_version, Instant::now()));
+                    let failed = Failed::now(meta.resource_version, self.failed.get(&key));
+                    self.failed.insert(key, failed);
                 }
             }
         }
         drop(done);
-        if let Some(problem) = problem {
-            self.tell(problem);
+        if let Some((cause, text)) = problem {
+            self.tell(cause, &text);
         }
         for (key, meta, mut news, first) in events {
             if first && !news.is_empty() && !self.first.take(1, Instant::now()) {
@@ -186,5 +188,13 @@ impl Leader {
     fn todo(&self, key: &ServiceKey) -> Option<Todo> {
         let entry = self.mesh.entry(key)?;
         headless::todo(&entry.meta.uid, &entry.headless, self.mesh.core(key))
+    }
+}
+
+/// What many failures have in common: the text of one names its object.
+fn cause(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} {}", status.code, status.reason),
+        other => other.to_string(),
     }
 }
