@@ -21,8 +21,8 @@ lint: setup ## formatting, clippy, scripts, dependencies (these if cargo-deny is
 fmt: ## formats the sources
 	cargo fmt --all
 
-test: setup ## all tests: units here, kernel tests here or in a VM
-	@.ci/run unit kernel
+test: setup ## all tests that take minutes: units here, kernel tests here or in a VM, some on a real control plane, which is built the first time
+	@.ci/run unit kernel api
 
 test-full: setup ## the same with both flavours of iptables everywhere, a newer kernel, DNS, two control planes, the chart and a real node: hours
 	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel newer dns cluster oldest packets together chart node
