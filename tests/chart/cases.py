@@ -197,6 +197,38 @@ def labels_and_namespaces():
                 assert set(selector) == {f"app.kubernetes.io/{x}" for x in ("name", "instance", "component")}, selector
 
 
+def a_key_that_is_given_and_the_charts_comes_once():
+    """What is given wins, but where the chart can't work with it: labels that are selected by, and what restarts pods."""
+    flags = ["--set", "podMonitor.enabled=true,prometheusRule.enabled=true"]
+    values = {
+        role: {
+            "nodeSelector": {"kubernetes.io/os": "other", "example.com/pool": "edge"},
+            "podLabels": {"app.kubernetes.io/component": "mine", "app.kubernetes.io/instance": "mine", "app.kubernetes.io/name": "mine", "app.kubernetes.io/part-of": "mine"},
+            "podAnnotations": {"checksum/config": "mine", "kubectl.kubernetes.io/default-container": "mine"},
+        }
+        for role in ("agent", "controller")
+    } | {
+        "podMonitor": {"labels": {"app.kubernetes.io/instance": "mine"}},
+        "prometheusRule": {"labels": {"app.kubernetes.io/instance": "mine"}, "alertLabels": {"severity": "mine"}},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        json.dump(values, file)
+        file.flush()
+        objects = render(*flags, "-f", file.name)
+    before = render(*flags)
+    for kind, role in [("DaemonSet", "agent"), ("Deployment", "controller")]:
+        spec, was = (o[kind, f"meshlb-{role}"]["spec"] for o in (objects, before))
+        equal(spec["selector"], was["selector"])
+        metadata = spec["template"]["metadata"]
+        equal(metadata["labels"], was["template"]["metadata"]["labels"] | {"app.kubernetes.io/part-of": "mine"})
+        equal(metadata["annotations"], was["template"]["metadata"]["annotations"] | {"kubectl.kubernetes.io/default-container": "mine"})
+        equal(spec["template"]["spec"]["nodeSelector"], values[role]["nodeSelector"])
+    equal(pod(objects, "Job", "meshlb-uninstall")["nodeSelector"], values["controller"]["nodeSelector"])
+    for kind, name in [("PodMonitor", "meshlb"), ("PodMonitor", "meshlb-controller"), ("PrometheusRule", "meshlb")]:
+        equal(objects[kind, name]["metadata"]["labels"], before[kind, name]["metadata"]["labels"] | {"app.kubernetes.io/instance": "mine"})
+    assert all(rule["labels"]["severity"] == "mine" for rule in objects["PrometheusRule", "meshlb"]["spec"]["groups"][0]["rules"])
+
+
 def two_releases_do_not_meet():
     a = set(render())
     text = template("--set", "crds.install=false", release="other").stdout
@@ -899,8 +931,9 @@ def server_takes_manifests():
     kubectl("delete", "crd", "meshservices.meshlb.dev", "meshnodes.meshlb.dev")
 
 
-CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one,
-         deploy_is_the_chart, rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
+CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, a_key_that_is_given_and_the_charts_comes_once,
+         two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
+         rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]
 SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server_controller_uses_its_rights_and_no_others]

@@ -34,6 +34,15 @@ app.kubernetes.io/name: {{ include "meshlb.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- /* A map as YAML, made of several: of a key that comes twice the later value counts. */}}
+{{- define "meshlb.merged" -}}
+{{- $out := dict }}
+{{- range . }}
+{{- range $key, $value := . }}{{ $_ := set $out $key $value }}{{ end }}
+{{- end }}
+{{- toYaml $out }}
+{{- end }}
+
 {{- define "meshlb.agent.selector" -}}
 {{ include "meshlb.instanceLabels" . }}
 app.kubernetes.io/component: agent
