@@ -33,7 +33,8 @@ class Skipped(Exception):
     pass
 
 
-class Loader(yaml.SafeLoader):
+# The CRDs are long: the one in C takes a tenth of the time, where PyYAML has it.
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
     """Refuses a key that comes twice, as the API server does."""
 
     def construct_mapping(self, node, deep=False):
@@ -234,6 +235,56 @@ def two_releases_do_not_meet():
     text = template("--set", "crds.install=false", release="other").stdout
     b = {(d["kind"], d["metadata"]["name"]) for d in load(text)}
     equal(sorted(a & b), [])
+
+
+def names_that_look_like_something_else():
+    """Whatever Helm and Kubernetes allow as names stays text, and is a name that the API server takes."""
+    label = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?")
+    for release, namespace, flags, fullname in [
+        ("123", "456", (), "meshlb-123"),
+        ("1e3", "0x1f", (), "meshlb-1e3"),
+        ("true", "null", (), "true-meshlb"),
+        ("2026.11.30", "2026-11-30", (), "meshlb-2026-11-30"),
+        ("a.b", "1-2", ("--set", "nameOverride=a"), "a-b"),
+        ("v0.1.0.meshlb", "on", (), "v0-1-0-meshlb"),
+        ("a" * 53, "1" * 63, (), "a" * 40),
+        # The cut would come behind a dash.
+        ("a" * 39 + "-b", "y", (), "a" * 39),
+        ("a" * 38 + "--b", "y", (), "a" * 38),
+        ("meshlb", "no", ("--set-string", "fullnameOverride=null,nameOverride=true"), "null"),
+        ("meshlb", "no", ("--set-string", "agent.serviceAccount.name=1,controller.serviceAccount.name=2,uninstall.serviceAccountName=3"), "meshlb"),
+    ]:
+        for more in ((), EVERYTHING):
+            # A list: of two objects that the tests took for one, one would be lost.
+            objects = load(template("-n", namespace, *more, *flags, release=release).stdout)
+            equal(len(objects), len(load(template(*more, *flags).stdout)))
+            have = {(d["kind"], d["metadata"]["name"]) for d in objects}
+            assert {("DaemonSet", f"{fullname}-agent"), ("Deployment", f"{fullname}-controller"), ("ConfigMap", fullname)} <= have, sorted(have)
+            for d in objects:
+                kind, metadata = d["kind"], d["metadata"]
+                what = f"{release} in {namespace}: {kind} {metadata['name']}"
+                assert isinstance(metadata["name"], str) and metadata.get("namespace", namespace) == namespace, what
+                assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", metadata["name"]), what
+                if kind == "Service":
+                    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", metadata["name"]), what
+                for value in metadata["labels"].values():
+                    assert isinstance(value, str) and label.fullmatch(value) and len(value) <= 63, (what, value)
+                if kind in ("DaemonSet", "Deployment", "Job"):
+                    template_ = d["spec"]["template"]
+                    assert all(isinstance(v, str) for v in [*template_["metadata"]["labels"].values(), *template_["metadata"].get("annotations", {}).values()]), what
+                    assert d.get("spec", {}).get("selector", {}).get("matchLabels", {}).items() <= template_["metadata"]["labels"].items(), what
+                    account = template_["spec"]["serviceAccountName"]
+                    assert isinstance(account, str) and (kind == "Job" or ("ServiceAccount", account) in have), what
+                    assert all(("ConfigMap", v["configMap"]["name"]) in have for v in template_["spec"].get("volumes", []) if "configMap" in v), what
+                if kind.endswith("RoleBinding"):
+                    assert (d["roleRef"]["kind"], d["roleRef"]["name"]) in have, what
+                    assert all(isinstance(s["name"], str) and s["namespace"] == namespace for s in d["subjects"]), what
+                if kind == "PodMonitor":
+                    equal(d["spec"]["namespaceSelector"]["matchNames"], [namespace])
+    # What would not be a name is refused.
+    for flag in ("fullnameOverride=1", "fullnameOverride=A", "fullnameOverride=a.b", "nameOverride=a_b", "nameOverride=-a"):
+        done = template("--set-string", flag, ok=False)
+        assert done.returncode != 0 and flag.partition("=")[0] in done.stderr, f"{flag}: {done.stderr or 'accepted'}"
 
 
 def crd_is_the_repositorys():
@@ -932,7 +983,7 @@ def server_takes_manifests():
 
 
 CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, a_key_that_is_given_and_the_charts_comes_once,
-         two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
+         names_that_look_like_something_else, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
          rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]

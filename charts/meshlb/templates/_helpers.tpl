@@ -1,18 +1,19 @@
 {{- define "meshlb.name" -}}
-{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimSuffix "-" }}
+{{- default .Chart.Name .Values.nameOverride | trunc 40 | trimAll "-" }}
 {{- end }}
 
-{{- /* Prefix of object names: short enough for what is appended to it. */}}
+{{- /* Prefix of object names: short enough for what is appended to it. Names of Services begin with a letter and have no dots, as releases' may. */}}
 {{- define "meshlb.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 40 | trimSuffix "-" }}
-{{- else }}
 {{- $name := include "meshlb.name" . }}
-{{- if contains $name .Release.Name }}
-{{- .Release.Name | trunc 40 | trimSuffix "-" }}
+{{- $release := .Release.Name | replace "." "-" }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 40 | trimAll "-" }}
+{{- else if not (regexMatch "^[a-z]" $release) }}
+{{- printf "%s-%s" $name $release | trunc 40 | trimAll "-" }}
+{{- else if contains $name $release }}
+{{- $release | trunc 40 | trimAll "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name $name | trunc 40 | trimSuffix "-" }}
-{{- end }}
+{{- printf "%s-%s" $release $name | trunc 40 | trimAll "-" }}
 {{- end }}
 {{- end }}
 
@@ -30,8 +31,8 @@ app.kubernetes.io/part-of: meshlb
 {{- end }}
 
 {{- define "meshlb.instanceLabels" -}}
-app.kubernetes.io/name: {{ include "meshlb.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "meshlb.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- /* A map as YAML, made of several: of a key that comes twice the later value counts. */}}
