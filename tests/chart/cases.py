@@ -492,6 +492,88 @@ def defaults_are_the_programs():
             equal(have, default[1] if default else "")
 
 
+def null_is_as_if_not_given():
+    """Helm takes a default away where a value is null. A group of values is then as it is by default, and of a single one nothing is left at most."""
+    values = load((ROOT / CHART / "values.yaml").read_text())[0]
+
+    def paths(map_, path=()):
+        for key, value in map_.items():
+            yield (*path, key), value
+            if isinstance(value, dict):
+                yield from paths(value, (*path, key))
+
+    def leaves(value, path):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                yield from leaves(inner, (*path, key))
+        elif path[0] == "ConfigMap" and path[2:3] == ("data",) and len(path) == 4:
+            yield from leaves(load(value)[0], path)
+        elif path[-1] != "checksum/config":
+            yield path, json.dumps(value)
+
+    def everything(*flags):
+        return {key: leaf for (kind, name), d in render(*on, *flags).items() for key, leaf in leaves(d, (kind, name))}
+
+    with tempfile.TemporaryDirectory() as dir_:
+        file = pathlib.Path(dir_) / "on.yaml"
+        file.write_text(json.dumps({group: {"enabled": True} for group in ("podMonitor", "prometheusRule", "networkPolicy")}))
+        on = ("-f", str(file))
+        before = everything()
+        # These are Kubernetes' and Prometheus', which know what it means that there are none.
+        nothing = {"tolerations", "priorityClassName", "interval", "resources", "requests", "limits", "cpu", "memory"}
+        for path, value in paths(values):
+            after = everything("--set", ".".join(path) + "=null")
+            gone = {key: leaf for key, leaf in before.items() if after.get(key) != leaf}
+            more = {key: leaf for key, leaf in after.items() if key not in before or key in gone}
+            what = f"{'.'.join(path)}=null: less {gone}, more {more}"
+            # Where one of several is gone, what is left of its map may be {}.
+            assert not {key: leaf for key, leaf in more.items() if leaf not in ("{}", "null")}, what
+            if path[0] == "config":
+                assert all(key[0] == "ConfigMap" for key in gone), what
+                assert path == ("config",) or {key[-1] for key in gone} <= {path[-1]}, what
+            elif path in {("podMonitor",), ("prometheusRule",), ("networkPolicy",)} or path[-1] == "enabled" and path[0] in ("podMonitor", "prometheusRule", "networkPolicy"):
+                assert gone and {key[0].lower() for key in gone} == {path[0].lower()}, what
+            elif value and path[-1] in nothing:
+                assert gone, what
+            else:
+                assert not gone, what
+    # Some keys of a map that others gave.
+    for role, kind in [("agent", "DaemonSet"), ("controller", "Deployment")]:
+        no = [f"{role}.nodeSelector.kubernetes\\.io/os", f"{role}.nodeSelector.a", f"{role}.podLabels.a", f"{role}.podAnnotations.a", f"{role}.serviceAccount.annotations.a"]
+        for key in no:
+            objects = render("--set-string", f"{role}.nodeSelector.b=c", "--set", f"{key}=null")
+            spec = objects[kind, f"meshlb-{role}"]["spec"]["template"]
+            assert spec["spec"]["nodeSelector"] == {"b": "c"} | ({} if key == no[0] else {"kubernetes.io/os": "linux"}), key
+            assert "a" not in spec["metadata"]["labels"] and "a" not in spec["metadata"]["annotations"], key
+            assert "a" not in (objects["ServiceAccount", f"meshlb-{role}"]["metadata"].get("annotations") or {}), key
+    # All at once, and as a part of another chart.
+    equal(sorted(map(list, render("--set", ",".join(f"{key}=null" for key in values)))), sorted(map(list, render())))
+    with tempfile.TemporaryDirectory() as dir_:
+        parent = pathlib.Path(dir_)
+        (parent / "Chart.yaml").write_text("apiVersion: v2\nname: parent\nversion: 0.1.0\n")
+        shutil.copytree(ROOT / CHART, parent / "charts/meshlb")
+        (parent / "values.yaml").write_text(json.dumps({"meshlb": {"config": {"dns-listen": None, "vip-cidr": None}, "agent": None}}))
+        for flags in [(), ("--set", "meshlb.config.resync=null,meshlb.controller.health=null")]:
+            objects = load(template(*flags, chart=parent).stdout)
+            equal(sorted([d["kind"], d["metadata"]["name"]] for d in objects), sorted(map(list, render())))
+
+
+def defaults_in_templates_are_those_of_values():
+    """What templates take where a value is null. Only what is empty or the programs' own anyway is left out there."""
+    values = load((ROOT / CHART / "values.yaml").read_text())[0]
+    text = (ROOT / CHART / "templates/_values.tpl").read_text()
+    (have,) = load(re.search(r'define "meshlb.defaults" -}}\n(.*?){{- end }}', text, re.S)[1])
+
+    def without(map_):
+        out = {key: without(value) if isinstance(value, dict) else value for key, value in map_.items()}
+        return {key: value for key, value in out.items() if value not in ("", [], {})}
+
+    values["config"] = {key: value for key, value in values["config"].items() if key in have["config"]}
+    equal(have, without(values))
+
+
 def changed_configuration_restarts_pods():
     sum_ = lambda kind, *flags: next(d for (k, _), d in render(*flags).items() if k == kind)["spec"]["template"]["metadata"]["annotations"]["checksum/config"]
     for kind in ("DaemonSet", "Deployment"):
@@ -594,6 +676,8 @@ def notes_are_right():
         two = of("--set", "config.vip-cidr={10.96.4.0/22,fd00:200::/112},config.zone=mesh.example")
         elsewhere = of("--set", "config.dns-listen={192.0.2.1:5300}")
         off = of("--set", "config.dns-listen={off}")
+        equal(of("--set", "config.vip-cidr=null,config.dns-listen=null,config.zone=null,crds=null,rbac=null"), notes)
+        equal(of("--set", "config=null"), notes)
         # By which address of it a range is given says nothing of where its names are answered.
         at_of = {"10.200.0.1/16": "10.200.0.2", "10.200.7.0/16": "10.200.0.2", "10.255.255.255/9": "10.128.0.2", "192.168.1.130/25": "192.168.1.130",
                  "FD00:0200::/112": "FD00:0200::2", "fd00:200::1/112": "DNS-ADDRESS", "fd00:200:0:1::/48": "DNS-ADDRESS",
@@ -985,6 +1069,7 @@ def server_takes_manifests():
 CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, a_key_that_is_given_and_the_charts_comes_once,
          names_that_look_like_something_else, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
          rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
+         null_is_as_if_not_given, defaults_in_templates_are_those_of_values,
          changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]
 SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server_controller_uses_its_rights_and_no_others]

@@ -35,11 +35,14 @@ app.kubernetes.io/name: {{ include "meshlb.name" . | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
-{{- /* A map as YAML, made of several: of a key that comes twice the later value counts. */}}
+{{- /* A map as YAML, made of several: of a key that comes twice the later value counts, and null takes it away. */}}
 {{- define "meshlb.merged" -}}
 {{- $out := dict }}
 {{- range . }}
 {{- range $key, $value := . }}{{ $_ := set $out $key $value }}{{ end }}
+{{- end }}
+{{- range $key, $value := $out }}
+{{- if kindIs "invalid" $value }}{{ $_ := unset $out $key }}{{ end }}
 {{- end }}
 {{- toYaml $out }}
 {{- end }}
@@ -75,20 +78,12 @@ app.kubernetes.io/component: controller
 {{- if contains ":" .address }}[{{ .address }}]{{ else }}{{ .address }}{{ end }}:{{ .port }}
 {{- end }}
 
-{{- /* The --config files. An empty list is a flag that is not given. */}}
+{{- /* The --config files. An empty list is a flag that is not given, and so is null. */}}
 {{- define "meshlb.config" -}}
 {{- range $flag, $value := . }}
-{{- if or (not (kindIs "slice" $value)) $value }}
+{{- if not (or (kindIs "invalid" $value) (and (kindIs "slice" $value) (empty $value))) }}
 {{ $flag }}: {{ $value | toJson }}
 {{- end }}
-{{- end }}
-{{- end }}
-
-{{- /* What no schema can say: ends the rendering with what the programs would end with. */}}
-{{- define "meshlb.checked" -}}
-{{- $ranges := index .Values.config "vip-cidr" }}
-{{- if and (eq (len $ranges) 2) (eq (contains ":" (first $ranges)) (contains ":" (last $ranges))) }}
-{{- fail (printf "config.vip-cidr: %s and %s are of one family: at most one range for each of IPv4 and IPv6" (first $ranges) (last $ranges)) }}
 {{- end }}
 {{- end }}
 
