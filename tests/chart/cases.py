@@ -617,6 +617,46 @@ def wrong_values_are_refused():
         assert done.returncode != 0 and word in done.stderr, f"{flag}: {done.stderr or 'accepted'}"
 
 
+def ranges_are_refused_as_by_the_programs():
+    """In one line that names value and range, before anything is installed that could not start."""
+    binary = os.environ.get("MESHLB_BIN")
+
+    def program_refuses(flag, value):
+        # In an empty folder nothing is asked of a kernel.
+        with tempfile.TemporaryDirectory() as dir_:
+            where = [f"--state-dir={dir_}/state", f"--run-dir={dir_}/run", "--node=n1", f"--{flag}={value}"]
+            done = run(binary, *where, "lock", dir_, ok=False)
+        assert done.returncode in (0, 1, 2), done
+        return done.returncode != 0
+
+    good, bad = False, True
+    for flag, value, refused in [
+        ("vip-cidr", "10.0.0.0/29", good), ("vip-cidr", "10.0.0.5/29", good), ("vip-cidr", "10.0.0.0/30", bad), ("vip-cidr", "10.0.0.0/32", bad),
+        ("vip-cidr", "10.0.0.0/33", bad), ("vip-cidr", "10.0.0.0/0", bad), ("vip-cidr", "10.0.0/16", bad), ("vip-cidr", "10.0.0.256/16", bad),
+        ("vip-cidr", "0.1.0.0/16", bad), ("vip-cidr", "1.2.3.4/1", bad), ("vip-cidr", "127.3.0.0/16", bad), ("vip-cidr", "127.0.0.0/7", good),
+        ("vip-cidr", "169.254.7.0/24", bad), ("vip-cidr", "169.0.0.0/8", good), ("vip-cidr", "223.0.0.0/8", good), ("vip-cidr", "224.0.0.0/8", bad),
+        ("vip-cidr", "239.1.0.0/16", bad), ("vip-cidr", "240.0.0.0/8", good),
+        ("vip-cidr", "fd00::/126", good), ("vip-cidr", "fd00::/127", bad), ("vip-cidr", "fd00::/128", bad), ("vip-cidr", "fd00::/129", bad),
+        ("vip-cidr", "fd00::/0", bad), ("vip-cidr", "::/64", bad), ("vip-cidr", "::1/112", bad), ("vip-cidr", "ff05::/112", bad), ("vip-cidr", "FF00::/8", bad),
+        ("vip-cidr", "fe80::/64", bad), ("vip-cidr", "febf::/16", bad), ("vip-cidr", "fec0::/10", good), ("vip-cidr", "::ffff:10.0.0.0/104", bad),
+        ("publish-range", "30000-32767", good), ("publish-range", "5-5", good), ("publish-range", "1-65535", good), ("publish-range", "00030-0040", good),
+        ("publish-range", "32767-30000", bad), ("publish-range", "0-1", bad), ("publish-range", "1-65536", bad),
+        ("publish-reserved", "22", good), ("publish-reserved", "22/tcp", good), ("publish-reserved", "8-9/udp", good),
+        ("publish-reserved", "0/tcp", bad), ("publish-reserved", "70000", bad), ("publish-reserved", "9-8/udp", bad),
+    ]:
+        one = "publish-range" == flag
+        done = template("--set-string", f"config.{flag}=" + (value if one else f"{{{value}}}"), ok=False)
+        assert (done.returncode != 0) == refused, f"{flag}={value}: {done.stderr or 'accepted'}"
+        if refused:
+            lines = [line for line in done.stderr.splitlines() if line and not line.startswith("Use --debug")]
+            assert len(lines) == 1 and f"config.{flag}: {value} " in lines[0], done.stderr
+        if binary:
+            equal([flag, value, program_refuses(flag, value)], [flag, value, refused])
+    # The minimum is the one that docs/cli.md tells.
+    said = " ".join((ROOT / "docs/cli.md").read_text().split())
+    assert "an IPv4 range is a /29 at least and an IPv6 range a /126" in said
+
+
 def values_are_documented_and_in_the_schema():
     schema = json.loads((ROOT / CHART / "values.schema.json").read_text())
     values = load((ROOT / CHART / "values.yaml").read_text())[0]
@@ -1070,7 +1110,7 @@ CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default
          names_that_look_like_something_else, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
          rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          null_is_as_if_not_given, defaults_in_templates_are_those_of_values,
-         changed_configuration_restarts_pods, wrong_values_are_refused, values_are_documented_and_in_the_schema, alerts, notes_are_right,
+         changed_configuration_restarts_pods, wrong_values_are_refused, ranges_are_refused_as_by_the_programs, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]
 SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server_controller_uses_its_rights_and_no_others]
 
