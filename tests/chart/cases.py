@@ -458,7 +458,7 @@ def configuration_is_flags():
     for file, struct in [("options", "Options"), ("dns", "DnsOptions")]:
         text = (ROOT / f"src/cli/{file}.rs").read_text().split(f"pub struct {struct} {{")[1].split("\n}")[0]
         known |= {name.replace("_", "-") for name in re.findall(r"^    pub (\w+):", text, re.M)}
-    for flags in [(), *(("-f", str(v)) for v in VALUES)]:
+    for flags in [(), ("--set-json", "config.publish-reserved=[]"), *(("-f", str(v)) for v in VALUES)]:
         objects = render(*flags)
         name = next(name for kind, name in objects if kind == "ConfigMap")
         for role in ("agent", "controller"):
@@ -475,6 +475,8 @@ def configuration_is_flags():
     six = render("-f", "tests/chart/values/ipv6.yaml")
     equal(config(six, "agent")["metrics-listen"], "[::]:9477")
     assert "publish-addresses" not in config(six, "agent")
+    # To programs, too, an empty list is here `none`, and not their default.
+    equal(config(render("--set-json", "config.publish-reserved=[]"), "agent")["publish-reserved"], [])
 
 
 def defaults_are_the_programs():

@@ -78,10 +78,10 @@ app.kubernetes.io/component: controller
 {{- if contains ":" .address }}[{{ .address }}]{{ else }}{{ .address }}{{ end }}:{{ .port }}
 {{- end }}
 
-{{- /* The --config files. An empty list is a flag that is not given, and so is null. */}}
+{{- /* The --config files. An empty list is a flag that is not given, and so is null; only of publish-reserved it is a value, `none`. */}}
 {{- define "meshlb.config" -}}
 {{- range $flag, $value := . }}
-{{- if not (or (kindIs "invalid" $value) (and (kindIs "slice" $value) (empty $value))) }}
+{{- if not (or (kindIs "invalid" $value) (and (kindIs "slice" $value) (empty $value) (ne $flag "publish-reserved"))) }}
 {{ $flag }}: {{ $value | toJson }}
 {{- end }}
 {{- end }}
