@@ -177,6 +177,11 @@ def switches():
     equal(sorted(map(list, more)), [["NetworkPolicy", "meshlb-controller"], ["PodMonitor", "meshlb"], ["PodMonitor", "meshlb-controller"], ["PrometheusRule", "meshlb"]])
     least = render(*LEAST)
     equal(sorted(kind for kind, _ in least), ["ConfigMap", "DaemonSet", "Deployment"])
+    # Rights and the policy by themselves: who may not make roles may have the policy, and the other way round.
+    policy = {"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"}
+    roles = {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"}
+    for switch, without in [("rbac", roles), ("admissionPolicy", policy)]:
+        equal(sorted({kind for kind, _ in set(render()) - set(render("--set", f"{switch}.create=false"))}), sorted(without))
     names = {kind: name for kind, name in least}
     for kind, account in [("DaemonSet", "agent-account"), ("Deployment", "controller-account")]:
         equal(pod(least, kind, names[kind])["serviceAccountName"], account)
@@ -360,6 +365,28 @@ def rights():
         equal(binding["roleRef"]["name"], name)
         account = "meshlb-" + name.rsplit("-", 1)[1]
         equal(binding["subjects"], [{"kind": "ServiceAccount", "name": account, "namespace": NAMESPACE}])
+
+
+def documented_rights_are_the_charts():
+    """The table in docs/install.md is what is bound elsewhere where rbac.create is false."""
+    section = (ROOT / "docs/install.md").read_text().split("### The rights, one by one\n")[1].split("\n##")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")]
+    equal(rows[0], ["account", "where", "apiGroup", "resources", "names", "verbs"])
+    words = lambda cell: cell.replace("`", "").replace(",", " ").split()
+    documented = [(account, where, words(group)[0].replace("core", ""), words(resources), words(names), words(verbs)) for account, where, group, resources, names, verbs in rows[2:]]
+    objects = render()
+    have = [
+        (account, where, group, rule["resources"], rule.get("resourceNames", []), rule["verbs"])
+        for account in ("agent", "controller", "uninstall")
+        for where, kind, name in [("cluster", "ClusterRole", f"{NAMESPACE}-meshlb-{account}"), ("namespace", "Role", f"meshlb-{account}")]
+        for rule in objects[kind, name]["rules"]
+        for group in rule["apiGroups"]
+    ]
+    assert all(set(rule) <= {"apiGroups", "resources", "resourceNames", "verbs"} for (kind, _), d in objects.items() if kind.endswith("Role") for rule in d["rules"])
+    equal(documented, have)
+    # Whom they are bound to is said, too.
+    for account in ("agent", "controller", "uninstall"):
+        assert f"`meshlb-{account}`" in section, account
 
 
 def agents_pod():
@@ -673,7 +700,7 @@ def values_are_documented_and_in_the_schema():
 
     compare(values, schema, "")
     lines = (ROOT / CHART / "values.yaml").read_text().splitlines()
-    top_only = {"image", "crds", "rbac", "metrics", "health", "apiServer", "services", "podMonitor", "prometheusRule", "networkPolicy", "uninstall",
+    top_only = {"image", "crds", "rbac", "admissionPolicy", "metrics", "health", "apiServer", "services", "podMonitor", "prometheusRule", "networkPolicy", "uninstall",
                 "serviceAccount", "podDisruptionBudget", "podLabels"}
     inside = None
     for before, line in zip(lines, lines[1:]):
@@ -1110,7 +1137,7 @@ def server_takes_manifests():
 
 CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default_objects, switches, labels_and_namespaces, a_key_that_is_given_and_the_charts_comes_once,
          names_that_look_like_something_else, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
-         rights, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
+         rights, documented_rights_are_the_charts, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          null_is_as_if_not_given, defaults_in_templates_are_those_of_values,
          changed_configuration_restarts_pods, wrong_values_are_refused, ranges_are_refused_as_by_the_programs, values_are_documented_and_in_the_schema, alerts, notes_are_right,
          helm_test_asks_both, examples_are_valid]

@@ -28,6 +28,8 @@ crds:
   install: true
 rbac:
   create: true
+admissionPolicy:
+  create: true
 config:
   vip-cidr: ["10.200.0.0/16"]
   zone: mesh.internal
