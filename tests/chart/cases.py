@@ -747,6 +747,9 @@ def notes_are_right():
         off = of("--set", "config.dns-listen={off}")
         equal(of("--set", "config.vip-cidr=null,config.dns-listen=null,config.zone=null,crds=null,rbac=null"), notes)
         equal(of("--set", "config=null"), notes)
+        # By its default name no registry has the image.
+        pulled = of("--set", "image.repository=registry.example.com/meshlb")
+        assert "meshlb:0.1.0" in notes and "ImagePullBackOff" in notes and "ImagePullBackOff" not in pulled, notes + pulled
         # By which address of it a range is given says nothing of where its names are answered.
         at_of = {"10.200.0.1/16": "10.200.0.2", "10.200.7.0/16": "10.200.0.2", "10.255.255.255/9": "10.128.0.2", "192.168.1.130/25": "192.168.1.130",
                  "FD00:0200::/112": "FD00:0200::2", "fd00:200::1/112": "DNS-ADDRESS", "fd00:200:0:1::/48": "DNS-ADDRESS",
