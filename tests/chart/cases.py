@@ -724,11 +724,41 @@ def alerts():
         assert rule["labels"]["team"] == "network" and set(rule["annotations"]) == {"summary", "description"}
         jobs = set(re.findall(r'job="([^"]*)"', rule["expr"]))
         assert jobs in ({f"{NAMESPACE}/meshlb"}, {f"{NAMESPACE}/meshlb-controller"}), rule["expr"]
+    # Between two scrapes a good turn is as old as they are apart, however short the resync is.
+    for resync, stale in [(1, 180), (1.5, 180), (60, 180), (300, 900)]:
+        rules_ = render("--set", "prometheusRule.enabled=true", "--set-json", f"config.resync={resync}")["PrometheusRule", "meshlb"]["spec"]["groups"][0]["rules"]
+        (rule,) = (rule for rule in rules_ if rule["alert"] == "MeshlbNoTurn")
+        assert rule["expr"].endswith(f" > {stale}") and f"more than {stale} s ago; there is one each {resync} s" in rule["annotations"]["description"], rule
     assert os.environ["PROMTOOL"], "no promtool: tests/vm/setup.sh unpacks it"
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         json.dump(rules, file)
         file.flush()
         run(os.environ["PROMTOOL"], "check", "rules", file.name)
+
+
+def each_alert_fires_and_does_not():
+    """With series as programs give them: tests/chart/alerts has a file for each alert, of when it fires, with which text, and when it does not."""
+    rules = render("--set", "prometheusRule.enabled=true")["PrometheusRule", "meshlb"]["spec"]
+    files = sorted((ROOT / "tests/chart/alerts").glob("*.yaml"))
+    equal([file.stem for file in files], sorted(rule["alert"] for rule in rules["groups"][0]["rules"]))
+    with tempfile.TemporaryDirectory() as dir_:
+        (pathlib.Path(dir_) / "rules.yaml").write_text(json.dumps(rules))
+        for file in files:
+            shutil.copy(file, dir_)
+            (said,) = load(file.read_text())
+            asked = [check for test in said["tests"] for check in test["alert_rule_test"]]
+            equal({check["alertname"] for check in asked} == {file.stem}, True)
+            assert any(check.get("exp_alerts") for check in asked), f"{file.name}: it never fires"
+            # Each way of not firing is a test of its own; that it takes its time is not enough.
+            assert any(not any(check.get("exp_alerts") for check in test["alert_rule_test"]) for test in said["tests"]), f"{file.name}: it always fires"
+        run(os.environ["PROMTOOL"], "test", "rules", *(f"{dir_}/{file.name}" for file in files))
+
+
+def alerts_are_documented():
+    """The table in docs/metrics.md."""
+    rows = re.findall(r"^\| `(Meshlb\w+)` \|.*\| (\w+) \| (\w+) \|$", (ROOT / "docs/metrics.md").read_text(), re.M)
+    rules = render("--set", "prometheusRule.enabled=true")["PrometheusRule", "meshlb"]["spec"]["groups"][0]["rules"]
+    equal([list(row) for row in rows], [[rule["alert"], rule["for"], rule["labels"]["severity"]] for rule in rules])
 
 
 def notes_are_right():
@@ -1142,7 +1172,8 @@ CASES = [lints, schemas_of_the_oldest_and_the_newest_kubernetes, scores, default
          names_that_look_like_something_else, two_releases_do_not_meet, crd_is_the_repositorys, versions_are_one, deploy_is_the_chart,
          rights, documented_rights_are_the_charts, agents_pod, controllers_pod, network_policy, uninstalls_job, configuration_is_flags, defaults_are_the_programs,
          null_is_as_if_not_given, defaults_in_templates_are_those_of_values,
-         changed_configuration_restarts_pods, wrong_values_are_refused, ranges_are_refused_as_by_the_programs, values_are_documented_and_in_the_schema, alerts, notes_are_right,
+         changed_configuration_restarts_pods, wrong_values_are_refused, ranges_are_refused_as_by_the_programs, values_are_documented_and_in_the_schema, alerts, each_alert_fires_and_does_not,
+         alerts_are_documented, notes_are_right,
          helm_test_asks_both, examples_are_valid]
 SERVER_CASES = [server_takes_manifests, server_install_upgrade_uninstall, server_controller_uses_its_rights_and_no_others]
 
