@@ -126,6 +126,22 @@ fn answers(cx: &mut Cx) -> Result<()> {
         let srv = format!("0 1 80 web.{ZONE}.");
         answers_with(from, at, &format!("_tcp-80._tcp.web.{ZONE}"), "SRV", &[&srv])?;
         answers_with(from, at, "5.0.200.10.in-addr.arpa", "PTR", &[&format!("web.{ZONE}.")])?;
+        for (address, want) in [("fd00:200::5", &["web"][..]), ("fd00:244:1::12", &["p12.rr", "p12.web"])] {
+            let mut got: Vec<_> =
+                dig(from, at, &["+short", "-x", address])?.lines().map(str::to_owned).collect();
+            got.sort();
+            let want: Vec<_> = want.iter().map(|name| format!("{name}.{ZONE}.")).collect();
+            ensure!(got == want, "{}: {address} is {got:?}, not {want:?}", from.name);
+        }
+        // Round robin has a place for each endpoint, and says what address it has.
+        let name = format!("_tcp-80._tcp.rr.{ZONE}");
+        let places = ["p11", "p12"].map(|pod| format!("0 1 8080 {pod}.rr.{ZONE}."));
+        answers_with(from, at, &name, "SRV", &places.each_ref().map(String::as_str))?;
+        let text = dig(from, at, &["+noall", "+additional", &name, "SRV"])?;
+        for (pod, address) in [("p11", "10.244.1.11"), ("p12", "fd00:244:1::12")] {
+            let has = |line: &str| line.starts_with(&format!("{pod}.rr.{ZONE}.")) && line.ends_with(address);
+            ensure!(text.lines().any(has), "{name} SRV: no {address} of {pod} in\n{text}");
+        }
         let ptr = short(from, at, "11.1.244.10.in-addr.arpa", "PTR")?;
         ensure!(ptr == [format!("p11.rr.{ZONE}."), format!("p11.web.{ZONE}.")], "{ptr:?}");
     }

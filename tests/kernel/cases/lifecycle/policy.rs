@@ -3,6 +3,7 @@
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use super::super::dns::{SERVERS, answers_with};
 use super::remove::{LATE, ways_to};
 use super::{Cluster, PROTOS, serve_from, two_nodes, vip, web};
 use crate::check;
@@ -89,28 +90,39 @@ fn local(cx: &mut Cx) -> Result<()> {
     c.in_sync()
 }
 
-/// `web` from three pods, of which p11 is in zone z1, p12 in z2 and p21 in z1; those in `away` are not ready.
+/// `web`, and `rr` for DNS, from three pods, of which p11 is in zone z1, p12 in z2 and p21 in z1; those in `away` are not ready.
 fn zoned(t: &Topology, m: &mut Manifests, away: &[&str]) {
     for family in Family::ALL {
         let endpoints = [("p11", "z1"), ("p12", "z2"), ("p21", "z1")].map(|(pod, zone)| {
             let endpoint = Endpoint { zone: Some(zone.to_owned()), ..Endpoint::of(t.pod(pod), family) };
             if away.contains(&pod) { endpoint.not_ready() } else { endpoint }
         });
-        m.slice("web", family, endpoints.into());
+        for service in ["web", "rr"] {
+            m.slice(service, family, endpoints.clone().into());
+        }
     }
 }
 
-/// `trafficDistribution`: the near endpoints serve while there are any, by virtual IP and published port; what is open stays.
+/// `trafficDistribution`: the near endpoints serve while there are any, by virtual IP and published port, and are what a name in
+/// mode DNSRR has; what is open stays.
 fn near(cx: &mut Cx) -> Result<()> {
     // Both nodes are in z1.
     let meshlb = cx.meshlb()?.clone().flag("--topology-zone=z1");
     let mut c = Cluster::start_with(cx, meshlb, &two_nodes(), |t, m| {
         web(t, m, &["p11"])?;
+        m.service("rr").set("mode", json!("DNSRR")).port(Proto::Tcp, 80, 8080, None);
         zoned(t, m, &[]);
         Ok(())
     })?;
     let served = |c: &Cluster, nodes: [&[&str]; 2]| -> Result<()> {
         for family in Family::ALL {
+            let (server, kind) = family.pick((SERVERS[0], "A"), (SERVERS[1], "AAAA"));
+            for (client, servers) in ["p12", "p22"].into_iter().zip(nodes) {
+                let mut all: Vec<_> = servers.iter().map(|pod| c.t.pod(pod).ip(family).to_string()).collect();
+                all.sort();
+                let all: Vec<_> = all.iter().map(String::as_str).collect();
+                answers_with(c.t.pod(client), server, "rr.default.mesh.internal", kind, &all)?;
+            }
             for proto in PROTOS {
                 for (node, servers) in (1..).zip(nodes) {
                     let n = 2 * servers.len();
@@ -130,7 +142,9 @@ fn near(cx: &mut Cx) -> Result<()> {
     };
     let prefer = |c: &mut Cluster, what: Value, away: &[&str]| {
         c.change(|t, m| {
-            m.service("web").set("trafficDistribution", what);
+            for service in ["web", "rr"] {
+                m.service(service).set("trafficDistribution", what.clone());
+            }
             zoned(t, m, away);
             Ok(())
         })
