@@ -211,17 +211,16 @@ impl DnsOptions {
 /// leads to them. One with some is served there, though a port may yet come; one that is to have none (in mode DNSRR, or without
 /// endpoints) needs nothing of the kernel.
 fn to_come(engine: &Engine) -> BTreeSet<ServiceKey> {
+    let comes = |service: &CompiledService| {
+        let marks = service.ports.iter().filter_map(|port| port.marks.get(&Scope::Vip).copied()).collect();
+        service.vips.iter().any(|(_, vip)| {
+            let at = |element: &&Element| matches!(element, Element::Vip(target) if target.addr == *vip);
+            let mut entries = service.elements.keys().filter(at).peekable();
+            entries.peek().is_some() && !entries.any(|element| engine.is_led(element, &marks))
+        })
+    };
     let services = engine.merged().services().iter();
-    services.filter(|(_, service)| is_to_come(engine, service)).map(|(key, _)| key.clone()).collect()
-}
-
-fn is_to_come(engine: &Engine, service: &CompiledService) -> bool {
-    let marks = service.ports.iter().filter_map(|port| port.marks.get(&Scope::Vip).copied()).collect();
-    service.vips.iter().any(|(_, vip)| {
-        let at = |element: &&Element| matches!(element, Element::Vip(target) if target.addr == *vip);
-        let mut entries = service.elements.keys().filter(at).peekable();
-        entries.peek().is_some() && !entries.any(|element| engine.is_led(element, &marks))
-    })
+    services.filter(|(_, service)| comes(service)).map(|(key, _)| key.clone()).collect()
 }
 
 /// The names of all services, for who only looks.
@@ -283,7 +282,7 @@ pub struct Feed {
     published: bool,
     /// What [`Self::begin`] has taken over already, until the turn that it was for is over.
     begun: BTreeMap<ServiceKey, Arc<CompiledService>>,
-    /// Services that are in the source, and with what they answer not in the kernel yet: what was answered before, is.
+    /// What it has left out, until then.
     to_come: BTreeSet<ServiceKey>,
     /// Services whose aliases may have been won or lost in turns that failed, to be told of with the next one.
     others: BTreeSet<ServiceKey>,
@@ -348,8 +347,7 @@ impl Feed {
         }
     }
 
-    /// Takes over services that were compiled, and those that had yet to come into the kernel, as far as they are there now: what
-    /// the kernel refuses is not answered. Gives others that won or lost an alias by it.
+    /// Takes over services that were compiled. Gives others that won or lost an alias by it.
     pub fn update(
         &mut self,
         engine: &Engine,
@@ -358,11 +356,8 @@ impl Feed {
     ) -> BTreeSet<ServiceKey> {
         let mut others = std::mem::take(&mut self.others);
         let begun = std::mem::take(&mut self.begun);
+        self.to_come.retain(|key| !keys.contains(key));
         let services = engine.merged().services();
-        let due = keys | &std::mem::take(&mut self.to_come);
-        let comes = |key: &ServiceKey| services.get(key).is_some_and(|service| is_to_come(engine, service));
-        let (late, keys): (_, BTreeSet<_>) = due.into_iter().partition(comes);
-        self.to_come = late;
         let is_new = |key: &&ServiceKey| match (begun.get(*key), services.get(*key)) {
             (Some(before), Some(now)) => !Arc::ptr_eq(before, now),
             _ => true,

@@ -62,6 +62,7 @@ const FIRST_EVENTS: u32 = 20;
 /// What could not be written is tried again after this long; what can't be again and again, after twice as long each time.
 const AGAIN: Duration = Duration::from_secs(1);
 const AGAIN_MOST: Duration = Duration::from_secs(60);
+const AGAIN_SOON: Duration = Duration::from_secs(8);
 /// Changes that come within this time of one another are one turn.
 const TOGETHER: Duration = Duration::from_millis(100);
 /// A headless Service that could not be kept is tried again after this long.
@@ -172,9 +173,9 @@ struct Failed {
 
 impl Failed {
     /// Now, after it may have failed before.
-    fn now(version: String, before: Option<&Self>) -> Self {
+    fn now(version: String, before: Option<&Self>, most: Duration) -> Self {
         let pause = before.filter(|before| before.version == version).map(|before| before.pause * 2);
-        Self { version, at: Instant::now(), pause: pause.unwrap_or(AGAIN).min(AGAIN_MOST) }
+        Self { version, at: Instant::now(), pause: pause.unwrap_or(AGAIN).min(most) }
     }
 }
 

@@ -121,7 +121,8 @@ impl Ipvs for FakeKernel {
     }
 
     fn count(&mut self) -> Option<u32> {
-        u32::try_from(self.lock().state.virtual_servers.len()).ok()
+        let inner = self.lock();
+        u32::try_from(inner.state.virtual_servers.keys().filter(|key| key.family == Family::V4).count()).ok()
     }
 
     fn list(

@@ -132,8 +132,7 @@ pub trait Ipvs {
         &mut self,
         keep: &dyn Fn(Mark) -> bool,
     ) -> Result<HashMap<VirtualServerKey, VirtualServerConfig>, Error>;
-    /// How many services there are, anybody's, at next to no cost; `None` where the kernel does not tell. It may count those of one
-    /// family alone: what it says is only good to be compared with what it said before.
+    /// How many services of IPv4 there are, anybody's, at next to no cost; `None` where the kernel does not tell.
     fn count(&mut self) -> Option<u32>;
     /// Shows each fwmark service whose mark `keep` accepts, with its destinations: a sixth of what a dump costs, and less than
     /// a dump tells. Some may be left out, as many as other network namespaces have. `false` where the kernel has no such list; some were shown by then, maybe.

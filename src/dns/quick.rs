@@ -1,6 +1,6 @@
 //! The commonest question, for the addresses of a service by its own name, from bytes to bytes: no message is built and nothing
-//! is copied but what is sent. What is answered is what [`super::handler`] answers to the same packet, bit by bit; whatever is out
-//! of the ordinary in a question is left to that.
+//! is copied but what is sent. What is answered is what [`super::handler`] answers to the same packet (but that more addresses may
+//! fit, since each takes no more than it has to); whatever is out of the ordinary in a question is left to that.
 
 use std::net::IpAddr;
 

@@ -76,13 +76,13 @@ pub struct Pace {
 
 /// What looking at all IPVS services may cost: after one that took a time there is none for [`SERVICES_CHEAP`] times as long, for
 /// three seconds at most (so what is gone is seen within four, and is back within five), but
-/// for [`SERVICES_DEAR`] times as long in any case: never more than half a percent of a core.
+/// for [`SERVICES_DEAR`] times as long in any case: no more than half a percent of a core where nothing happens.
 const SERVICES_CHEAP: u32 = 1000;
 const SERVICES_DEAR: u32 = 200;
 const SERVICES_SOON: Duration = Duration::from_secs(3);
-/// And so many times as long where there are more or fewer services than there were: somebody has just taken some out, or goes on
-/// changing their own.
-const SERVICES_COUNTED: u32 = 10;
+/// And so many times as long where there are more or fewer services than there were: somebody has just taken some out. The second
+/// where that was nothing to us: somebody goes on changing their own.
+const SERVICES_COUNTED: (u32, u32) = (10, 100);
 /// This many services, with their destinations, are looked at one by one with each probe, in rotation: fewer where that takes
 /// longer than the time here, but always some, so that an emptied table is seen at once.
 const REALS_PER_PROBE: (usize, usize) = (4, 16);
@@ -461,13 +461,16 @@ impl<O: Observer> Agent<O> {
             return Ok(Some(what));
         }
         let start = Instant::now();
-        if start >= self.services_rest || (start >= self.services_counted && self.engine.counts_otherwise()) {
+        let due = start >= self.services_rest;
+        if due || (start >= self.services_counted && self.engine.counts_otherwise()) {
             let before = thread_cpu();
             let found = self.engine.look_at_all();
             // CPU time: a busy machine makes a look longer, not dearer.
             let took = thread_cpu().saturating_sub(before);
             self.services_rest = start + (took * SERVICES_CHEAP).min(SERVICES_SOON).max(took * SERVICES_DEAR);
-            self.services_counted = start + took * SERVICES_COUNTED;
+            let for_nothing = !due && matches!(found, Ok(None));
+            let times = if for_nothing { SERVICES_COUNTED.1 } else { SERVICES_COUNTED.0 };
+            self.services_counted = start + took * times;
             if let Some(found) = found.map_err(|e| e.to_string())? {
                 return Ok(Some(found));
             }

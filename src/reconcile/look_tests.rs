@@ -117,7 +117,9 @@ fn a_service_that_is_gone_or_one_too_many_is_seen() {
 #[test]
 fn fewer_or_more_services_are_seen_by_their_number() {
     let kernel = FakeKernel::default();
-    let (mut engine, key) = two(&kernel);
+    let (mut engine, _) = two(&kernel);
+    let is_of = |family| move |key: &&VirtualServerKey| key.family == family;
+    let key = *kernel.lock().state.virtual_servers.keys().find(is_of(Family::V4)).unwrap();
     assert!(!engine.counts_otherwise(), "nothing was looked at");
     assert_eq!(look(&mut engine), None);
     engine.feed([service_with("one-more", port(83, 8080))]);
@@ -134,6 +136,10 @@ fn fewer_or_more_services_are_seen_by_their_number() {
     assert!(engine.counts_otherwise());
     assert_eq!(look(&mut engine), None);
     assert!(!engine.counts_otherwise(), "somebody else's");
+    // The kernel counts none of IPv6.
+    let theirs = VirtualServerKey { family: Family::V6, ..theirs };
+    kernel.lock().state.virtual_servers.insert(theirs, foreign_server());
+    assert!(!engine.counts_otherwise());
 }
 
 /// The kernel goes by position in its table, and others may change theirs meanwhile; and a list leaves out as many as other network

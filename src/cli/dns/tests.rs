@@ -238,31 +238,6 @@ fn what_came_while_no_agent_ran_is_answered_when_the_kernel_has_it() {
     );
 }
 
-#[test]
-fn what_the_kernel_refuses_is_not_answered() {
-    let kernel = FakeKernel::default();
-    let at = |name: &str, vip: &str| {
-        let vips = vec![vip.parse().unwrap()];
-        let service = Service { ports: vec![port(82, 8080)], vips, ..service(name) };
-        [Event::Service(service.into()), endpoints(name, &["10.244.1.1"])]
-    };
-    let mut engine = engine(&kernel, Allocations::default());
-    engine.feed(at("moves", "10.200.0.8"));
-    engine.synced(Unread::default());
-    let mut feed = feed(&engine);
-    feed.turned(&mut engine);
-    kernel.lock().impossible.extend(["10.200.0.9".into(), "10.200.0.10".into()]);
-    engine.feed(at("moves", "10.200.0.9").into_iter().chain(at("new", "10.200.0.10")));
-    engine.feed(at("other", "10.200.0.11"));
-    feed.turned(&mut engine);
-    let told = |feed: &mut Feed| ["moves", "new", "other"].map(|name| feed.a(&format!("{name}.default")));
-    assert_eq!(told(&mut feed), ["10.200.0.8", "ServFail", "10.200.0.11"]);
-    kernel.lock().impossible.clear();
-    // No service changes, and the kernel takes it.
-    feed.turned(&mut engine);
-    assert_eq!(told(&mut feed), ["10.200.0.9", "10.200.0.10", "10.200.0.11"]);
-}
-
 /// What the kernel serves, and what it needs nothing of it for, is answered; what has moved is not, whichever way it comes.
 #[test]
 fn what_is_to_come_is_what_the_kernel_has_no_entry_of() {

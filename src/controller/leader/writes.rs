@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::ObjectReference;
 use tracing::{debug, info, warn};
 
-use super::{AT_ONCE, Failed, HEADLESS_AGAIN, Leader};
+use super::{AGAIN_MOST, AGAIN_SOON, AT_ONCE, Failed, HEADLESS_AGAIN, Leader};
 use crate::{
     api::{self, status::MeshServiceStatus},
     controller::{
@@ -34,7 +34,7 @@ impl Leader {
             // Another one has written it, or it was deleted: it has to be taken over anew.
             Err(e) if requests::has_changed(&e) => bail!("the pool objects have changed: {e}"),
             Err(e) => {
-                self.tell(cause(&e), &format!("the pool objects can't be written: {e}"));
+                self.tell(cause("pool", &e), &format!("the pool objects can't be written: {e}"));
                 Ok(false)
             }
         }
@@ -98,9 +98,13 @@ impl Leader {
                     if requests::has_changed(&e) {
                         debug!("{key}: {e}");
                     } else {
-                        problem = Some((cause(&e), format!("the status of {key} can't be written: {e}")));
+                        problem =
+                            Some((cause("status", &e), format!("the status of {key} can't be written: {e}")));
                     }
-                    let failed = Failed::now(meta.resource_version, self.failed.get(&key));
+                    // What is wrong with the request stays so; a server or a webhook comes back.
+                    let stays = matches!(&e, kube::Error::Api(status) if (400..500).contains(&status.code) && status.code != 429);
+                    let most = if stays { AGAIN_MOST } else { AGAIN_SOON };
+                    let failed = Failed::now(meta.resource_version, self.failed.get(&key), most);
                     self.failed.insert(key, failed);
                 }
             }
@@ -191,10 +195,29 @@ impl Leader {
     }
 }
 
-/// What many failures have in common: the text of one names its object.
-fn cause(error: &kube::Error) -> String {
-    match error {
-        kube::Error::Api(status) => format!("{} {}", status.code, status.reason),
+/// What many failures have in common: the text of one names its object, between quotation marks.
+fn cause(what: &str, error: &kube::Error) -> String {
+    let text = match error {
+        kube::Error::Api(status) => status.message.split('"').step_by(2).collect(),
         other => other.to_string(),
+    };
+    format!("{what}: {text}")
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::core::Status;
+
+    use super::*;
+
+    #[test]
+    fn failures_with_one_cause_are_told_once() {
+        let denied = |name: &str, why: &str| {
+            let message = format!("admission webhook \"a.b\" denied \"{name}\": {why}");
+            kube::Error::Api(Box::new(Status::failure(&message, "Forbidden").with_code(403)))
+        };
+        assert_eq!(cause("status", &denied("one", "no")), cause("status", &denied("two", "no")));
+        assert_ne!(cause("status", &denied("one", "no")), cause("status", &denied("one", "not so")));
+        assert_ne!(cause("status", &denied("one", "no")), cause("pool", &denied("one", "no")));
     }
 }

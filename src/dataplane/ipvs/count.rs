@@ -1,5 +1,6 @@
-//! How many services IPVS has, whatever they are: by a socket option of the older interface (`IP_VS_SO_GET_INFO`), which
-//! costs next to nothing with ten thousand of them. Netlink has nothing like it.
+//! How many services of IPv4 IPVS has, whatever they are: by a socket option of the older interface (`IP_VS_SO_GET_INFO`), which
+//! costs next to nothing with ten thousand of them. Netlink has nothing like it, and that interface knows nothing of IPv6
+//! (`ip_vs_add_service`: "Count only IPv4 services").
 
 use std::os::fd::OwnedFd;
 
@@ -29,7 +30,7 @@ impl Counter {
         socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None).ok().map(Self)
     }
 
-    /// Services of all kinds and owners, from some kernel on of IPv4 alone. `None` where it is not told.
+    /// Services of IPv4, of all kinds and owners. `None` where it is not told.
     pub(super) fn services(&self) -> Option<u32> {
         getsockopt(&self.0, GetInfo).ok().map(|[_, _, services]| services)
     }

@@ -72,16 +72,16 @@ impl Engine {
         Ok(found)
     }
 
-    /// Whether the kernel counts more or fewer services than it did at the last look at all of them that found nothing, but for
-    /// our own changes.
+    /// Whether the kernel counts more or fewer services of IPv4 than it did at the last look at all of them that found nothing, but
+    /// for our own changes.
     pub fn counts_otherwise(&mut self) -> bool {
         let now = self.not_known();
         self.not_known.is_some() && now.is_some() && self.not_known != now
     }
 
     fn not_known(&mut self) -> Option<i64> {
-        let known = i64::try_from(self.known.virtual_servers.len()).ok()?;
-        self.dataplane.ipvs.count().map(|count| i64::from(count) - known)
+        let known = self.known.virtual_servers.keys().filter(|key| key.family == Family::V4).count();
+        Some(i64::from(self.dataplane.ipvs.count()?) - i64::try_from(known).ok()?)
     }
 
     fn compare_all(&mut self) -> Result<Option<String>, Error> {
