@@ -14,10 +14,11 @@ dns_setup() {
   local want=() dir go
   command -v dig >/dev/null || want+=(bind9-dnsutils)
   command -v dnsperf >/dev/null || want+=(dnsperf)
+  command -v kxdpgun >/dev/null || want+=(knot-dnsutils)
   command -v musl-gcc >/dev/null || want+=(musl-tools)
   /usr/bin/python3 -c 'import dns.resolver' 2>/dev/null || want+=(python3-dnspython)
   if [ ${#want[@]} -gt 0 ]; then
-    say "dns: installing ${want[*]} from Debian: dig and other resolvers (musl's, dnspython) ask, dnsperf measures"
+    say "dns: installing ${want[*]} from Debian: dig and other resolvers (musl's, dnspython) ask, dnsperf and kxdpgun measure"
     as_root apt-get -qq update >&2
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "${want[@]}" >/dev/null
   fi
@@ -43,20 +44,24 @@ dns_build() {
 }
 
 PIDS=()
+# Words before a command that runs where servers, and where clients are.
+IN_SERVER=() IN_CLIENT=()
 # start NAME ADDRESS COMMAND…: in the background, its output in $work/NAME.log; waits until it answers something.
 start() {
   local name=$1 at=$2 i; shift 2
-  "$@" >"$work/$name.log" 2>&1 & PIDS+=($!)
+  ${IN_SERVER[@]+"${IN_SERVER[@]}"} "$@" >"$work/$name.log" 2>&1 & PIDS+=($!)
   for ((i = 0; i < 600; i++)); do
     kill -0 $! 2>/dev/null || { cat "$work/$name.log" >&2; die "$name has ended"; }
-    dig +time=1 +tries=1 "@$at" "${ready_name:-mesh.internal}" SOA 2>/dev/null | grep -q 'status: NOERROR\|status: NXDOMAIN' && { STARTED=$!; return; }
+    ${IN_CLIENT[@]+"${IN_CLIENT[@]}"} dig +time=1 +tries=1 "@$at" "${ready_name:-mesh.internal}" SOA 2>/dev/null | grep -q 'status: NOERROR\|status: NXDOMAIN' && { STARTED=$!; return; }
     sleep 0.2
   done
   cat "$work/$name.log" >&2; die "$name does not answer"
 }
+# Answers a second that a client gets: not limited where all of them are one client's.
+rate=0
 serve() { # serve DIR [FLAG…]
   local dir=$1; shift
-  start meshlb $OURS "$HELPER" serve "$dir" --vip-cidr 10.200.0.0/14 --dns-listen $OURS --dns-rate 0 --log-level warn "$@"
+  start meshlb $OURS "$HELPER" serve "$dir" --vip-cidr 10.200.0.0/14 --dns-listen $OURS --dns-rate "$rate" --log-level warn "$@"
 }
 coredns() { # coredns CONFIG, on standard input
   cat >"$work/Corefile"

@@ -8,6 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use meshlb::dataplane::Ipvs as _;
+use meshlb::dataplane::ipvs::KernelIpvs;
 use serde_json::{Value, json};
 
 use super::guard::{refused, sh};
@@ -176,6 +178,25 @@ fn healed(cx: &mut Cx) -> Result<()> {
         Ok(lines)
     };
     let before = table()?;
+    // By this the agent notices at once that one is gone.
+    let counted = || n1.ns.enter(|| Ok(KernelIpvs::open()?.count()));
+    let of_v4 = before.iter().filter(|line| line.starts_with("-A ") && !line.contains(" -6")).count();
+    let of_v4 = u32::try_from(of_v4)?;
+    ensure!(
+        of_v4 > 100 && counted()? == Some(of_v4),
+        "{:?} services are counted, and {of_v4} listed",
+        counted()?
+    );
+    for (more, want) in
+        [("-A -f 4 -6 -s rr", of_v4), ("-A -f 4 -s rr", of_v4 + 1), ("-D -f 4", of_v4), ("-D -f 4 -6", of_v4)]
+    {
+        sh(cx, n1, &format!("ipvsadm {more}"))?;
+        ensure!(
+            counted()? == Some(want),
+            "after ipvsadm {more} the kernel counts {:?}, not {want}",
+            counted()?
+        );
+    }
     let destinations: Vec<&String> =
         before.iter().filter(|line| line.starts_with("-a ") && line.contains(" 10.244")).collect();
     ensure!(destinations.len() > MANY, "{} destinations", destinations.len());
