@@ -76,10 +76,12 @@ pub struct Pace {
 
 /// What looking at all IPVS services may cost: after one that took a time there is none for [`SERVICES_CHEAP`] times as long, for
 /// three seconds at most (so what is gone is seen within four, and is back within five), but
-/// for [`SERVICES_DEAR`] times as long in any case: no more than half a percent of a core where nothing happens.
+/// for [`SERVICES_FAST`] times as long in any case, and where it took longer than that, for [`SERVICES_DEAR`] times: where nothing
+/// happens, all the agent does takes no more than a percent of a core, of which the rest takes the more the slower the core is.
 const SERVICES_CHEAP: u32 = 1000;
-const SERVICES_DEAR: u32 = 200;
 const SERVICES_SOON: Duration = Duration::from_secs(3);
+const SERVICES_FAST: (Duration, u32) = (Duration::from_millis(33), 120);
+const SERVICES_DEAR: u32 = 200;
 /// And so many times as long where there are more or fewer services than there were: somebody has just taken some out. The second
 /// where that was nothing to us: somebody goes on changing their own.
 const SERVICES_COUNTED: (u32, u32) = (10, 100);
@@ -467,7 +469,7 @@ impl<O: Observer> Agent<O> {
             let found = self.engine.look_at_all();
             // CPU time: a busy machine makes a look longer, not dearer.
             let took = thread_cpu().saturating_sub(before);
-            self.services_rest = start + (took * SERVICES_CHEAP).min(SERVICES_SOON).max(took * SERVICES_DEAR);
+            self.services_rest = start + services_pause(took);
             let for_nothing = !due && matches!(found, Ok(None));
             let times = if for_nothing { SERVICES_COUNTED.1 } else { SERVICES_COUNTED.0 };
             self.services_counted = start + took * times;
@@ -477,6 +479,12 @@ impl<O: Observer> Agent<O> {
         }
         self.engine.look_at_some(&mut self.rotation).map_err(|e| e.to_string())
     }
+}
+
+/// How long all of IPVS is not looked at, after a look that took so long.
+pub(super) fn services_pause(took: Duration) -> Duration {
+    let times = if took <= SERVICES_FAST.0 { SERVICES_FAST.1 } else { SERVICES_DEAR };
+    (took * SERVICES_CHEAP).min(SERVICES_SOON).max(took * times)
 }
 
 /// CPU time of this thread so far.

@@ -9,7 +9,7 @@ use std::{
 
 use super::{
     Drift, Engine, Turn,
-    agent::{Agent, Input, Observer, Pace},
+    agent::{Agent, Input, Observer, Pace, services_pause},
     tests::{endpoints, engine, vote},
 };
 use crate::{
@@ -234,4 +234,16 @@ fn what_is_taken_away_is_put_back_at_once_though_something_fails_each_time() {
         thread::sleep(Duration::from_millis(5));
     }
     agent.stop();
+}
+
+/// What is gone is seen within four seconds and a probe's one where looking takes no longer than on a core of today.
+#[test]
+fn looking_at_all_services_takes_less_than_a_percent_of_a_core() {
+    for micros in [10, 500, 3000, 15_000, 25_000, 33_000, 34_000, 280_000] {
+        let took = Duration::from_micros(micros);
+        let pause = services_pause(took);
+        let most = if micros <= 33_000 { 0.0085 } else { 0.005 };
+        assert!(took.as_secs_f64() / (pause + took).as_secs_f64() < most, "{took:?}");
+        assert!(pause <= Duration::from_secs(4) || micros > 33_000, "{took:?}");
+    }
 }
