@@ -81,7 +81,8 @@ pub struct DnsOptions {
         help_heading = "DNS"
     )]
     pub dns_forward: Vec<ZoneForward>,
-    /// Clients that are answered, besides this node [default: private addresses, and the ranges of this node's pods where its Node says them]
+    /// Clients that are answered, besides this node [default: the ranges of this node's pods where its Node says them, and all private
+    /// addresses at the DNS addresses, which only this node and its pods reach]
     #[arg(
         long,
         global = true,
@@ -156,10 +157,24 @@ impl DnsOptions {
             bail!("--dns-forward {}: names of virtual IPs (--vip-cidr) are answered here", own.zone);
         }
         let private = || PRIVATE.iter().filter_map(|range| range.parse().ok()).collect();
-        let allow = if self.dns_allow.is_empty() { private() } else { self.dns_allow.clone() };
+        // Pods have addresses of plugins' own pools, which nothing tells: at addresses that nobody else reaches all private ones may ask.
         let allow_pods = self.dns_allow.is_empty();
+        let allow = if allow_pods { private() } else { self.dns_allow.clone() };
+        let allow_outside = allow_pods.then(Vec::new);
+        let own = |ip: &IpAddr| ranges.iter().any(|(_, range)| nth_address(range, 2) == Some(*ip));
+        let inside = listen.iter().map(SocketAddr::ip).filter(|ip| ip.is_loopback() || own(ip)).collect();
         let (rate, remembered, ports) = (self.dns_rate, HashSet::new(), ports::DEFAULT);
-        Ok(Some(Config { listen, allow, allow_pods, rate, forward, remembered, ports }))
+        Ok(Some(Config {
+            listen,
+            allow,
+            allow_outside,
+            inside,
+            allow_pods,
+            rate,
+            forward,
+            remembered,
+            ports,
+        }))
     }
 
     /// What is looked up where. A zone that is named more than once has all of its upstreams, as the root zone has those of

@@ -212,6 +212,8 @@ mod tests {
         let config = Config {
             listen: vec![at],
             allow: vec!["127.0.0.0/8".parse().unwrap()],
+            allow_outside: None,
+            inside: vec![],
             allow_pods: false,
             rate: 0,
             forward: ForwardConfig::default(),

@@ -56,6 +56,10 @@ pub struct Config {
     pub listen: Vec<SocketAddr>,
     /// To whom, besides this node.
     pub allow: Vec<IpNet>,
+    /// And to whom at addresses that others than this node and its pods reach, where those are fewer.
+    pub allow_outside: Option<Vec<IpNet>>,
+    /// Addresses that others do not reach.
+    pub inside: Vec<IpAddr>,
     /// And to its pods, whose ranges the source says ([`Server::set_node`]).
     pub allow_pods: bool,
     /// Answers a second by UDP that a client gets; 0 is no limit.
@@ -85,6 +89,9 @@ type Handle = Handler<Forwarder>;
 /// What all addresses share.
 struct Serving {
     handler: Arc<Handle>,
+    /// For addresses that others reach.
+    outside: Arc<Handle>,
+    inside: Vec<IpAddr>,
     connections: Arc<Places>,
     /// Bytes of answers that wait for clients to take them.
     waiting: Arc<Budget>,
@@ -130,17 +137,22 @@ impl Server {
             ended: Arc::default(),
             allow_pods: config.allow_pods,
         };
-        let handler = Arc::new(Handler {
-            shared,
-            elsewhere,
-            allowed: Allowed::new(config.allow.clone()),
-            rate: Rate::new(config.rate),
-            metrics,
-            patient_until: Instant::now() + WAIT_FOR_SOURCE,
-            remembered: config.remembered.clone(),
-        });
+        let patient_until = Instant::now() + WAIT_FOR_SOURCE;
+        let answering = |allow: &[IpNet]| {
+            Arc::new(Handler {
+                shared: shared.clone(),
+                elsewhere: elsewhere.clone(),
+                allowed: Allowed::new(allow.to_vec()),
+                rate: Rate::new(config.rate),
+                metrics: metrics.clone(),
+                patient_until,
+                remembered: config.remembered.clone(),
+            })
+        };
         let serving = Serving {
-            handler,
+            handler: answering(&config.allow),
+            outside: answering(config.allow_outside.as_ref().unwrap_or(&config.allow)),
+            inside: config.inside.clone(),
             connections: Places::new((files / 8).clamp(32, 4096), 4),
             waiting: Arc::default(),
             more: second_reader(),
@@ -237,7 +249,8 @@ impl Server {
                 Ok((udp, tcp)) => {
                     self.tell(address, None);
                     let mut both = JoinSet::new();
-                    let handler = serving.handler.clone();
+                    let inside = serving.inside.contains(&address.ip());
+                    let handler = if inside { &serving.handler } else { &serving.outside }.clone();
                     let asking =
                         Asking { udp, handler: handler.clone(), runtime: tokio::runtime::Handle::current() };
                     both.spawn(serve_udp(Arc::new(asking), serving.more.clone()));

@@ -33,6 +33,8 @@ pub(super) fn config(listen: SocketAddr) -> Config {
     Config {
         listen: vec![listen],
         allow,
+        allow_outside: None,
+        inside: vec![],
         allow_pods: false,
         rate: 0,
         forward: ForwardConfig { cache: 100, ..Default::default() },
@@ -249,6 +251,31 @@ fn pods_may_ask_where_nobody_is_named() {
         connect(at);
         let outcome = outcome(at, "vote.default.mesh.internal.");
         assert_eq!(outcome.is_ok_and(|answer| answer.contains("10.200.7.7")), may);
+    }
+}
+
+/// All private addresses may ask where none but the node's pods can, and pods alone where others can.
+#[test]
+fn at_an_address_that_others_reach_fewer_may_ask() {
+    let at = at(16);
+    for (inside, pods, may) in [
+        (vec![at.ip()], "192.0.2.0/24", true),
+        (vec![], "192.0.2.0/24", false),
+        (vec![], "127.0.0.0/30", true),
+    ] {
+        let config = Config { allow_outside: Some(vec![]), inside, allow_pods: true, ..config(at) };
+        let server = Server::start(&config, zone(), BTreeSet::new(), DnsMetrics::default()).unwrap();
+        server.publish(some().publish(true));
+        server.set_node(&BTreeSet::new(), Some(&[pods.parse().unwrap()]));
+        connect(at);
+        let outcome = outcome(at, "vote.default.mesh.internal.");
+        assert_eq!(outcome.is_ok_and(|answer| answer.contains("10.200.7.7")), may, "{pods}");
+        server.stop();
+        let begun = Instant::now();
+        while TcpStream::connect(at).is_ok() {
+            assert!(begun.elapsed() < Duration::from_secs(5), "it goes on");
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 

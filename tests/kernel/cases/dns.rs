@@ -479,6 +479,7 @@ fn forwarding(cx: &mut Cx) -> Result<()> {
     let upstream = |k: u8| -> Result<crate::program::Agent> {
         let node = t.node(k);
         let program = meshlb.clone().flag("--zone=corp.example").flag(&format!("--dns-listen={}", node.v4));
+        let program = program.flag("--dns-allow=192.168.50.1/32,10.244.0.0/16");
         cx.will_clean(node);
         let mut agent = program.agent(node, &m.dir)?;
         ready(node, &mut agent)?;
