@@ -334,6 +334,11 @@ impl Feed {
             Some(mut config) => {
                 // A folder says no ranges of pods: nobody has to wait for them.
                 config.allow_pods &= *source == Origin::Kube;
+                if let Some(at) = config.outside().filter(|_| config.allow_outside.is_some()) {
+                    info!(
+                        "DNS at {at}: this node and pods that its Node tells of may ask; --dns-allow says who else"
+                    );
+                }
                 config.ports = ports::of_clients(&options.proc_sys);
                 config.remembered = labels.map(|label| label.to_ascii_lowercase().into_bytes()).collect();
                 match Server::start(&config, zone.clone(), node, metrics.dns().clone()) {

@@ -292,7 +292,8 @@ impl<E: Elsewhere> Handler<E> {
         if self.is_early(&table, &ours) {
             return Action::Later(asked);
         }
-        self.reply(&asked, &ours, "forward", false)
+        let as_asked = ours.as_asked(asked.query.name());
+        self.reply(&asked, as_asked.as_ref().unwrap_or(&ours), "forward", false)
     }
 
     /// Whether a name outside our zones may be one that we have an answer to when we know everything: a short name that `a_pod`

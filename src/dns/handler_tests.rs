@@ -512,13 +512,19 @@ fn a_forwarded_answer_has_the_letters_of_its_question() {
     let other = Name::from_ascii("other.example.").unwrap();
     let alias = Record::from_rdata(told, 60, RData::CNAME(CNAME(other.clone())));
     let address = Record::from_rdata(other, 60, RData::A(A([192, 0, 2, 1].into())));
-    let answer = Answer { answers: vec![alias, address], ..Answer::default() };
-    for asked in ["wWw.example.", "www.example."] {
+    let theirs = Answer { answers: vec![alias.clone(), address], ..Answer::default() };
+    let to_us = Record::from_rdata(alias.name, 60, RData::CNAME(CNAME(Name::from_ascii(VOTE).unwrap())));
+    let to_us = Answer { answers: vec![to_us], ..Answer::default() };
+    for (asked, answer, target) in [
+        ("wWw.example.", &theirs, "other.example."),
+        ("www.example.", &theirs, "other.example."),
+        ("wWw.example.", &to_us, VOTE),
+    ] {
         let action = send(&handler, &request(asked, RecordType::A), "10.0.0.1:4000", Transport::Udp);
         let Action::Forward(question) = action else { panic!("not forwarded") };
-        let (answer, _) = reply(handler.forwarded(question, &answer));
+        let (answer, _) = reply(handler.forwarded(question, answer));
         let names: Vec<_> = answer.answers.iter().map(|record| record.name.to_ascii()).collect();
-        assert_eq!(names, [asked, "other.example."]);
+        assert_eq!(names, [asked, target]);
     }
 }
 

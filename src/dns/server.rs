@@ -72,6 +72,13 @@ pub struct Config {
     pub ports: usize,
 }
 
+impl Config {
+    /// The first address that others than this node and its pods reach.
+    pub fn outside(&self) -> Option<SocketAddr> {
+        self.listen.iter().find(|at| !self.inside.contains(&at.ip())).copied()
+    }
+}
+
 /// A running server.
 #[derive(Clone, Debug)]
 pub struct Server {

@@ -275,6 +275,20 @@ fn what_is_to_come_is_what_the_kernel_has_no_entry_of() {
 }
 
 #[test]
+fn who_may_ask_by_default_depends_on_the_address() {
+    let ranges = PerFamily { v4: Some("10.200.0.0/16".parse().unwrap()), v6: None };
+    let config = |flags: &[&str]| options(flags).config(ranges).unwrap().unwrap();
+    let listen = "--dns-listen=vip,192.0.2.1:5300,127.0.0.53";
+    let by_default = config(&[listen]);
+    assert_eq!(by_default.inside, ["10.200.0.2", "127.0.0.53"].map(|ip| ip.parse::<IpAddr>().unwrap()));
+    assert_eq!(by_default.outside(), Some("192.0.2.1:5300".parse().unwrap()));
+    assert!(by_default.allow.len() > 5 && by_default.allow_outside == Some(vec![]));
+    let named = config(&[listen, "--dns-allow=192.0.2.0/24"]);
+    assert_eq!((named.allow.len(), named.allow_outside, named.allow_pods), (1, None, false));
+    assert_eq!(config(&[]).outside(), None);
+}
+
+#[test]
 fn a_zone_says_where_it_is_served() {
     let ranges = PerFamily { v4: Some("10.200.0.0/16".parse().unwrap()), v6: None };
     for (listen, want) in [

@@ -569,12 +569,12 @@ fn taken(cx: &mut Cx) -> Result<()> {
     })?;
     check::only(&p12.connect(Proto::Tcp, "10.200.0.5:80".parse::<SocketAddr>()?, 2)?, "p11")?;
     n1.stop_serving("HOST-53");
-    wait_until("it is had", Duration::from_secs(20), || {
-        Ok(short(p12, "192.168.50.1", &format!("web.{ZONE}"), "A")? == ["10.200.0.5"])
-    })?;
-    // The outside client is in a private range here; with another list it is refused.
     let (at, name) = ("192.168.50.1", format!("web.{ZONE}"));
-    answers_with(&t.ext, at, &name, "A", &["10.200.0.5"])?;
+    wait_until("it is had", Duration::from_secs(20), || Ok(short(n1, at, &name, "A")? == ["10.200.0.5"]))?;
+    // Everyone around the node has a private address; with nobody named, none of them may ask there.
+    has_none(&t.ext, at, &name, "A", "REFUSED")?;
+    has_none(p12, at, &name, "A", "REFUSED")?;
+    answers_with(p12, SERVERS[0], &name, "A", &["10.200.0.5"])?;
     agent.kill();
     let _agent = start(cx, &meshlb.flag("--dns-allow=10.244.0.0/16"), &t, &m)?;
     let answered = || Ok(short(p12, at, &name, "A")? == ["10.200.0.5"]);
