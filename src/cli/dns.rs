@@ -134,13 +134,13 @@ impl DnsOptions {
         if listen.is_empty() {
             return Ok(None);
         }
+        let is_own = |ip: IpAddr| ranges.iter().any(|(_, range)| nth_address(range, 2) == Some(ip));
         let forward = self.forward();
         for (_, upstream) in forward.all() {
             if upstream.ip().is_unspecified() || upstream.port() == 0 {
                 bail!("DNS upstream {upstream} is no address that can be asked");
             }
-            let own = ranges.iter().any(|(_, range)| nth_address(range, 2) == Some(upstream.ip()));
-            if own || listen.contains(&upstream) {
+            if is_own(upstream.ip()) || listen.contains(&upstream) {
                 bail!("DNS upstream {upstream} is this node's own DNS: it would ask itself for ever");
             }
         }
@@ -161,8 +161,7 @@ impl DnsOptions {
         let allow_pods = self.dns_allow.is_empty();
         let allow = if allow_pods { private() } else { self.dns_allow.clone() };
         let allow_outside = allow_pods.then(Vec::new);
-        let own = |ip: &IpAddr| ranges.iter().any(|(_, range)| nth_address(range, 2) == Some(*ip));
-        let inside = listen.iter().map(SocketAddr::ip).filter(|ip| ip.is_loopback() || own(ip)).collect();
+        let inside = listen.iter().map(SocketAddr::ip).filter(|ip| ip.is_loopback() || is_own(*ip)).collect();
         let (rate, remembered, ports) = (self.dns_rate, HashSet::new(), ports::DEFAULT);
         Ok(Some(Config {
             listen,

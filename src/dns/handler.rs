@@ -39,6 +39,14 @@ impl Transport {
             Self::Tcp => "tcp",
         }
     }
+
+    /// The longest answer to a client that takes datagrams of so many bytes.
+    fn longest(self, payload: u16) -> u16 {
+        match self {
+            Self::Udp => payload.clamp(PLAIN_UDP, LARGEST_UDP),
+            Self::Tcp => u16::MAX,
+        }
+    }
 }
 
 /// What answers are made from; shared with who changes it.
@@ -185,10 +193,7 @@ impl<E: Elsewhere> Handler<E> {
             }
         };
         let payload = request.edns.as_ref().map_or(PLAIN_UDP, |e| e.max_payload());
-        let limit = match transport {
-            Transport::Udp => payload.clamp(PLAIN_UDP, LARGEST_UDP),
-            Transport::Tcp => u16::MAX,
-        };
+        let limit = transport.longest(payload);
         let length = bytes.len();
         let asked = Box::new(Asked { request, query, client, transport, limit, length, began });
         if !allowed {
@@ -218,7 +223,7 @@ impl<E: Elsewhere> Handler<E> {
             return None;
         }
         let (udp, recursive) = (transport == Transport::Udp, self.elsewhere.is_some());
-        let limit = if udp { question.limit_udp() } else { u16::MAX };
+        let limit = transport.longest(question.payload());
         let times = question.times(addresses.len(), limit);
         let reply = if udp && !self.rate.take_amplified(client, times, began) {
             self.metrics.limited("rate");

@@ -13,8 +13,10 @@ use super::answer::Answer;
 pub const LARGEST_UDP: u16 = 1232;
 /// Without EDNS (RFC 1035, 4.2.1).
 pub const PLAIN_UDP: u16 = 512;
+/// Bytes of a header (RFC 1035, 4.1.1).
+pub(super) const HEADER: usize = 12;
 /// Length of an OPT record without options (RFC 6891, 6.1.2).
-const OPT_LEN: u16 = 11;
+pub(super) const OPT_LEN: u16 = 11;
 /// The shortest record: root name, type, class, TTL, length (RFC 1035, 4.1.3).
 const SHORTEST_RECORD: usize = 11;
 
@@ -64,7 +66,7 @@ pub fn read(bytes: &[u8]) -> Packet {
 pub fn bare(request: &Metadata, code: ResponseCode) -> Vec<u8> {
     let mut metadata = Metadata::response_from_request(request);
     metadata.response_code = code;
-    let mut out = Vec::with_capacity(12);
+    let mut out = Vec::with_capacity(HEADER);
     let header = Header { metadata, counts: HeaderCounts::default() };
     match header.emit(&mut BinEncoder::new(&mut out)) {
         Ok(()) => out,

@@ -5,16 +5,12 @@
 use std::net::IpAddr;
 
 use super::{
-    message::{LARGEST_UDP, PLAIN_UDP},
+    message::{HEADER, LARGEST_UDP, OPT_LEN, PLAIN_UDP},
     records::ServiceNames,
     table::Table,
 };
 use crate::model::ids::Family;
 
-/// Of a header (RFC 1035, 4.1.1).
-const HEADER: usize = 12;
-/// Of an OPT record without options (RFC 6891, 6.1.2).
-const OPT: usize = 11;
 /// Type and class of a question.
 const FIXED: usize = 4;
 /// Of an answer's record before its address: a pointer to the question's name (RFC 1035, 4.1.4), type, class, TTL and length.
@@ -106,16 +102,16 @@ impl<'a> Question<'a> {
         self.family
     }
 
-    /// The longest answer by UDP.
-    pub(super) fn limit_udp(&self) -> u16 {
-        self.edns.map_or(PLAIN_UDP, |edns| edns.payload).clamp(PLAIN_UDP, LARGEST_UDP)
+    /// The longest datagram that the client says it takes.
+    pub(super) fn payload(&self) -> u16 {
+        self.edns.map_or(PLAIN_UDP, |edns| edns.payload)
     }
 
     /// How long it would be, in times of the question.
     pub(super) fn times(&self, addresses: usize, limit: u16) -> usize {
         let (count, _) = self.fitting(addresses, limit);
-        let asked = HEADER + self.question.len() + if self.edns.is_some() { OPT } else { 0 };
-        self.length(count) / asked
+        // A question is an answer with nothing in it, as far as its length goes.
+        self.length(count) / self.length(0)
     }
 
     /// The answer with these addresses, of its family, in no more than so many bytes. `recursive` as in
@@ -164,7 +160,8 @@ impl<'a> Question<'a> {
     }
 
     fn length(&self, count: usize) -> usize {
-        HEADER + self.question.len() + count * self.record() + if self.edns.is_some() { OPT } else { 0 }
+        let opt = if self.edns.is_some() { usize::from(OPT_LEN) } else { 0 };
+        HEADER + self.question.len() + count * self.record() + opt
     }
 
     fn record(&self) -> usize {

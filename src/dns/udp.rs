@@ -16,6 +16,8 @@ use tokio::{
     time::{Sleep, sleep},
 };
 
+use super::message::HEADER;
+
 /// A datagram may get lost: without an answer it is sent again after this long.
 const AGAIN: Duration = Duration::from_millis(600);
 /// So often.
@@ -127,9 +129,6 @@ impl DnsUdpSocket for Connected {
         Poll::Ready(sent)
     }
 }
-
-/// Bytes of a header (RFC 1035, 4.1.1).
-const HEADER: usize = 12;
 
 /// A server that does not understand a question need not say which one it was: its answer is a header. The library takes one
 /// without the question for forged, so that is put in, and this is its length then. `None` for any other answer.
