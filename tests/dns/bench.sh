@@ -37,15 +37,16 @@ qps() { # qps ADDRESS FILE PID: answers a second, and microseconds of CPU for ea
 answers() { # answers ADDRESS FILE
   dnsperf -s "$1" -d "$2" -l "$seconds" -c 8 -q 100 -T 1 2>/dev/null | awk '/Queries per second/ {print $4} /Queries lost/ && $3 > 0 {print "lost", $3 > "/dev/stderr"}'
 }
+# The names as CoreDNS is to have them.
+our_zone() { printf 'mesh.internal {\n  bind %s\n  hosts %s {\n    ttl 30\n  }\n}\n' $THEIRS "$work/hosts"; }
+# Until ours has read the names.
+until_answered() {
+  until [ "$(${IN_CLIENT[@]+"${IN_CLIENT[@]}"} dig +short @$OURS "$(head -1 "$work/queries" | cut -d' ' -f1)")" ]; do sleep 0.2; done
+}
 p99() { "$HELPER" latency "$1:53" "$services" 5000 "$seconds"; }
 
 ready_name=s00000.default.mesh.internal coredns <<C
-mesh.internal {
-  bind $THEIRS
-  hosts $work/hosts {
-    ttl 30
-  }
-}
+$(our_zone)
 . {
   bind $THEIRS
   forward . $BEHIND
@@ -57,12 +58,11 @@ begun=$(date +%s%N)
 # A limit, as an agent has, that the only client there is does not reach.
 rate=100000000
 serve "$work/dir" --dns-upstream $BEHIND; ours=$STARTED
-until [ "$(dig +short @$OURS "$(head -1 "$work/queries" | cut -d' ' -f1)")" ]; do sleep 0.2; done
+until_answered
 echo "bench: $services services are answered $((($(date +%s%N) - begun) / 1000000)) ms after the start"
 for ((i = 1; i <= repeat; i++)); do
   for what in zone cached; do
-    file=$work/queries
-    case $what in cached) file=$work/other-queries ;; esac
+    if [ $what = zone ]; then file=$work/queries; else file=$work/other-queries; fi
     read -r a acpu <<<"$(qps $OURS "$file" "$ours")"; read -r b bcpu <<<"$(qps $THEIRS "$file" "$theirs")"
     awk -v a="$a" -v b="$b" 'BEGIN {printf "%.4f\n", a / b}' >>"$work/$what"
     awk -v a="$acpu" -v b="$bcpu" 'BEGIN {printf "%.4f\n", b / a}' >>"$work/$what-cpu"
@@ -110,15 +110,10 @@ most() { # most ADDRESS: the most questions a second of which all are answered b
 }
 for ((i = 1; i <= repeat; i++)); do
   serve "$work/dir" --dns-allow 10.77.0.0/24
-  until [ "$("${IN_CLIENT[@]}" dig +short @$OURS "$(head -1 "$work/queries" | cut -d' ' -f1)")" ]; do sleep 0.2; done
+  until_answered
   a=$(most $OURS); stop "$STARTED"
   ready_name=s00000.default.mesh.internal coredns <<C
-mesh.internal {
-  bind $THEIRS
-  hosts $work/hosts {
-    ttl 30
-  }
-}
+$(our_zone)
 C
   b=$(most $THEIRS); stop "$STARTED"
   awk -v a="$a" -v b="$b" 'BEGIN {printf "%.4f\n", a / b}' >>"$work/apart"
