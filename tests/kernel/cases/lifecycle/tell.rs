@@ -84,7 +84,7 @@ fn commands(cx: &mut Cx) -> Result<()> {
     ensure!(out.stdout.contains("1 services, followed by"), "{out}");
     check::only(&c.t.pod("p11").connect(Proto::Tcp, vip(Family::V4, 80)?, 3)?, "p11")?;
     ensure!((metric(node, "meshlb_in_sync")? - 1.0).abs() < 0.1, "not in sync, says {ADMIN}");
-    // What drained goes within seconds, and its entries a moment after it.
+    // What drained goes within seconds.
     super::wait_until("every node is in sync", Duration::from_secs(20), || Ok(c.in_sync().is_ok()))?;
     Ok(())
 }
