@@ -111,6 +111,7 @@ pub fn other() -> Option<String> {
     while length < text.len() && Instant::now() < deadline {
         match peer.read(&mut text[length..]) {
             Ok(n) if n > 0 => length += n,
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             _ => break,
         }
     }

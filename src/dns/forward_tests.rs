@@ -20,7 +20,7 @@ use hickory_proto::{
 use super::{
     forward::{ForwardConfig, Forwarder, MOST_WAITING},
     server::{Server, more_files},
-    server_tests::{at, config, connect, serve, upstream_that},
+    server_tests::{at, config, connect, receive, serve, upstream_that},
     tests::{dnsrr, put, some, zone},
     upstream::Probe,
 };
@@ -115,7 +115,7 @@ fn ask(at: SocketAddr, of: &str, kind: RecordType) -> Message {
     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
     socket.send(&question(of, kind).to_vec().unwrap()).unwrap();
     let mut buffer = [0; 4096];
-    let n = socket.recv(&mut buffer).unwrap();
+    let n = receive(&socket, &mut buffer).unwrap();
     Message::from_vec(&buffer[..n]).unwrap()
 }
 
@@ -749,7 +749,7 @@ fn a_slow_upstream_is_asked_for_more_than_a_thousand_names_at_once() {
             let mut answered = BTreeSet::new();
             let mut buffer = [0; 1500];
             while answered.len() < EACH.into() {
-                let Ok(n) = socket.recv(&mut buffer) else { break };
+                let Ok(n) = receive(&socket, &mut buffer) else { break };
                 let answer = Message::from_vec(&buffer[..n]).unwrap();
                 assert_eq!(answer.answers.len(), 1, "{}", told(&answer));
                 answered.insert(answer.metadata.id);

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::{Read as _, Write as _},
+    io::{self, Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::atomic::{AtomicBool, AtomicUsize, Ordering},
     thread,
@@ -52,6 +52,17 @@ pub(super) fn serve(config: &Config, names: &mut Names, metrics: &DnsMetrics) ->
         thread::sleep(Duration::from_millis(20));
     }
     server
+}
+
+/// The next datagram's length. A signal (a child of another test ends) interrupts a receive that has a limit of time, whatever its
+/// handler says: signal(7).
+pub(super) fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match socket.recv(buffer) {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            received => return received,
+        }
+    }
 }
 
 /// An upstream that answers as `answer` says, or not at all.
@@ -325,7 +336,7 @@ fn an_upstream_that_asks_us_is_a_loop() {
         question.add_query(Query::query(Name::from_ascii(name).unwrap(), RecordType::A));
         socket.send(&question.to_vec().unwrap()).unwrap();
         let mut buffer = [0; 1500];
-        let n = socket.recv(&mut buffer).unwrap();
+        let n = receive(&socket, &mut buffer).unwrap();
         assert_eq!(Message::from_vec(&buffer[..n]).unwrap().metadata.response_code, code, "{name}");
     }
 }
@@ -376,7 +387,7 @@ fn answers_hold_while_everything_changes() {
                         let mut question = Message::query();
                         question.add_query(Query::query(name, RecordType::A));
                         socket.send(&question.to_vec().unwrap()).unwrap();
-                        let length = socket.recv(&mut buffer).expect("an answer");
+                        let length = receive(&socket, &mut buffer).expect("an answer");
                         let answer = Message::from_vec(&buffer[..length]).unwrap();
                         assert_eq!(answer.metadata.id, question.metadata.id);
                         let mut ips: Vec<_> = answer.answers.iter().map(|r| r.data.to_string()).collect();
