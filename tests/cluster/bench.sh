@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the way from a change in a real API server to the kernel of three nodes, with few services and with many, and the
-# memory of an agent beside a kube-proxy with as many Services: docs/performance.md says what came out.
+# memory of an agent beside a kube-proxy with as many Services, and of a controller: docs/performance.md says what came out.
 # MESHLB_BENCH_SERVICES (5000)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -28,15 +28,28 @@ objects() { # objects FIRST LAST
     }
   }'
 }
-grow() { # grow FIRST LAST: makes them, and has them allocated
-  local controller start=$SECONDS
+controller() { # sets CONTROLLER to its process
+  "$meshlb" controller --namespace meshlb-system --metrics-listen off --kubeconfig "$dir/kubeconfig" >"$dir/bench-controller.log" 2>&1 & CONTROLLER=$!
+}
+ended() { # ended WHAT SERVICES: ends it and tells what memory it took, now and at most
+  awk -v what="$1" -v services="$2" '$1 == "VmRSS:" {now = $2 / 1024} $1 == "VmHWM:" {most = $2 / 1024} END {printf "bench: %s %d %.1f %.1f\n", what, services, now, most}' \
+    "/proc/$CONTROLLER/status" | tee -a "$out"
+  kill "$CONTROLLER"; wait "$CONTROLLER" || true
+}
+grow() { # grow FIRST LAST: makes them, has them allocated, and has a controller find all as it is
+  local start=$SECONDS turn
   objects "$1" "$2" | kubectl create -f - >/dev/null
-  "$meshlb" controller --namespace meshlb-system --metrics-listen off --kubeconfig "$dir/kubeconfig" >"$dir/bench-controller.log" 2>&1 & controller=$!
+  controller
   until [ "$(kubectl get msvc -o jsonpath='{range .items[*]}{.status.vips[0]}{"\n"}{end}' | grep -c .)" = "$2" ]; do
-    [ $((SECONDS - start)) -lt 1200 ] || { tail -5 "$dir/bench-controller.log" >&2; kill "$controller"; die "not all are allocated"; }
+    [ $((SECONDS - start)) -lt 1200 ] || { tail -5 "$dir/bench-controller.log" >&2; kill "$CONTROLLER"; die "not all are allocated"; }
     sleep 2
   done
-  kill "$controller"; wait "$controller" || true
+  ended allocating "$2"
+  controller
+  for turn in {1..60}; do ! grep -q "everything has been read" "$dir/bench-controller.log" || break; sleep 1; done
+  [ "$turn" -lt 60 ] || die "no controller has read everything: $(tail -3 "$dir/bench-controller.log")"
+  sleep 20
+  ended started "$2"
   say "bench: $2 services are there, after $((SECONDS - start)) s"
 }
 out=$(mktemp)
@@ -48,12 +61,14 @@ done
 echo
 awk -v few="$few" -v many="$many" '
   /^bench: latency/ {p50[$3] = $4; p99[$3] = $5}
-  /^bench: (agent|kube-proxy)/ {now[$2, $3] = $4; most[$2, $3] = $5}
+  /^bench: (agent|kube-proxy|allocating|started)/ {now[$2, $3] = $4; most[$2, $3] = $5}
   END {
     if (!(few in p50) || !(many in p50)) exit 1
     printf "from the API to the kernel of three nodes, p50 with %d services / with %d:  %.3f (%.1f ms / %.1f ms)  goal <= 1.3\n", many, few, p50[many] / p50[few], p50[many], p50[few]
     printf "the same, p99:                                                             %.3f (%.1f ms / %.1f ms)\n", p99[many] / p99[few], p99[many], p99[few]
     printf "resident memory of an agent / of kube-proxy, %d services:                 %.3f (%.1f MiB / %.1f MiB)\n", many, now["agent", many] / now["kube-proxy", many], now["agent", many], now["kube-proxy", many]
     printf "at most:                                                                   %.3f (%.1f MiB / %.1f MiB)\n", most["agent", many] / most["kube-proxy", many], most["agent", many], most["kube-proxy", many]
+    printf "resident memory of a controller that has given %d services their addresses:  %.1f MiB, at most %.1f MiB\n", many, now["allocating", many], most["allocating", many]
+    printf "of one that finds all as it is:                                            %.1f MiB, at most %.1f MiB\n", now["started", many], most["started", many]
   }' "$out" || { rm -f "$out"; die "a row could not be measured"; }
 rm -f "$out"
