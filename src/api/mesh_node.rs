@@ -177,7 +177,7 @@ pub struct FailingService {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Eq, Default, Debug)]
 #[serde(rename_all = "camelCase")]
 pub struct NotUnderstood {
-    /// How many there are.
+    /// How many services have a spec that this node's agent does not accept.
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub count: i32,

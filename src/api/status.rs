@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::values::{IpText, Protocol};
 
-/// What is in force.
+/// What is in force, as the controller sees it. Nobody else writes it.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Default, Debug)]
 #[serde(rename_all = "camelCase")]
 pub struct MeshServiceStatus {
@@ -16,13 +16,13 @@ pub struct MeshServiceStatus {
     #[schemars(length(max = 2), extend("x-kubernetes-list-type" = "atomic"))]
     pub vips: Vec<IpText>,
 
-    /// The ports and what they are published on.
+    /// The ports that are in force, and the port of the nodes that each is published on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 128), extend(
         "x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["port", "protocol"]))]
     pub ports: Vec<PortStatus>,
 
-    /// Endpoint counts.
+    /// How many endpoints the service has, and how many of them get connections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoints: Option<EndpointCounts>,
 
@@ -44,11 +44,11 @@ pub struct MeshServiceStatus {
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(rename_all = "camelCase")]
 pub struct PortStatus {
-    /// Name of the port.
+    /// Name of the port, if spec.ports gives it one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 15))]
     pub name: Option<String>,
-    /// Its protocol.
+    /// Protocol of the port: TCP, UDP or SCTP.
     pub protocol: Protocol,
     /// Port that clients of the virtual IP connect to.
     #[schemars(range(min = 1, max = 65535))]
@@ -71,13 +71,13 @@ impl PortStatus {
     }
 }
 
-/// Endpoint counts.
+/// How many endpoints the service has, and how many of them get connections.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, PartialEq, Eq, Default, Debug)]
 pub struct EndpointCounts {
-    /// Endpoints that serve.
+    /// Endpoints that get new connections: ready (all are with publishNotReadyAddresses), with one of the service's ports.
     #[schemars(range(min = 0))]
     pub ready: i32,
-    /// All endpoints.
+    /// All endpoints in the service's EndpointSlices. One with an address of each family counts once.
     #[schemars(range(min = 0))]
     pub total: i32,
 }
@@ -85,15 +85,15 @@ pub struct EndpointCounts {
 /// Texts for the columns of `kubectl get`.
 #[derive(Serialize, Deserialize, JsonSchema, Clone, PartialEq, Eq, Default, Debug)]
 pub struct Summary {
-    /// Ports as PORT/PROTOCOL.
+    /// Ports of the service, separated by commas, such as "80/TCP,53/UDP".
     #[serde(default)]
     #[schemars(length(max = 4096))]
     pub ports: String,
-    /// Published ports as PORT/PROTOCOL.
+    /// Published ports, separated by commas, such as "30080/TCP".
     #[serde(default)]
     #[schemars(length(max = 4096))]
     pub published: String,
-    /// READY/TOTAL.
+    /// Ready endpoints and all of them, such as "2/3".
     #[serde(default)]
     #[schemars(length(max = 64))]
     pub endpoints: String,

@@ -101,7 +101,7 @@ pub struct MeshServiceSpec {
     #[serde(default = "defaults::ip_family_policy")]
     pub ip_family_policy: IpFamilyPolicy,
 
-    /// Also use endpoints that are not ready.
+    /// Whether endpoints that are not ready get connections, and are in DNS answers, as if they were. Default: false.
     #[serde(default)]
     pub publish_not_ready_addresses: bool,
 
@@ -176,7 +176,7 @@ pub struct MeshServiceSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
 
-    /// How the service's name answers.
+    /// How the mesh's DNS answers for the service's name: TTL, order of the addresses, further names.
     #[serde(default)]
     pub dns: Dns,
 }
@@ -304,7 +304,7 @@ pub struct HealthCheck {
 #[derive(Serialize, Deserialize, JsonSchema, Clone, PartialEq, Default, Debug)]
 pub struct TcpProbe {}
 
-/// How the service's name answers.
+/// How the mesh's DNS answers for the service's name: TTL, order of the addresses, further names.
 #[derive(KubeSchema, Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(rename_all = "camelCase")]
 pub struct Dns {
