@@ -4,7 +4,7 @@ SHELL := /bin/bash
 FILTER ?=
 CMD ?=
 
-.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node demo bench bench-dns bench-cluster vm-up vm-run vm-shell vm-down clean
+.PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node test-arm64 demo bench bench-dns bench-cluster vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,8 @@ fmt: ## formats the sources
 test: setup ## all tests that take minutes: units here, kernel tests here or in a VM, some on a real control plane, which is built the first time
 	@.ci/run unit kernel api
 
-test-full: setup ## the same with both flavours of iptables everywhere, a newer kernel, DNS, two control planes, the chart and a real node: hours
-	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit kernel newer dns cluster oldest packets together chart node
+test-full: setup ## the same with both flavours of iptables everywhere, on arm64, with a newer kernel, DNS, two control planes, the chart and a real node: hours
+	@MESHLB_KERNEL_FULL=1 MESHLB_KERNEL_SECONDS=7200 MESHLB_KERNEL_CI_SECONDS=7500 .ci/run unit arm64 kernel newer dns cluster oldest packets together chart node
 
 test-unit: setup ## the tests that need no kernel
 	@.ci/run unit
@@ -45,6 +45,9 @@ test-dns: ## the DNS server with other people's resolvers and a real CoreDNS, bu
 
 test-node: ## a real node in a VM: the image built, the chart installed with helm, upgraded under load, uninstalled (docs/testing.md)
 	@tests/cluster/node.sh
+
+test-arm64: setup ## units for arm64 under QEMU, and the image for it, built from the Dockerfile (docs/testing.md)
+	@tests/arm64.sh
 
 demo: setup ## shows what meshlb does, in network namespaces
 	@tests/demo.sh

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # image.sh FILE          builds the Dockerfile with what Debian has (buildah); FILE is a docker-archive of docker.io/library/meshlb:test
+# image.sh --arm64 FILE  the same for arm64 (docker.io/library/meshlb:test-arm64), on a kernel that starts such programs: see tests/arm64.sh
 # image.sh --pause FILE  the image that holds a pod's namespaces, as registry.test/pause:1
 # image.sh --web FILE    what answers on port 80 with its host's name, in the place of docker.io/library/nginx:1.29
 #
 # No registry of images is asked: both base images are made here, one from Debian's packages and one from that and this
-# machine's Rust. So everything in the Dockerfile is run but the build for another architecture.
+# machine's Rust; for another architecture, from that and what rustup installs, as the official one is made.
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
-what=meshlb; case ${1:-} in --pause | --web) what=${1#--}; shift ;; esac
+what=meshlb arch=; case ${1:-} in --pause | --web) what=${1#--}; shift ;; --arm64) arch=arm64; shift ;; esac
 file=$1
 [ "$(id -u)" = 0 ] || die "building an image needs root"
 want=()
@@ -51,36 +52,71 @@ if [ $what = pause ]; then
   exit 0
 fi
 rust=$(rustc --version | cut -d' ' -f2)
-if ! b inspect --type image localhost/debian:bookworm >/dev/null 2>&1; then
-  say "image: making a base image of Debian 12"
+debian() { # debian NAME [ARCH]
+  ! b inspect --type image "$1" >/dev/null 2>&1 || return 0
+  say "image: making a base image of Debian 12${2:+ for $2}"
   # As debian:bookworm-slim: without manual pages and translations.
-  mmdebstrap --quiet --mode=root --variant=minbase --include=usr-is-merged --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+  mmdebstrap --quiet --mode=root --variant=minbase ${2:+--architectures=$2} --include=usr-is-merged --hook-dir=/usr/share/mmdebstrap/hooks/merged-usr --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --dpkgopt='path-exclude=/usr/share/doc/*' \
     --customize-hook='rm -rf "$1"/var/cache/apt/*.bin "$1"/var/log/*.log' bookworm "$images/debian.tar" /etc/apt/sources.list.d/debian.sources
-  base localhost/debian:bookworm scratch "$images/debian.tar" --cmd bash
+  base "$1" scratch "$images/debian.tar" --cmd bash
   rm -f "$images/debian.tar"
-fi
-if ! b inspect --type image "localhost/rust:$rust" >/dev/null 2>&1; then
-  say "image: making a base image of Rust $rust"
-  rm -rf "$images/rust"; mkdir -p "$images/rust/usr/local" "$images/rust/etc/ssl/certs"
-  cp -rL "$(rustc --print sysroot)" "$images/rust/usr/local/rustup"; rm -rf "$images/rust/usr/local/rustup/share"
-  # crates.io is reached as this machine reaches it.
-  cp -L /etc/ssl/certs/ca-certificates.crt "$images/rust/etc/ssl/certs/"
-  tar -C "$images/rust" -cf "$images/rust.tar" .
-  base "localhost/rust-only:$rust" localhost/debian:bookworm "$images/rust.tar" --env CARGO_HOME=/usr/local/cargo \
-    --env PATH=/usr/local/rustup/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-  rm -rf "$images/rust" "$images/rust.tar"
-  c=$(b from --pull-never "localhost/rust-only:$rust")
+}
+# with_compiler FROM NAME: Debian's gcc, which the official image has too.
+with_compiler() {
+  local c; c=$(b from --pull-never "$1")
   b run "$c" sh -c 'apt-get -qq update && apt-get -qq install -y --no-install-recommends gcc libc6-dev >/dev/null && rm -rf /var/lib/apt/lists/*' >&2
-  b commit -q --rm "$c" "localhost/rust:$rust" >/dev/null
+  b commit -q --rm "$c" "$2" >/dev/null
+}
+with_rust() { # with_rust NAME PATH [CONFIG…]: what is in $images/rust, and the compiler
+  local name=$1 path=$2; shift 2
+  # crates.io is reached as this machine reaches it.
+  install -D -m 0644 /etc/ssl/certs/ca-certificates.crt "$images/rust/etc/ssl/certs/ca-certificates.crt"
+  tar -C "$images/rust" -cf "$images/rust.tar" .
+  base "$name-only" localhost/debian:bookworm "$images/rust.tar" --env CARGO_HOME=/usr/local/cargo \
+    --env "PATH=$path:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "$@"
+  rm -rf "$images/rust" "$images/rust.tar"
+  with_compiler "$name-only" "$name"
+}
+debian localhost/debian:bookworm
+tag=docker.io/library/meshlb:test${arch:+-$arch}
+if [ -z "$arch" ]; then
+  bases=("localhost/rust:$rust" localhost/debian:bookworm)
+  if ! b inspect --type image "${bases[0]}" >/dev/null 2>&1; then
+    say "image: making a base image of Rust $rust"
+    rm -rf "$images/rust"; mkdir -p "$images/rust/usr/local"
+    cp -rL "$(rustc --print sysroot)" "$images/rust/usr/local/rustup"; rm -rf "$images/rust/usr/local/rustup/share"
+    with_rust "${bases[0]}" /usr/local/rustup/bin
+  fi
+else
+  bases=("localhost/rustup:$rust" "localhost/debian-$arch:bookworm")
+  debian "${bases[1]}" "$arch"
+  if ! b inspect --type image "${bases[0]}" >/dev/null 2>&1; then
+    say "image: making a base image of Rust $rust with rustup"
+    rm -rf "$images/rust"; mkdir -p "$images/rust/usr/local/bin"
+    cp -L "$(command -v rustup)" "$images/rust/usr/local/bin/rustup-init"
+    with_rust "localhost/rustup-init:$rust" /usr/local/cargo/bin --env RUSTUP_HOME=/usr/local/rustup
+    c=$(b from --pull-never "localhost/rustup-init:$rust")
+    b run "$c" rustup-init -q -y --no-modify-path --profile minimal --default-toolchain "$rust" >&2
+    b commit -q --rm "$c" "${bases[0]}" >/dev/null
+  fi
 fi
 start=$SECONDS
-b bud --pull-never --layers --build-arg RUST="localhost/rust:$rust" --build-arg DEBIAN=localhost/debian:bookworm \
-  --build-arg REVISION="$(git -C "$here" rev-parse HEAD)" -t docker.io/library/meshlb:test "$here/../.." >"$images/build.log" 2>&1 \
+# What a builder says of platforms: Debian's buildah wants all images of a build to be of one, whatever their stages say, so no
+# image says that it is for another one until it is done.
+platforms=(); [ -z "$arch" ] || platforms=(--build-arg "BUILDPLATFORM=linux/$(dpkg --print-architecture)" --build-arg "TARGETARCH=$arch")
+b bud --pull-never --layers ${platforms[@]+"${platforms[@]}"} --build-arg RUST="${bases[0]}" --build-arg DEBIAN="${bases[1]}" \
+  --build-arg REVISION="$(git -C "$here" rev-parse HEAD)" -t "$tag" "$here/../.." >"$images/build.log" 2>&1 \
   || { tail -40 "$images/build.log" >&2; die "the image does not build; all of it in $images/build.log"; }
-push docker.io/library/meshlb:test
+if [ -n "$arch" ]; then
+  c=$(b from --pull-never "$tag"); b config --arch "$arch" "$c"; b commit -q --rm "$c" "$tag" >/dev/null
+fi
+push "$tag"
 say "image: built in $((SECONDS - start)) s, $(du -m "$file" | cut -f1) MB: $file"
-# The program in it starts.
-c=$(b from --pull-never docker.io/library/meshlb:test)
-b run "$c" meshlb --version >&2 || { b rm "$c" >/dev/null; die "the program in the image does not start"; }
+# The program in it starts, and what it programs rules with. (nft asks for netlink first, which an emulated program has not.)
+c=$(b from --pull-never ${arch:+--arch "$arch"} "$tag")
+programs=(meshlb iptables-legacy); [ -n "$arch" ] || programs+=(nft)
+for program in "${programs[@]}"; do
+  b run "$c" "$program" --version >&2 || { b rm "$c" >/dev/null; die "$program in the image does not start"; }
+done
 b rm "$c" >/dev/null
