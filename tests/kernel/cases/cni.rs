@@ -1,4 +1,4 @@
-//! Network plugins on the nodes: rule sets of those that leave packets to netfilter, loaded; those that don't, refused by name.
+//! Network plugins on the nodes: what those that leave packets to netfilter have written, loaded; those that don't, refused by name.
 
 use std::time::Duration;
 
@@ -11,39 +11,74 @@ use crate::ns::COMMAND_LIMIT;
 use crate::runner::{Cx, Family, Matrix, Proto, Renderer, Suite};
 use crate::topology::{Builder, Node, PodNetwork, Topology, Underlay};
 
+/// What a plugin has programmed on node 1 of the usual topology, recorded by `rulesets/record.sh`.
+struct Recorded {
+    /// As `iptables-save` and `ip6tables-save` have written it.
+    xtables: [&'static str; 2],
+    /// As `ipset save` has.
+    sets: &'static str,
+    /// As `nft list ruleset` has, in its nftables mode.
+    nft: &'static str,
+}
+
+const FLANNEL: Recorded = Recorded {
+    xtables: [include_str!("../rulesets/flannel.iptables"), include_str!("../rulesets/flannel.ip6tables")],
+    sets: "",
+    nft: include_str!("../rulesets/flannel.nft"),
+};
+
+const CALICO: Recorded = Recorded {
+    xtables: [include_str!("../rulesets/calico.iptables"), include_str!("../rulesets/calico.ip6tables")],
+    sets: include_str!("../rulesets/calico.ipset"),
+    nft: include_str!("../rulesets/calico.nft"),
+};
+
 pub fn register(suite: &mut Suite) {
     let limit = Duration::from_secs(300);
     for renderer in Renderer::ALL {
         let one = Matrix::once().with_renderers(&[renderer]);
-        suite.add_slow("cni::flannel_rules", &one, limit, flannel);
-        suite.add_slow("cni::calico_rules", &one, limit, calico);
+        suite.add_slow("cni::flannel_rules", &one, limit, |cx| flannel(cx, Recorded::load_xtables));
+        suite.add_slow("cni::flannel_nftables", &one, limit, |cx| flannel(cx, Recorded::load_nft));
+        suite.add_slow("cni::calico_rules", &one, limit, |cx| calico(cx, Recorded::load_xtables));
+        suite.add_slow("cni::calico_nftables", &one, limit, |cx| calico(cx, Recorded::load_nft));
     }
     suite.add("cni::refused_by_name", &Matrix::once(), refused_by_name);
 }
 
-fn load(cx: &Cx, node: &Node, rules: &str, replace: &[(&str, String)]) -> Result<()> {
-    let mut lines = String::new();
-    for line in rules.lines().filter(|line| !line.starts_with('#')) {
-        match line.strip_prefix("POD ") {
-            Some(each) => {
-                for j in 1..=2 {
-                    lines += &each.replace("LINK", &format!("v{}{j}", node.index));
-                    lines.push('\n');
-                }
-            }
-            None => {
-                lines += line;
-                lines.push('\n');
-            }
+impl Recorded {
+    /// By the flavour of iptables that the case is about.
+    fn load_xtables(&self, cx: &Cx, node: &Node) -> Result<()> {
+        node.ns.run_with(&["ipset", "restore"], &of(node, self.sets), COMMAND_LIMIT)?.ok()?;
+        let path = [("PATH", cx.meshlb()?.path.as_str())];
+        for (family, rules) in Family::ALL.into_iter().zip(self.xtables) {
+            let command = [family.iptables_restore(), "--noflush"];
+            node.ns.run_env(&command, &path, &of(node, rules))?.ok()?;
         }
+        Ok(())
     }
-    for (from, to) in replace {
-        lines = lines.replace(from, to);
+
+    fn load_nft(&self, _: &Cx, node: &Node) -> Result<()> {
+        node.ns.run_with(&["nft", "-f", "-"], &of(node, self.nft), COMMAND_LIMIT)?.ok()?;
+        Ok(())
     }
-    // By the flavour of iptables that the case is about.
-    let path = [("PATH", cx.meshlb()?.path.as_str())];
-    node.ns.run_env(&["iptables-restore", "--noflush"], &path, &lines)?.ok()?;
-    Ok(())
+}
+
+/// What is of node 1 (its pods' links, their addresses and its tunnel's), made another node's. Its own addresses are only in a set
+/// of Calico's that tells whose DSCP is set, which is nobody's.
+fn of(node: &Node, recorded: &str) -> String {
+    let k = node.index;
+    let mut text = recorded.to_owned();
+    for (one, own) in [
+        ("v11", format!("v{k}1")),
+        ("v12", format!("v{k}2")),
+        ("10.244.1.", format!("10.244.{k}.")),
+        ("fd00:244:1:", format!("fd00:244:{k}:")),
+        // Calico's tunnel.
+        ("tunl0", "ov0".to_owned()),
+    ] {
+        text = text.replace(one, &own);
+    }
+    text
 }
 
 /// A service works beside what is loaded, before and after us; taking ours out leaves it as it was.
@@ -64,25 +99,19 @@ fn beside(cx: &Cx, spec: &Builder, load: impl Fn(&Node) -> Result<()>) -> Result
     Ok(())
 }
 
-fn flannel(cx: &mut Cx) -> Result<()> {
+type Load = fn(&Recorded, &Cx, &Node) -> Result<()>;
+
+fn flannel(cx: &mut Cx, load: Load) -> Result<()> {
     let spec = Topology::builder()
         .pod_network(PodNetwork::Bridge { br_netfilter: true })
         .underlay(Underlay::Vxlan)
         .rp_filter(1);
-    beside(cx, &spec, |node| {
-        let own = ("OWN", format!("10.244.{}.0/24", node.index));
-        load(cx, node, include_str!("../rulesets/flannel.rules"), &[own, ("ALL", "10.244.0.0/16".to_owned())])
-    })
+    beside(cx, &spec, |node| load(&FLANNEL, cx, node))
 }
 
-fn calico(cx: &mut Cx) -> Result<()> {
+fn calico(cx: &mut Cx, load: Load) -> Result<()> {
     let spec = Topology::builder().underlay(Underlay::Ipip).rp_filter(1);
-    beside(cx, &spec, |node| {
-        let sets = "create cali40all-ipam-pools hash:net\nadd cali40all-ipam-pools 10.244.0.0/16\n\
-                    create cali40masq-ipam-pools hash:net\nadd cali40masq-ipam-pools 10.244.0.0/16\n";
-        node.ns.run_with(&["ipset", "restore"], sets, COMMAND_LIMIT)?.ok()?;
-        load(cx, node, include_str!("../rulesets/calico.rules"), &[])
-    })
+    beside(cx, &spec, |node| load(&CALICO, cx, node))
 }
 
 /// Nothing is programmed beside those whose packets don't come by netfilter or who take our IPVS services away.
