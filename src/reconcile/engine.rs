@@ -4,11 +4,13 @@ mod bridges;
 mod compiling;
 mod drains;
 mod drift;
+mod earlier;
 mod known;
 mod lasting;
 mod left_alone;
 mod look;
 mod marks;
+mod node;
 mod ports;
 mod published;
 mod recover;
@@ -17,7 +19,6 @@ mod unread;
 use std::{
     borrow::Cow,
     collections::{BTreeMap, BTreeSet, HashSet},
-    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -34,18 +35,16 @@ use crate::{
     allocate::{Allocations, Allocator, Lock},
     compile::{
         Merged,
-        base::compile_base,
         service::{Drains, Kept},
     },
     dataplane::{
         AddressRules, ElementChange, Error, IpvsChange, ProgramState,
         executor::{Dataplane, Failure, withhold},
-        host::{REQUIRED, Required, When},
     },
     model::{
-        ids::{Family, Mark, PerFamily, Protocol, ServiceKey},
+        ids::{Mark, PerFamily, Protocol, ServiceKey},
         kernel::{Element, KernelState, PublishedFlows, Timeouts, VirtualServer, VirtualServerKey},
-        node::{MarkMask, NodeConfig, NodeFacts, NodeSays},
+        node::{NodeConfig, NodeFacts, NodeSays},
         snapshot::{Event, Snapshot},
         unread::Unread,
     },
@@ -156,8 +155,6 @@ pub struct Engine {
     ours: BTreeSet<Mark>,
 }
 
-/// Addresses of IPv6 are gone while their link is down, and for a moment after it: their family is served on for so long.
-const FAMILY_GRACE: Duration = Duration::from_secs(5);
 /// After so many changes what we know of the kernel and what it should be are put together in memory again.
 const SHARE_AFTER: usize = 100;
 
@@ -191,7 +188,7 @@ impl Engine {
             merged: Merged::default(),
             facts: NodeFacts::default(),
             lost: PerFamily::default(),
-            family_grace: FAMILY_GRACE,
+            family_grace: node::FAMILY_GRACE,
             bridges: Bridges::default(),
             known: KernelState::default(),
             trusted: false,
@@ -287,11 +284,6 @@ impl Engine {
         Some((ours, before))
     }
 
-    /// The node as it was last seen.
-    pub fn facts(&self) -> &NodeFacts {
-        &self.facts
-    }
-
     /// The settings.
     pub fn settings(&self) -> &Settings {
         &self.settings
@@ -300,66 +292,6 @@ impl Engine {
     /// Whether the kernel had nothing of ours when it was first looked at, as after a start of the machine.
     pub fn found_nothing(&self) -> bool {
         self.bare
-    }
-
-    /// Takes in what the source knows of this node, as far as it was not given. The next [`Self::refresh_node`] goes by its
-    /// addresses; another zone makes other endpoints near.
-    pub fn set_node(&mut self, says: NodeSays) {
-        if self.given.addresses.is_empty() {
-            self.settings.addresses.node_ips = says.addresses;
-        }
-        self.pods = Some(says.pods);
-        if self.given.zone.is_none() && self.settings.node.zone != says.zone {
-            self.settings.node.zone = says.zone;
-            self.dirty.extend(self.snapshot.services().keys().cloned());
-        }
-    }
-
-    /// Ranges of this node's pods, once the source has said what it knows of them.
-    pub fn pods(&self) -> Option<&[IpNet]> {
-        self.pods.as_deref()
-    }
-
-    /// Marks of an earlier run that the kernel can't have from it, since the machine was started anew: whoever has an IPVS
-    /// service with one of them is somebody else. Nor does anything drain.
-    pub fn forget_marks(&mut self) {
-        self.ours.clear();
-        self.drains.clear();
-    }
-
-    /// The mark mask of an earlier run: what it has left with another mask is ours too, and goes.
-    pub fn set_earlier_mask(&mut self, mask: MarkMask) {
-        if mask != self.settings.node.mask {
-            self.ours.insert(mask.sentinel());
-        }
-    }
-
-    /// VIP ranges of earlier runs: where they are not in use any more, their routes go.
-    pub fn set_earlier_ranges(&mut self, ranges: impl IntoIterator<Item = IpNet>) {
-        let used = self.settings.node.ranges;
-        let is_used = |range: &IpNet| used.iter().any(|(_, used)| used == range);
-        self.earlier_ranges = ranges.into_iter().filter(|range| !is_used(range)).collect();
-    }
-
-    /// Those of them whose routes may still be there.
-    pub fn earlier_ranges(&self) -> &BTreeSet<IpNet> {
-        &self.earlier_ranges
-    }
-
-    /// Routes of earlier ranges that are still there.
-    fn earlier_routes(&mut self) -> Result<Vec<Op>, Error> {
-        let mut ops = Vec::new();
-        for range in self.earlier_ranges.clone() {
-            let family = Family::of(&range.addr());
-            let mut asked = PerFamily::default();
-            asked.set(family, Some(range));
-            if self.dataplane.host.vip_routes(&asked)?.is_empty() {
-                self.earlier_ranges.remove(&range);
-            } else {
-                ops.push(Op::DelRoute(family, range));
-            }
-        }
-        Ok(ops)
     }
 
     /// Forgets what we know of the kernel: the next turn reads it.
@@ -375,76 +307,6 @@ impl Engine {
     /// Whether a mark is one of ours: given out now or earlier by this node, or the sentinel.
     fn is_ours(ours: &BTreeSet<Mark>, settings: &Settings, mark: Mark) -> bool {
         mark == settings.node.mask.sentinel() || ours.contains(&mark)
-    }
-
-    /// Reads the node's addresses; when they changed, everything is compiled again.
-    ///
-    /// # Errors
-    /// When they can't be read.
-    pub fn refresh_node(&mut self) -> Result<bool, Error> {
-        let mut facts = self.dataplane.host.facts(&self.settings.addresses)?;
-        self.keep_families(&mut facts);
-        if facts == self.facts {
-            return Ok(false);
-        }
-        self.facts = facts;
-        self.dirty.extend(self.snapshot.services().keys().cloned());
-        self.set_base();
-        self.trusted = false;
-        Ok(true)
-    }
-
-    /// A family that is lost is lost at once.
-    #[cfg(test)]
-    pub(crate) fn end_family_grace(&mut self) {
-        self.family_grace = Duration::ZERO;
-    }
-
-    /// Whether a family that was lost may yet come back: it is to be asked for again.
-    pub fn misses_family(&self) -> bool {
-        !self.lost.is_empty()
-    }
-
-    fn keep_families(&mut self, facts: &mut NodeFacts) {
-        for family in Family::ALL {
-            let (Some(had), None) = (self.facts.primary.get(family), facts.primary.get(family)) else {
-                self.lost.set(family, None);
-                continue;
-            };
-            let since = self.lost.get(family).copied().unwrap_or_else(Instant::now);
-            if since.elapsed() >= self.family_grace {
-                self.lost.set(family, None);
-                continue;
-            }
-            self.lost.set(family, Some(since));
-            let of_family = |addr: &&IpAddr| Family::of(addr) == family;
-            facts.primary.set(family, Some(*had));
-            facts.published_addresses.extend(self.facts.published_addresses.iter().filter(of_family));
-            facts.all_addresses.extend(self.facts.all_addresses.iter().filter(of_family));
-        }
-    }
-
-    fn set_base(&mut self) {
-        let needed = |required: &Required| match required.when {
-            When::Always => true,
-            When::V6Range => self.settings.node.ranges.v6.is_some() && self.facts.primary.v6.is_some(),
-            When::V4EndpointOnBridge | When::V6EndpointOnBridge => {
-                self.bridges.sysctls.contains(required.path)
-            }
-        };
-        let sysctls = REQUIRED
-            .iter()
-            .filter(|required| needed(required))
-            .map(|required| (required.path.to_owned(), required.value.to_owned()))
-            .collect();
-        let base = compile_base(
-            &self.settings.node,
-            &self.facts,
-            sysctls,
-            self.bridges.masquerade.clone(),
-            self.settings.timeouts,
-        );
-        self.merged.set_base(base);
     }
 
     /// What is to be done now, without doing it; `full` reads the kernel first.
