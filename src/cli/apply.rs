@@ -12,9 +12,10 @@ use jiff::Timestamp;
 use tracing::subscriber::{self, NoSubscriber};
 
 use super::{
+    notes::notes_of,
     options::Options,
     print,
-    session::{Purpose, Session, notes_of},
+    session::{Purpose, Session},
 };
 use crate::{
     instance::{self, Instance},

@@ -10,9 +10,10 @@ use std::{
 use anyhow::Result;
 
 use super::{
+    keeper::{self, Left},
     options::Options,
     print,
-    session::{self, Left, Purpose},
+    session::{self, Purpose},
 };
 use crate::{
     dataplane::{
@@ -75,7 +76,7 @@ pub struct Cleaned {
 pub fn clean(options: &Options) -> Result<Cleaned> {
     session::need_rights()?;
     let settings = options.settings()?;
-    let Left { mut dir, state, .. } = session::open_state(options, Purpose::Apply)?;
+    let Left { mut dir, state, .. } = keeper::open_state(options, Purpose::Apply)?;
     // Each on its own: what can't be reached keeps nothing else from being cleaned.
     let mut errors: Vec<String> = Vec::new();
     let mut host = LinuxHost::new(options.proc_sys.clone());
@@ -92,7 +93,7 @@ pub fn clean(options: &Options) -> Result<Cleaned> {
     let facts = host.facts(&settings.addresses).unwrap_or_default();
     let base = crate::compile::base::compile_base(&settings.node, &facts, Default::default(), vec![], None);
     let mut marks = BTreeSet::new();
-    if state.is_of_boot(&session::boot_id()) {
+    if state.is_of_boot(&keeper::boot_id()) {
         marks = state.allocations.known_marks();
     }
     if let Some(netfilter) = &mut netfilter {

@@ -137,7 +137,7 @@ fn a_port_of_mode_host_without_endpoint_is_no_problem() {
     turn(&mut engine, true);
     let service = engine.merged().services().values().next().unwrap().clone();
     assert!(service.ports[0].not_published.is_some());
-    assert_eq!(super::session::problems_of(&engine, &service), Vec::<String>::new());
+    assert_eq!(super::notes::problems_of(&engine, &service), Vec::<String>::new());
     let (_, observed) = engine.prepare_full(now()).unwrap();
     let zone = Zone::new("mesh.local", engine.settings().node.ranges).unwrap();
     let names = all_names(zone, &engine);

@@ -10,8 +10,10 @@ pub mod explain;
 pub mod flag_values;
 #[cfg(test)]
 mod golden;
+pub mod keeper;
 pub mod lock;
 pub mod names;
+pub mod notes;
 pub mod options;
 pub mod plan;
 pub mod print;

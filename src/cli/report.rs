@@ -11,7 +11,7 @@ use std::{
 use serde::Serialize;
 
 use super::names::NameReport;
-use super::session::notes_of;
+use super::notes::notes_of;
 use crate::{
     compile::{CompiledPort, CompiledService, RealState},
     dataplane::{Counters, Error, ProgramState, netfilter},

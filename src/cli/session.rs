@@ -8,16 +8,15 @@ use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::{
+    keeper::{Keeper, Left, boot_id, open_state, running},
+    notes::problems_of,
     options::{Options, RendererChoice},
     print,
     record::Record,
 };
 use crate::{
     allocate::{Lock, lock::LockError},
-    compile::{
-        CompiledService,
-        service::{is_served, wanted_families},
-    },
+    compile::CompiledService,
     dataplane::{
         Netfilter,
         executor::Dataplane,
@@ -27,19 +26,14 @@ use crate::{
         preflight,
     },
     dns::{names::Names, zone::Zone},
-    model::{
-        kernel::{RealServerKey, VirtualServerKey},
-        node::{MarkMask, NodeConfig},
-        service::{Mode, TrafficDistribution},
-    },
+    model::node::{MarkMask, NodeConfig},
     plan::{Observed, Op},
     reconcile::Engine,
     source::{
         self, Loaded, Origin, Problem,
         problem::{Severity, unread},
-        watch::emptied,
     },
-    state::{Drain, PublishedPorts, State, StateDir},
+    state::{PublishedPorts, State},
 };
 
 /// An engine with where its state is kept.
@@ -53,180 +47,6 @@ pub struct Session {
     zone: Arc<Zone>,
     /// Names of all services, once they are asked for.
     pub names: std::cell::OnceCell<Names>,
-}
-
-/// Writes down what has to outlive the process.
-pub struct Keeper {
-    dir: StateDir,
-    record: Record,
-    state: State,
-    /// Where services come from.
-    pub source: Origin,
-    /// The engine's generation that is in the state.
-    generation: Option<u64>,
-    /// Whether the state has something that its file has not.
-    stale: bool,
-    /// Whether it has something of the kernel that the record has not.
-    unrecorded: bool,
-    /// Whether there is a file, if not the newest: what was in the kernel before us is in it.
-    on_disk: bool,
-}
-
-impl Keeper {
-    /// The folder that an earlier run has served services from, if it is the one of this run.
-    pub fn folder(&self) -> Option<crate::source::watch::FolderId> {
-        let same = self.state.source.as_ref() == Some(&self.source);
-        self.state.folder.filter(|_| same && !self.state.allocations.services.is_empty())
-    }
-
-    /// Who reads the source once does not take an empty folder for one that was emptied: its file system is not mounted, mostly.
-    ///
-    /// # Errors
-    /// That it is.
-    pub fn refuse_emptied(&self) -> Result<()> {
-        match (self.source.dir(), self.folder()) {
-            (Some(dir), Some(before)) if emptied(dir, before) => bail!(
-                "{}: was replaced by an empty folder (unmounted?); what was in it stays in force. If it is meant to be \
-                 empty, put an empty file none.yaml into it",
-                dir.display()
-            ),
-            _ => Ok(()),
-        }
-    }
-
-    /// First labels of the names that services answered when the state was written.
-    pub fn labels(&self) -> impl Iterator<Item = &str> {
-        let own = self.state.allocations.services.keys().map(|key| &*key.name);
-        own.chain(self.state.labels.iter().map(String::as_str))
-    }
-
-    /// Whether an earlier state is on disk. Where a newer one can't be written, it is better to go on with that than to
-    /// leave the kernel with endpoints that are dead: what a restart then does not find is which automatic values
-    /// depended on history, and drains.
-    pub fn on_disk(&self) -> bool {
-        self.on_disk
-    }
-
-    /// Writes the engine's allocations, drains and fingerprints down, where they changed. They are compared one by one:
-    /// the text of all of it takes long to make.
-    ///
-    /// # Errors
-    /// The file that could not be written.
-    pub fn save(&mut self, engine: &Engine) -> Result<()> {
-        let settings = engine.settings();
-        let state = &mut self.state;
-        if self.generation != Some(engine.generation()) {
-            self.stale |= put(&mut state.allocations, engine.allocator().allocations());
-            let runs = engine.served().iter().map(|(key, ports)| (key.clone(), PublishedPorts::runs(ports)));
-            self.stale |= put(&mut state.served, runs.collect());
-            self.stale |= put(&mut state.nameless, engine.nameless().clone());
-            self.stale |= put(&mut state.labels, super::dns::labels(engine, &state.allocations));
-            // Of one that is empty, or was put in the place of another one, it is when there is something in it.
-            if let Some(folder) = self.source.dir().and_then(crate::source::watch::filled) {
-                self.stale |= put(&mut state.folder, Some(folder));
-            }
-            self.generation = Some(engine.generation());
-        }
-        self.stale |= put(&mut state.source, Some(self.source.clone()));
-        self.stale |= put(&mut state.node, settings.node.name.to_string());
-        self.stale |= put(&mut state.ranges, settings.node.ranges);
-        self.stale |= put(&mut state.earlier_ranges, engine.earlier_ranges().clone());
-        self.stale |= put(&mut state.mark_mask, settings.node.mask.bits());
-        let originals = engine.sysctl_originals(&state.sysctls);
-        let timeouts = engine.timeouts(state.ipvs_timeouts);
-        let fingerprint = engine.dataplane.netfilter.fingerprint().unwrap_or_default();
-        let mut kernel = put(&mut state.renderer, engine.dataplane.netfilter.name().to_owned());
-        kernel |= put(&mut state.netfilter, fingerprint);
-        kernel |= put(&mut state.sysctls, originals);
-        kernel |= put(&mut state.ipvs_timeouts, timeouts);
-        self.stale |= kernel;
-        self.unrecorded |= kernel;
-        if self.stale {
-            self.dir.save(state).context("state.json can't be written")?;
-            self.stale = false;
-            self.on_disk = true;
-        }
-        if std::mem::take(&mut self.unrecorded) {
-            self.record.save(state);
-        }
-        let drains: Vec<Drain> = engine.drains().iter().map(kept).collect();
-        self.dir.save_drains(&drains).context("drains.json can't be written")?;
-        Ok(())
-    }
-}
-
-/// Puts a value in the place of another; whether it is a different one.
-fn put<T: PartialEq>(place: &mut T, value: T) -> bool {
-    let different = *place != value;
-    *place = value;
-    different
-}
-
-fn kept(((server, real), until): (&(VirtualServerKey, RealServerKey), &Timestamp)) -> Drain {
-    Drain {
-        family: server.family,
-        mark: server.mark,
-        address: real.addr,
-        port: real.port,
-        deadline_unix_ms: u64::try_from(until.as_millisecond()).unwrap_or(0),
-    }
-}
-
-fn running(drain: &Drain) -> ((VirtualServerKey, RealServerKey), Timestamp) {
-    let server = VirtualServerKey { family: drain.family, mark: drain.mark };
-    let real = RealServerKey { addr: drain.address, port: drain.port };
-    let until =
-        i64::try_from(drain.deadline_unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
-    ((server, real), until.unwrap_or(Timestamp::UNIX_EPOCH))
-}
-
-/// What earlier runs left.
-pub struct Left {
-    /// Where it is kept.
-    pub dir: StateDir,
-    /// Allocations and what was there before us.
-    pub state: State,
-    /// Drains that run.
-    pub drains: Vec<Drain>,
-    /// Whether the state has something that its file has not.
-    pub stale: bool,
-}
-
-/// Reads what earlier runs left. Who only looks leaves the files and the directory as they are: they may be a running
-/// agent's.
-///
-/// # Errors
-/// It can't be read, or the directory can't be made.
-pub fn open_state(options: &Options, purpose: Purpose) -> Result<Left> {
-    let about = || format!("--state-dir {}", options.state_dir.display());
-    let mut left = if purpose == Purpose::Look {
-        let state = State::peek(&options.state_dir);
-        let drains = crate::state::peek_drains(&options.state_dir);
-        for e in state.as_ref().err().into_iter().chain(drains.as_ref().err()) {
-            warn!("{e}: what follows is without it");
-        }
-        Left {
-            dir: StateDir::at(&options.state_dir),
-            state: state.unwrap_or_default(),
-            drains: drains.unwrap_or_default(),
-            stale: false,
-        }
-    } else {
-        let mut dir = StateDir::open(&options.state_dir).with_context(about)?;
-        let (state, note) = dir.load().with_context(about)?;
-        let (drains, drains_note) = dir.load_drains().with_context(about)?;
-        for note in note.into_iter().chain(drains_note) {
-            warn!("{note}");
-        }
-        Left { dir, stale: state.node.is_empty(), state, drains }
-    };
-    // What sysctls were before us is of that start of the machine: since then they are what it makes them.
-    if !left.state.is_of_boot(&boot_id()) {
-        left.state.sysctls.clear();
-        left.state.ipvs_timeouts = None;
-    }
-    left.stale |= Record::new(&options.run_dir).complete(&mut left.state);
-    Ok(left)
 }
 
 /// Without CAP_NET_ADMIN nothing can be written: that is said first, and once.
@@ -269,13 +89,6 @@ fn look_first(options: &Options, engine: &Engine) {
             preflight::Severity::Info => debug!("{}", finding.message),
         }
     }
-}
-
-/// Which start of the machine this is; empty where the kernel does not say. It is the kernel's own, so not below `--proc-sys`,
-/// where a container has no more than the host's network settings.
-pub fn boot_id() -> String {
-    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
-    id.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// Tells what stands in the way of the renderer.
@@ -474,74 +287,6 @@ fn load(options: &Options, source: &Origin, config: &NodeConfig) -> Result<Loade
             source::kube::load(access, config.clone())
         }
     }
-}
-
-/// What keeps a service from being served as declared: allocation conflicts and blocked ports.
-pub fn problems_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
-    let mut out = told_of(engine, service, true);
-    let unserved = unserved_families(engine, service);
-    if let Some((false, families)) = &unserved {
-        out.push(format!(
-            "not served here: this node serves no {families} (it has no such address, or no such --vip-cidr)"
-        ));
-    }
-    for ((protocol, port), _) in engine.late_listeners().iter().filter(|(_, key)| **key == service.key) {
-        out.push(format!(
-            "published port {protocol} {port}: a socket of this host that came later listens on it too; \
-             what is sent to this node's published addresses goes to the service"
-        ));
-    }
-    out
-}
-
-/// What is to be known of a service that is served as declared: a value of it that has moved, a port that answers on other
-/// nodes only because it is to.
-pub fn notes_of(engine: &Engine, service: &CompiledService) -> Vec<String> {
-    let declared = engine.snapshot().services().get(&service.key);
-    let in_vain = declared.is_some_and(|s| s.distribution == TrafficDistribution::SameZone)
-        && engine.settings().node.zone.is_none();
-    let zone = in_vain.then(|| {
-        "trafficDistribution: PreferSameZone has no effect here, since this node's zone is not known: label its Node \
-         topology.kubernetes.io/zone, or give --topology-zone"
-            .to_owned()
-    });
-    let family = unserved_families(engine, service).filter(|(others, _)| *others).map(|(_, families)| {
-        format!("served by its other address only: this node serves no {families} (it has no such address)")
-    });
-    told_of(engine, service, false).into_iter().chain(zone).chain(family).collect()
-}
-
-/// Families of a service that this node does not serve, and whether it serves others of it. `None` where it serves all.
-fn unserved_families(engine: &Engine, service: &CompiledService) -> Option<(bool, String)> {
-    let declared = engine.snapshot().services().get(&service.key)?;
-    // Its names are answered whatever is programmed.
-    if declared.mode == Mode::Dnsrr && declared.ports.iter().all(|port| port.publish.is_none()) {
-        return None;
-    }
-    let node = &engine.settings().node;
-    let (served, unserved): (Vec<_>, Vec<_>) = wanted_families(declared, &service.vips)
-        .into_iter()
-        .partition(|family| is_served(*family, node, engine.facts()));
-    let names: Vec<String> = unserved.iter().map(ToString::to_string).collect();
-    (!names.is_empty()).then(|| (!served.is_empty(), names.join(" and no ")))
-}
-
-/// What compile says of a port with `publish.mode: Host` on a node that has none of its endpoints.
-const ELSEWHERE: &str = "no endpoint on this node (mode Host)";
-
-/// Whether a port is not published here for no reason but that it is published on other nodes.
-pub fn is_elsewhere(why_not_published: &str) -> bool {
-    why_not_published == ELSEWHERE
-}
-
-fn told_of(engine: &Engine, service: &CompiledService, wrong: bool) -> Vec<String> {
-    let conflicts = engine.allocator().get(&service.key).map(|a| a.conflicts.as_slice()).unwrap_or_default();
-    let conflicts = conflicts.iter().filter(|c| c.is_blocking() == wrong).map(ToString::to_string);
-    let ports = service.ports.iter().filter_map(|port| {
-        let why = port.not_published.as_ref().filter(|why| is_elsewhere(why) != wrong)?;
-        Some(format!("port {}: not published on this node: {why}", port.spec.label()))
-    });
-    conflicts.chain(ports).collect()
 }
 
 /// Opens the kernel side as the options say.

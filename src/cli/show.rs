@@ -6,10 +6,11 @@ use anyhow::{Result, bail};
 
 use super::{
     ShowOutput,
+    notes::is_elsewhere,
     options::Options,
     print,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
-    session::{Purpose, Session, is_elsewhere},
+    session::{Purpose, Session},
 };
 use crate::{model::ids::ServiceKey, source::problem::one_line};
 

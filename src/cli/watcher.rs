@@ -11,8 +11,9 @@ use tracing::{info, warn};
 
 use super::{
     dns::Feed,
+    keeper::Keeper,
+    notes::{notes_of, problems_of},
     report::firewall_advice,
-    session::{Keeper, notes_of, problems_of},
 };
 use crate::{
     admin::Health,

@@ -430,7 +430,7 @@ fn an_entry_that_cannot_be_written_keeps_no_mark_of_other_services() {
 
 #[test]
 fn a_service_of_a_family_that_the_node_does_not_serve_says_so_and_claims_no_number() {
-    use crate::cli::session::{notes_of, problems_of};
+    use crate::cli::notes::{notes_of, problems_of};
     let kernel = FakeKernel::default();
     let mut engine = engine(&kernel, Allocations::default());
     let v4 = facts().primary.v4;

@@ -158,7 +158,17 @@ fn schedulers(edits: &mut Edits, given: &Granted) -> Result<()> {
     edits
         .edit(&["scheduler", "schedulerFlags"], &json!({"scheduler": "sh", "schedulerFlags": ["sh-port"]}))?;
     edits.edit(&["scheduler", "schedulerFlags"], &json!({"scheduler": null, "schedulerFlags": null}))?;
-    edits.until("round robin again", || edits.answer(vip6, 6, &ALL))
+    // By hash, answers are even by chance; and what follows must not meet the moment without a scheduler.
+    edits.until("round robin again", || {
+        for node in &t.nodes {
+            let listed = node.run(&["ipvsadm", "-Ln"])?.ok()?.stdout;
+            let by_hash = listed
+                .lines()
+                .any(|line| line.starts_with("FWM") && line.split_whitespace().any(|word| word == "sh"));
+            ensure!(!by_hash, "{}: {listed}", node.name);
+        }
+        edits.answer(vip6, 6, &ALL)
+    })
 }
 
 /// What takes nothing away from who uses port 80.
