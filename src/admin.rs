@@ -1,6 +1,9 @@
 //! The admin server: `/metrics`, `/livez`, `/readyz`.
 //!
-//! It runs on a thread of its own, so that it answers while the dataplane is busy.
+//! It runs on a thread of its own, so that it answers while the dataplane is busy; and whoever holds connections open, or takes all
+//! files, keeps nobody from being answered after it: kubelet would end an agent that does its work.
+
+mod connections;
 
 use std::{
     io,
@@ -19,6 +22,7 @@ use axum::{
 };
 use tokio::sync::oneshot;
 
+use self::connections::Connections;
 use crate::metrics::Series;
 
 /// What `/livez` and `/readyz` answer from. Clones are handles to the same state.
@@ -152,14 +156,14 @@ impl AdminServer {
         let listener = TcpListener::bind(addr).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let addr = listener.local_addr().map_err(failed)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().map_err(failed)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(failed)?;
         let (stop, stopped) = oneshot::channel();
         let app = router(metrics, health);
         let serve = async move {
-            let served = match tokio::net::TcpListener::from_std(listener) {
+            let served = match Connections::of(listener) {
                 // A connection that a scraper keeps open must not keep the process: no graceful end.
-                Ok(listener) => tokio::select! {
-                    served = async { axum::serve(listener, app).await } => served,
+                Ok(connections) => tokio::select! {
+                    served = async { axum::serve(connections, app).await } => served,
                     _ = stopped => Ok(()),
                 },
                 Err(e) => Err(e),
@@ -315,6 +319,35 @@ mod tests {
         assert!(fetch(addr, "/livez", "*/*").0.starts_with("HTTP/1.1 200"));
         release.send(()).unwrap();
         assert!(scrape.join().unwrap().starts_with("HTTP/1.1 200"));
+    }
+
+    #[test]
+    fn whoever_holds_connections_open_keeps_nobody_out() {
+        let (server, _, _) = start(Duration::from_secs(30));
+        let held: Vec<_> = (0..2 * connections::MOST)
+            .map(|i| {
+                let mut stream = TcpStream::connect(server.addr()).unwrap();
+                stream.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n").unwrap();
+                // Those that wait to be accepted are not many.
+                if i % 16 == 0 {
+                    assert!(fetch(server.addr(), "/livez", "*/*").0.starts_with("HTTP/1.1 200"));
+                }
+                stream
+            })
+            .collect();
+        assert!(fetch(server.addr(), "/livez", "*/*").0.starts_with("HTTP/1.1 200"));
+        // The first of them were closed, and the last ones are served when they ask to the end.
+        let mut first = &held[0];
+        first.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        assert!(
+            !matches!(first.read(&mut [0; 16]), Ok(1..))
+                && first.write_all(b"\r\n").and_then(|()| first.write_all(b"\r\n")).is_err()
+        );
+        let mut last = &held[held.len() - 1];
+        last.write_all(b"\r\n").unwrap();
+        let mut status = [0; 12];
+        last.read_exact(&mut status).unwrap();
+        assert_eq!(&status, b"HTTP/1.1 200");
     }
 
     #[test]
