@@ -168,6 +168,11 @@ impl Header {
             && self.marks == spec.marks
             && self.max_elements >= spec.max_elements
     }
+
+    /// Whether it can be swapped with what `spec` would create (`ip_set_swap`: type features and family are the same).
+    pub fn swaps_with(&self, spec: &SetSpec) -> bool {
+        self.type_name == spec.kind.name() && self.family == family_number(spec.family)
+    }
 }
 
 /// Adding or deleting.

@@ -200,6 +200,27 @@ fn what_a_full_set_does_not_take_keeps_nothing_else_from_being_installed() {
 }
 
 #[test]
+fn a_set_of_our_name_and_another_type_is_replaced_unless_a_rule_uses_it() {
+    for variant in Variant::ALL {
+        in_netns(move || {
+            let mut r = iptables(variant);
+            sh("ipset create meshlb-vips-4 hash:ip; ipset create meshlb-vips-6 hash:ip,port");
+            let rule = format!("{} -A INPUT -m set --match-set meshlb-vips-4 src -j ACCEPT", variant.name());
+            sh(&rule);
+            let error = r.install(&dual(), &all()).unwrap_err().to_string();
+            assert!(error.contains("ipset meshlb-vips-4") && !error.contains("scratch"), "{error}");
+            assert!(
+                error.contains("hash:ip") && error.contains("`iptables-save | grep meshlb-vips-4`"),
+                "{error}"
+            );
+            sh(&rule.replace("-A", "-D"));
+            r.install(&dual(), &all()).unwrap();
+            is_installed(&mut r);
+        });
+    }
+}
+
+#[test]
 fn a_table_that_nobody_can_keep_up_to_date_is_taken_away() {
     for variant in Variant::ALL {
         in_netns(move || {

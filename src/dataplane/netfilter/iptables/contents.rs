@@ -11,7 +11,7 @@ use super::Iptables;
 use crate::{
     dataplane::{
         ElementChange, Error,
-        ipset::{Change, Key, SetSpec, SkbMark, Verb},
+        ipset::{Change, Header, Key, SetSpec, SkbMark, Verb},
         netfilter::{
             nftwrite,
             parts::set_differences,
@@ -122,7 +122,13 @@ impl Iptables {
         for kind in self.stores.ipsets() {
             for family in Self::families(program) {
                 let spec = ipset_spec(kind, family, self.max_elements);
-                let old = there.iter().find(|h| h.name == spec.name);
+                let old = match there.iter().find(|h| h.name == spec.name) {
+                    Some(other) if !other.swaps_with(&spec) => {
+                        self.remove_unlike(other)?;
+                        None
+                    }
+                    old => old,
+                };
                 let into = if old.is_some() { SCRATCH.to_owned() } else { spec.name.clone() };
                 self.ipset.create(&SetSpec { name: into.clone(), ..spec.clone() })?;
                 let (owners, changes): (Vec<&Element>, Vec<Change>) = elements
@@ -157,6 +163,22 @@ impl Iptables {
             }
         }
         Ok((refused, reason))
+    }
+
+    /// Destroys a set that has one of our names and another type than ours, unless a rule uses it, which can't be ours.
+    fn remove_unlike(&mut self, other: &Header) -> Result<(), Error> {
+        if other.references == 0 {
+            return self.ipset.destroy(&other.name);
+        }
+        Err(Error::Failed {
+            object: format!("ipset {}", other.name),
+            reason: format!(
+                "is of the type {}, which is not ours, and used by rules of others: `iptables-save | grep {name}`, and for IPv6 \
+                 `ip6tables-save`, shows them; when they are gone it is replaced",
+                other.type_name,
+                name = other.name
+            ),
+        })
     }
 
     pub(super) fn ipset_changes(
