@@ -51,7 +51,14 @@ fn a_reader_that_has_gone_is_no_error() {
 #[test]
 fn a_full_disk_is_told_in_one_line() {
     let full = || File::options().write(true).open("/dev/full").unwrap();
-    for line in [&["crd"][..], &["completions", "bash"], &["check", "tests/corpus/good/minimal.yaml"]] {
+    for line in [
+        &["crd"][..],
+        &["completions", "bash"],
+        &["check", "tests/corpus/good/minimal.yaml"],
+        &["--help"],
+        &["show", "--help"],
+        &["--version"],
+    ] {
         let output = meshlb(line).stdout(full()).output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{line:?}");
         let said = stderr(&output);

@@ -46,7 +46,7 @@ const TOLD_WITHIN: Duration = Duration::from_secs(10);
 /// An address for metrics that is taken is tried again after this long.
 const ADMIN_RETRY: Duration = Duration::from_secs(10);
 
-/// Runs until SIGTERM or SIGINT. The kernel keeps what it has when the agent goes, however it goes; unless an
+/// Runs until [`super::signals::stop`]. The kernel keeps what it has when the agent goes, however it goes; unless an
 /// uninstallation is asked for, in Kubernetes: then everything is removed.
 ///
 /// # Errors
@@ -239,19 +239,15 @@ fn tell(known: &[Problem], now: &[Problem]) {
 }
 
 fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     thread::Builder::new().name("signals".into()).spawn(move || {
         runtime.block_on(async {
-            let (Ok(mut term), Ok(mut int)) =
-                (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-            else {
-                error!("signals can't be handled: only SIGKILL will end this process");
-                return;
-            };
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
+            match super::signals::stop() {
+                Ok(stop) => stop.await,
+                Err(e) => {
+                    error!("signals can't be handled, only SIGKILL will end this process: {e}");
+                    return;
+                }
             }
             let _ = inputs.send(Input::Stop);
         });

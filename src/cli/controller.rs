@@ -3,7 +3,6 @@
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use tokio::signal::unix::{SignalKind, signal};
 use tracing::info;
 
 use super::{agent::serve_admin, options::Options};
@@ -26,7 +25,7 @@ pub fn namespace(given: Option<String>) -> Option<String> {
         .filter(|text| !text.is_empty())
 }
 
-/// Runs until SIGTERM or SIGINT, then gives the Lease up.
+/// Runs until [`super::signals::stop`], then gives the Lease up.
 ///
 /// # Errors
 /// What kept it from starting.
@@ -54,13 +53,7 @@ pub fn run(options: &Options, given: Option<String>, identity: Option<String>) -
     let told = Told { health, metrics };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-        let stop = async move {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
-        };
+        let stop = super::signals::stop()?;
         controller::run(access, settings, stop, told).await
     })?;
     Ok(ExitCode::SUCCESS)

@@ -21,10 +21,15 @@ pub mod record;
 pub mod report;
 pub mod session;
 pub mod show;
+pub mod signals;
 pub mod uninstall;
 pub mod watcher;
 
-use std::{io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{
+    io::{ErrorKind, IsTerminal, Write as _},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use options::Options;
@@ -194,7 +199,7 @@ pub fn main() -> ExitCode {
 
 /// The command line, with the values of a --config file as defaults.
 fn parse() -> anyhow::Result<Cli> {
-    let first = command().ignore_errors(true).get_matches();
+    let first = command().ignore_errors(true).try_get_matches().unwrap_or_else(|e| end(&e));
     let file = first.get_one::<PathBuf>("config").cloned();
     let mut command = command();
     // Who looks, or cleans up, is not to repeat the agent's flags.
@@ -209,10 +214,22 @@ fn parse() -> anyhow::Result<Cli> {
     if let Some(file) = file {
         command = options::with_config_file(command, &file)?;
     }
-    let matches = command.get_matches();
-    let mut cli = Cli::from_arg_matches(&matches).map_err(|e| e.exit())?;
+    let matches = command.try_get_matches().unwrap_or_else(|e| end(&e));
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| end(&e));
     cli.options.remembered = options::remembered(&matches);
     Ok(cli)
+}
+
+/// Prints help, the version or what is wrong with the command line. (clap's own way to do so says nothing of a full disk.)
+fn end(told: &clap::Error) -> ! {
+    let code = match told.print().and_then(|()| std::io::stdout().flush()) {
+        Err(e) if !told.use_stderr() && e.kind() != ErrorKind::BrokenPipe => {
+            print::err(format_args!("standard output: {e}"));
+            1
+        }
+        _ => told.exit_code(),
+    };
+    std::process::exit(code)
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
