@@ -278,6 +278,12 @@ fn explain(failure: Failure, object: String, route: &VipRoute) -> Error {
         Some(Errno::EINVAL) => {
             format!("the kernel refused it; is {} an address of this node?", route.source)
         }
+        // Missing rights are EPERM (`rtnetlink_rcv_msg`).
+        Some(Errno::EACCES) if route.range.addr().is_ipv6() => {
+            "IPv6 is switched off here; switch it on (sysctl -w \
+            net.ipv6.conf.lo.disable_ipv6=0, and for the node's links), or give no --vip-cidr of IPv6"
+                .to_owned()
+        }
         Some(Errno::EEXIST) => "another program has added this route meanwhile".to_owned(),
         _ => return failure.about(object),
     };

@@ -86,6 +86,13 @@ fn the_route_outlives_its_source_address() {
         // A source that is no address of the node.
         let error = host.put_vip_route(&vip("10.200.0.0/16", "192.168.50.2")).unwrap_err().to_string();
         assert!(error.contains("is 192.168.50.2 an address of this node?"), "{error}");
+        let off = std::process::Command::new("sh")
+            .args(["-c", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6"])
+            .status();
+        assert!(off.is_ok_and(|status| status.success()));
+        host.del_vip_route(Family::V6, &net("fd00:200::/112")).unwrap();
+        let error = host.put_vip_route(&vip("fd00:200::/112", "fd00:50::1")).unwrap_err().to_string();
+        assert!(error.contains("IPv6 is switched off here"), "{error}");
     });
 }
 
