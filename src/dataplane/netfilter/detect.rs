@@ -150,6 +150,28 @@ pub fn advice(program: &Program, renderer: &str) -> Result<Vec<String>, Error> {
             out.extend(chain_advice(&chain, program));
         }
     }
+    // With nftables the mark is looked up behind iptables' chains. What iptables-legacy has is not looked at here: it costs a process.
+    if renderer == Variant::Nft.name() {
+        out.extend(mark_advice(&mut reader, program)?);
+    }
+    Ok(out)
+}
+
+/// Rules of others in mangle that write our bits of the mark after ours have: what they concern is then no service's, and refused.
+fn mark_advice(reader: &mut NftReader, program: &Program) -> Result<Vec<String>, Error> {
+    let mut out = Vec::new();
+    for (family, _) in program.families.iter() {
+        for builtin in ["INPUT", "OUTPUT"] {
+            let ours = format!("MESHLB-{builtin}");
+            if reader.marks_behind(family, builtin, &ours, program.mask)? {
+                out.push(format!(
+                    "a rule behind {ours} in {builtin} of the table mangle ({family}) sets or restores mark bits that are ours, so that \
+                     connections to services are refused: put it before {ours}, or give it a mask without {:#x} (--nfmask of CONNMARK)",
+                    program.mask
+                ));
+            }
+        }
+    }
     Ok(out)
 }
 

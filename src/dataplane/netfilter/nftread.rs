@@ -51,6 +51,8 @@ const IMMEDIATE_DATA: u16 = 2;
 const DATA_VALUE: u16 = 1;
 const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
+const TARGET_REVISION: u16 = 2;
+const TARGET_INFO: u16 = 3;
 const VERDICT_CHAIN: u16 = 2;
 const ELEMENTS_SET: u16 = 2;
 const ELEMENTS: u16 = 3;
@@ -270,6 +272,19 @@ impl NftReader {
         }))
     }
 
+    /// Whether a rule of iptables-nft in `builtin` of mangle, behind the jump to `ours`, writes any of these bits of the mark.
+    pub(crate) fn marks_behind(
+        &mut self,
+        family: Family,
+        builtin: &str,
+        ours: &str,
+        bits: u32,
+    ) -> Result<bool, Error> {
+        let rules = self.rules(family_number(family), "mangle", Some(builtin))?;
+        let mut behind = rules.iter().skip_while(|rule| verdict_chain(rule).as_deref() != Some(ours));
+        Ok(behind.any(|rule| mark_bits(rule) & bits != 0))
+    }
+
     /// Whether iptables-nft's INPUT or FORWARD drops or rejects anything itself: by policy or by a rule.
     pub(crate) fn iptables_blocks(&mut self, family: Family) -> Result<bool, Error> {
         let number = family_number(family);
@@ -423,6 +438,29 @@ fn refuses_some(rule: &[u8]) -> bool {
         "target" => attribute(data, FIRST).is_some_and(|name| text(name) == "REJECT"),
         _ => false,
     })
+}
+
+/// Bits of the mark that a rule of iptables writes: `struct xt_mark_tginfo2` and `xt_connmark_tginfo1` and `2` of
+/// `linux/netfilter/xt_mark.h` and `xt_connmark.h`. Others write none.
+fn mark_bits(rule: &[u8]) -> u32 {
+    const RESTORE: u8 = 2;
+    let bits = |(name, data): (String, &[u8])| {
+        if name != "target" {
+            return None;
+        }
+        let info = attribute(data, TARGET_INFO)?;
+        let word = |at: usize| info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+        let revision = attribute(data, TARGET_REVISION).and_then(be32).unwrap_or(0);
+        match text(attribute(data, FIRST)?).as_str() {
+            "MARK" => word(4),
+            "CONNMARK" => {
+                let mode = info.get(if revision == 1 { 12 } else { 14 })?;
+                if *mode == RESTORE { word(8) } else { None }
+            }
+            _ => None,
+        }
+    };
+    expressions(rule).filter_map(bits).fold(0, |all, bits| all | bits)
 }
 
 /// Hook of a base chain at input or forward, and whether its policy drops.

@@ -200,6 +200,40 @@ fn what_a_full_set_does_not_take_keeps_nothing_else_from_being_installed() {
 }
 
 #[test]
+fn who_writes_our_mark_bits_behind_us_is_told() {
+    in_netns(|| {
+        iptables(Variant::Nft).install(&dual(), &all()).unwrap();
+        let told = || advice(&dual(), "iptables-nft").unwrap();
+        let rule = |how: &str| sh(&format!("iptables-nft -t mangle {how}"));
+        assert_eq!(told(), Vec::<String>::new());
+        for (chain, does) in [
+            ("INPUT", "MARK --set-mark 0x1"),
+            ("OUTPUT", "MARK --set-xmark 0/0x2000"),
+            ("INPUT", "CONNMARK --restore-mark"),
+            ("OUTPUT", "CONNMARK --restore-mark --nfmask 0xff --ctmask 0xff"),
+        ] {
+            rule(&format!("-A {chain} -j {does}"));
+            let now = told();
+            assert!(now.len() == 1 && now[0].contains(&format!("MESHLB-{chain}")), "{does}: {now:?}");
+            assert!(now[0].contains("(IPv4)") && now[0].contains("0x3fff"), "{now:?}");
+            rule(&format!("-D {chain} -j {does}"));
+            // Before ours it does no harm.
+            rule(&format!("-I {chain} -j {does}"));
+            assert_eq!(told(), Vec::<String>::new(), "{does}");
+            rule(&format!("-D {chain} -j {does}"));
+        }
+        for harmless in [
+            "MARK --set-xmark 0x10000/0x10000",
+            "CONNMARK --save-mark",
+            "CONNMARK --restore-mark --nfmask 0xffffc000 --ctmask 0xffffc000",
+        ] {
+            rule(&format!("-A INPUT -j {harmless}"));
+        }
+        assert_eq!(told(), Vec::<String>::new());
+    });
+}
+
+#[test]
 fn a_set_of_our_name_and_another_type_is_replaced_unless_a_rule_uses_it() {
     for variant in Variant::ALL {
         in_netns(move || {
