@@ -7,7 +7,7 @@ CMD ?=
 .PHONY: help setup build lint fmt test test-full test-unit test-kernel test-cluster test-chart test-dns test-node test-arm64 demo bench bench-dns bench-cluster vm-up vm-run vm-shell vm-down clean
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## what building and testing need, from Debian and PyPI (nothing the second time)
 	@tests/vm/setup.sh
@@ -47,7 +47,7 @@ test-node: ## a real node in a VM: the image built, the chart installed with hel
 	@tests/cluster/node.sh
 
 test-arm64: setup ## units for arm64 under QEMU, and the image for it, built from the Dockerfile (docs/testing.md)
-	@tests/arm64.sh
+	@.ci/run arm64
 
 demo: setup ## shows what meshlb does, in network namespaces
 	@tests/demo.sh

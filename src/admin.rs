@@ -339,10 +339,11 @@ mod tests {
         // The first of them were closed, and the last ones are served when they ask to the end.
         let mut first = &held[0];
         first.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        assert!(
-            !matches!(first.read(&mut [0; 16]), Ok(1..))
-                && first.write_all(b"\r\n").and_then(|()| first.write_all(b"\r\n")).is_err()
-        );
+        match first.read(&mut [0; 16]) {
+            Ok(0) => {}
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => {}
+            other => panic!("it is not closed: {other:?}"),
+        }
         let mut last = &held[held.len() - 1];
         last.write_all(b"\r\n").unwrap();
         let mut status = [0; 12];

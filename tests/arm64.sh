@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # meshlb on the other architecture, without a machine of it: every test that needs no kernel of its own runs under QEMU's user
 # emulation (which has no netlink for netfilter and IPVS), and the image is built for it from the Dockerfile, with the program in it
-# started. The last line is the sum.
+# started.
 #
 #   tests/arm64.sh [--no-image]
 . "$(dirname "$0")/vm/lib.sh"

@@ -2,7 +2,7 @@
 
 use std::{
     collections::VecDeque,
-    io,
+    io::{self, ErrorKind},
     net::SocketAddr,
     pin::Pin,
     task::{Context, Poll},
@@ -59,6 +59,8 @@ impl Listener for Connections {
                     self.make_room(MOST);
                     return (Connection { stream, closed: Some(closed) }, from);
                 }
+                // That client has gone again.
+                Err(e) if matches!(e.kind(), ErrorKind::ConnectionAborted | ErrorKind::ConnectionReset) => {}
                 Err(e) => {
                     tracing::debug!("the admin server can't accept a connection: {e}");
                     self.make_room(0);
@@ -89,7 +91,7 @@ impl Connection {
         }
         match self.closed {
             Some(_) => Ok(Pin::new(&mut self.get_mut().stream)),
-            None => Err(io::ErrorKind::ConnectionAborted.into()),
+            None => Err(ErrorKind::ConnectionAborted.into()),
         }
     }
 }

