@@ -41,7 +41,7 @@ fn whoever_takes_all_files_keeps_nobody_out() {
     let addr: SocketAddr = server.addr();
     assert_eq!(live(TcpStream::connect(addr).unwrap()).unwrap(), "HTTP/1.1 200 OK");
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
-    let mut spare = Some(File::open("/dev/null").unwrap());
+    let spare = File::open("/dev/null").unwrap();
     setrlimit(Resource::RLIMIT_NOFILE, 60, hard).unwrap();
     // Connections that are accepted and kept, and files until there is none left.
     let held: Vec<_> = (0..10)
@@ -55,7 +55,7 @@ fn whoever_takes_all_files_keeps_nobody_out() {
     let files: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
     assert!(!files.is_empty());
     // One file for a client: there is none for the server's end of it, unless it lets go of another one.
-    drop(spare.take());
+    drop(spare);
     let client = TcpStream::connect(addr).unwrap();
     let answer = live(client);
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();

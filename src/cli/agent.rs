@@ -16,8 +16,9 @@ use tracing::{error, info, warn};
 
 use super::{
     dns::Feed,
+    keeper::Purpose,
     options::Options,
-    session::{Purpose, Session},
+    session::Session,
     watcher::{Traffic, Watcher},
 };
 use crate::{
@@ -243,13 +244,12 @@ fn stop_on_signal(inputs: Sender<Input>) -> Result<()> {
     thread::Builder::new().name("signals".into()).spawn(move || {
         runtime.block_on(async {
             match super::signals::stop() {
-                Ok(stop) => stop.await,
-                Err(e) => {
-                    error!("signals can't be handled, only SIGKILL will end this process: {e}");
-                    return;
+                Ok(stop) => {
+                    stop.await;
+                    let _ = inputs.send(Input::Stop);
                 }
+                Err(e) => error!("signals can't be handled, only SIGKILL will end this process: {e}"),
             }
-            let _ = inputs.send(Input::Stop);
         });
     })?;
     Ok(())

@@ -11,12 +11,7 @@ use anyhow::Result;
 use jiff::Timestamp;
 use tracing::subscriber::{self, NoSubscriber};
 
-use super::{
-    notes::notes_of,
-    options::Options,
-    print,
-    session::{Purpose, Session},
-};
+use super::{keeper::Purpose, notes::notes_of, options::Options, print, session::Session};
 use crate::{
     instance::{self, Instance},
     plan::Op,

@@ -10,10 +10,9 @@ use std::{
 use anyhow::Result;
 
 use super::{
-    keeper::{self, Left},
+    keeper::{self, Left, Purpose},
     options::Options,
-    print,
-    session::{self, Purpose},
+    print, session,
 };
 use crate::{
     dataplane::{

@@ -6,11 +6,13 @@ use std::{fmt::Write, net::SocketAddr, process::ExitCode};
 use anyhow::Result;
 
 use super::{
-    Output, names,
+    Output,
+    keeper::Purpose,
+    names,
     options::Options,
     print,
     report::{PortReport, Report, ServerReport, ServiceReport},
-    session::{Purpose, Session},
+    session::Session,
     show::{self, bytes},
 };
 use crate::{

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
 use tracing::warn;
 
-use super::{options::Options, record::Record, session::Purpose};
+use super::{options::Options, record::Record};
 use crate::{
     model::kernel::{RealServerKey, VirtualServerKey},
     reconcile::Engine,
@@ -135,6 +135,17 @@ pub(super) fn running(drain: &Drain) -> ((VirtualServerKey, RealServerKey), Time
     let until =
         i64::try_from(drain.deadline_unix_ms).ok().and_then(|ms| Timestamp::from_millisecond(ms).ok());
     ((server, real), until.unwrap_or(Timestamp::UNIX_EPOCH))
+}
+
+/// What a session is opened for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Purpose {
+    /// To look at the kernel.
+    Look,
+    /// To change it once.
+    Apply,
+    /// To keep it; the source is followed and not read here.
+    Agent,
 }
 
 /// What earlier runs left.

@@ -5,12 +5,7 @@ use std::{fmt::Write as _, path::Path, process::ExitCode};
 use anyhow::Result;
 use serde::Serialize;
 
-use super::{
-    Output,
-    options::Options,
-    print,
-    session::{Purpose, Session},
-};
+use super::{Output, keeper::Purpose, options::Options, print, session::Session};
 use crate::{
     dataplane::{ElementChange, ProgramState},
     model::kernel::Program,

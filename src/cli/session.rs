@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use tracing::{debug, error, info, warn};
 
 use super::{
-    keeper::{Keeper, Left, boot_id, open_state, running},
+    keeper::{Keeper, Left, Purpose, boot_id, open_state, running},
     notes::problems_of,
     options::{Options, RendererChoice},
     print,
@@ -58,17 +58,6 @@ pub fn need_rights() -> Result<()> {
         Some(message) => bail!(message),
         None => Ok(()),
     }
-}
-
-/// What a session is opened for.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Purpose {
-    /// To look at the kernel.
-    Look,
-    /// To change it once.
-    Apply,
-    /// To keep it; the source is followed and not read here.
-    Agent,
 }
 
 /// Tells what stands in the way of what is about to be programmed. Whatever can work is tried all the same.

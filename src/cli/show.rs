@@ -6,11 +6,12 @@ use anyhow::{Result, bail};
 
 use super::{
     ShowOutput,
+    keeper::Purpose,
     notes::is_elsewhere,
     options::Options,
     print,
     report::{PortReport, Report, ServerReport, ServiceReport, report},
-    session::{Purpose, Session},
+    session::Session,
 };
 use crate::{model::ids::ServiceKey, source::problem::one_line};
 

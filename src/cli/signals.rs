@@ -4,6 +4,8 @@ use std::io;
 
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::dataplane::preflight;
+
 /// Is over when this process has got SIGTERM, SIGINT, or, since its terminal has gone, SIGHUP, unless that was to be ignored
 /// (nohup); from now on none of them ends it by itself. Within a runtime.
 ///
@@ -30,7 +32,5 @@ pub fn stop() -> io::Result<impl Future<Output = ()>> {
 
 /// Whether this process was started with SIGHUP ignored: the first bit of `SigIgn` in proc(5)'s `status`.
 fn ignores_hangup() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    ignored.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).is_some_and(|bits| bits & 1 == 1)
+    preflight::mask(&preflight::own_status(), "SigIgn:").is_some_and(|ignored| ignored & 1 == 1)
 }

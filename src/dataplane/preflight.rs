@@ -121,7 +121,12 @@ impl Report {
 }
 
 fn effective(status: &str) -> Option<u64> {
-    let hex = status.lines().find_map(|l| l.strip_prefix("CapEff:"))?;
+    mask(status, "CapEff:")
+}
+
+/// A mask of /proc/self/status (proc(5)), such as that of `SigIgn:`.
+pub fn mask(status: &str, field: &str) -> Option<u64> {
+    let hex = status.lines().find_map(|l| l.strip_prefix(field))?;
     u64::from_str_radix(hex.trim(), 16).ok()
 }
 

@@ -625,9 +625,9 @@ proptest! {
         rate in prop::sample::select(vec![0, 2]),
     ) {
         let how = if tcp { Transport::Tcp } else { Transport::Udp };
-        // A fast one and a slow one: each counts.
         // Both by one table: its serial is the second in which it was made.
         let table = handler(some(), rate).shared.table.load_full();
+        // A fast one and a slow one: each counts.
         let of = |quick: bool| {
             let handler = handler(some(), rate);
             handler.shared.table.store(table.clone());

@@ -31,25 +31,28 @@ objects() { # objects FIRST LAST
 controller() { # sets CONTROLLER to its process
   "$meshlb" controller --namespace meshlb-system --metrics-listen off --kubeconfig "$dir/kubeconfig" >"$dir/bench-controller.log" 2>&1 & CONTROLLER=$!
 }
+lost() { tail -5 "$dir/bench-controller.log" >&2; kill "$CONTROLLER"; die "$1"; }
 ended() { # ended WHAT SERVICES: ends it and tells what memory it took, now and at most
   awk -v what="$1" -v services="$2" '$1 == "VmRSS:" {now = $2 / 1024} $1 == "VmHWM:" {most = $2 / 1024} END {printf "bench: %s %d %.1f %.1f\n", what, services, now, most}' \
     "/proc/$CONTROLLER/status" | tee -a "$out"
   kill "$CONTROLLER"; wait "$CONTROLLER" || true
 }
 grow() { # grow FIRST LAST: makes them, has them allocated, and has a controller find all as it is
-  local start=$SECONDS turn
+  local start=$SECONDS again
   objects "$1" "$2" | kubectl create -f - >/dev/null
   controller
   until [ "$(kubectl get msvc -o jsonpath='{range .items[*]}{.status.vips[0]}{"\n"}{end}' | grep -c .)" = "$2" ]; do
-    [ $((SECONDS - start)) -lt 1200 ] || { tail -5 "$dir/bench-controller.log" >&2; kill "$CONTROLLER"; die "not all are allocated"; }
+    [ $((SECONDS - start)) -lt 1200 ] || lost "not all are allocated"
     sleep 2
   done
   ended allocating "$2"
   : >"$dir/bench-controller.log"
   controller
-  for turn in {1..60}; do ! grep -q "everything has been read" "$dir/bench-controller.log" || break; sleep 1; done
-  grep -q "everything has been read" "$dir/bench-controller.log" \
-    || { kill "$CONTROLLER"; die "the controller has not read everything: $(tail -3 "$dir/bench-controller.log")"; }
+  again=$SECONDS
+  until grep -q "everything has been read" "$dir/bench-controller.log"; do
+    [ $((SECONDS - again)) -lt 60 ] || lost "the controller has not read everything"
+    sleep 1
+  done
   sleep 20
   ended started "$2"
   say "bench: $2 services are there, after $((SECONDS - start)) s"

@@ -62,21 +62,17 @@ debian() { # debian NAME [ARCH]
   base "$1" scratch "$images/debian.tar" --cmd bash
   rm -f "$images/debian.tar"
 }
-# with_compiler FROM NAME: Debian's gcc, which the official image has too.
-with_compiler() {
-  local c; c=$(b from --pull-never "$1")
-  b run "$c" sh -c 'apt-get -qq update && apt-get -qq install -y --no-install-recommends gcc libc6-dev >/dev/null && rm -rf /var/lib/apt/lists/*' >&2
-  b commit -q --rm "$c" "$2" >/dev/null
-}
-with_rust() { # with_rust NAME PATH [CONFIG…]: what is in $images/rust, and the compiler
-  local name=$1 path=$2; shift 2
+with_rust() { # with_rust NAME PATH [CONFIG…]: what is in $images/rust, and Debian's gcc, which the official image has too
+  local c name=$1 path=$2; shift 2
   # crates.io is reached as this machine reaches it.
   install -D -m 0644 /etc/ssl/certs/ca-certificates.crt "$images/rust/etc/ssl/certs/ca-certificates.crt"
   tar -C "$images/rust" -cf "$images/rust.tar" .
   base "$name-only" localhost/debian:bookworm "$images/rust.tar" --env CARGO_HOME=/usr/local/cargo \
     --env "PATH=$path:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" "$@"
   rm -rf "$images/rust" "$images/rust.tar"
-  with_compiler "$name-only" "$name"
+  c=$(b from --pull-never "$name-only")
+  b run "$c" sh -c 'apt-get -qq update && apt-get -qq install -y --no-install-recommends gcc libc6-dev >/dev/null && rm -rf /var/lib/apt/lists/*' >&2
+  b commit -q --rm "$c" "$name" >/dev/null
 }
 debian localhost/debian:bookworm
 tag=docker.io/library/meshlb:test${arch:+-$arch}

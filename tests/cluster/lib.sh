@@ -20,6 +20,21 @@ go_bin() {
   done
   return 1
 }
+need_go() { # need_go WHY
+  ! go_bin >/dev/null || return 0
+  say "setup: unpacking Go $go_version (from the Go module proxy) into $cache/go: $1"
+  command -v unzip >/dev/null || as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends unzip >/dev/null
+  mkdir -p "$cache/go.new"
+  curl -fsSL "https://proxy.golang.org/golang.org/toolchain/@v/v0.0.1-go$go_version.linux-$(dpkg --print-architecture).zip" -o "$cache/go.zip"
+  unzip -q "$cache/go.zip" -d "$cache/go.new" && rm -f "$cache/go.zip"
+  rm -rf "$cache/go"; mv "$cache/go.new"/golang.org/toolchain@* "$cache/go"; rm -rf "$cache/go.new"; chmod -R +x "$cache/go/bin" "$cache/go/pkg/tool"
+  go_bin >/dev/null
+}
+need_etcd() { # need_etcd WHY
+  ! etcd_bin >/dev/null || return 0
+  say "setup: unpacking Debian's etcd into $cache/etcd: $1; nothing is installed or started"
+  unpack_debian "$cache/etcd" etcd-server
+}
 
 # What is kept of the running control plane, and its keeper's pid if it is there.
 dir=$cache/cluster-${MESHLB_CLUSTER_NAME:-default}${MESHLB_KUBE:+-$MESHLB_KUBE}

@@ -8,25 +8,14 @@ here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 [ -z "${KUBE_BIN:-}" ] || exit 0
 
-if ! etcd_bin >/dev/null; then
-  say "setup: unpacking Debian's etcd into $cache/etcd: the API server keeps its objects in it; nothing is installed or started"
-  unpack_debian "$cache/etcd" etcd-server
-fi
+need_etcd "the API server keeps its objects in it"
 if ! faketime_lib >/dev/null; then
   say "setup: unpacking Debian's libfaketime into $cache/faketime: a controller gets a clock that jumps from it; nothing is installed"
   unpack_debian "$cache/faketime" libfaketime
 fi
 kube=$(kube_dir)
 if [ ! -x "$kube/kube" ]; then
-  go=$(go_bin) || {
-    say "setup: unpacking Go $go_version (from the Go module proxy) into $cache/go: it builds Kubernetes"
-    command -v unzip >/dev/null || as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends unzip >/dev/null
-    mkdir -p "$cache/go.new"
-    curl -fsSL "https://proxy.golang.org/golang.org/toolchain/@v/v0.0.1-go$go_version.linux-$(dpkg --print-architecture).zip" -o "$cache/go.zip"
-    unzip -q "$cache/go.zip" -d "$cache/go.new" && rm -f "$cache/go.zip"
-    rm -rf "$cache/go"; mv "$cache/go.new"/golang.org/toolchain@* "$cache/go"; rm -rf "$cache/go.new"; chmod -R +x "$cache/go/bin" "$cache/go/pkg/tool"
-    go=$(go_bin)
-  }
+  need_go "it builds Kubernetes"; go=$(go_bin)
   say "setup: building Kubernetes $(kube_version) into $kube: a real control plane for the tests (some ten minutes, once)"
   mkdir -p "$kube"
   (cd "$kube_module" && CGO_ENABLED=0 GOTOOLCHAIN=local GOFLAGS=-mod=readonly "$go" build -trimpath \

@@ -163,10 +163,7 @@ pub struct Header {
 impl Header {
     /// Whether it is what `spec` would create, or as good.
     pub fn fits(&self, spec: &SetSpec) -> bool {
-        self.type_name == spec.kind.name()
-            && self.family == family_number(spec.family)
-            && self.marks == spec.marks
-            && self.max_elements >= spec.max_elements
+        self.swaps_with(spec) && self.marks == spec.marks && self.max_elements >= spec.max_elements
     }
 
     /// Whether it can be swapped with what `spec` would create (`ip_set_swap`: type features and family are the same).

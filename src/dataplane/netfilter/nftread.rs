@@ -454,16 +454,12 @@ fn mark_bits(rule: &[u8]) -> u32 {
         match text(attribute(data, FIRST)?).as_str() {
             "MARK" => Some(word(0)? | word(4)?),
             "CONNMARK" => {
-                let (from, shift, mode) = match (info.get(12..)?, revision) {
-                    ([mode, ..], 1) => (word(4)?, 0, *mode),
-                    ([0, left, mode, ..], _) => (word(4)?, i32::from(*left), *mode),
-                    ([_, right, mode, ..], _) => (word(4)?, -i32::from(*right), *mode),
+                let from = word(4)?;
+                let (put, mode) = match (info.get(12..)?, revision) {
+                    ([mode, ..], 1) => (Some(from), *mode),
+                    ([0, left, mode, ..], _) => (from.checked_shl((*left).into()), *mode),
+                    ([_, right, mode, ..], _) => (from.checked_shr((*right).into()), *mode),
                     _ => return None,
-                };
-                let put = if shift < 0 {
-                    from.checked_shr(shift.unsigned_abs())
-                } else {
-                    from.checked_shl(shift.unsigned_abs())
                 };
                 (mode == RESTORE).then_some(word(8)? | put.unwrap_or(0))
             }

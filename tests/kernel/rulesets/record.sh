@@ -14,12 +14,6 @@ flannel_released=2026-10-08 calico_released=2026-06-24
 here=$(cd "$(dirname "$0")" && pwd)
 flanneld=$cache/flannel/$flannel_version/flanneld felix=$cache/calico/$calico_version/calico-felix
 
-need_go() { go_bin >/dev/null || "$cluster/setup.sh"; }
-need_etcd() {
-  etcd_bin >/dev/null && return
-  say "record: unpacking Debian's etcd into $cache/etcd: flannel and Calico read from it what they program; nothing is installed or started"
-  unpack_debian "$cache/etcd" etcd-server
-}
 build() { GOTOOLCHAIN=local nice -n 10 "$(go_bin)" build -buildvcs=false -trimpath "$@"; }
 need_flannel() {
   [ -x "$flanneld" ] && return
@@ -190,7 +184,7 @@ if [ "${1:-}" = --here ]; then
 fi
 
 names=("$@"); [ ${#names[@]} -gt 0 ] || names=(flannel calico)
-need_go; need_etcd
+need_go "it builds both programs"; need_etcd "flannel and Calico read from it what they program"
 for name in "${names[@]}"; do
   case $name in flannel | calico) "need_$name" ;; *) die "record.sh knows no $name" ;; esac
 done
